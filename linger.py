@@ -89,6 +89,7 @@ MAX_TARGET = 16_384  # bytes of a request's target (RFC 9112 3 asks for 8,000 at
 MAX_LINE = 8_192  # bytes of one header line
 MAX_HEAD = 65_536  # bytes of a request line with all its header lines
 MAX_FIELDS = 200  # header lines
+KNOWN_HEADERS = 4  # sets of header lines whose meaning is remembered for a connection
 MAX_PARAMETERS = 100  # fields in a query string or a form
 MAX_CHUNK_LINE = 256  # bytes of a chunk's size with its extensions
 FORM_EXPANSION = 3  # bytes that a percent-encoded form may need for one byte of its message
@@ -1043,12 +1044,11 @@ class Waiter:
 
     __slots__ = ("called", "channel", "ended", "operation", "ticket", "vanished")
 
-    def __init__(
-        self, channel: str, lock: threading.Lock, vanished: Callable[[], bool] = bool
-    ) -> None:
+    called: threading.Condition  # made when it is parked for the first time
+
+    def __init__(self, channel: str, vanished: Callable[[], bool]) -> None:
         """`vanished()` tells whether the consumer has gone away; it is asked before each call."""
         self.channel = channel
-        self.called = threading.Condition(lock)
         self.vanished = vanished
         self.operation: Optional[Operation] = None
         self.ticket = 0  # its place in the order of those who came; 0 before it is parked
@@ -1182,7 +1182,7 @@ class Broker:
 
     def waiter(self, channel: str, vanished: Callable[[], bool] = bool) -> Waiter:
         """A place for `get_for`, which another thread may `dismiss`."""
-        return Waiter(check_name("channel", channel), self._lock, vanished)
+        return Waiter(check_name("channel", channel), vanished)
 
     def get_for(self, waiter: Waiter, wait: float) -> Optional[Message]:
         """As `get`, for a waiter made before."""
@@ -1428,6 +1428,7 @@ class Broker:
                     self.counters["channel-create"] += 1
             if not waiter.ticket:
                 waiter.ticket = next(self._tickets)
+                waiter.called = threading.Condition(self._lock)
                 queue[waiter.ticket] = waiter
                 return
             ahead = list(itertools.takewhile(lambda ticket: ticket < waiter.ticket, queue))
@@ -1482,9 +1483,10 @@ class Broker:
     def dismiss(self, waiter: Waiter) -> None:
         """Ends a wait: its `get_for` returns None, unless it was just called."""
         with self._lock:
-            self._leave(waiter)
             waiter.ended = True
-            waiter.called.notify()
+            if waiter.ticket:
+                self._leave(waiter)
+                waiter.called.notify()
 
     def stop_waiting(self) -> None:
         """Ends all waits, now and from now on."""
@@ -1554,13 +1556,15 @@ ROUTES = (
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
 
 
-def _calls_by_path() -> dict[tuple[Optional[str], ...], dict[str, Route]]:
-    """The routes by method, by the parts of their path, in which None stands for a name."""
-    calls: dict[tuple[Optional[str], ...], dict[str, Route]] = {}
+def _shape(parts: Sequence[str]) -> tuple[object, ...]:
+    """What tells one path from another: every second part, from the first, is fixed."""
+    return (len(parts), *parts[::2])
+
+
+def _calls_by_path() -> dict[tuple[object, ...], dict[str, Route]]:
+    calls: dict[tuple[object, ...], dict[str, Route]] = {}
     for route in ROUTES:
-        parts = route.path[1:].split("/")
-        key = tuple(None if part.startswith("<") else part for part in parts)
-        calls.setdefault(key, {})[route.method] = route
+        calls.setdefault(_shape(route.path[1:].split("/")), {})[route.method] = route
     return calls
 
 
@@ -1569,10 +1573,7 @@ CALLS = _calls_by_path()
 
 def find_calls(parts: Sequence[str]) -> dict[str, Route]:
     """The routes by method of a path, given in its parts; empty if there is no such path."""
-    calls = CALLS.get(tuple(parts))
-    if calls is None:
-        calls = CALLS.get(tuple(None if i % 2 else part for i, part in enumerate(parts)), {})
-    return calls
+    return CALLS.get(_shape(parts), {})
 
 
 def find_route(method: str, parts: Sequence[str]) -> Route:
@@ -1795,8 +1796,8 @@ def answer_message(message: Message, undo: Callable[[], None]) -> Answer:
 def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
     """The request that a head (without the blank line at its end) asks for.
 
-    `known` keeps the header lines last parsed on the connection, with what they gave: most
-    clients send the same lines with each request.
+    `known` keeps header lines parsed before on the connection, with what they gave: most clients
+    send the same few again and again.
     """
     line, _, _ = head.partition(b"\r\n")
     if len(line) > MAX_TARGET + 64:
@@ -1811,7 +1812,8 @@ def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
     headers = known.get(lines)
     if headers is None:
         headers = parse_fields(lines)
-        known.clear()
+        if len(known) >= KNOWN_HEADERS:
+            known.clear()
         known[lines] = headers
     old = minor == b"0"
     if old and "transfer-encoding" in headers:
