@@ -263,14 +263,17 @@ SCHEMA = (
         value text not null
     ) without rowid
     """,
-    # A message is ready while hidden_until is 0.  It is held from its delivery on until that
-    # delivery is undone: a worker may still touch what has timed out, until the next delivery.
+    # A message is ready (state 0) or hidden (state 1) until it is `due`; that of a ready one is
+    # when it became so.  It is held from its delivery on until that delivery is undone: a worker
+    # may still touch what has timed out, until the next delivery.  A take changes no column's
+    # length, so that SQLite writes the row in place and does not touch the pages of a long body.
     """
     create table messages (
         id integer primary key autoincrement,
         channel text not null,
         priority integer not null,
-        hidden_until real not null,
+        state integer not null,
+        due real not null,
         timeout integer not null,
         deliver integer not null,
         delivered integer not null,
@@ -287,17 +290,17 @@ SCHEMA = (
     # for TAKE: the first ready message of a channel
     """
     create index ready_messages on messages (channel, priority, id)
-    where hidden_until = 0
+    where state = 0
     """,
     # for SETTLE: what is due to come back
     """
-    create index hidden_messages on messages (hidden_until)
-    where hidden_until > 0
+    create index hidden_messages on messages (due)
+    where state = 1
     """,
     # for SETTLE: whose lingering is over; not what is in flight, which stays until its timeout
     """
     create index lingering_messages on messages (lingers_until)
-    where lingers_until > 0 and hidden_until = 0
+    where lingers_until > 0 and state = 0
     """,
     # The counts of each channel that has messages, kept by the triggers.
     """
@@ -313,8 +316,7 @@ SCHEMA = (
     create trigger message_added after insert on messages
     begin
         insert into channels (name, ready, hidden, urgent, niced)
-        values (new.channel, new.hidden_until = 0, new.hidden_until > 0,
-            new.priority < 0, new.priority > 0)
+        values (new.channel, new.state = 0, new.state = 1, new.priority < 0, new.priority > 0)
         on conflict (name) do update set
             ready = ready + excluded.ready,
             hidden = hidden + excluded.hidden,
@@ -323,12 +325,12 @@ SCHEMA = (
     end
     """,
     """
-    create trigger message_moved after update of hidden_until on messages
-    when (old.hidden_until = 0) <> (new.hidden_until = 0)
+    create trigger message_moved after update of state on messages
+    when old.state <> new.state
     begin
         update channels
-        set ready = ready + (new.hidden_until = 0) - (old.hidden_until = 0),
-            hidden = hidden + (new.hidden_until > 0) - (old.hidden_until > 0)
+        set ready = ready + old.state - new.state,
+            hidden = hidden + new.state - old.state
         where name = new.channel;
     end
     """,
@@ -336,8 +338,8 @@ SCHEMA = (
     create trigger message_removed after delete on messages
     begin
         update channels
-        set ready = ready - (old.hidden_until = 0),
-            hidden = hidden - (old.hidden_until > 0),
+        set ready = ready - (old.state = 0),
+            hidden = hidden - old.state,
             urgent = urgent - (old.priority < 0),
             niced = niced - (old.priority > 0)
         where name = old.channel;
@@ -379,9 +381,9 @@ TAKE_OVER_AFTER = (
     order by key
     """,
     """
-    insert into messages (id, channel, priority, hidden_until, timeout, deliver, delivered, lease,
+    insert into messages (id, channel, priority, state, due, timeout, deliver, delivered, lease,
         held, received, linger, lingers_until, topic, type, body)
-    select id, channel, priority, max(show, 0), timeout, deliver, dcount, dcount,
+    select id, channel, priority, show > 0, max(show, ts), timeout, deliver, dcount, dcount,
         dcount > 0, ts, linger, max(purge, 0), topic, mimetype, cast(body as blob)
     from messages_v1
     order by id
@@ -418,9 +420,9 @@ on conflict (key) do update set value = excluded.value
 """
 
 POST_MESSAGE = """
-insert into messages (channel, priority, hidden_until, timeout, deliver, delivered, lease, held,
+insert into messages (channel, priority, state, due, timeout, deliver, delivered, lease, held,
     received, linger, lingers_until, topic, type, body)
-select :channel, :priority, 0, :timeout, :deliver, 0, 0, 0,
+select :channel, :priority, 0, :now, :timeout, :deliver, 0, 0, 0,
     :now, :linger, :lingers_until, '', :type, :body
 where :hlm = 0
     or :hlm > coalesce((select ready + hidden from channels where name = :channel), 0)
@@ -434,9 +436,9 @@ order by subscriptions.channel
 """
 
 PUBLISH_MESSAGE = """
-insert into messages (channel, priority, hidden_until, timeout, deliver, delivered, lease, held,
+insert into messages (channel, priority, state, due, timeout, deliver, delivered, lease, held,
     received, linger, lingers_until, topic, type, body)
-select subscriptions.channel, priority, 0, timeout, deliver, 0, 0, 0,
+select subscriptions.channel, priority, 0, :now, timeout, deliver, 0, 0, 0,
     :now, linger, case when linger > 0 then :now + linger else 0 end, topic, :type, :body
 from subscriptions left join channels on channels.name = subscriptions.channel
 where topic = :topic and (:hlm = 0 or :hlm > coalesce(ready + hidden, 0))
@@ -458,7 +460,7 @@ from messages
 where id = (
     select id
     from messages
-    where channel = :channel and hidden_until = 0
+    where channel = :channel and state = 0
     order by priority, id
     limit 1
 )
@@ -466,11 +468,11 @@ where id = (
 
 HIDE_TAKEN = """
 update messages
-set hidden_until = :now + timeout, delivered = delivered + 1, lease = lease + 1, held = 1
+set state = 1, due = :now + timeout, delivered = delivered + 1, lease = lease + 1, held = 1
 where id = (
     select id
     from messages
-    where channel = :channel and hidden_until = 0
+    where channel = :channel and state = 0
     order by priority, id
     limit 1
 )
@@ -478,7 +480,7 @@ where id = (
 
 UNDO_TAKE = """
 update messages
-set hidden_until = 0, delivered = delivered - 1, held = 0
+set state = 0, due = :now, delivered = delivered - 1, held = 0
 where id = :id and lease = :lease and held = 1
 """
 
@@ -490,12 +492,12 @@ where id = :id
 
 TOUCH_MESSAGE = """
 update messages
-set hidden_until = :now + timeout
+set state = 1, due = :now + timeout
 where id = :id and held = 1 and lease = coalesce(:lease, lease)
 """
 
-MESSAGE_TIMEOUT = """
-select hidden_until
+MESSAGE_DUE = """
+select due
 from messages
 where id = :id
 """
@@ -512,55 +514,55 @@ where id = :id and lease = :lease
 
 DRAIN_READY = """
 delete from messages
-where channel = :channel and hidden_until = 0
+where channel = :channel and state = 0
 """
 
 DRAIN_HIDDEN = """
 delete from messages
-where channel = :channel and hidden_until > 0
+where channel = :channel and state = 1
 """
 
 # SETTLE: what has come due, in this order.  First go those that will not come back,
 SETTLE_LINGERED = """
 delete from messages
-where lingers_until > 0 and hidden_until = 0 and lingers_until <= :now
+where lingers_until > 0 and state = 0 and lingers_until <= :now
 """
 
 SETTLE_LINGERED_HIDDEN = """
 delete from messages
-where hidden_until > 0 and hidden_until <= :now and lingers_until > 0 and lingers_until <= :now
+where state = 1 and due <= :now and lingers_until > 0 and lingers_until <= :now
 """
 
 SETTLE_DELIVERED = """
 delete from messages
-where hidden_until > 0 and hidden_until <= :now and deliver > 0 and delivered >= deliver
+where state = 1 and due <= :now and deliver > 0 and delivered >= deliver
 """
 
 # then the others are counted and come back,
 SETTLE_COUNT = """
 select channel, count(*)
 from messages
-where hidden_until > 0 and hidden_until <= :now
+where state = 1 and due <= :now
 group by channel
 """
 
 SETTLE_TIMED_OUT = """
 update messages
-set hidden_until = 0
-where hidden_until > 0 and hidden_until <= :now
+set state = 0
+where state = 1 and due <= :now
 """
 
 # and last it is seen when the next one is due.
 NEXT_HIDDEN = """
-select min(hidden_until)
+select min(due)
 from messages
-where hidden_until > 0
+where state = 1
 """
 
 NEXT_LINGERING = """
 select min(lingers_until)
 from messages
-where lingers_until > 0 and hidden_until = 0
+where lingers_until > 0 and state = 0
 """
 
 SUBSCRIBE = """
@@ -690,6 +692,7 @@ class Store:
         self._led = False
         self._reading = threading.Lock()  # one reader at a time on the reading connection
         self._files: dict[str, tuple[int, int]] = {}
+        self._closed = False
         with contextlib.ExitStack() as undo:
             self._lock_file = None if path == MEMORY else _lock_beside(self.path)
             if self._lock_file is not None:
@@ -838,15 +841,19 @@ class Store:
             raise _explain(error) from error
 
     def check_room(self) -> None:
-        """`Full` when so little of the disk is free that only takes and deletes may go on."""
+        """`Full` when so little of the disk is free that only takes and deletes may go on.
+
+        What is in the log may still need as much again in the database.
+        """
         if self.path == MEMORY:
             return
         try:
             disk = os.statvfs(self.path)
+            log = os.stat(self.path + "-wal").st_size
         except OSError:
             return  # a deleted file: the transaction says so
         free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-        if free < min(HEAD_ROOM, total // HEAD_ROOM_SHARE):
+        if free < log + min(HEAD_ROOM, total // HEAD_ROOM_SHARE):
             raise Full("the disk is full: messages can be taken and deleted, but none added")
 
     def size(self) -> int:
@@ -859,10 +866,12 @@ class Store:
 
     def close(self) -> None:
         """Writes the log back into the file and closes it; operations after this fail."""
-        self.run(Operation((), {}, self._close))
+        if not self._closed:
+            self.run(Operation((), {}, self._close))
 
     def _close(self, _: Operation) -> None:
         with self._reading:
+            self._closed = True
             self._reader.close()
         self._files.clear()
         with contextlib.suppress(sqlite3.Error):
@@ -1011,7 +1020,7 @@ COUNTERS = (
 
 TAKE = (TAKE_MESSAGE, HIDE_TAKEN)
 PUBLISH = (PUBLISH_DROPS, PUBLISH_MESSAGE, PUBLISHED)
-TOUCH = (MESSAGE_HOLDING, TOUCH_MESSAGE, MESSAGE_TIMEOUT)
+TOUCH = (MESSAGE_HOLDING, TOUCH_MESSAGE, MESSAGE_DUE)
 DRAIN = (DRAIN_READY, DRAIN_HIDDEN)
 SETTLE = (
     SETTLE_LINGERED,
@@ -1227,7 +1236,8 @@ class Broker:
                 self._expect(now)  # its lingering may be over
                 self._call(message.channel, 1)
 
-        self._run((UNDO_TAKE,), {"id": message.id, "lease": message.lease}, undone)
+        parameters = {"id": message.id, "lease": message.lease, "now": now}
+        self._run((UNDO_TAKE,), parameters, undone)
 
     def touch(self, id: int, lease: Optional[int] = None) -> None:
         """Starts the visibility timeout of a message in flight anew, from now.
@@ -1949,9 +1959,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send(request, answer_error(error), close=True)
             self._drain()
             return
-        self._send(request, self._answer(request), request.close)
+        answer = self._answer(request)
+        self._send(request, answer, request.close)
         if self.server.log_requests:
-            self._log(request, started)
+            self._log(request, answer.status, started)
 
     def _answer(self, request: Request) -> Answer:
         """Calls what the request asks for; every error ends here."""
@@ -2155,11 +2166,11 @@ class Handler(BaseHTTPRequestHandler):
             while left > 0 and (data := self._receive(deadline)):
                 left -= len(data)
 
-    def _log(self, request: Request, started: float) -> None:
+    def _log(self, request: Request, status: int, started: float) -> None:
         milliseconds = (time.monotonic() - started) * 1000
         target = request.target.encode("ascii", "backslashreplace").decode()
         print(
-            f"{self.client_address[0]} {request.method} {target} {milliseconds:.1f} ms",
+            f"{self.client_address[0]} {request.method} {target} {status} {milliseconds:.1f} ms",
             file=sys.stderr,
         )
 
@@ -2398,11 +2409,11 @@ class Server(ThreadingHTTPServer):
         self.stopping = True
         os.write(self._wake, b"!")
 
-    def server_close(self) -> None:
+    def close(self) -> None:
         """Stops: waiting GETs get 204, requests under way finish, the database is closed."""
         self.shutdown()
         self._stopped.set()
-        super().server_close()
+        self.server_close()
         self.broker.stop_waiting()
         for handler in list(self.handlers):
             if handler.idle:
@@ -2411,6 +2422,9 @@ class Server(ThreadingHTTPServer):
         with self._emptied:
             self._emptied.wait_for(lambda: not self.connections, STOP_TIMEOUT)
         self.broker.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def serve(

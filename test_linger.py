@@ -1,0 +1,1961 @@
+"""Tests of linger.py: `python3 -m unittest`, standard library only, loopback only.
+
+The layers, each over the one above it: Store, Broker (with a clock of its own), the HTTP server
+(real sockets), the process (`python linger.py`, killed by its pid), the files themselves.
+"""
+
+import ast
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unittest
+import unittest.mock
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import linger
+
+HERE = Path(__file__).resolve().parent
+PATIENCE = 20.0  # seconds after which a test that waits for something fails
+
+
+def until(claim, patience=PATIENCE):
+    """Waits for a claim to come true."""
+    deadline = time.monotonic() + patience
+    while not claim():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"did not come true in {patience} s")
+        select.select([], [], [], 0.001)
+
+
+class FakeClock:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self, now=None):
+        self.now = now or time.time() + 60  # later than the files that a test makes
+
+    def time(self):
+        return self.now
+
+    monotonic = time
+
+
+class Folder(unittest.TestCase):
+    """A test with a temporary folder."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.dbfile = str(self.folder / "linger.db")
+
+    def thread(self, function, *arguments):
+        """Runs a function in a thread; the future of its result."""
+        pool = ThreadPoolExecutor(1)
+        self.addCleanup(pool.shutdown)
+        return pool.submit(function, *arguments)
+
+
+# -- Store ---------------------------------------------------------------------------------------
+
+V1_DATABASE = """
+create table config (key unique,value);
+insert into config values('server_id','0123456789abcdef0123456789abcdef');
+create table messages (id integer primary key autoincrement, body, mimetype, topic, timeout,
+    priority, channel, ts, linger, purge, deliver, dcount, show);
+insert into messages values(1,X'00ff0d0a','application/octet-stream','',30,0,'jobs',
+    1500000000.25,0,0,0,0,0.0);
+insert into messages values(3,'Text ö','text/plain','',60,-5,'jobs',1500000001.5,0,0,4,1,
+    4000000000.0);
+insert into messages values(4,'{"a":1}','application/json','news',15,7,'日本',1500000002.0,
+    3000000000,4500000000.0,0,2,0.0);
+create table subscriptions (topic,channel,timeout,priority,linger,deliver,ts,
+    primary key (topic, channel));
+insert into subscriptions values('news','日本',15,7,3000000000,2,1500000000.0);
+delete from sqlite_sequence;
+insert into sqlite_sequence values('messages',9);
+"""
+
+
+class StoreTest(Folder):
+    def open(self, **options):
+        store = linger.Store(self.dbfile, **options)
+        self.addCleanup(lambda: store._lock_file is not None and store.close())
+        return store
+
+    def run_sql(self, store, *statements, **parameters):
+        return store.run(linger.Operation(statements, parameters))
+
+    def test_operations_share_a_transaction_and_each_gets_its_own_results(self):
+        store = self.open()
+        store._led = True  # as if somebody led: what is submitted gathers
+        operations = [
+            linger.Operation((linger.GET_CONFIG,), {"key": k}) for k in ("server_id", "x")
+        ]
+        for operation in operations:
+            store.submit(operation)
+        commits = []
+        store._writer.set_trace_callback(lambda sql: commits.append(sql == "commit"))
+        operations[0].turn.release()
+        results = [store.finish(operation) for operation in operations]
+        self.assertEqual(sum(commits), 1)
+        self.assertEqual(len(results[0][0]), 1)
+        self.assertEqual(results[1], [[]])
+
+    def test_a_refused_operation_leaves_no_trace_and_harms_no_neighbour(self):
+        store = self.open()
+        good = "insert into config (key, value) values (:key, 1)"
+        bad = "insert into config (key, value) values (null, null)"
+        store._led = True
+        operations = [
+            linger.Operation((good,), {"key": "a"}),
+            linger.Operation((good, bad), {"key": "b"}),
+            linger.Operation((good,), {"key": "c"}),
+        ]
+        for operation in operations:
+            store.submit(operation)
+        operations[0].turn.release()
+        store.finish(operations[0])
+        with self.assertRaises(linger.Unavailable):
+            store.finish(operations[1])
+        store.finish(operations[2])
+        (rows,) = store.read("select key from config where length(key) = 1 order by key")
+        self.assertEqual(rows, [("a",), ("c",)])
+
+    def test_commits_are_announced_in_their_order(self):
+        store = self.open()
+        order = []
+        store._led = True
+        operations = [
+            linger.Operation((), {"n": n}, lambda op: order.append(op.parameters["n"]))
+            for n in range(5)
+        ]
+        for operation in operations:
+            store.submit(operation)
+        operations[0].turn.release()
+        for operation in operations:
+            store.finish(operation)
+        self.assertEqual(order, [0, 1, 2, 3, 4])
+
+    def test_many_threads_lose_no_operation(self):
+        store = self.open(sync="off")
+        statement = "insert into config (key, value) values (:key, 1)"
+
+        def work(thread):
+            for n in range(50):
+                store.run(linger.Operation((statement,), {"key": f"k{thread}-{n}"}))
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(work, range(16)))
+        (rows,) = store.read("select count(*) from config where key like 'k%'")
+        self.assertEqual(rows, [(800,)])
+
+    def test_a_full_database_is_507_and_works_again_when_there_is_room(self):
+        store = self.open()
+        pages = store._writer.execute("pragma page_count").fetchone()[0]
+        store._writer.execute(f"pragma max_page_count = {pages}")
+        big = linger.Operation((linger.SET_CONFIG,), {"key": "k", "value": "x" * 100_000})
+        with self.assertRaises(linger.Full):
+            store.run(big)
+        self.assertEqual(store.read(linger.GET_CONFIG, key="k"), [[]])
+        store._writer.execute("pragma max_page_count = 1000000")
+        self.run_sql(store, linger.SET_CONFIG, key="k", value="x" * 100_000)
+
+    def test_a_database_locked_by_another_program_is_503_and_works_again(self):
+        store = self.open()
+        store._writer.execute("pragma busy_timeout = 10")
+        other = sqlite3.connect(self.dbfile, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("begin immediate")
+        with self.assertRaises(linger.Unavailable):
+            self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
+        other.execute("rollback")
+        self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
+
+    def test_a_deleted_database_is_503_and_works_again_when_it_is_back(self):
+        store = self.open()
+        os.rename(self.dbfile, self.dbfile + ".away")
+        with self.assertRaisesRegex(linger.Unavailable, "deleted or replaced"):
+            self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
+        os.rename(self.dbfile + ".away", self.dbfile)
+        self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
+
+    def test_too_little_free_space_refuses_what_adds(self):
+        store = self.open()
+        store.check_room()
+        real, total = os.statvfs, 1_000_000
+
+        def nearly_full(path):
+            status = list(real(path))
+            status[1], status[2], status[4] = 4096, total, total // linger.HEAD_ROOM_SHARE // 1000
+            return os.statvfs_result(status)
+
+        with unittest.mock.patch("os.statvfs", nearly_full), self.assertRaises(linger.Full):
+            store.check_room()
+
+    def test_a_second_store_on_the_same_file_is_refused(self):
+        self.open()
+        with self.assertRaisesRegex(linger.LingerError, "in use by another Linger"):
+            linger.Store(self.dbfile)
+
+    def test_files_that_are_not_ours_are_refused_untouched(self):
+        foreign = sqlite3.connect(self.folder / "foreign.db")
+        foreign.execute("create table config (a)")
+        foreign.commit()
+        foreign.close()
+        newer = linger.Store(str(self.folder / "newer.db"))
+        newer.run(linger.Operation((f"pragma user_version = {linger.SCHEMA_VERSION + 1}",), {}))
+        newer.close()
+        (self.folder / "text.db").write_bytes(b"Dear diary, " * 100)
+        (self.folder / "short.db").write_bytes(b"SQLite format 3\0")
+        for name in ("foreign.db", "newer.db", "text.db", "short.db"):
+            with self.subTest(name):
+                before = (self.folder / name).read_bytes()
+                with self.assertRaises(linger.LingerError) as caught:
+                    linger.Store(str(self.folder / name))
+                self.assertNotIn("\n", str(caught.exception))
+                self.assertEqual((self.folder / name).read_bytes(), before)
+
+    def test_places_where_no_file_can_be_are_refused(self):
+        for path in (self.folder, self.folder / "no" / "such", "/proc/linger.db"):
+            with self.subTest(path), self.assertRaises(linger.LingerError):
+                linger.Store(str(path))
+
+    def test_files_are_for_their_owner_only(self):
+        store = self.open()
+        self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
+        for path in self.folder.iterdir():
+            self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
+
+    def test_closing_leaves_no_log_behind(self):
+        store = linger.Store(self.dbfile)
+        self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
+        store.close()
+        self.assertEqual(
+            sorted(path.name for path in self.folder.iterdir()), ["linger.db", "linger.db-lock"]
+        )
+        with self.assertRaises(linger.LingerError):
+            self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
+
+    def test_a_mistake_in_an_announcement_stops_nobody(self):
+        store = self.open()
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            store.run(linger.Operation((), {}, lambda operation: 1 / 0))
+        self.assertIn("ZeroDivisionError", log.getvalue())
+        self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
+
+    def test_reads_see_one_moment(self):
+        store = self.open()
+        count = "select count(*) from config"
+        self.assertEqual(*store.read(count, count))
+
+    def test_the_files_modification_time_is_remembered(self):
+        linger.Store(self.dbfile).close()
+        os.utime(self.dbfile, (3e9, 3e9))
+        self.assertEqual(self.open().last_written, 3e9)
+
+
+class TakeOverTest(Folder):
+    """Databases of Linger 1.0.1."""
+
+    def setUp(self):
+        super().setUp()
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            connection.executescript(V1_DATABASE)
+        self.original = Path(self.dbfile).read_bytes()
+
+    def open(self, now=2_000_000_000.0):
+        broker = linger.Broker(linger.Store(self.dbfile), clock=FakeClock(now))
+        self.addCleanup(lambda: broker._stopping or broker.close())
+        return broker
+
+    def test_messages_are_kept_with_all_that_they_had(self):
+        broker = self.open()
+        self.assertEqual(
+            broker.get("jobs"),
+            (1, "jobs", 0, 30, 0, 1, 499_999_999, 0, "", 1, "application/octet-stream",
+             b"\x00\xff\r\n"),
+        )  # fmt: skip
+        self.assertEqual(
+            broker.get("日本"),
+            (4, "日本", 7, 15, 0, 3, 499_999_998, 3_000_000_000, "news", 3, "application/json",
+             b'{"a":1}'),
+        )  # fmt: skip
+        self.assertEqual(broker.channel_stats("jobs"), {"ready": 0, "hidden": 2})
+
+    def test_hidden_messages_come_back_when_their_time_is_over(self):
+        broker = self.open(now=4_000_000_000.0)
+        message = broker.get("jobs")
+        self.assertEqual((message.id, message.priority, message.delivered), (3, -5, 2))
+        self.assertEqual(message.body, "Text ö".encode())
+
+    def test_subscriptions_and_the_servers_id_are_kept(self):
+        broker = self.open()
+        self.assertEqual(broker.id, "0123456789abcdef0123456789abcdef")
+        self.assertEqual(broker.topics("日本"), ["news"])
+        published, _ = broker.publish("news", b"x")
+        broker.delete(broker.get("日本").id)
+        message = broker.get("日本")
+        self.assertEqual(published, {"日本": message.id})
+        self.assertEqual((message.priority, message.timeout, message.deliver), (7, 15, 2))
+
+    def test_ids_go_on_after_the_largest_ever_given(self):
+        self.assertEqual(self.open().post("jobs", b"x"), 10)
+
+    def test_the_original_is_kept_beside(self):
+        self.open()
+        self.assertEqual(Path(self.dbfile + ".v1").read_bytes(), self.original)
+
+    def test_an_earlier_copy_is_not_overwritten(self):
+        Path(self.dbfile + ".v1").write_bytes(b"precious")
+        self.open()
+        self.assertEqual(Path(self.dbfile + ".v1").read_bytes(), b"precious")
+        self.assertEqual(Path(self.dbfile + ".v1.2").read_bytes(), self.original)
+
+    def test_it_happens_once(self):
+        self.open().close()
+        self.open()
+        self.assertFalse(os.path.exists(self.dbfile + ".v1.2"))
+
+
+# -- Broker --------------------------------------------------------------------------------------
+
+
+class BrokerTest(Folder):
+    def setUp(self):
+        super().setUp()
+        self.clock = FakeClock()
+        self.broker = self.open()
+
+    def open(self, **options):
+        store = linger.Store(self.dbfile, sync="off")
+        broker = linger.Broker(store, clock=self.clock, **options)
+        self.addCleanup(lambda: broker._stopping or broker.close())
+        return broker
+
+    def restart(self, **options):
+        self.broker.close()
+        self.broker = self.open(**options)
+
+    def bodies(self, channel, most=100):
+        """Takes all that is ready."""
+        taken = []
+        while len(taken) < most and (message := self.broker.get(channel)):
+            taken.append(message.body)
+        return taken
+
+    def park(self, channel, wait=PATIENCE, **options):
+        """A consumer that waits, as a future of its message, once it does."""
+        waiting = len(self.broker._waiting.get(channel, ()))
+        future = self.thread(lambda: self.broker.get(channel, wait, **options))
+        until(lambda: len(self.broker._waiting.get(channel, ())) > waiting)
+        return future
+
+
+class DeliveryTest(BrokerTest):
+    def test_a_message_is_delivered_as_it_was_posted(self):
+        body = bytes(range(256))
+        id = self.broker.post("q", body, "image/x", priority=-3, timeout=9, deliver=4, linger=99)
+        self.clock.now += 2
+        self.assertEqual(
+            self.broker.get("q"), (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body)
+        )
+
+    def test_an_empty_channel_gives_none(self):
+        self.assertIsNone(self.broker.get("q"))
+
+    def test_order_is_first_in_first_out(self):
+        for n in range(5):
+            self.broker.post("q", b"%d" % n)
+        self.assertEqual(self.bodies("q"), [b"0", b"1", b"2", b"3", b"4"])
+
+    def test_lower_priority_numbers_go_first(self):
+        for priority in (1, linger.MAX_INTEGER, -1, 0, linger.MIN_INTEGER):
+            self.broker.post("q", str(priority).encode(), priority=priority)
+        self.assertEqual(
+            self.bodies("q"),
+            [b"-9223372036854775808", b"-1", b"0", b"1", b"9223372036854775807"],
+        )
+
+    def test_channels_are_apart(self):
+        self.broker.post("a", b"1")
+        self.assertIsNone(self.broker.get("b"))
+
+    def test_a_message_stays_hidden_until_its_timeout(self):
+        self.broker.post("q", b"x", timeout=10)
+        self.broker.get("q")
+        self.clock.now += 9.9
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 0.1
+        message = self.broker.get("q")
+        self.assertEqual((message.delivered, message.lease), (2, 2))
+
+    def test_a_message_that_comes_back_has_its_old_place(self):
+        for body in (b"1", b"2", b"3"):
+            self.broker.post("q", body, timeout=10)
+        self.broker.get("q")
+        self.clock.now += 10
+        self.assertEqual(self.bodies("q"), [b"1", b"2", b"3"])
+
+    def test_a_message_is_delivered_exactly_as_often_as_allowed(self):
+        self.broker.post("q", b"x", timeout=1, deliver=3)
+        deliveries = 0
+        for _ in range(100):
+            deliveries += self.broker.get("q") is not None
+            self.clock.now += 0.1
+        self.assertEqual(deliveries, 3)
+        self.assertEqual(self.broker.stats()["current-messages"], 0)
+
+    def test_a_message_is_never_delivered_once_its_lingering_is_over(self):
+        self.broker.post("q", b"x", linger=5)
+        self.clock.now += 5
+        self.assertIsNone(self.broker.get("q"))
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
+        self.assertEqual(self.broker.counters["msg-retention"], 1)
+
+    def test_lingering_does_not_end_a_delivery_under_way(self):
+        id = self.broker.post("q", b"x", linger=5, timeout=10)
+        self.broker.get("q")
+        self.clock.now += 9
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 1})
+        self.broker.delete(id)
+
+    def test_a_message_whose_lingering_ended_in_flight_does_not_come_back(self):
+        self.broker.post("q", b"x", linger=5, timeout=10)
+        self.broker.get("q")
+        self.clock.now += 10
+        self.assertIsNone(self.broker.get("q"))
+
+    def test_a_deleted_message_is_gone(self):
+        id = self.broker.post("q", b"x", timeout=1)
+        self.broker.get("q")
+        self.broker.delete(id)
+        self.clock.now += 1
+        self.assertIsNone(self.broker.get("q"))
+        with self.assertRaises(linger.NotFound):
+            self.broker.delete(id)
+
+    def test_a_ready_message_can_be_deleted(self):
+        self.broker.delete(self.broker.post("q", b"x"))
+        self.assertIsNone(self.broker.get("q"))
+
+    def test_touch_starts_the_timeout_anew(self):
+        id = self.broker.post("q", b"x", timeout=10)
+        self.broker.get("q")
+        self.clock.now += 9
+        self.broker.touch(id)
+        self.clock.now += 9
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 1
+        self.assertEqual(self.broker.get("q").delivered, 2)
+
+    def test_touch_of_what_is_not_in_flight_is_a_conflict(self):
+        id = self.broker.post("q", b"x")
+        with self.assertRaisesRegex(linger.Conflict, "not in flight"):
+            self.broker.touch(id)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_touch_of_no_message_is_not_found(self):
+        with self.assertRaises(linger.NotFound):
+            self.broker.touch(77)
+
+    def test_a_lease_that_was_overtaken_counts_no_more(self):
+        id = self.broker.post("q", b"x", timeout=10)
+        first = self.broker.get("q").lease
+        self.clock.now += 10
+        second = self.broker.get("q").lease
+        self.assertGreater(second, first)
+        for call in (self.broker.touch, self.broker.delete):
+            with self.assertRaisesRegex(linger.Conflict, "overtaken"):
+                call(id, first)
+        self.broker.touch(id, second)
+        self.broker.delete(id, second)
+        with self.assertRaises(linger.NotFound):
+            self.broker.delete(id, second)
+
+    def test_a_late_call_before_the_next_delivery_still_counts(self):
+        id = self.broker.post("q", b"x", timeout=10)
+        lease = self.broker.get("q").lease
+        self.clock.now += 11
+        self.broker.touch(id, lease)
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 11
+        self.broker.delete(id, lease)
+
+    def test_an_undone_delivery_is_not_counted_and_its_lease_not_used_again(self):
+        self.broker.post("q", b"x", deliver=1)
+        first = self.broker.get("q")
+        self.broker.undo_take(first)
+        with self.assertRaises(linger.Conflict):
+            self.broker.touch(first.id, first.lease)
+        second = self.broker.get("q")
+        self.assertEqual(second.delivered, 1)
+        self.assertGreater(second.lease, first.lease)
+
+    def test_undoing_a_delivery_that_was_overtaken_changes_nothing(self):
+        self.broker.post("q", b"x", timeout=1)
+        first = self.broker.get("q")
+        self.clock.now += 1
+        second = self.broker.get("q")
+        self.broker.undo_take(first)
+        self.assertIsNone(self.broker.get("q"))
+        self.broker.delete(second.id, second.lease)
+
+    def test_drain_takes_all_away_but_subscriptions(self):
+        self.broker.subscribe("q", "t")
+        for _ in range(3):
+            self.broker.post("q", b"x")
+        self.broker.get("q")
+        self.broker.post("other", b"x")
+        self.broker.drain("q")
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
+        self.assertEqual(self.broker.channel_stats("other"), {"ready": 1, "hidden": 0})
+        self.assertEqual(self.broker.topics("q"), ["t"])
+
+    def test_a_channel_at_its_mark_takes_no_more(self):
+        self.restart(hlm=2)
+        self.broker.post("q", b"1")
+        self.broker.post("q", b"2")
+        self.broker.get("q")
+        with self.assertRaisesRegex(linger.Full, "high-level mark of 2"):
+            self.broker.post("q", b"3")
+        self.broker.post("other", b"1")
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 1})
+
+    def test_ids_never_repeat_also_after_a_restart(self):
+        id = self.broker.post("q", b"x")
+        self.broker.delete(id)
+        self.restart()
+        self.assertGreater(self.broker.post("q", b"x"), id)
+
+    def test_everything_is_there_after_a_restart(self):
+        self.broker.post("q", b"1", timeout=10, deliver=2)
+        self.broker.post("q", b"2", linger=20)
+        self.broker.subscribe("q", "t", priority=-1)
+        lease = self.broker.get("q").lease
+        self.restart()
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 1})
+        self.clock.now += 10
+        message = self.broker.get("q")
+        self.assertEqual((message.body, message.delivered), (b"1", 2))
+        self.assertGreater(message.lease, lease)
+        self.clock.now += 10
+        self.assertIsNone(self.broker.get("q"))
+        self.broker.publish("t", b"3")
+        self.assertEqual(self.broker.get("q").priority, -1)
+
+    def test_a_clock_set_back_hides_nothing_for_longer(self):
+        self.broker.post("q", b"x", timeout=10)
+        self.broker.get("q")
+        self.clock.now -= 3600
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 10
+        self.assertIsNotNone(self.broker.get("q"))
+
+    def test_a_clock_set_back_while_the_server_was_down_hides_nothing_for_longer(self):
+        self.clock.now = time.time()
+        self.restart()
+        self.broker.post("q", b"x", timeout=10)
+        self.broker.get("q")
+        self.broker.close()
+        self.clock.now -= 3600
+        self.broker = self.open()
+        self.clock.now += 11
+        self.assertIsNotNone(self.broker.get("q"))
+
+    def test_bad_messages_are_refused(self):
+        with self.assertRaises(linger.Malformed):
+            self.broker.post("q", b"")
+        with self.assertRaises(linger.TooLarge):
+            self.broker.post("q", b"x" * (linger.MAX_MESSAGE + 1))
+        for parameters in ({"timeout": 0}, {"deliver": -1}, {"linger": -1}, {"priority": 2**63}):
+            name = next(iter(parameters))
+            with self.subTest(name), self.assertRaisesRegex(linger.Malformed, name):
+                self.broker.post("q", b"x", **parameters)
+        self.broker.post("q", b"x" * linger.MAX_MESSAGE)
+
+    def test_names_are_text_without_control_characters(self):
+        for name in ("x", "a/b", "ü" * 127, "日本", "a b", "%"):
+            self.broker.post(name, b"x")
+        self.assertEqual(len(self.broker.channels()), 6)
+        for name in ("", "x" * 256, "ü" * 128, "a\nb", "\x7f", "\x9f", "\ud800", "\0"):
+            with self.subTest(name), self.assertRaises(linger.Malformed):
+                self.broker.post(name, b"x")
+
+
+class TopicTest(BrokerTest):
+    def test_each_subscriber_gets_a_copy_with_its_own_parameters(self):
+        self.broker.subscribe("a", "t", priority=4, timeout=5, deliver=6, linger=7)
+        self.broker.subscribe("b", "t")
+        published, dropped = self.broker.publish("t", b"news", "text/x")
+        self.assertEqual(dropped, [])
+        self.assertEqual(
+            self.broker.get("a"),
+            (published["a"], "a", 4, 5, 6, 1, 0, 7, "t", 1, "text/x", b"news"),
+        )
+        self.assertEqual(
+            self.broker.get("b"),
+            (published["b"], "b", 0, 30, 0, 1, 0, 0, "t", 1, "text/x", b"news"),
+        )
+
+    def test_nobody_subscribed_gives_nothing(self):
+        self.assertEqual(self.broker.publish("t", b"x"), ({}, []))
+        self.broker.post("q", b"x")
+        self.assertEqual(self.broker.publish("t", b"x"), ({}, []))
+
+    def test_empty_and_too_large_are_refused_also_when_nobody_is_subscribed(self):
+        with self.assertRaises(linger.Malformed):
+            self.broker.publish("t", b"")
+        with self.assertRaises(linger.TooLarge):
+            self.broker.publish("t", b"x" * (linger.MAX_MESSAGE + 1))
+
+    def test_a_channel_at_its_mark_is_left_out(self):
+        self.restart(hlm=1)
+        for channel in "abc":
+            self.broker.subscribe(channel, "t")
+        self.broker.post("b", b"x")
+        published, dropped = self.broker.publish("t", b"y")
+        self.assertEqual((sorted(published), dropped), (["a", "c"], ["b"]))
+        self.assertEqual(self.broker.publish("t", b"y"), ({}, ["a", "b", "c"]))
+
+    def test_subscribing_again_replaces_the_parameters(self):
+        self.broker.subscribe("a", "t", priority=4)
+        self.broker.subscribe("a", "t", timeout=5)
+        self.broker.publish("t", b"x")
+        message = self.broker.get("a")
+        self.assertEqual((message.priority, message.timeout), (0, 5))
+
+    def test_lists_are_sorted(self):
+        for channel in ("b", "a", "ä"):
+            for topic in ("z", "y"):
+                self.broker.subscribe(channel, topic)
+        self.assertEqual(self.broker.channels(), ["a", "b", "ä"])
+        self.assertEqual(self.broker.topics(), ["y", "z"])
+        self.assertEqual(self.broker.topics("a"), ["y", "z"])
+        self.assertEqual(self.broker.subscribers("z"), ["a", "b", "ä"])
+
+    def test_an_ended_subscription_gets_nothing(self):
+        self.broker.subscribe("a", "t")
+        self.broker.unsubscribe("a", "t")
+        self.broker.unsubscribe("a", "t")
+        self.assertEqual(self.broker.publish("t", b"x"), ({}, []))
+        self.assertEqual((self.broker.topics(), self.broker.channels()), ([], []))
+        self.assertEqual(self.broker.counters["subscription-delete"], 1)
+
+    def test_a_published_copy_lingers_as_its_subscription_says(self):
+        self.broker.subscribe("a", "t", linger=5)
+        self.broker.publish("t", b"x")
+        self.clock.now += 5
+        self.assertIsNone(self.broker.get("a"))
+
+
+class WaitingTest(BrokerTest):
+    def test_a_post_is_handed_to_a_consumer_that_waits(self):
+        future = self.park("q")
+        id = self.broker.post("q", b"x")
+        self.assertEqual(future.result(PATIENCE).id, id)
+
+    def test_consumers_are_served_in_the_order_in_which_they_came(self):
+        futures = [self.park("q") for _ in range(5)]
+        self.broker.subscribe("q", "t")
+        ids = [self.broker.post("q", b"x") for _ in range(4)]
+        ids += self.broker.publish("t", b"x")[0].values()
+        self.assertEqual([future.result(PATIENCE).id for future in futures], ids)
+
+    def test_one_message_wakes_one_consumer(self):
+        futures = [self.park("q") for _ in range(3)]
+        self.broker.post("q", b"x")
+        futures[0].result(PATIENCE)
+        self.assertEqual(len(self.broker._waiting["q"]), 2)
+        self.assertFalse(futures[1].done() or futures[2].done())
+        self.broker.stop_waiting()
+        self.assertEqual([f.result(PATIENCE) for f in futures[1:]], [None, None])
+
+    def test_a_timed_out_message_is_handed_to_a_consumer_that_waits(self):
+        self.broker.post("q", b"x", timeout=10)
+        self.broker.get("q")
+        future = self.park("q")
+        self.clock.now += 10
+        self.broker.settle()
+        self.assertEqual(future.result(PATIENCE).delivered, 2)
+
+    def test_many_timed_out_messages_wake_as_many_consumers(self):
+        for _ in range(3):
+            self.broker.post("q", b"x", timeout=10)
+            self.broker.get("q")
+        futures = [self.park("q") for _ in range(4)]
+        self.clock.now += 10
+        self.broker.settle()
+        self.assertEqual([f.result(PATIENCE).id for f in futures[:3]], [1, 2, 3])
+        self.assertFalse(futures[3].done())
+        self.broker.post("q", b"y")
+        self.assertEqual(futures[3].result(PATIENCE).body, b"y")
+
+    def test_the_ticker_wakes_at_the_moment_when_a_message_is_due(self):
+        broker = linger.Broker(linger.Store())
+        self.addCleanup(broker.close)
+        broker.post("q", b"x", timeout=1)
+        broker.get("q")
+        start = time.monotonic()
+        self.assertIsNotNone(broker.get("q", 10))
+        self.assertAlmostEqual(time.monotonic() - start, 1, delta=0.2)
+
+    def test_a_wait_ends_in_time(self):
+        broker = linger.Broker(linger.Store())
+        self.addCleanup(broker.close)
+        start = time.monotonic()
+        self.assertIsNone(broker.get("q", 0.05))
+        self.assertGreaterEqual(time.monotonic() - start, 0.05)
+        self.assertEqual(broker._waiting, {})
+
+    def test_a_vanished_consumer_is_passed_over(self):
+        gone = threading.Event()
+        vanished = self.park("q", vanished=gone.is_set)
+        present = self.park("q")
+        gone.set()
+        id = self.broker.post("q", b"x")
+        self.assertEqual(present.result(PATIENCE).id, id)
+        self.assertIsNone(vanished.result(PATIENCE))
+
+    def test_an_undone_delivery_goes_to_the_next_consumer(self):
+        message_id = self.broker.post("q", b"x")
+        message = self.broker.get("q")
+        future = self.park("q")
+        self.broker.undo_take(message)
+        self.assertEqual(future.result(PATIENCE).id, message_id)
+        self.assertEqual(future.result().delivered, 1)
+
+    def test_a_dismissed_waiter_gets_nothing(self):
+        waiter = self.broker.waiter("q")
+        future = self.thread(self.broker.get_for, waiter, PATIENCE)
+        until(lambda: "q" in self.broker._waiting)
+        self.broker.dismiss(waiter)
+        self.assertIsNone(future.result(PATIENCE))
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
+
+    def test_a_consumer_that_found_nothing_waits_in_its_old_place(self):
+        futures = [self.park("q") for _ in range(3)]
+        with self.broker._lock:
+            first, second = list(self.broker._waiting["q"].values())[:2]
+        for waiter in (second, first):  # called for nothing, in the wrong order even
+            with self.broker._lock:
+                self.broker._leave(waiter)
+            self.broker._park(waiter)
+        with self.broker._lock:
+            tickets = list(self.broker._waiting["q"])
+        self.assertEqual(tickets, sorted(tickets))
+        ids = [self.broker.post("q", b"x") for _ in range(3)]
+        self.assertEqual([future.result(PATIENCE).id for future in futures], ids)
+
+    def test_a_failed_take_passes_the_call_on(self):
+        first, second = self.park("q"), self.park("q")
+        self.broker.post("other", b"x")
+        run, broken = self.broker._store._transact, [True]
+
+        def fail_takes(batch):
+            if any(o.statements == linger.TAKE for o in batch) and broken:
+                broken.pop()
+                raise sqlite3.OperationalError("disk I/O error")
+            run(batch)
+
+        # the shared transaction fails, then the take's own
+        broken *= 2
+        self.broker._store._transact = fail_takes
+        self.broker.post("q", b"x")
+        with self.assertRaises(linger.Unavailable):
+            first.result(PATIENCE)
+        self.assertEqual(second.result(PATIENCE).body, b"x")
+
+    def test_no_wake_up_is_lost_in_a_crowd(self):
+        total, taken = 2000, []
+
+        def consume(_):
+            while (message := self.broker.get("q", PATIENCE)).body != b"end":
+                taken.append(message.id)
+                self.broker.delete(message.id)
+
+        def produce(_):
+            for _ in range(total // 4):
+                self.broker.post("q", b"x")
+
+        with ThreadPoolExecutor(12) as pool:
+            consumers = [pool.submit(consume, n) for n in range(8)]
+            list(pool.map(produce, range(4)))
+            for _ in consumers:
+                self.broker.post("q", b"end", priority=1)
+            for consumer in consumers:
+                consumer.result(PATIENCE)
+        self.assertEqual(len(taken), total)
+        self.assertEqual(len(set(taken)), total)
+
+    def test_nobody_waits_once_the_broker_stops(self):
+        future = self.park("q")
+        self.broker.stop_waiting()
+        self.assertIsNone(future.result(PATIENCE))
+        self.assertIsNone(self.broker.get("q", PATIENCE))
+
+
+class StatsTest(BrokerTest):
+    def test_all_names_of_linger_1_are_there_and_start_at_zero(self):
+        stats = self.broker.stats()
+        for name in linger.COUNTERS:
+            self.assertEqual(stats.pop(name), 0, name)
+        self.assertEqual(
+            sorted(stats),
+            sorted(
+                [
+                    "start",
+                    "current-topics",
+                    "current-subscriptions",
+                    "current-channels",
+                    "current-messages",
+                    "current-messages-ready",
+                    "current-messages-hidden",
+                    "current-messages-urgent",
+                    "current-messages-niced",
+                    "current-uptime",
+                    "db-file",
+                    "db-size",
+                    "pid",
+                    "rusage-utime",
+                    "rusage-stime",
+                    "version",
+                    "msg-max-id",
+                    "msg-max-size",
+                    "id",
+                    "hostname",
+                ]
+            ),
+        )
+
+    def test_counters_count(self):
+        self.broker.subscribe("q", "t")
+        self.broker.publish("t", b"x")
+        id = self.broker.post("q", b"x", timeout=1, priority=-1)
+        self.broker.post("q", b"x", priority=1)
+        self.broker.get("q")
+        self.broker.touch(id)
+        self.clock.now += 1
+        self.broker.get("nothing")
+        self.broker.delete(id)
+        self.broker.drain("other")
+        self.broker.unsubscribe("q", "t")
+        expected = {
+            "msg-add": 3, "msg-get": 2, "delivered": 1, "msg-hide": 1, "msg-show": 4,
+            "msg-timeouts": 1, "msg-retention": 0, "msg-touch": 1, "msg-delete": 1, "publish": 1,
+            "channel-create": 0, "channel-remove": 0, "channel-drain": 1, "subscription-add": 1,
+            "subscription-delete": 1,
+        }  # fmt: skip
+        self.assertEqual(self.broker.counters, expected)
+
+    def test_what_there_is_is_counted(self):
+        self.broker.subscribe("a", "t")
+        self.broker.subscribe("b", "t")
+        for priority in (-1, -2, 0, 5):
+            self.broker.post("q", b"x", priority=priority)
+        self.broker.get("q")
+        stats = self.broker.stats()
+        names = ("topics", "subscriptions", "channels", "messages", "messages-ready",
+                 "messages-hidden", "messages-urgent", "messages-niced")  # fmt: skip
+        self.assertEqual([stats[f"current-{n}"] for n in names], [1, 2, 3, 4, 3, 1, 2, 1])
+        self.assertEqual(stats["msg-max-id"], 4)
+
+    def test_kept_counts_agree_with_the_rows(self):
+        for n in range(40):
+            self.broker.post(f"q{n % 4}", b"x", timeout=1 + n % 3, deliver=n % 3, linger=n % 5)
+        for n in range(30):
+            self.broker.get(f"q{n % 4}")
+            self.clock.now += 0.2
+            with contextlib.suppress(linger.LingerError):
+                self.broker.delete(n)
+        self.broker.settle()
+        counted, kept = self.broker._store.read(
+            "select channel, sum(state = 0), sum(state = 1)"
+            " from messages group by channel order by channel",
+            "select name, ready, hidden from channels order by name",
+        )
+        self.assertEqual(counted, kept)
+
+    def test_a_channel_is_listed_for_three_minutes_after_its_last_consumer(self):
+        future = self.park("q")
+        self.assertEqual(self.broker.channels(), ["q"])
+        self.broker.post("q", b"x")
+        self.broker.delete(future.result(PATIENCE).id)
+        self.clock.now += 179
+        self.assertEqual(self.broker.channels(), ["q"])
+        self.clock.now += 1
+        self.assertEqual(self.broker.channels(), [])
+        counters = self.broker.counters
+        self.assertEqual((counters["channel-create"], counters["channel-remove"]), (1, 1))
+
+
+# -- the HTTP server -----------------------------------------------------------------------------
+
+
+class ServerTest(Folder):
+    """A server in this process, raw bytes in and out."""
+
+    options = types.MappingProxyType({})
+
+    def setUp(self):
+        super().setUp()
+        self.server = linger.serve(**self.options)
+        self.addCleanup(self.server.close)
+        self.broker = self.server.broker
+        self.address = self.server.server_address[:2]
+
+    def connect(self):
+        connection = socket.create_connection(self.address, PATIENCE)
+        self.addCleanup(connection.close)
+        return connection
+
+    def talk(self, *pieces, half_close=True):
+        """All that the server sends for the bytes sent, until it closes."""
+        with self.connect() as connection:
+            for piece in pieces:
+                connection.sendall(piece)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                return b"".join(iter(lambda: connection.recv(65_536), b""))
+        return b""
+
+    def statuses(self, *pieces, **options):
+        """The statuses of all answers to the bytes sent."""
+        return [int(s) for s in re.findall(rb"HTTP/1\.1 ([0-9]+)", self.talk(*pieces, **options))]
+
+    def call(self, method, path, body=None, headers=None):
+        """A request as an ordinary client makes it: (status, headers, body)."""
+        client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        with contextlib.closing(client):
+            client.request(method, path, body, headers or {})
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+    def json(self, method, path, body=None, headers=None):
+        status, _, text = self.call(method, path, body, headers)
+        return status, json.loads(text) if text else None
+
+    def park(self, channel="q", query=""):
+        """A connection whose GET waits."""
+        waiting = len(self.broker._waiting.get(channel, ()))
+        connection = self.connect()
+        connection.sendall(f"GET /channels/{channel}{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        until(lambda: len(self.broker._waiting.get(channel, ())) > waiting)
+        return connection
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+class CallTest(ServerTest):
+    """Every call of the API, as an ordinary client sees it."""
+
+    def test_welcome_tells_who_answers(self):
+        status, value = self.json("GET", "/")
+        self.assertEqual(status, 200)
+        self.assertEqual(list(value), ["Linger", "version", "id", "hostname"])
+        self.assertEqual(value["Linger"], "Welcome")
+
+    def test_a_message_goes_in_and_out(self):
+        status, headers, body = self.call(
+            "POST", "/channels/q?priority=-2&timeout=9&deliver=3&linger=60", b"\0\xff",
+            {"Content-Type": "image/x"},
+        )  # fmt: skip
+        self.assertEqual((status, body), (202, b'{"id":1}\n'))
+        self.assertEqual(headers["Content-Type"], "application/json")
+        status, headers, body = self.call("GET", "/channels/q")
+        self.assertEqual((status, body, headers["Content-Type"]), (200, b"\0\xff", "image/x"))
+        self.assertEqual(headers["Cache-Control"], "no-store")
+        mine = {name: value for name, value in headers.items() if name.startswith("x-linger-")}
+        self.assertEqual(
+            mine,
+            {
+                "x-linger-msg-id": "1", "x-linger-channel": "q", "x-linger-priority": "-2",
+                "x-linger-timeout": "9", "x-linger-deliver": "3", "x-linger-delivered": "1",
+                "x-linger-received": "0", "x-linger-linger": "60", "x-linger-topic": "",
+                "x-linger-lease": "1",
+            },
+        )  # fmt: skip
+
+    def test_an_empty_channel_is_204_with_its_name_and_no_length(self):
+        status, headers, body = self.call("GET", "/channels/q?nowait")
+        self.assertEqual((status, body, headers["x-linger-channel"]), (204, b"", "q"))
+        self.assertIsNone(headers["Content-Length"])
+        self.assertEqual(self.call("GET", "/channels/q?nowait=1")[0], 204)
+        self.assertEqual(self.call("GET", "/channels/q?wait=0")[0], 204)
+
+    def test_the_type_is_text_plain_when_none_was_given(self):
+        self.talk(b"POST /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
+        self.assertEqual(self.call("GET", "/channels/q")[1]["Content-Type"], "text/plain")
+
+    def test_a_form_with_msg_is_that_message(self):
+        self.call("POST", "/channels/q?priority=1", "msg=+a%00%0D%26b+&priority=5", FORM)
+        _, headers, body = self.call("GET", "/channels/q")
+        self.assertEqual((body, headers["x-linger-priority"]), (b" a\0\r&b ", "5"))
+        self.assertEqual(headers["Content-Type"], "text/plain")
+
+    def test_a_form_without_msg_is_itself_the_message(self):
+        for body in (b"hello", b"100% sure & so on", b"a=1&timeout=9"):
+            with self.subTest(body):
+                self.call("POST", "/channels/q", body, FORM)
+                _, headers, taken = self.call("GET", "/channels/q")
+                self.assertEqual((taken, headers["Content-Type"]), (body, *FORM.values()))
+        self.assertEqual(headers["x-linger-timeout"], "9")
+
+    def test_a_multipart_form_with_msg_is_that_message(self):
+        form = (
+            b'--B\r\nContent-Disposition: form-data; name="timeout"\r\n\r\n7\r\n'
+            b'--B\r\nContent-Disposition: form-data; name="msg"; filename="f"\r\n'
+            b"Content-Type: image/x\r\n\r\n \r\n--\xff\0\r\n--B--\r\n"
+        )
+        self.call(
+            "POST", "/channels/q", form, {"Content-Type": 'multipart/form-data; boundary="B"'}
+        )
+        _, headers, body = self.call("GET", "/channels/q")
+        self.assertEqual((body, headers["x-linger-timeout"]), (b" \r\n--\xff\0", "7"))
+
+    def test_a_broken_multipart_form_is_400(self):
+        for type, body in (
+            ("multipart/form-data", b"--B--"),
+            ("multipart/form-data; boundary=B", b"--B\r\nno end"),
+            ("multipart/form-data; boundary=B", b"--B\r\n\r\nno name\r\n--B--"),
+            ("multipart/form-data; boundary=B", b"--B\r\n" * 200 + b"--B--"),
+        ):
+            with self.subTest(body):
+                self.assertEqual(
+                    self.call("POST", "/channels/q", body, {"Content-Type": type})[0], 400
+                )
+        self.assertEqual(self.broker.stats()["current-messages"], 0)
+
+    def test_msg_in_the_query_is_the_message_when_there_is_no_body(self):
+        self.call("POST", "/channels/q?msg=a%20b+c")
+        self.assertEqual(self.call("GET", "/channels/q")[2], b"a b c")
+        self.call("POST", "/channels/q?msg=query", "body", {"Content-Type": "x/y"})
+        self.assertEqual(self.call("GET", "/channels/q")[2], b"body")
+
+    def test_bad_parameters_are_400_and_named(self):
+        for text in ("1.5", "1e3", "NaN", "9" * 30, "", "%FF", "0x1", "1_0", " 1"):
+            for name in ("priority", "timeout", "deliver", "linger"):
+                with self.subTest(name=name, text=text):
+                    query = f"?{name}={urllib.parse.quote(text, safe='%')}"
+                    for path in ("/channels/q", "/channels/q/topics/t"):
+                        method = "PUT" if "topics" in path else "POST"
+                        status, value = self.json(
+                            method, path + query, "x", {"Content-Type": "a/b"}
+                        )
+                        self.assertEqual(status, 400)
+                        self.assertIn(name, value["error"])
+        for query in ("timeout=0", "deliver=-1", "linger=-1"):
+            self.assertEqual(self.call("POST", f"/channels/q?{query}", "x")[0], 400)
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_integers_may_be_signed_and_unknown_parameters_are_ignored(self):
+        path = "/channels/q?priority=%2B5&topic=x&nonsense=1"
+        self.assertEqual(self.call("POST", path, "x")[0], 202)
+        self.assertEqual(self.call("GET", "/channels/q")[1]["x-linger-priority"], "5")
+
+    def test_an_empty_message_is_400_and_a_too_large_one_413(self):
+        self.assertEqual(self.call("POST", "/channels/q")[0], 400)
+        self.assertEqual(self.call("POST", "/channels/q", "msg=", FORM)[0], 400)
+        limit = linger.MAX_MESSAGE
+        self.assertEqual(self.call("POST", "/channels/q", b"x" * limit)[0], 202)
+        self.assertEqual(self.call("POST", "/channels/q", b"x" * (limit + 1))[0], 413)
+        self.assertEqual(self.call("POST", "/channels/q", b"msg=" + b"x" * limit, FORM)[0], 202)
+        too_long = b"msg=" + b"x" * (limit + 1)
+        self.assertEqual(self.call("POST", "/channels/q", too_long, FORM)[0], 413)
+
+    def test_names_are_percent_encoded_utf_8(self):
+        for name in ("a/b", "日本 語", "ü", "%", "a?b#c", "a,b", "."):
+            part = urllib.parse.quote(name, safe="")
+            with self.subTest(name):
+                self.assertEqual(self.call("POST", f"/channels/{part}", "x")[0], 202)
+                header = self.call("GET", f"/channels/{part}")[1]["x-linger-channel"]
+                visible = re.fullmatch("[!-~]*", name)
+                self.assertEqual(header, name if visible else part)
+                self.assertIn(name, self.json("GET", "/channels")[1]["channels"])
+
+    def test_bad_names_are_400(self):
+        for part in ("%", "%4", "%zz", "%ff", "%C3%28", "a%0Ab", "%7F", "x" * 256, ""):
+            with self.subTest(part):
+                self.assertEqual(self.call("POST", f"/channels/{part}", "x")[0], 400)
+                self.assertEqual(self.call("GET", f"/topics/{part}/channels")[0], 400)
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_no_name_or_type_can_break_a_header(self):
+        self.call("PUT", "/channels/q/topics/%E4%BD%A0%20x")
+        self.call("POST", "/topics/%E4%BD%A0%20x", "y", {"Content-Type": "text/\xe4"})
+        _, headers, _ = self.call("GET", "/channels/q")
+        self.assertEqual(headers["x-linger-topic"], "%E4%BD%A0%20x")
+        self.assertEqual(headers["Content-Type"], "text/\xe4")
+
+    def test_drain_and_stats(self):
+        self.call("POST", "/channels/q", "1")
+        self.call("POST", "/channels/q", "2")
+        self.call("GET", "/channels/q")
+        self.assertEqual(self.call("GET", "/channels/q/stats")[2], b'{"ready":1,"hidden":1}\n')
+        self.assertEqual(self.call("DELETE", "/channels/q")[0], 204)
+        self.assertEqual(self.json("GET", "/channels/q/stats")[1], {"ready": 0, "hidden": 0})
+
+    def test_subscribe_publish_unsubscribe(self):
+        self.assertEqual(self.call("PUT", "/channels/a/topics/t?priority=3")[0], 204)
+        self.assertEqual(self.call("PUT", "/channels/b/topics/t", "timeout=8", FORM)[0], 204)
+        self.assertEqual(self.json("GET", "/topics"), (200, {"topics": ["t"]}))
+        self.assertEqual(self.json("GET", "/channels/a/topics"), (200, {"topics": ["t"]}))
+        self.assertEqual(self.json("GET", "/topics/t/channels"), (200, {"channels": ["a", "b"]}))
+        self.assertEqual(self.json("POST", "/topics/t", "x"), (202, {"a": 1, "b": 2}))
+        self.assertEqual(self.call("GET", "/channels/a")[1]["x-linger-priority"], "3")
+        headers = self.call("GET", "/channels/b")[1]
+        self.assertEqual((headers["x-linger-timeout"], headers["x-linger-topic"]), ("8", "t"))
+        for _ in range(2):
+            self.assertEqual(self.call("DELETE", "/channels/a/topics/t")[0], 204)
+        self.assertEqual(self.json("POST", "/topics/nobody", "x"), (202, {}))
+        self.assertEqual(self.call("POST", "/topics/nobody", "")[0], 400)
+
+    def test_delete_and_touch(self):
+        self.call("POST", "/channels/q", "x")
+        self.assertEqual(self.call("POST", "/messages/1/touch")[0], 409)
+        lease = self.call("GET", "/channels/q")[1]["x-linger-lease"]
+        self.assertEqual(self.call("POST", f"/messages/1/touch?lease={lease}")[0], 204)
+        self.assertEqual(self.call("POST", "/messages/1/touch")[0], 204)
+        self.assertEqual(self.call("DELETE", "/messages/1?lease=77")[0], 409)
+        self.assertEqual(self.call("DELETE", f"/messages/1?lease={lease}")[0], 204)
+        for method, path in (("DELETE", "/messages/1"), ("POST", "/messages/1/touch")):
+            self.assertEqual(self.call(method, path)[0], 404)
+            self.assertEqual(self.call(method, path.replace("1", "-1"))[0], 404)
+            self.assertEqual(self.call(method, path.replace("1", "x"))[0], 400)
+
+    def test_stats_and_health(self):
+        self.assertEqual(self.json("GET", "/stats")[1]["version"], linger.__version__)
+        self.assertEqual(self.json("GET", "/health"), (200, {"healthy": True}))
+
+    def test_an_unhealthy_server_says_503(self):
+        with unittest.mock.patch.object(
+            linger.Store, "check_room", side_effect=linger.Full("full")
+        ):
+            status, headers, _ = self.call("GET", "/health")
+            self.assertEqual((status, headers["Retry-After"]), (503, "1"))
+            self.assertEqual(self.call("POST", "/channels/q", "x")[0], 507)
+
+    def test_a_wait_is_0_to_3600_seconds(self):
+        for wait in ("-1", "3601", "x", ""):
+            self.assertEqual(self.call("GET", f"/channels/q?wait={wait}")[0], 400)
+
+    def test_a_mistake_of_ours_is_500_and_logged_and_the_server_goes_on(self):
+        broken = unittest.mock.patch.object(linger.Broker, "topics", side_effect=ZeroDivisionError)
+        with broken, contextlib.redirect_stderr(io.StringIO()) as log:
+            status, value = self.json("GET", "/topics")
+        self.assertEqual(status, 500)
+        self.assertNotIn("ZeroDivision", value["error"])
+        self.assertIn("ZeroDivisionError", log.getvalue())
+        self.assertEqual(self.call("GET", "/topics")[0], 200)
+
+
+class MarkTest(ServerTest):
+    options = types.MappingProxyType({"hlm": 1})
+
+    def test_a_full_channel_is_507_and_left_out_of_a_publication(self):
+        for part in ("a", "%C3%BC%2C"):
+            self.call("PUT", f"/channels/{part}/topics/t")
+            self.assertEqual(self.call("POST", f"/channels/{part}", "x")[0], 202)
+            self.assertEqual(self.call("POST", f"/channels/{part}", "x")[0], 507)
+        self.call("PUT", "/channels/free/topics/t")
+        status, headers, body = self.call("POST", "/topics/t", "x")
+        self.assertEqual((status, body), (202, b'{"free":3}\n'))
+        self.assertEqual(headers["x-linger-dropped"], "a,%C3%BC%2C")
+
+
+class WireTest(ServerTest):
+    """Requests as bytes: RFC 9110 and 9112, and who abuses them."""
+
+    options = types.MappingProxyType({"read_timeout": 1})
+
+    CANARY = b"POST /channels/canary HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx"
+
+    def test_requests_that_are_served(self):
+        host = b"Host: x\r\n"
+        for request, expected in (
+            (b"GET /topics HTTP/1.1\r\n" + host + b"\r\n", [200]),
+            (b"\r\n\r\nGET /topics HTTP/1.1\r\n" + host + b"\r\n", [200]),
+            (b"GET http://x/topics HTTP/1.1\r\n" + host + b"\r\n", [200]),
+            (b"GET http://x?a=1 HTTP/1.1\r\n" + host + b"\r\n", [200]),
+            (b"GET /topics HTTP/1.0\r\n\r\n" + CALL, [200]),
+            (b"GET /topics HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + CALL, [200]),
+            (b"GET /topics HTTP/1.1\r\nConnection: x, CLOSE\r\n" + host + b"\r\n" + CALL, [200]),
+            (b"GET /topics HTTP/1.1\r\nConnection: closed\r\n" + host + b"\r\n" + CALL, [200, 200]),
+            (b"GET /topics HTTP/1.2\r\n" + host + b"\r\n", [200]),
+            (b"GET /topics HTTP/1.1\r\nHOST:x\r\nA:\r\nB: \t x\xff \r\n\r\n", [200]),
+            (b"HEAD /topics HTTP/1.1\r\n" + host + b"\r\n" + CALL, [200, 200]),
+            (b"OPTIONS * HTTP/1.1\r\n" + host + b"\r\n", [204]),
+            (b"OPTIONS /topics HTTP/1.1\r\n" + host + b"\r\n", [204]),
+            (
+                b"GET /topics HTTP/1.1\r\n" + host + b"Content-Length: 5\r\n\r\nhello" + CALL,
+                [200, 200],
+            ),
+            (b"GET /" + b"x" * 8000 + b" HTTP/1.1\r\n" + host + b"\r\n", [404]),
+            (CALL * 20, [200] * 20),
+        ):
+            with self.subTest(request[:60]):
+                self.assertEqual(self.statuses(request), expected)
+
+    def test_requests_that_are_refused_and_the_connection_closed(self):
+        get, post = b"GET / HTTP/1.1\r\nHost: x\r\n", b"POST /channels/q HTTP/1.1\r\nHost: x\r\n"
+        chunked = post + b"Transfer-Encoding: chunked\r\n\r\n"
+        length = post + b"Content-Length: "
+        for request, status in (
+            (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\nContent-Length: 9\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rContent-Length: 9\r\n\r\n", 400),
+            (get + b"A: b\0c\r\n\r\n", 400),
+            (get + b"A : b\r\n\r\n", 400),
+            (get + b"A: b\r\n folded\r\n\r\n", 400),
+            (get + b" A: b\r\n\r\n", 400),
+            (get + b"no colon\r\n\r\n", 400),
+            (get + b": no name\r\n\r\n", 400),
+            (get + b"Host: x\r\n\r\n", 400),
+            (get + b"(A): b\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost:\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: x:port\r\n\r\n", 400),
+            (b"GET /\r\n\r\n", 400),
+            (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
+            (b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET\t/\tHTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET / http/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/11\r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+            (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET ftp://x/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET http:// HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET http://a@b/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET /#x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET /" + b"x" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+            (b"GET /" + b"x" * 100_000, 414),
+            (get + b"A: " + b"x" * 9_000 + b"\r\n\r\n", 431),
+            (get + b"A: b\r\n" * 300 + b"\r\n", 431),
+            (get + b"A: b\r\n" * 20_000, 431),
+            (length + b"5\r\nContent-Length: 5\r\n\r\nhello", 400),
+            (length + b"5\r\nContent-Length: 6\r\n\r\nhello", 400),
+            (length + b"5, 5\r\n\r\nhello", 400),
+            (length + b"+5\r\n\r\nhello", 400),
+            (length + b"-5\r\n\r\nhello", 400),
+            (length + b"0_5\r\n\r\nhello", 400),
+            (length + b"0x5\r\n\r\nhello", 400),
+            (length + b"5\xa0\r\n\r\nhello", 400),
+            (length + b"\xb2\r\n\r\nhello", 400),
+            (length + b"\r\n\r\nhello", 400),
+            (length + b"1000000000000\r\n\r\n", 413),
+            (length + b"9" * 30 + b"\r\n\r\n", 413),
+            (length + b"5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+            (post + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+            (post + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
+            (post + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+            (post + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 400),
+            (post + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n", 400),
+            (post + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n", 400),
+            (post + b"Transfer-Encoding:\r\n\r\n0\r\n\r\n", 501),
+            (post.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+            (post + b"Content-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx", 415),
+            (post + b"Expect: a-miracle\r\nContent-Length: 1\r\n\r\nx", 417),
+            (chunked + b"\r\n", 400),
+            (chunked + b"x\r\n", 400),
+            (chunked + b"0x1\r\nx\r\n0\r\n\r\n", 400),
+            (chunked + b"+1\r\nx\r\n0\r\n\r\n", 400),
+            (chunked + b"-1\r\nx\r\n0\r\n\r\n", 400),
+            (chunked + b"1_0\r\nx\r\n0\r\n\r\n", 400),
+            (chunked + b" 1\r\nx\r\n0\r\n\r\n", 400),
+            (chunked + b"1\nx\n0\n\n", 400),
+            (chunked + b"1\r\nxy\r\n0\r\n\r\n", 400),
+            (chunked + b"1\r\nx\n\n0\r\n\r\n", 400),
+            (chunked + b"1;a\nb\r\nx\r\n0\r\n\r\n", 400),
+            (chunked + b"1;" + b"x" * 300 + b"\r\nx\r\n0\r\n\r\n", 400),
+            (chunked + b"f" * 20 + b"\r\nx\r\n0\r\n\r\n", 400),
+            (chunked + b"ffffffff\r\n", 413),
+            (chunked + b"0\r\nbad trailer\r\n\r\n", 400),
+            (chunked + b"0\r\n" + b"A: b\r\n" * 2_000 + b"\r\n", 400),
+        ):
+            with self.subTest(request[:90]):
+                self.assertEqual(self.statuses(request + self.CANARY), [status])
+                self.assertEqual(self.broker.channels(), [])
+
+    def test_a_request_that_ends_too_early_is_not_processed(self):
+        post = b"POST /channels/q HTTP/1.1\r\nHost: x\r\n"
+        for request in (
+            post,
+            post + b"Content-Length: 5\r\n\r\nhell",
+            post + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhell",
+            post + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n",
+        ):
+            with self.subTest(request):
+                self.assertEqual(self.statuses(request), [400])
+                self.assertEqual(self.broker.channels(), [])
+
+    def test_errors_after_a_whole_request_leave_the_connection_usable(self):
+        host = b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+        for line, status in (
+            (b"GET /nowhere", 404),
+            (b"GET /channels/x/y", 404),
+            (b"PUT /topics", 405),
+            (b"PATCH /topics", 405),
+            (b"HEAD /channels/x", 405),
+            (b"BREW /topics", 501),
+            (b"get /topics", 501),
+            (b"POST /channels/%zz", 400),
+            (b"POST /channels/x?timeout=0", 400),
+            (b"DELETE /messages/1", 404),
+            (b"DELETE /messages/1?" + b"a&" * 200, 400),
+        ):
+            with self.subTest(line):
+                answers = self.talk(line + host + CALL)
+                self.assertEqual(
+                    re.findall(rb"HTTP/1\.1 ([0-9]+)", answers), [b"%d" % status, b"200"]
+                )
+                if line.startswith(b"HEAD"):
+                    continue
+                head, _, rest = answers.partition(b"\r\n\r\n")
+                self.assertIn(b"Content-Type: application/json\r\n", head)
+                error, newline, _ = rest.partition(b"\n")
+                self.assertTrue(json.loads(error)["error"] and newline)
+
+    def test_405_tells_the_methods_that_are_allowed(self):
+        for path, allowed in (
+            ("/topics", "GET, HEAD, OPTIONS"),
+            ("/channels/x", "GET, POST, DELETE, OPTIONS"),
+            ("/messages/1/touch", "POST, OPTIONS"),
+        ):
+            self.assertEqual(self.call("PATCH", path)[1]["Allow"], allowed)
+            self.assertEqual(self.call("OPTIONS", path)[1]["Allow"], allowed)
+
+    def test_head_answers_like_get_and_takes_nothing(self):
+        self.broker.post("q", b"x")
+        for path in ("/", "/channels", "/channels/q/stats", "/topics"):
+            get, head = self.call("GET", path), self.call("HEAD", path)
+            self.assertEqual((head[0], head[2]), (200, b""))
+            self.assertEqual(get[1]["Content-Length"], head[1]["Content-Length"])
+        self.assertEqual(self.call("HEAD", "/channels/q")[0], 405)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_every_answer_has_date_server_and_length(self):
+        for path in ("/", "/nowhere", "/channels/q?nowait"):
+            status, headers, body = self.call("GET", path)
+            self.assertEqual(headers["Server"], f"Linger/{linger.__version__}")
+            self.assertRegex(headers["Date"], r"^\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT$")
+            if status != 204:
+                self.assertEqual(int(headers["Content-Length"]), len(body))
+
+    def test_a_request_may_come_one_byte_at_a_time(self):
+        request = (
+            b"POST /channels/q HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"3;a=b\r\nabc\r\n00A \r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+        )
+        self.assertEqual(self.statuses(*(request[i : i + 1] for i in range(len(request)))), [202])
+        self.assertEqual(self.broker.get("q").body, b"abc0123456789")
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        with self.connect() as connection:
+            connection.sendall(
+                b"".join(b"GET /topics/%d HTTP/1.1\r\nHost: x\r\n\r\n" % n for n in range(3))
+                + self.CANARY
+                + b"GET /channels/canary/stats HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            )
+            answers = b"".join(iter(lambda: connection.recv(65_536), b""))
+        self.assertEqual(
+            re.findall(rb"HTTP/1\.1 ([0-9]+)", answers), [b"405", b"405", b"405", b"202", b"200"]
+        )
+        self.assertTrue(answers.endswith(b'{"ready":1,"hidden":0}\n'))
+
+    def test_expect_100_continue_is_answered_before_the_body(self):
+        head = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: "
+        with self.connect() as connection:
+            connection.sendall(head + b"1\r\n\r\n")
+            self.assertEqual(connection.recv(1000), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(b"x")
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 202 "))
+        self.assertEqual(self.statuses(head + b"999999999\r\n\r\n"), [413])
+        old = head.replace(b"1.1", b"1.0") + b"1\r\n\r\n"
+        self.assertEqual(self.statuses(old, b"x"), [202])
+
+    def test_an_error_can_be_read_while_the_body_is_still_being_sent(self):
+        head = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n"
+        self.assertEqual(self.statuses(head, b"x" * 2_000_000), [413])
+
+    def test_a_head_that_takes_too_long_is_408(self):
+        start = time.monotonic()
+        with self.connect() as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nA: ")
+            with contextlib.suppress(OSError):
+                while not select.select([connection], [], [], 0.1)[0]:
+                    connection.sendall(b"x")
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 408 "))
+        self.assertLess(time.monotonic() - start, 3)
+
+    def test_a_body_that_takes_too_long_is_408_and_not_kept(self):
+        for framing in (
+            b"Content-Length: 9\r\n\r\nx",
+            b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
+        ):
+            answer = self.talk(
+                b"POST /channels/q HTTP/1.1\r\nHost: x\r\n" + framing, half_close=False
+            )
+            self.assertTrue(answer.startswith(b"HTTP/1.1 408 "))
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_a_silent_connection_is_closed(self):
+        with unittest.mock.patch.object(linger, "IDLE_TIMEOUT", 0.05):
+            self.assertEqual(self.talk(b"", half_close=False), b"")
+
+    def test_a_client_that_closes_its_sending_half_is_answered(self):
+        self.broker.post("q", b"x")
+        answer = self.talk(b"GET /channels/q HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertTrue(answer.endswith(b"\r\n\r\nx"))
+
+    def test_many_connections_in_one_instant_are_all_served(self):
+        connections = [self.connect() for _ in range(300)]
+        for connection in connections:
+            connection.sendall(CALL)
+        for connection in connections:
+            self.assertTrue(connection.recv(100).startswith(b"HTTP/1.1 200"))
+
+    def test_connections_that_come_and_go_leave_nothing(self):
+        for _ in range(300):
+            self.connect().close()
+        until(lambda: not self.server.connections and not self.server.handlers)
+
+    def test_requests_are_logged_on_request_with_controls_escaped(self):
+        self.server.log_requests = True
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            self.talk(b"GET /topics/\xff\x9b HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertRegex(log.getvalue(), r"^127\.0\.0\.1 GET /topics/\\xff\\x9b 405 [0-9.]+ ms\n$")
+
+
+CALL = b"GET /topics HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class CapTest(ServerTest):
+    options = types.MappingProxyType({"max_connections": 3})
+
+    def test_connections_beyond_the_limit_get_503_and_others_go_on(self):
+        kept = [self.connect() for _ in range(3)]
+        for connection in kept:
+            connection.sendall(CALL)
+            connection.recv(1000)
+        answer = self.talk(CALL)
+        self.assertTrue(answer.startswith(b"HTTP/1.1 503 "))
+        self.assertIn(b"\r\nRetry-After: 1\r\n", answer)
+        kept[0].sendall(CALL)
+        self.assertTrue(kept[0].recv(1000).startswith(b"HTTP/1.1 200 "))
+        kept.pop().close()
+        until(lambda: self.talk(CALL).startswith(b"HTTP/1.1 200 "))
+
+
+class LongPollTest(ServerTest):
+    """Consumers that wait over HTTP, and those that have gone."""
+
+    def test_a_waiting_get_is_answered_by_a_post(self):
+        connection = self.park()
+        self.call("POST", "/channels/q", "hello")
+        self.assertTrue(connection.recv(1000).endswith(b"\r\n\r\nhello"))
+
+    def test_a_waiting_get_ends_with_204_and_the_connection_goes_on(self):
+        connection = self.connect()
+        connection.sendall(b"GET /channels/q?wait=1 HTTP/1.1\r\nHost: x\r\n\r\n" + CALL)
+        answers = b""
+        while b"200 OK" not in answers:
+            answers += connection.recv(1000)
+        self.assertTrue(answers.startswith(b"HTTP/1.1 204 "))
+
+    def test_clients_that_hung_up_get_no_message(self):
+        dead = [self.park() for _ in range(20)]
+        live = self.park()
+        for n, connection in enumerate(dead):
+            if n % 2:  # reset rather than close
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.close()
+        until(lambda: all(w.vanished() for w in list(self.broker._waiting["q"].values())[:20]))
+        self.broker.post("q", b"x")
+        answer = live.recv(1000)
+        self.assertIn(b"x-linger-delivered: 1\r\n", answer)
+        self.assertIn(b"x-linger-lease: 1\r\n", answer)
+
+    def test_clients_that_hung_up_are_let_go_although_no_message_comes(self):
+        for _ in range(20):
+            self.park().close()
+        until(lambda: not self.broker._waiting and not self.server.connections)
+
+    def test_a_delivery_that_cannot_be_sent_is_undone(self):
+        self.broker.post("q", b"x")
+        real = linger.answer_message
+
+        def break_connection(message, undo):
+            next(iter(self.server.handlers)).connection.shutdown(socket.SHUT_RDWR)
+            return real(message, undo)
+
+        with unittest.mock.patch.object(linger, "answer_message", break_connection):
+            self.talk(b"GET /channels/q HTTP/1.1\r\nHost: x\r\n\r\n", half_close=False)
+        until(lambda: self.broker.channel_stats("q") == {"ready": 1, "hidden": 0})
+        self.assertEqual(self.broker.get("q").delivered, 1)
+
+    def test_a_thousand_waiting_consumers_disturb_nobody(self):
+        connections = []
+        for _ in range(1000):
+            connection = self.connect()
+            connection.sendall(b"GET /channels/q HTTP/1.1\r\nHost: x\r\n\r\n")
+            connections.append(connection)
+        until(lambda: len(self.broker._waiting.get("q", ())) == 1000)
+        start = time.monotonic()
+        self.assertEqual(self.call("GET", "/topics")[0], 200)
+        self.assertLess(time.monotonic() - start, 1)
+        for _ in range(3):
+            self.broker.post("q", b"x")
+        poller = select.poll()
+        for connection in connections:
+            poller.register(connection, select.POLLIN)
+        until(lambda: len(poller.poll(0)) == 3)
+        for connection in connections:
+            connection.close()
+        until(lambda: not self.server.connections)
+
+    def test_stopping_answers_waiting_gets_with_204(self):
+        waiting, idle = self.park(), self.connect()
+        idle.sendall(CALL)
+        idle.recv(1000)
+        start = time.monotonic()
+        self.server.close()
+        self.assertLess(time.monotonic() - start, linger.STOP_TIMEOUT)
+        answer = waiting.recv(1000)
+        self.assertTrue(answer.startswith(b"HTTP/1.1 204 "))
+        self.assertIn(b"\r\nConnection: close\r\n", answer)
+        self.assertEqual((waiting.recv(1), idle.recv(1)), (b"", b""))
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+class Process:
+    """A real `python linger.py` on a port of its own choice."""
+
+    def __init__(self, *arguments, environment=None, before=None):
+        self.process = subprocess.Popen(
+            [sys.executable, "-X", "dev", "-W", "error", str(HERE / "linger.py"), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+            preexec_fn=before,
+            text=True,
+        )
+        self.line = self.process.stdout.readline()
+        found = re.search(r"http://[^ ,]*:([0-9]+)", self.line)
+        self.port = int(found[1]) if found else None
+
+    def call(self, method, path, body=None):
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(client):
+            client.request(method, path, body, {"Content-Type": "x/y"})
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+    def end(self, number=signal.SIGTERM):
+        """Sends a signal; the exit status and what was written to standard error."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, errors
+
+
+class ProcessCase(Folder):
+    def start(self, *arguments, **options):
+        server = Process("--port", "0", "--dbfile", self.dbfile, *arguments, **options)
+        self.addCleanup(server.end, signal.SIGKILL)
+        return server
+
+
+class ProcessTest(ProcessCase):
+    def refused(self, *arguments, **options):
+        """What a server that does not start writes: one line, and exit status 2."""
+        server = self.start(*arguments, **options)
+        status, errors = server.end()
+        self.assertEqual((status, server.line), (2, ""))
+        self.assertEqual(errors.count("\n"), 1, errors)
+        return errors
+
+    def test_it_says_where_it_listens_what_it_keeps_and_how_hard_it_syncs(self):
+        server = self.start()
+        self.assertEqual(
+            server.line,
+            f"Linger {linger.__version__} listening on http://127.0.0.1:{server.port},"
+            f" messages kept in {self.dbfile} (sync full)\n",
+        )
+
+    def test_sigterm_and_sigint_stop_it_in_good_order_also_while_consumers_wait(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                server = self.start()
+                server.call("POST", "/channels/q", "x")
+                with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as waiting:
+                    waiting.sendall(b"GET /channels/empty HTTP/1.1\r\nHost: x\r\n\r\n")
+                    until(lambda s=server: b"empty" in s.call("GET", "/channels")[2])
+                    start = time.monotonic()
+                    self.assertEqual(server.end(number), (0, ""))
+                    self.assertLess(time.monotonic() - start, 5)
+                    self.assertTrue(waiting.recv(1000).startswith(b"HTTP/1.1 204 "))
+                self.assertFalse(os.path.exists(self.dbfile + "-wal"))
+
+    def test_options_come_from_the_command_line_then_the_environment_then_a_file(self):
+        config = self.folder / "linger.conf"
+        config.write_text(
+            "# as for Linger 1.0.1\n[linger]\nhlm = 3\nmax_message = '10'  # bytes\ndebug = True\n"
+        )
+        server = self.start(
+            f"--config={config}", "--max-message=5", environment={"LINGER_MAX_MESSAGE": "7"}
+        )
+        self.assertEqual(server.call("POST", "/channels/q", b"x" * 5)[0], 202)
+        self.assertEqual(server.call("POST", "/channels/q", b"x" * 6)[0], 413)
+        for status in (202, 202, 507):
+            self.assertEqual(server.call("POST", "/channels/q", b"x")[0], status)
+        self.assertIn("POST /channels/q 507", server.end()[1])
+
+    def test_what_cannot_start_says_why_in_one_line(self):
+        config = self.folder / "bad.conf"
+        config.write_text("import os\n")
+        busy = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(busy.close)
+        for arguments, reason in (
+            (["--nonsense"], "--nonsense"),
+            (["--port=x"], "--port"),
+            (["--port=70000"], "65535"),
+            (["--hlm=-1"], "--hlm"),
+            (["--sync=maybe"], "full, normal, off"),
+            ([f"--port={busy.getsockname()[1]}"], "in use"),
+            (["--host=203.0.113.1"], "cannot listen"),
+            (["--dbfile=/no/such/folder/x.db"], "No such file"),
+            ([f"--dbfile={self.folder}"], "directory"),
+            ([f"--dbfile={config}"], "not a database"),
+            ([f"--config={config}"], "line 1"),
+            (["--config=/no/such/file"], "No such file"),
+        ):
+            with self.subTest(arguments):
+                self.assertIn(reason, self.refused(*arguments))
+        self.assertIn("LINGER_HLM", self.refused(environment={"LINGER_HLM": "x"}))
+
+    def test_two_servers_on_one_file_are_refused(self):
+        self.start()
+        self.assertIn("in use by another Linger", self.refused())
+
+    def test_a_database_in_memory_keeps_nothing(self):
+        server = self.start("--dbfile=:memory:")
+        self.assertIn("memory only", server.line)
+        self.assertEqual(server.call("POST", "/channels/q", "x")[0], 202)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_version_and_help(self):
+        for argument, expected in (("--version", linger.__version__), ("--help", "--max-message")):
+            output = subprocess.run(
+                [sys.executable, str(HERE / "linger.py"), argument],
+                capture_output=True, text=True, check=True,
+            ).stdout  # fmt: skip
+            self.assertIn(expected, output)
+
+    def test_a_file_size_limit_is_an_error_with_a_sentence_and_passes(self):
+        server = self.start()
+        resource.prlimit(
+            server.process.pid, resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY)
+        )
+        stored = []
+        while True:
+            status, _, body = server.call("POST", "/channels/q", b"x" * 20_000)
+            if status != 202:
+                break
+            stored.append(json.loads(body)["id"])
+        self.assertIn(status, (503, 507))
+        self.assertIn("nothing was changed", json.loads(body)["error"])
+        self.assertEqual(server.call("GET", "/topics")[0], 200)
+        resource.prlimit(
+            server.process.pid,
+            resource.RLIMIT_FSIZE,
+            (resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+        )
+        self.assertEqual(server.call("POST", "/channels/q", b"x")[0], 202)
+        for id in stored:
+            _, headers, body = server.call("GET", "/channels/q")
+            self.assertEqual((int(headers["x-linger-msg-id"]), len(body)), (id, 20_000))
+        self.assertEqual(server.end(), (0, ""))
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("mount"), "needs root to mount a disk")
+    def test_on_a_full_disk_messages_can_be_taken_and_deleted_but_none_added(self):
+        disk = self.folder / "disk"
+        disk.mkdir()
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True
+        )
+        if mounted.returncode:
+            self.skipTest("cannot mount a disk here")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)])
+        self.dbfile = str(disk / "linger.db")
+        server = self.start()
+        self.addCleanup(server.end)
+        stored = []
+        while (answer := server.call("POST", "/channels/q", b"x" * 100_000))[0] == 202:
+            stored.append(json.loads(answer[2])["id"])
+        self.assertEqual(answer[0], 507)
+        self.assertEqual(server.call("GET", "/health")[0], 503)
+        for id in stored:
+            status, headers, _ = server.call("GET", "/channels/q")
+            self.assertEqual((status, int(headers["x-linger-msg-id"])), (200, id))
+            self.assertEqual(server.call("DELETE", f"/messages/{id}")[0], 204)
+        server.end()
+        server = self.start()
+        self.assertEqual(server.call("GET", "/channels/q/stats")[2], b'{"ready":0,"hidden":0}\n')
+
+
+class CrashTest(ProcessCase):
+    """kill -9 at any moment: what was answered stays, in order, and what was deleted is gone."""
+
+    rounds = 5
+
+    def produce(self, server, name, posted):
+        """Posts until the server is gone; `posted` gets the ids by body, None for unanswered."""
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                body = f"{name}:{len(posted)}"
+                posted[body] = None
+                client.request("POST", "/channels/q", body)
+                posted[body] = json.loads(client.getresponse().read())["id"]
+
+    def consume(self, server, deleted, doubtful):
+        """Takes and deletes until the server is gone; returns what it took, in order."""
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        taken = []
+        with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                client.request("GET", "/channels/q")
+                answer = client.getresponse()
+                body, id = answer.read().decode(), int(answer.headers["x-linger-msg-id"])
+                taken.append(id)
+                doubtful.add(body)
+                client.request("DELETE", f"/messages/{id}")
+                answer = client.getresponse()
+                answer.read()
+                self.assertEqual(answer.status, 204)
+                deleted.add(body)
+        return taken
+
+    def test_no_acknowledged_message_is_lost_and_no_deleted_one_comes_back(self):
+        posted = [{} for _ in range(4)]
+        deleted, doubtful = set(), set()
+        for number in range(self.rounds):
+            server = self.start("--max-connections=50")
+            with ThreadPoolExecutor(6) as pool:
+                for n in range(4):
+                    pool.submit(self.produce, server, str(n), posted[n])
+                takes = [pool.submit(self.consume, server, deleted, doubtful) for _ in range(2)]
+                until(lambda n=number: len(deleted) >= (n + 1) * 60)
+                server.end(signal.SIGKILL)
+            for taken in takes:
+                self.assertEqual(taken.result(), sorted(taken.result()))
+        self.start().end()
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            rows = connection.execute("select id, body from messages order by id").fetchall()
+        left = {body.decode(): id for id, body in rows}
+        self.assertEqual(len(left), len(rows))
+        self.assertEqual(deleted & set(left), set())
+        ids = []
+        for sent in posted:
+            acknowledged = {body: id for body, id in sent.items() if id is not None}
+            self.assertEqual(set(acknowledged) - doubtful - set(left), set())
+            self.assertEqual(sorted(acknowledged.values()), list(acknowledged.values()))
+            for body, id in acknowledged.items():
+                self.assertEqual(left.get(body, id), id)
+            ids += acknowledged.values()
+        self.assertEqual(len(ids), len(set(ids)))
+
+    def test_a_server_killed_while_it_starts_always_starts_again(self):
+        for milliseconds in range(0, 120, 15):
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / "linger.py"), "--port=0", f"--dbfile={self.dbfile}"],
+                stdout=subprocess.DEVNULL,
+            )
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(milliseconds / 1000)
+            process.kill()
+            process.wait()
+        server = self.start()
+        self.assertEqual(server.call("POST", "/channels/q", "x")[0], 202)
+
+
+# -- the files -----------------------------------------------------------------------------------
+
+
+class FileTest(unittest.TestCase):
+    def setUp(self):
+        self.source = (HERE / "linger.py").read_text()
+        self.tree = ast.parse(self.source)
+
+    def test_it_parses_as_python_3_9_and_imports_only_the_standard_library(self):
+        ast.parse(self.source, feature_version=(3, 9))
+        names = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                names.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.split(".")[0])
+        known = getattr(sys, "stdlib_module_names", None)
+        if known is None:
+            self.skipTest("this Python does not list its modules")
+        self.assertEqual(names - set(known), set())
+
+    def test_it_reads_downwards(self):
+        """At module level and in functions, only what stands above is used; annotations aside."""
+        places = {}
+        for node in self.tree.body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                places[node.name] = node.lineno
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                places.update((t.id, node.lineno) for t in targets if isinstance(t, ast.Name))
+        sections = [
+            n for n, text in enumerate(self.source.splitlines(), 1) if text.startswith("# ---")
+        ]
+
+        def section(line):
+            return sum(start <= line for start in sections)
+
+        found = []
+
+        class Uses(ast.NodeVisitor):
+            def visit_Name(self, node):
+                if section(places.get(node.id, 0)) > section(node.lineno):
+                    found.append(f"line {node.lineno} uses {node.id}")
+
+            def visit_AnnAssign(self, node):
+                if node.value:
+                    self.visit(node.value)
+
+            def visit_FunctionDef(self, node):
+                for child in (*node.decorator_list, *node.args.defaults, *node.body):
+                    self.visit(child)
+
+        uses = Uses()
+        uses.visit(self.tree)
+        self.assertEqual(found, [])
+
+    def test_no_function_is_longer_than_forty_lines(self):
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef):
+                self.assertLess(node.end_lineno - node.lineno, 40, node.name)
+
+    def test_every_public_name_has_a_docstring(self):
+        for name in linger.__all__:
+            public = getattr(linger, name)
+            self.assertTrue(public.__doc__, name)
+            for attribute, member in vars(public).items() if isinstance(public, type) else ():
+                if (
+                    callable(member)
+                    and not attribute.startswith("_")
+                    and public is not linger.Message
+                ):
+                    self.assertTrue(member.__doc__, f"{name}.{attribute}")
+
+    def test_every_route_has_its_handler(self):
+        for route in linger.ROUTES:
+            self.assertTrue(callable(getattr(linger.Handler, route.handler)), route)
+
+    def test_every_statement_uses_the_index_that_it_must(self):
+        with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+            linger._create(connection)
+            for name, sql in vars(linger).items():
+                if (
+                    name.isupper()
+                    and isinstance(sql, str)
+                    and re.match(r"\s*(select|insert|update|delete)\b", sql)
+                ):
+                    with self.subTest(name):
+                        names = set(re.findall(r":(\w+)", sql))
+                        rows = connection.execute(
+                            "explain query plan " + sql, dict.fromkeys(names, 1)
+                        ).fetchall()
+                        plan = "; ".join(row[3] for row in rows)
+                        scans = re.findall(
+                            r"SCAN (?!messages USING INDEX hidden_messages)\w+", plan
+                        )
+                        scans = [s for s in scans if "messages" in s or "channels" in s]
+                        if name not in ("CHANNELS", "MESSAGE_TOTALS"):
+                            self.assertEqual(scans, [], plan)
+                        if "body" in sql:
+                            self.assertNotIn("TEMP B-TREE", plan)
+
+    def test_statements_keep_the_rules(self):
+        for name, sql in vars(linger).items():
+            if (
+                name.isupper()
+                and isinstance(sql, str)
+                and re.match(r"\s*(select|insert|update|delete)\b", sql)
+            ):
+                self.assertNotRegex(sql, r"(?i)returning|random|current_|strftime|iif\(", name)
+                self.assertEqual(re.findall(r"[A-Z]{2,}", sql), [], name)
+
+
+class ReadmeTest(Folder):
+    def setUp(self):
+        super().setUp()
+        self.readme = (HERE / "README.md").read_text()
+
+    def test_every_call_option_parameter_counter_and_limit_is_in_it(self):
+        for route in linger.ROUTES:
+            self.assertIn(f"`{route.method} {route.path}`", self.readme)
+        for option in linger.OPTIONS:
+            self.assertIn(f"`--{option.name}", self.readme)
+        for parameter in linger.MESSAGE_PARAMETERS:
+            self.assertIn(f"`{parameter.name}`", self.readme)
+        for counter in linger.COUNTERS:
+            self.assertIn(f"`{counter}`", self.readme)
+
+    @unittest.skipUnless(shutil.which("curl"), "needs curl")
+    def test_every_curl_line_gives_what_it_shows(self):
+        for number, block in enumerate(re.findall(r"```console\n(.*?)```", self.readme, re.S)):
+            with self.subTest(block=number), linger.serve() as server:
+                commands = re.split(r"(?m)^\$ ", block)[1:]
+                for text in commands:
+                    command, _, expected = text.partition("\n")
+                    while command.endswith("\\"):
+                        more, _, expected = expected.partition("\n")
+                        command = command[:-1] + more.lstrip("> ")
+                    self.check(command, expected, server)
+
+    def check(self, command, expected, server):
+        words = shlex.split(command.replace("http://127.0.0.1:8989", server.url))
+        self.assertEqual(words[0], "curl")
+        output = subprocess.run(
+            [*words, "-s"], capture_output=True, text=True, timeout=PATIENCE
+        ).stdout
+        output = output.replace("\r\n", "\n")
+        pattern = re.escape(expected.rstrip("\n")).replace(re.escape("..."), ".*")
+        self.assertRegex(output.rstrip("\n"), f"^(?s:{pattern})$", command)
+
+
+if __name__ == "__main__":
+    unittest.main()
