@@ -97,7 +97,7 @@ insert into sqlite_sequence values('messages',9);
 class StoreTest(Folder):
     def open(self, **options):
         store = linger.Store(self.dbfile, **options)
-        self.addCleanup(lambda: store._lock_file is not None and store.close())
+        self.addCleanup(store.close)
         return store
 
     def run_sql(self, store, *statements, **parameters):
@@ -283,7 +283,7 @@ class TakeOverTest(Folder):
 
     def open(self, now=2_000_000_000.0):
         broker = linger.Broker(linger.Store(self.dbfile), clock=FakeClock(now))
-        self.addCleanup(lambda: broker._stopping or broker.close())
+        self.addCleanup(broker.close)
         return broker
 
     def test_messages_are_kept_with_all_that_they_had(self):
@@ -347,7 +347,7 @@ class BrokerTest(Folder):
     def open(self, **options):
         store = linger.Store(self.dbfile, sync="off")
         broker = linger.Broker(store, clock=self.clock, **options)
-        self.addCleanup(lambda: broker._stopping or broker.close())
+        self.addCleanup(broker.close)
         return broker
 
     def restart(self, **options):
