@@ -384,7 +384,7 @@ TAKE_OVER_AFTER = (
     insert into messages (id, channel, priority, state, due, timeout, deliver, delivered, lease,
         held, received, linger, lingers_until, topic, type, body)
     select id, channel, priority, show > 0, max(show, ts), timeout, deliver, dcount, dcount,
-        dcount > 0, ts, linger, max(purge, 0), topic, mimetype, cast(body as blob)
+        dcount > 0 or show > 0, ts, linger, max(purge, 0), topic, mimetype, cast(body as blob)
     from messages_v1
     order by id
     """,
@@ -827,9 +827,14 @@ class Store:
                 )
 
     def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
-        """The rows of selects that change nothing, all from the same moment."""
+        """The rows of selects that change nothing, all from the same moment.
+
+        They see what was submitted before: a client may ask before it has its last answer.
+        """
         if self._reader is self._writer:
             return self.run(Operation(statements, parameters))
+        if self._led:
+            self.run(Operation((), {}))
         try:
             with self._reading:
                 self._reader.execute("begin")
@@ -958,21 +963,43 @@ def _make(path: str, take_over: bool = False) -> None:
     The move is on disk before the first commit is: SQLite syncs the folder with a new log.
     """
     new = path + ".new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(new)
-    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
+    with contextlib.ExitStack() as undo:
+        undo.callback(_remove, new)
+        _remove(new)
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
+            if take_over:
+                with contextlib.closing(sqlite3.connect(path)) as original:
+                    original.backup(connection)
+                _create(connection, TAKE_OVER_BEFORE, TAKE_OVER_AFTER)
+                connection.execute("vacuum")
+            else:
+                _create(connection)
         if take_over:
-            with contextlib.closing(sqlite3.connect(path)) as original:
-                original.backup(connection)
-            _create(connection, TAKE_OVER_BEFORE, TAKE_OVER_AFTER)
-            connection.execute("vacuum")
-        else:
-            _create(connection)
-    if take_over:
-        suffixes = (".v1" if n == 1 else f".v1.{n}" for n in itertools.count(1))
-        shutil.copy2(path, next(path + s for s in suffixes if not os.path.exists(path + s)))
-    os.rename(new, path)
+            shutil.copymode(path, new)
+            _keep_original(path)
+        os.rename(new, path)
+        undo.pop_all()
+
+
+def _remove(path: str) -> None:
+    for suffix in ("", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + suffix)
+
+
+def _keep_original(path: str) -> None:
+    """Gives the file a second name: whole at once, and before it loses its own."""
+    for number in itertools.count(1):
+        name = f"{path}.v1" if number == 1 else f"{path}.v1.{number}"
+        if not os.path.exists(name):
+            try:
+                os.link(path, name)
+            except OSError:  # a file system without links
+                shutil.copy2(path, name)
+            return
+        if os.path.samefile(path, name):
+            return  # kept by a start that was killed just after
 
 
 def _create(

@@ -75,23 +75,49 @@ class Folder(unittest.TestCase):
 
 # -- Store ---------------------------------------------------------------------------------------
 
+# Made by Linger 1.0.1 itself, all times set back by 1e8 seconds; ids 15 to 19 were deleted.
 V1_DATABASE = """
-create table config (key unique,value);
-insert into config values('server_id','0123456789abcdef0123456789abcdef');
-create table messages (id integer primary key autoincrement, body, mimetype, topic, timeout,
-    priority, channel, ts, linger, purge, deliver, dcount, show);
-insert into messages values(1,X'00ff0d0a','application/octet-stream','',30,0,'jobs',
-    1500000000.25,0,0,0,0,0.0);
-insert into messages values(3,'Text ö','text/plain','',60,-5,'jobs',1500000001.5,0,0,4,1,
-    4000000000.0);
-insert into messages values(4,'{"a":1}','application/json','news',15,7,'日本',1500000002.0,
-    3000000000,4500000000.0,0,2,0.0);
-create table subscriptions (topic,channel,timeout,priority,linger,deliver,ts,
-    primary key (topic, channel));
-insert into subscriptions values('news','日本',15,7,3000000000,2,1500000000.0);
-delete from sqlite_sequence;
-insert into sqlite_sequence values('messages',9);
-"""
+CREATE TABLE config (key unique,value);
+INSERT INTO config VALUES('server_id','c1020c87aa4d43a9b744037aecdfaaae');
+CREATE TABLE messages (id integer primary key autoincrement, body, mimetype, topic, timeout,
+     priority, channel, ts, linger, purge, deliver, dcount, show);
+INSERT INTO messages VALUES(1,X'7265616479206E6F726D616C','text/plain','',30,0,'jobs',
+    1695450787.375,0,0,0,0,0.0);
+INSERT INTO messages VALUES(2,X'7B226E223A20317D','application/json','',7,-5,'jobs',
+    1695450787.378,0,0,0,0,0.0);
+INSERT INTO messages VALUES(3,X'ALL-BYTES','application/octet-stream','',30,3,'jobs',
+    1695450787.381,0,0,0,0,0.0);
+INSERT INTO messages VALUES(4,'form text: ¡olé! 你好 😀','text/plain','',30,0,'jobs',
+    1695450787.384,0,0,0,0,0.0);
+INSERT INTO messages VALUES(5,X'68696464656E206C6F6E67','text/plain','',1000000000,0,'hidden',
+    1695450787.386,0,0,3,1,2695450787.389);
+INSERT INTO messages VALUES(6,X'64656C697665722031206F6620322075736564','text/plain','',1,0,
+    'partly',1695450787.391,0,0,2,1,0.0);
+INSERT INTO messages VALUES(7,X'6C696E67657273206C6F6E67','text/plain','',30,0,'keep',
+    1695450787.396,1000000000,2695450787.396,0,0,0.0);
+INSERT INTO messages VALUES(8,X'6772C3BCC39F65','text/plain; charset=utf-8','',30,0,'你好/käse',
+    1695450787.399,0,0,0,0,0.0);
+INSERT INTO messages VALUES(9,X'68696464656E2033302C20636F6D6573206261636B','text/plain','',30,
+    0,'late',1695450787.402,0,0,0,1,1695450817.404);
+INSERT INTO messages VALUES(10,X'757365642075702C20676F6573','text/plain','',30,1,'late',
+    1695450787.406,0,0,1,1,1695450817.409);
+INSERT INTO messages VALUES(11,X'6C696E676572732036302C20676F6573','text/plain','',30,0,'late',
+    1695450787.411,60,1695450847.411,0,0,0.0);
+INSERT INTO messages VALUES(12,
+    X'746F7563686564207768696C652072656164793A2068696464656E2C206E657665722064656C697665726564',
+    'text/plain','',1000000000,0,'touched',1695450787.413,0,0,0,0,2695450787.416);
+INSERT INTO messages VALUES(13,X'7075626C6973686564','text/plain','news',11,-2,'sub-a',
+    1695450787.425,1000000000,2695450787.425,4,0,0.0);
+INSERT INTO messages VALUES(14,X'7075626C6973686564','text/plain','news',30,0,'sub-b',
+    1695450787.426,0,0,0,0,0.0);
+CREATE TABLE subscriptions (topic,channel,timeout,priority,linger,deliver,ts,
+     primary key (topic, channel));
+INSERT INTO subscriptions VALUES('news','sub-a',11,-2,1000000000,4,1695450787.418);
+INSERT INTO subscriptions VALUES('news','sub-b',30,0,0,0,1695450787.42);
+INSERT INTO subscriptions VALUES('thema-ä','sub-a',30,9,0,0,1695450787.422);
+DELETE FROM sqlite_sequence;
+INSERT INTO sqlite_sequence VALUES('messages',19);
+""".replace("ALL-BYTES", bytes(range(256)).hex())
 
 
 class StoreTest(Folder):
@@ -261,6 +287,17 @@ class StoreTest(Folder):
         self.assertIn("ZeroDivisionError", log.getvalue())
         self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
 
+    def test_a_read_sees_what_was_submitted_before(self):
+        store = self.open()
+        store._led = True
+        operation = linger.Operation((linger.SET_CONFIG,), {"key": "k", "value": "1"})
+        store.submit(operation)
+        read = self.thread(lambda: store.read(linger.GET_CONFIG, key="k"))
+        until(lambda: len(store._pending) == 2)
+        operation.turn.release()
+        store.finish(operation)
+        self.assertEqual(read.result(PATIENCE), [[("1",)]])
+
     def test_reads_see_one_moment(self):
         store = self.open()
         count = "select count(*) from config"
@@ -281,43 +318,67 @@ class TakeOverTest(Folder):
             connection.executescript(V1_DATABASE)
         self.original = Path(self.dbfile).read_bytes()
 
-    def open(self, now=2_000_000_000.0):
+    def open(self, now=None):
         broker = linger.Broker(linger.Store(self.dbfile), clock=FakeClock(now))
         self.addCleanup(broker.close)
         return broker
 
     def test_messages_are_kept_with_all_that_they_had(self):
         broker = self.open()
-        self.assertEqual(
-            broker.get("jobs"),
-            (1, "jobs", 0, 30, 0, 1, 499_999_999, 0, "", 1, "application/octet-stream",
-             b"\x00\xff\r\n"),
-        )  # fmt: skip
-        self.assertEqual(
-            broker.get("日本"),
-            (4, "日本", 7, 15, 0, 3, 499_999_998, 3_000_000_000, "news", 3, "application/json",
-             b'{"a":1}'),
-        )  # fmt: skip
-        self.assertEqual(broker.channel_stats("jobs"), {"ready": 0, "hidden": 2})
+        taken = [broker.get("jobs") for _ in range(4)]
+        self.assertEqual([message.id for message in taken], [2, 1, 4, 3])
+        self.assertEqual([message.priority for message in taken], [-5, 0, 0, 3])
+        self.assertEqual((taken[0].body, taken[0].type), (b'{"n": 1}', "application/json"))
+        self.assertEqual(taken[0].timeout, 7)
+        self.assertEqual(taken[2].body, "form text: ¡olé! 你好 😀".encode())
+        self.assertEqual(taken[3].body, bytes(range(256)))
+        self.assertEqual(broker.get("你好/käse").body, "grüße".encode())
+        partly = broker.get("partly")
+        self.assertEqual((partly.deliver, partly.delivered, partly.lease), (2, 2, 2))
+        self.assertEqual(broker.get("keep").linger, 1_000_000_000)
+
+    def test_what_is_due_comes_back_or_goes(self):
+        broker = self.open()
+        self.assertEqual((broker.get("late").id, broker.get("late")), (9, None))
 
     def test_hidden_messages_come_back_when_their_time_is_over(self):
-        broker = self.open(now=4_000_000_000.0)
-        message = broker.get("jobs")
-        self.assertEqual((message.id, message.priority, message.delivered), (3, -5, 2))
-        self.assertEqual(message.body, "Text ö".encode())
+        broker = self.open(now=2_695_450_787.3)
+        self.assertIsNone(broker.get("hidden"))
+        broker._clock.now += 0.1
+        self.assertEqual(broker.get("hidden").delivered, 2)
 
     def test_subscriptions_and_the_servers_id_are_kept(self):
         broker = self.open()
-        self.assertEqual(broker.id, "0123456789abcdef0123456789abcdef")
-        self.assertEqual(broker.topics("日本"), ["news"])
+        self.assertEqual(broker.id, "c1020c87aa4d43a9b744037aecdfaaae")
+        self.assertEqual(broker.topics("sub-a"), ["news", "thema-ä"])
+        self.assertEqual(broker.get("sub-a").topic, "news")
         published, _ = broker.publish("news", b"x")
-        broker.delete(broker.get("日本").id)
-        message = broker.get("日本")
-        self.assertEqual(published, {"日本": message.id})
-        self.assertEqual((message.priority, message.timeout, message.deliver), (7, 15, 2))
+        message = broker.get("sub-a")
+        self.assertEqual(published["sub-a"], message.id)
+        self.assertEqual(message[2:5] + message[7:9], (-2, 11, 4, 1_000_000_000, "news"))
+
+    def test_what_a_touch_hid_can_still_be_touched(self):
+        self.open().touch(12)
+
+    def test_the_files_mode_is_kept(self):
+        os.chmod(self.dbfile, 0o640)
+        self.open()
+        self.assertEqual(os.stat(self.dbfile).st_mode & 0o777, 0o640)
+
+    def test_a_database_that_cannot_be_taken_over_is_left_as_it_is(self):
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            connection.execute("update messages set priority = null")
+            connection.commit()
+        before = Path(self.dbfile).read_bytes()
+        with self.assertRaises(linger.Unavailable):
+            self.open()
+        self.assertEqual(Path(self.dbfile).read_bytes(), before)
+        self.assertEqual(
+            sorted(path.name for path in self.folder.iterdir()), ["linger.db", "linger.db-lock"]
+        )
 
     def test_ids_go_on_after_the_largest_ever_given(self):
-        self.assertEqual(self.open().post("jobs", b"x"), 10)
+        self.assertEqual(self.open().post("jobs", b"x"), 20)
 
     def test_the_original_is_kept_beside(self):
         self.open()
