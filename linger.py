@@ -109,6 +109,7 @@ RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refu
 MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 20 kB
 REFUSALS = 64  # connections beyond the limit that are told so, rather than just closed
 BACKLOG = 1_024  # connections that the kernel may hold until they are accepted
+SWITCH_INTERVAL = 1.0  # seconds that a thread may compute while others wait
 STACK_SIZE = 256 * 1024  # bytes of stack for a thread of the command-line server
 SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard streams and refusals
 
@@ -762,7 +763,6 @@ class Store:
 
     def _lead(self) -> None:
         """Commits all that is pending, then passes the turn on and tells those who wait."""
-        os.sched_yield()  # lets those who are about to submit come along; no wait if none is
         with self._lock:
             batch, self._pending = self._pending, []
         try:
@@ -2666,9 +2666,23 @@ def _start(options: Mapping[str, Any]) -> Server:
         raise Unavailable(f"cannot listen on {place}: {error.strerror or error}") from error
 
 
+def _calm_threads() -> None:
+    """Sets up the process for many threads, of which one can run.
+
+    A thread that is woken could only wait for the interpreter's lock: it must not push aside the
+    one that runs, nor look too often whether it is its turn (a thousand that wait, each looking
+    200 times a second, keep a core busy).
+    """
+    threading.stack_size(STACK_SIZE)
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs the server until SIGTERM or SIGINT; returns the exit status: 0, or 2 if it cannot."""
-    threading.stack_size(STACK_SIZE)
+    _calm_threads()
     try:
         options = read_options(sys.argv[1:] if arguments is None else arguments, os.environ)
         server = _start(options)
@@ -2681,11 +2695,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             os._exit(128 + number)  # the second time: at once
         server.shutdown()
 
-    if hasattr(os, "SCHED_BATCH"):
-        # A thread that is woken while another runs could only wait for the interpreter's lock:
-        # it must not push that one aside first.  It halves the cost of a request under load.
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     if options["dbfile"] == MEMORY:
