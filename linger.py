@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import base64
+import codecs
 import collections
 import contextlib
 import email.utils
@@ -54,7 +56,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, NoReturn, Optional, Protocol
+from typing import Any, NamedTuple, NoReturn, Optional, Protocol, Union
 
 __version__ = "2.0.0"
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "Malformed",
     "Message",
     "NotFound",
+    "Posted",
     "Server",
     "Store",
     "TooLarge",
@@ -81,6 +84,13 @@ MIN_INTEGER = -(2**63)  # SQLite's INTEGER, and so every number of the API
 MAX_INTEGER = 2**63 - 1
 MAX_NAME = 255  # bytes of a channel's or topic's name in UTF-8
 MAX_MESSAGE = 256_000  # bytes of a message's body, unless --max-message says otherwise; as 1.0.1
+MAX_BATCH = 1_000  # messages taken, posted or deleted at once
+MAX_BATCH_BYTES = 8_000_000  # of a request with many messages
+MAX_REASON = 4_096  # bytes of the reason for a release or rejection
+MAX_CUT = 1_024  # bytes of a body that a listing shows
+MAX_CHANNELS_AT_ONCE = 100  # channels that one GET may wait at
+MAX_BACKOFF = 32  # steps of a message's backoff,
+BACKOFF_WIDTH = 10  # each kept in as many characters, so that SQL can find the n-th
 MAX_WAIT = 3_600  # seconds that a GET may ask to wait
 DEFAULT_WAIT = 120  # seconds that a GET waits when it does not say; as 1.0.1
 CHANNEL_TTL = 180.0  # seconds that a channel is listed after its last consumer has gone; as 1.0.1
@@ -94,7 +104,7 @@ MAX_PARAMETERS = 100  # fields in a query string or a form
 MAX_CHUNK_LINE = 256  # bytes of a chunk's size with its extensions
 FORM_EXPANSION = 3  # bytes that a percent-encoded form may need for one byte of its message
 FORM_SLACK = 65_536  # bytes that a form may hold beside its message
-MAX_DRAIN = 4_194_304  # bytes read and thrown away so that a client that still sends can see its
+MAX_DRAIN = 16_777_216  # bytes read and thrown away so that a client that still sends can see its
 DRAIN_TIME = 2.0  # error (RFC 9112 9.6), and the seconds that this may take
 
 READ_TIMEOUT = 30  # seconds for a whole head, and again for a whole body, however they trickle in
@@ -128,6 +138,7 @@ class LingerError(Exception):
     """Something that was asked for and cannot be done; `str()` is one sentence for the client."""
 
     status = 500
+    index: Optional[int] = None  # which item of a batch was wrong, counted from 0
 
     def __init__(self, sentence: str, status: int = 0, headers: str = "") -> None:
         """`headers` are ready-made header lines that go out with the answer."""
@@ -174,7 +185,7 @@ class Full(LingerError):
 
 # ---------------------------------------------------------------------------------------------
 # Messages: the record that a consumer gets, the table of parameters, and the reading of names
-# and numbers.  Knows nothing of where the text comes from.
+# and numbers.  Knows nothing of where they come from: HTTP gives text, JSON and Python values.
 # ---------------------------------------------------------------------------------------------
 
 DEFAULT_TYPE = "text/plain"
@@ -195,56 +206,125 @@ class Message(NamedTuple):
     lease: int  # the number of this delivery, never used twice for this message
     type: str  # of the body, as a Content-Type
     body: bytes
+    dead_from: str = ""  # the channel that it was in, if this is its dead channel
+    dead_reason: str = ""  # why it is here then: deliver, linger or reject
+    error: str = ""  # the reason given with its last release or rejection
 
 
-class Parameter(NamedTuple):
-    """A number that may be given with a message, or for all messages of a subscription."""
+class Posted(NamedTuple):
+    """What came of a post: the message's id, or that of the message that was there already."""
 
-    name: str
-    default: int
-    least: int
-    meaning: str
+    id: int
+    duplicate: bool = False
 
-
-MESSAGE_PARAMETERS = (
-    Parameter("priority", 0, MIN_INTEGER, "lower goes first"),
-    Parameter("timeout", 30, 1, "seconds that a delivered message stays hidden"),
-    Parameter("deliver", 0, 0, "deliver at most that many times; 0 without end"),
-    Parameter("linger", 0, 0, "keep at most that many seconds; 0 for ever"),
-)
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 VISIBLE = re.compile("[!-~]*")
 
 
-def read_integer(name: str, text: str, least: int = MIN_INTEGER, most: int = MAX_INTEGER) -> int:
-    """The number that `text` gives for the parameter `name`; `Malformed` unless in its range."""
-    number = int(text) if INTEGER.fullmatch(text) else None
+def read_integer(
+    name: str, value: object, least: int = MIN_INTEGER, most: int = MAX_INTEGER
+) -> int:
+    """The integer that a text or number gives for a parameter; `Malformed` unless in its range."""
+    number = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if isinstance(value, str) and INTEGER.fullmatch(value):
+        number = int(value)
     if number is None or not least <= number <= most:
         raise Malformed(f"{name} must be an integer from {least} to {most}")
     return number
 
 
-def check_name(kind: str, name: str) -> str:
+def check_name(kind: str, name: object) -> str:
     """The name of a channel or topic (`kind`) itself; `Malformed` if it cannot be one."""
+    if not isinstance(name, str):
+        raise Malformed(f"a {kind}'s name must be text")
     if name.isascii() and name.isprintable() and 1 <= len(name) <= MAX_NAME:
         return name
-    if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME:
-        raise Malformed(f"a {kind}'s name must have 1 to {MAX_NAME} bytes in UTF-8")
-    if CONTROL.search(name) or any("\ud800" <= character <= "\udfff" for character in name):
+    if CONTROL.search(name):
         raise Malformed(f"a {kind}'s name must be Unicode text without control characters")
+    if not 1 <= len(name.encode()) <= MAX_NAME:
+        raise Malformed(f"a {kind}'s name must have 1 to {MAX_NAME} bytes in UTF-8")
     return name
 
 
-def check_parameters(given: Mapping[str, int]) -> dict[str, int]:
-    """All message parameters by name: those given, the others' defaults."""
-    parameters = {}
-    for name, default, least, _ in MESSAGE_PARAMETERS:
-        parameters[name] = number = given.get(name, default)
-        if not least <= number <= MAX_INTEGER:
-            raise Malformed(f"{name} must be an integer from {least} to {MAX_INTEGER}")
-    return parameters
+def _integer_from(least: int) -> Callable[[str, object], object]:
+    return lambda name, value: read_integer(name, value, least)
+
+
+def _read_dead(_: str, value: object) -> str:
+    """The name of a channel, or nothing: then there is no dead channel."""
+    return "" if value == "" else check_name("dead channel", value)
+
+
+def _read_backoff(name: str, value: object) -> str:
+    """Seconds after the 1st, 2nd, ... failed delivery, each in a field of BACKOFF_WIDTH digits."""
+    if value == "":
+        return ""
+    steps = value.split(",") if isinstance(value, str) else []
+    if not 1 <= len(steps) <= MAX_BACKOFF or not all(s.isascii() and s.isdigit() for s in steps):
+        raise Malformed(f"{name} must be 1 to {MAX_BACKOFF} numbers of seconds, as 10,60,600")
+    if max(map(len, steps)) >= BACKOFF_WIDTH:
+        raise Malformed(f"the seconds of {name} must have fewer than {BACKOFF_WIDTH} digits")
+    return "".join(step.rjust(BACKOFF_WIDTH) for step in steps)
+
+
+def _read_key(name: str, value: object) -> str:
+    if isinstance(value, str):
+        with contextlib.suppress(UnicodeEncodeError):
+            if 1 <= len(value.encode()) <= MAX_NAME:
+                return value
+    raise Malformed(f"{name} must be a text of 1 to {MAX_NAME} bytes in UTF-8")
+
+
+class Parameter(NamedTuple):
+    """Something that may be given with a message.  In Python `-` in its name is `_`."""
+
+    name: str
+    default: object
+    read: Callable[[str, object], object]
+    meaning: str
+
+
+# Of a message, of all messages of a subscription, and by default of all messages of a channel.
+MESSAGE_PARAMETERS = (
+    Parameter("priority", 0, _integer_from(MIN_INTEGER), "lower goes first"),
+    Parameter("timeout", 30, _integer_from(1), "seconds that a delivered message stays hidden"),
+    Parameter("deliver", 0, _integer_from(0), "deliver at most that many times; 0 without end"),
+    Parameter("linger", 0, _integer_from(0), "keep at most that many seconds; 0 for ever"),
+    Parameter("delay", 0, _integer_from(0), "seconds before it is first ready"),
+    Parameter("dead", "", _read_dead, "channel that gets it when it is given up"),
+    Parameter("backoff", "", _read_backoff, "seconds hidden after the 1st, 2nd, ... failure"),
+)
+# Of one message only.
+KEY_PARAMETERS = (
+    Parameter("dedup", None, _read_key, "a second one with the key is not added"),
+    Parameter("dedup-for", 300, _integer_from(1), "seconds that the key is remembered"),
+    Parameter("unique", None, _read_key, "not added while there is a message with the key"),
+)
+CHANNEL_PARAMETERS = (
+    *MESSAGE_PARAMETERS,
+    Parameter("hlm", None, _integer_from(0), "high-level mark of the channel; 0 none"),
+)
+ALL_PARAMETERS = MESSAGE_PARAMETERS + KEY_PARAMETERS
+DEFAULTS = {p.name: p.default for p in ALL_PARAMETERS}
+
+
+def check_parameters(
+    given: Mapping[str, object], table: Sequence[Parameter] = MESSAGE_PARAMETERS
+) -> dict[str, Any]:
+    """The parameters of a table that are given, by name; `Malformed` tells which is not right."""
+    if not given:
+        return {}
+    values: dict[str, Any] = {}
+    for name, _, read, _ in table:
+        value = given.get(name, given.get(name.replace("-", "_")))
+        if value is not None:
+            values[name] = read(name, value)
+    linger = values.get("linger")
+    if linger and values.get("delay", 0) >= linger:
+        raise Malformed("linger is counted from the post, so it must be longer than delay")
+    return values
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,7 +335,7 @@ def check_parameters(given: Mapping[str, int]) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x4C494E47  # "LING", at byte 68 of the file (sqlite.org/fileformat2.html 1.3)
-SCHEMA_VERSION = 2  # `pragma user_version`; the tables of Linger 1.0.1 have 0 and count as 1
+SCHEMA_VERSION = 3  # `pragma user_version`; the tables of Linger 1.0.1 have 0 and count as 1
 
 SCHEMA = (
     """
@@ -264,10 +344,12 @@ SCHEMA = (
         value text not null
     ) without rowid
     """,
-    # A message is ready (state 0) or hidden (state 1) until it is `due`; that of a ready one is
-    # when it became so.  It is held from its delivery on until that delivery is undone: a worker
-    # may still touch what has timed out, until the next delivery.  A take changes no column's
-    # length, so that SQLite writes the row in place and does not touch the pages of a long body.
+    # state: 0 ready, 1 in flight, 2 delayed; only within a transaction 3 given up, 4 picked.
+    # due: when what is in flight or delayed becomes ready; when what is ready became so.
+    # held: 1 from the delivery on until a release or an undo: until the next delivery, also after
+    # the timeout, its worker may still touch, release or delete it.
+    # A take changes no column's length, so that SQLite writes the row in place and does not touch
+    # the pages of a long body.
     """
     create table messages (
         id integer primary key autoincrement,
@@ -285,30 +367,47 @@ SCHEMA = (
         lingers_until real not null,
         topic text not null,
         type text not null,
+        dead text not null,
+        backoff text not null,
+        unique_key text,
+        dead_from text not null,
+        dead_reason text not null,
+        error text not null,
         body blob not null
     )
     """,
-    # for TAKE: the first ready message of a channel
+    # for TAKE_MESSAGE and PICK_MESSAGES: the first ready messages of a channel
     """
     create index ready_messages on messages (channel, priority, id)
     where state = 0
     """,
     # for SETTLE: what is due to come back
     """
-    create index hidden_messages on messages (due)
-    where state = 1
+    create index due_messages on messages (due)
+    where state > 0
     """,
     # for SETTLE: whose lingering is over; not what is in flight, which stays until its timeout
     """
     create index lingering_messages on messages (lingers_until)
-    where lingers_until > 0 and state = 0
+    where lingers_until > 0 and state <> 1
+    """,
+    # for GIVE_UP and PICKED: what a statement before has marked, in the order of delivery
+    """
+    create index marked_messages on messages (state, priority, id)
+    where state > 2
+    """,
+    # for POST_MESSAGE
+    """
+    create index unique_messages on messages (channel, unique_key)
+    where unique_key is not null
     """,
     # The counts of each channel that has messages, kept by the triggers.
     """
     create table channels (
         name text primary key,
         ready integer not null,
-        hidden integer not null,
+        in_flight integer not null,
+        delayed integer not null,
         urgent integer not null,
         niced integer not null
     ) without rowid
@@ -316,23 +415,51 @@ SCHEMA = (
     """
     create trigger message_added after insert on messages
     begin
-        insert into channels (name, ready, hidden, urgent, niced)
-        values (new.channel, new.state = 0, new.state = 1, new.priority < 0, new.priority > 0)
+        insert into channels (name, ready, in_flight, delayed, urgent, niced)
+        values (new.channel, new.state = 0, new.state = 1, new.state = 2,
+            new.priority < 0, new.priority > 0)
         on conflict (name) do update set
             ready = ready + excluded.ready,
-            hidden = hidden + excluded.hidden,
+            in_flight = in_flight + excluded.in_flight,
+            delayed = delayed + excluded.delayed,
             urgent = urgent + excluded.urgent,
             niced = niced + excluded.niced;
     end
     """,
     """
-    create trigger message_moved after update of state on messages
-    when old.state <> new.state
+    create trigger message_changed after update of state on messages
+    when old.state <> new.state and old.channel = new.channel
     begin
         update channels
-        set ready = ready + old.state - new.state,
-            hidden = hidden + new.state - old.state
+        set ready = ready + (new.state = 0) - (old.state = 0),
+            in_flight = in_flight + (new.state = 1) - (old.state = 1),
+            delayed = delayed + (new.state = 2) - (old.state = 2)
         where name = new.channel;
+    end
+    """,
+    """
+    create trigger message_moved after update of channel on messages
+    when old.channel <> new.channel
+    begin
+        update channels
+        set ready = ready - (old.state = 0),
+            in_flight = in_flight - (old.state = 1),
+            delayed = delayed - (old.state = 2),
+            urgent = urgent - (old.priority < 0),
+            niced = niced - (old.priority > 0)
+        where name = old.channel;
+        delete from channels
+        where name = old.channel and ready = 0 and in_flight = 0 and delayed = 0
+            and urgent = 0 and niced = 0;
+        insert into channels (name, ready, in_flight, delayed, urgent, niced)
+        values (new.channel, new.state = 0, new.state = 1, new.state = 2,
+            new.priority < 0, new.priority > 0)
+        on conflict (name) do update set
+            ready = ready + excluded.ready,
+            in_flight = in_flight + excluded.in_flight,
+            delayed = delayed + excluded.delayed,
+            urgent = urgent + excluded.urgent,
+            niced = niced + excluded.niced;
     end
     """,
     """
@@ -340,22 +467,28 @@ SCHEMA = (
     begin
         update channels
         set ready = ready - (old.state = 0),
-            hidden = hidden - old.state,
+            in_flight = in_flight - (old.state = 1),
+            delayed = delayed - (old.state = 2),
             urgent = urgent - (old.priority < 0),
             niced = niced - (old.priority > 0)
         where name = old.channel;
         delete from channels
-        where name = old.channel and ready = 0 and hidden = 0;
+        where name = old.channel and ready = 0 and in_flight = 0 and delayed = 0
+            and urgent = 0 and niced = 0;
     end
     """,
+    # Null is a parameter that was not given: the channel's setting or the default holds.
     """
     create table subscriptions (
         topic text not null,
         channel text not null,
-        priority integer not null,
-        timeout integer not null,
-        deliver integer not null,
-        linger integer not null,
+        priority integer,
+        timeout integer,
+        deliver integer,
+        linger integer,
+        delay integer,
+        dead text,
+        backoff text,
         created real not null,
         primary key (topic, channel)
     ) without rowid
@@ -364,42 +497,127 @@ SCHEMA = (
     """
     create index subscriptions_by_channel on subscriptions (channel, topic)
     """,
+    """
+    create table settings (
+        channel text primary key,
+        priority integer,
+        timeout integer,
+        deliver integer,
+        linger integer,
+        delay integer,
+        dead text,
+        backoff text,
+        hlm integer
+    ) without rowid
+    """,
+    """
+    create table pauses (
+        channel text primary key,
+        until real not null
+    ) without rowid
+    """,
+    # Keys of messages that must not be added twice.  scope: `channel <name>` or `topic <name>`;
+    # answer: the id, or for a topic a line `<id> <channel>` for each copy.
+    """
+    create table dedups (
+        scope text not null,
+        key text not null,
+        until real not null,
+        answer text not null,
+        primary key (scope, key)
+    ) without rowid
+    """,
+    # for FORGET_DEDUPS
+    """
+    create index dedups_by_end on dedups (until)
+    """,
 )
 
-# From the tables of Linger 1.0.1.  Its columns have no types: a body may be text, and `show` is 0
-# or the time until which a message is hidden.  Ids go on where they were.
-TAKE_OVER_BEFORE = (
-    "alter table config rename to config_v1",
-    "alter table messages rename to messages_v1",
-    "alter table subscriptions rename to subscriptions_v1",
-)
-TAKE_OVER_AFTER = (
-    """
-    insert into config (key, value)
-    select key, value
-    from config_v1
-    where key = 'server_id'
-    order by key
-    """,
-    """
-    insert into messages (id, channel, priority, state, due, timeout, deliver, delivered, lease,
-        held, received, linger, lingers_until, topic, type, body)
-    select id, channel, priority, show > 0, max(show, ts), timeout, deliver, dcount, dcount,
-        dcount > 0 or show > 0, ts, linger, max(purge, 0), topic, mimetype, cast(body as blob)
-    from messages_v1
-    order by id
-    """,
-    """
-    insert into subscriptions (topic, channel, priority, timeout, deliver, linger, created)
-    select topic, channel, priority, timeout, deliver, linger, ts
-    from subscriptions_v1
-    order by topic, channel
-    """,
+# From earlier schemas: what makes place for the new tables, and what fills them.
+UPGRADES = {
+    # Linger 1.0.1.  Its columns have no types: a body may be text, and `show` is 0 or the time
+    # until which a message is hidden.
+    1: (
+        (
+            "alter table config rename to old_config",
+            "alter table messages rename to old_messages",
+            "alter table subscriptions rename to old_subscriptions",
+        ),
+        (
+            """
+            insert into config (key, value)
+            select key, value
+            from old_config
+            where key = 'server_id'
+            order by key
+            """,
+            """
+            insert into messages (id, channel, priority, state, due, timeout, deliver, delivered,
+                lease, held, received, linger, lingers_until, topic, type, dead, backoff,
+                dead_from, dead_reason, error, body)
+            select id, channel, priority, show > 0, max(show, ts), timeout, deliver, dcount,
+                dcount, dcount > 0 or show > 0, ts, linger, max(purge, 0), topic, mimetype, '', '',
+                '', '', '', cast(body as blob)
+            from old_messages
+            order by id
+            """,
+            """
+            insert into subscriptions (topic, channel, priority, timeout, deliver, linger, created)
+            select topic, channel, nullif(priority, 0), nullif(timeout, 30), nullif(deliver, 0),
+                nullif(linger, 0), ts
+            from old_subscriptions
+            order by topic, channel
+            """,
+        ),
+    ),
+    2: (
+        (
+            "drop index ready_messages",
+            "drop index hidden_messages",
+            "drop index lingering_messages",
+            "drop index subscriptions_by_channel",
+            "drop trigger message_added",
+            "drop trigger message_moved",
+            "drop trigger message_removed",
+            "drop table channels",
+            "alter table config rename to old_config",
+            "alter table messages rename to old_messages",
+            "alter table subscriptions rename to old_subscriptions",
+        ),
+        (
+            """
+            insert into config (key, value)
+            select key, value
+            from old_config
+            order by key
+            """,
+            """
+            insert into messages (id, channel, priority, state, due, timeout, deliver, delivered,
+                lease, held, received, linger, lingers_until, topic, type, dead, backoff,
+                dead_from, dead_reason, error, body)
+            select id, channel, priority, state, due, timeout, deliver, delivered,
+                lease, held, received, linger, lingers_until, topic, type, '', '',
+                '', '', '', body
+            from old_messages
+            order by id
+            """,
+            """
+            insert into subscriptions (topic, channel, priority, timeout, deliver, linger, created)
+            select topic, channel, nullif(priority, 0), nullif(timeout, 30), nullif(deliver, 0),
+                nullif(linger, 0), created
+            from old_subscriptions
+            order by topic, channel
+            """,
+        ),
+    ),
+}
+# Ids go on where they were.
+AFTER_UPGRADE = (
     "delete from sqlite_sequence where name = 'messages'",
-    "update sqlite_sequence set name = 'messages' where name = 'messages_v1'",
-    "drop table config_v1",
-    "drop table messages_v1",
-    "drop table subscriptions_v1",
+    "update sqlite_sequence set name = 'messages' where name = 'old_messages'",
+    "drop table old_config",
+    "drop table old_messages",
+    "drop table old_subscriptions",
 )
 
 GET_CONFIG = """
@@ -420,63 +638,224 @@ values (:key, :value)
 on conflict (key) do update set value = excluded.value
 """
 
+# -- posting
+
+DEDUP_ANSWER = """
+select answer
+from dedups
+where scope = :scope and key = :dedup and until > :now
+"""
+
+UNIQUE_MESSAGE = """
+select id
+from messages
+where channel = :channel and unique_key = :unique
+"""
+
+# The keys of a message are null where it has none.  In a batch the mark was looked at before.
 POST_MESSAGE = """
 insert into messages (channel, priority, state, due, timeout, deliver, delivered, lease, held,
-    received, linger, lingers_until, topic, type, body)
-select :channel, :priority, 0, :now, :timeout, :deliver, 0, 0, 0,
-    :now, :linger, :lingers_until, '', :type, :body
-where :hlm = 0
-    or :hlm > coalesce((select ready + hidden from channels where name = :channel), 0)
+    received, linger, lingers_until, topic, type, dead, backoff, unique_key, dead_from,
+    dead_reason, error, body)
+select :channel, :priority, :state, :due, :timeout, :deliver, 0, 0, 0,
+    :now, :linger, :lingers_until, '', :type, :dead, :backoff, :unique, '',
+    '', '', :body
+where case
+        when :hlm = 0 then 1
+        when :batch then exists (select 1 from config where key = 'batch fits')
+        else :hlm > coalesce(
+            (select ready + in_flight + delayed from channels where name = :channel), 0)
+    end
+    and (:dedup is null or not exists (
+        select 1 from dedups where scope = :scope and key = :dedup and until > :now))
+    and (:unique is null or not exists (
+        select 1 from messages where channel = :channel and unique_key = :unique))
+"""
+
+# After POST_MESSAGE, if it added one.
+KEEP_DEDUP = """
+insert into dedups (scope, key, until, answer)
+select :scope, :dedup, :now + :dedup_for, cast(last_insert_rowid() as text)
+where changes() = 1 and :dedup is not null
+on conflict (scope, key) do update set until = excluded.until, answer = excluded.answer
+"""
+
+LAST_ID = """
+select last_insert_rowid()
+"""
+
+# Before and after the messages of a batch, which fit into the channel all or not at all.
+MARK_FIT = """
+insert into config (key, value)
+select 'batch fits', 'yes'
+where :hlm >= :count + coalesce(
+    (select ready + in_flight + delayed from channels where name = :channel), 0)
+"""
+
+UNMARK_FIT = """
+delete from config
+where key = 'batch fits'
 """
 
 PUBLISH_DROPS = """
 select subscriptions.channel
-from subscriptions join channels on channels.name = subscriptions.channel
-where subscriptions.topic = :topic and :hlm > 0 and channels.ready + channels.hidden >= :hlm
+from subscriptions
+    join channels on channels.name = subscriptions.channel
+    left join settings on settings.channel = subscriptions.channel
+where subscriptions.topic = :topic and coalesce(settings.hlm, :hlm) > 0
+    and ready + in_flight + delayed >= coalesce(settings.hlm, :hlm)
 order by subscriptions.channel
 """
 
 PUBLISH_MESSAGE = """
 insert into messages (channel, priority, state, due, timeout, deliver, delivered, lease, held,
-    received, linger, lingers_until, topic, type, body)
-select subscriptions.channel, priority, 0, :now, timeout, deliver, 0, 0, 0,
-    :now, linger, case when linger > 0 then :now + linger else 0 end, topic, :type, :body
-from subscriptions left join channels on channels.name = subscriptions.channel
-where topic = :topic and (:hlm = 0 or :hlm > coalesce(ready + hidden, 0))
+    received, linger, lingers_until, topic, type, dead, backoff, dead_from, dead_reason, error,
+    body)
+select subscriptions.channel,
+    coalesce(subscriptions.priority, settings.priority, 0),
+    case when coalesce(subscriptions.delay, settings.delay, 0) > 0 then 2 else 0 end,
+    :now + coalesce(subscriptions.delay, settings.delay, 0),
+    coalesce(subscriptions.timeout, settings.timeout, 30),
+    coalesce(subscriptions.deliver, settings.deliver, 0), 0, 0, 0,
+    :now,
+    coalesce(subscriptions.linger, settings.linger, 0),
+    case when coalesce(subscriptions.linger, settings.linger, 0) > 0
+        then :now + coalesce(subscriptions.linger, settings.linger) else 0 end,
+    topic, :type,
+    coalesce(subscriptions.dead, settings.dead, ''),
+    coalesce(subscriptions.backoff, settings.backoff, ''), '', '', '',
+    :body
+from subscriptions
+    left join settings on settings.channel = subscriptions.channel
+    left join channels on channels.name = subscriptions.channel
+where topic = :topic
+    and (coalesce(settings.hlm, :hlm) = 0
+        or coalesce(settings.hlm, :hlm) > coalesce(ready + in_flight + delayed, 0))
+    and (:dedup is null or not exists (
+        select 1 from dedups where scope = :scope and key = :dedup and until > :now))
 order by subscriptions.channel
 """
 
 # The rows of the PUBLISH_MESSAGE just before: ids of one AUTOINCREMENT insert follow each other.
 PUBLISHED = """
-select channel, id, lingers_until
+select channel, id, state, due, lingers_until
 from messages
 where id > last_insert_rowid() - changes() and id <= last_insert_rowid()
 order by id
 """
 
+# After PUBLISH_MESSAGE, unless the key was there; also when nobody is subscribed.
+KEEP_TOPIC_DEDUP = """
+insert into dedups (scope, key, until, answer)
+select :scope, :dedup, :now + :dedup_for, coalesce((
+    select group_concat(id || ' ' || channel, char(10))
+    from messages
+    where id > last_insert_rowid() - changes() and id <= last_insert_rowid()), '')
+where :dedup is not null and not exists (
+    select 1 from dedups where scope = :scope and key = :dedup and until > :now)
+on conflict (scope, key) do update set until = excluded.until, answer = excluded.answer
+"""
+
+# -- taking
+
+# One message of one channel, the usual case.  With :ack, only if the statement before has deleted
+# that message.
 TAKE_MESSAGE = """
-select id, channel, priority, timeout, deliver, delivered + 1,
-    max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body
+select id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
+    max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
+    dead_from, dead_reason, error
 from messages
+where channel = :channel and state = 0
+    and (:ack is null or changes() = 1)
+order by priority, id
+limit 1
+"""
+
+HIDE_TAKEN = """
+update messages
+set state = 1, due = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
+    lease = lease + 1, held = 1
 where id = (
     select id
     from messages
     where channel = :channel and state = 0
+        and (:ack is null or changes() = 1)
     order by priority, id
     limit 1
 )
 """
 
-HIDE_TAKEN = """
+# For all else: several messages, several channels (:channels are lines), to delete them at once,
+# or while anything is paused.  What is to be taken is picked first, from the first channel that
+# has a message and is not paused.
+PICK_MESSAGES = """
+with recursive wanted (place, name, rest) as (
+    select 0, '', :channels || char(10)
+    union all
+    select place + 1, substr(rest, 1, instr(rest, char(10)) - 1),
+        substr(rest, instr(rest, char(10)) + 1)
+    from wanted
+    where rest <> ''
+)
 update messages
-set state = 1, due = :now + timeout, delivered = delivered + 1, lease = lease + 1, held = 1
-where id = (
+set state = 4
+where id in (
     select id
     from messages
-    where channel = :channel and state = 0
+    where state = 0 and channel = (
+        select name
+        from wanted
+        where exists (select 1 from messages where channel = name and state = 0)
+            and not exists (select 1 from pauses where channel = name)
+        order by place
+        limit 1
+    )
+        and (:ack is null or changes() = 1)
     order by priority, id
-    limit 1
+    limit :n
 )
+"""
+
+TAKE_PICKED = """
+select id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
+    max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
+    dead_from, dead_reason, error
+from messages
+where state = 4 and state > 2
+order by priority, id
+"""
+
+HIDE_PICKED = """
+update messages
+set state = 1, due = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
+    lease = lease + 1, held = 1
+where state = 4 and state > 2
+"""
+
+# The whole rows, for RESTORE_MESSAGE.
+PICKED_ROWS = """
+select id, channel, priority, timeout, deliver, delivered, lease, received, linger,
+    lingers_until, topic, type, dead, backoff, unique_key, dead_from, dead_reason, error, body
+from messages
+where state = 4 and state > 2
+order by priority, id
+"""
+
+DELETE_PICKED = """
+delete from messages
+where state = 4 and state > 2
+"""
+
+RESTORE_MESSAGE = """
+insert into messages (id, channel, priority, state, due, timeout, deliver, delivered, lease, held,
+    received, linger, lingers_until, topic, type, dead, backoff, unique_key, dead_from,
+    dead_reason, error, body)
+select :id, :channel, :priority, 0, :now, :timeout, :deliver, :delivered, :lease + 1, 0,
+    :received, :linger, :lingers_until, :topic, :type, :dead, :backoff,
+    case when exists (
+        select 1 from messages where channel = :channel and unique_key = :unique_key)
+        then null else :unique_key end,
+    :dead_from, :dead_reason, :error, :body
 """
 
 UNDO_TAKE = """
@@ -485,22 +864,24 @@ set state = 0, due = :now, delivered = delivered - 1, held = 0
 where id = :id and lease = :lease and held = 1
 """
 
+# -- the end of a delivery
+
 MESSAGE_HOLDING = """
-select lease, held
+select lease, held, channel
+from messages
+where id = :id
+"""
+
+MESSAGE_DUE = """
+select state, due
 from messages
 where id = :id
 """
 
 TOUCH_MESSAGE = """
 update messages
-set state = 1, due = :now + timeout
+set state = 1, due = :now + coalesce(:timeout, timeout)
 where id = :id and held = 1 and lease = coalesce(:lease, lease)
-"""
-
-MESSAGE_DUE = """
-select due
-from messages
-where id = :id
 """
 
 DELETE_MESSAGE = """
@@ -510,7 +891,80 @@ where id = :id
 
 DELETE_LEASED = """
 delete from messages
-where id = :id and lease = :lease
+where id = :id and lease = coalesce(:lease, lease)
+"""
+
+# The n-th step of a backoff is in its n-th 10 characters, the last one repeats.
+RELEASE_MESSAGE = """
+update messages
+set held = 0,
+    error = case when :reason = '' then error else :reason end,
+    state = case
+        when coalesce(:delay, cast(substr(backoff, 10 * min(max(delivered, 1),
+            length(backoff) / 10) - 9, 10) as integer)) > 0 then 2 else 0 end,
+    due = :now + coalesce(:delay, cast(substr(backoff, 10 * min(max(delivered, 1),
+        length(backoff) / 10) - 9, 10) as integer))
+where id = :id and held = 1 and lease = coalesce(:lease, lease)
+    and (deliver = 0 or delivered < deliver)
+"""
+
+REJECT_USED_UP = """
+update messages
+set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
+where id = :id and held = 1 and lease = coalesce(:lease, lease)
+    and deliver > 0 and delivered >= deliver
+"""
+
+REJECT_MESSAGE = """
+update messages
+set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
+where id = :id and lease = coalesce(:lease, lease)
+"""
+
+# GIVE_UP: what is in state 3 goes to its dead channel, if that is another one, or away.
+DEAD_COUNTS = """
+select dead, count(*)
+from messages
+where state = 3 and state > 2 and dead <> '' and dead <> channel
+group by dead
+"""
+
+MOVE_DEAD = """
+update messages
+set channel = dead, dead_from = channel, state = 0, due = :now, delivered = 0, held = 0,
+    linger = 0, lingers_until = 0, unique_key = null
+where state = 3 and state > 2 and dead <> '' and dead <> channel
+"""
+
+DELETE_GIVEN_UP = """
+delete from messages
+where state = 3 and state > 2
+"""
+
+REDRIVE_COUNTS = """
+select coalesce(:to, dead_from), count(*)
+from messages
+where id in (
+    select id
+    from messages
+    where channel = :channel and state = 0 and (:to is not null or dead_from <> '')
+    order by priority, id
+    limit :n
+)
+group by 1
+"""
+
+REDRIVE_MESSAGES = """
+update messages
+set channel = coalesce(:to, dead_from), due = :now, delivered = 0, dead_from = '',
+    dead_reason = ''
+where id in (
+    select id
+    from messages
+    where channel = :channel and state = 0 and (:to is not null or dead_from <> '')
+    order by priority, id
+    limit :n
+)
 """
 
 DRAIN_READY = """
@@ -520,60 +974,109 @@ where channel = :channel and state = 0
 
 DRAIN_HIDDEN = """
 delete from messages
-where channel = :channel and state = 1
+where channel = :channel and state > 0
 """
 
-# SETTLE: what has come due, in this order.  First go those that will not come back,
-SETTLE_LINGERED = """
-delete from messages
-where lingers_until > 0 and state = 0 and lingers_until <= :now
+FORGET_SCOPE = """
+delete from dedups
+where scope = :scope
 """
 
-SETTLE_LINGERED_HIDDEN = """
-delete from messages
-where state = 1 and due <= :now and lingers_until > 0 and lingers_until <= :now
+# -- SETTLE: what has come due, in this order.  First those that will not come back are given up,
+
+GIVE_UP_LINGERED = """
+update messages
+set state = 3, dead_reason = 'linger'
+where lingers_until > 0 and state <> 1 and lingers_until <= :now
 """
 
-SETTLE_DELIVERED = """
-delete from messages
-where state = 1 and due <= :now and deliver > 0 and delivered >= deliver
+GIVE_UP_LINGERED_IN_FLIGHT = """
+update messages
+set state = 3, dead_reason = 'linger'
+where state > 0 and due <= :now and state = 1 and lingers_until > 0 and lingers_until <= :now
 """
 
-# then the others are counted and come back,
-SETTLE_COUNT = """
-select channel, count(*)
+GIVE_UP_DELIVERED = """
+update messages
+set state = 3, dead_reason = 'deliver'
+where state > 0 and due <= :now and state = 1 and deliver > 0 and delivered >= deliver
+"""
+
+# then those that have a backoff stay hidden,
+DELAY_TIMED_OUT = """
+update messages
+set state = 2,
+    due = due + cast(substr(backoff, 10 * min(max(delivered, 1),
+        length(backoff) / 10) - 9, 10) as integer)
+where state > 0 and due <= :now and state = 1 and backoff <> ''
+    and due + cast(substr(backoff, 10 * min(max(delivered, 1),
+        length(backoff) / 10) - 9, 10) as integer) > :now
+"""
+
+# the others are counted and become ready,
+COUNT_DUE = """
+select channel, count(*), sum(state = 1)
 from messages
-where state = 1 and due <= :now
+where state > 0 and due <= :now
 group by channel
 """
 
-SETTLE_TIMED_OUT = """
+SHOW_DUE = """
 update messages
 set state = 0
-where state = 1 and due <= :now
+where state > 0 and due <= :now
+"""
+
+# pauses end and old keys are forgotten,
+PAUSES_OVER = """
+select pauses.channel, coalesce(ready, 0)
+from pauses left join channels on channels.name = pauses.channel
+where until <= :now
+"""
+
+END_PAUSES = """
+delete from pauses
+where until <= :now
+"""
+
+FORGET_DEDUPS = """
+delete from dedups
+where until <= :now
 """
 
 # and last it is seen when the next one is due.
-NEXT_HIDDEN = """
+NEXT_DUE = """
 select min(due)
 from messages
-where state = 1
+where state > 0
 """
 
 NEXT_LINGERING = """
 select min(lingers_until)
 from messages
-where lingers_until > 0 and state = 0
+where lingers_until > 0 and state <> 1
 """
 
+NEXT_PAUSE = """
+select min(until)
+from pauses
+"""
+
+# -- channels and topics
+
 SUBSCRIBE = """
-insert into subscriptions (topic, channel, priority, timeout, deliver, linger, created)
-values (:topic, :channel, :priority, :timeout, :deliver, :linger, :now)
+insert into subscriptions (topic, channel, priority, timeout, deliver, linger, delay, dead,
+    backoff, created)
+values (:topic, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead,
+    :backoff, :now)
 on conflict (topic, channel) do update set
     priority = excluded.priority,
     timeout = excluded.timeout,
     deliver = excluded.deliver,
     linger = excluded.linger,
+    delay = excluded.delay,
+    dead = excluded.dead,
+    backoff = excluded.backoff,
     created = excluded.created
 """
 
@@ -582,10 +1085,76 @@ delete from subscriptions
 where topic = :topic and channel = :channel
 """
 
+SET_SETTINGS = """
+insert into settings (channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm)
+values (:channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :hlm)
+on conflict (channel) do update set
+    priority = excluded.priority,
+    timeout = excluded.timeout,
+    deliver = excluded.deliver,
+    linger = excluded.linger,
+    delay = excluded.delay,
+    dead = excluded.dead,
+    backoff = excluded.backoff,
+    hlm = excluded.hlm
+"""
+
+CLEAR_SETTINGS = """
+delete from settings
+where channel = :channel
+"""
+
+ALL_SETTINGS = """
+select channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm
+from settings
+"""
+
+PAUSE = """
+insert into pauses (channel, until)
+values (:channel, :until)
+on conflict (channel) do update set until = excluded.until
+"""
+
+RESUME = """
+delete from pauses
+where channel = :channel
+"""
+
+ALL_PAUSES = """
+select channel, until
+from pauses
+"""
+
 CHANNEL_COUNTS = """
-select ready, hidden
+select ready, in_flight, delayed
 from channels
 where name = :channel
+"""
+
+# Of each priority the first: those of one priority are in the order in which they came.
+OLDEST_READY = """
+with recursive priorities (priority) as (
+    select min(priority)
+    from messages
+    where channel = :channel and state = 0
+    union all
+    select (
+        select min(messages.priority)
+        from messages
+        where channel = :channel and state = 0 and messages.priority > priorities.priority
+    )
+    from priorities
+    where priorities.priority is not null
+)
+select min((
+    select received
+    from messages
+    where channel = :channel and state = 0 and messages.priority = priorities.priority
+    order by id
+    limit 1
+))
+from priorities
+where priorities.priority is not null
 """
 
 CHANNELS = """
@@ -616,8 +1185,50 @@ where topic = :topic
 order by channel
 """
 
+# -- looking
+
+LOOK_AT_MESSAGE = """
+select id, channel, priority, timeout, deliver, delivered,
+    max(cast(:now - received as integer), 0), linger, topic, lease, type, body,
+    dead_from, dead_reason, error, state
+from messages
+where id = :id
+"""
+
+# Bodies are cut to one byte more than is shown, so that it can be told.
+LIST_READY = """
+select id, channel, priority, timeout, deliver, delivered,
+    max(cast(:now - received as integer), 0), linger, topic, lease, type,
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, state
+from messages
+where channel = :channel and state = 0
+    and (:after is null or (priority, id) > (select priority, id from messages where id = :after))
+order by priority, id
+limit :n
+"""
+
+LIST_HIDDEN = """
+select id, channel, priority, timeout, deliver, delivered,
+    max(cast(:now - received as integer), 0), linger, topic, lease, type,
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, state
+from messages
+where channel = :channel and state = :state and id > coalesce(:after, 0)
+order by id
+limit :n
+"""
+
+LIST_ALL = """
+select id, channel, priority, timeout, deliver, delivered,
+    max(cast(:now - received as integer), 0), linger, topic, lease, type,
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, state
+from messages
+where channel = :channel and id > coalesce(:after, 0)
+order by id
+limit :n
+"""
+
 MESSAGE_TOTALS = """
-select coalesce(sum(ready), 0), coalesce(sum(hidden), 0),
+select coalesce(sum(ready), 0), coalesce(sum(in_flight + delayed), 0),
     coalesce(sum(urgent), 0), coalesce(sum(niced), 0)
 from channels
 """
@@ -641,10 +1252,15 @@ MEMORY = ":memory:"
 SYNC_LEVELS = ("full", "normal", "off")
 
 
+Parameters = Union[Mapping[str, object], Sequence[Any]]
+
+
 class Operation:
     """A fixed list of statements that run in one transaction, all or none, and what came of it.
 
-    `results` holds for each statement the rows of a select, else `(rows changed, last id)`.
+    `parameters` are those of all statements, or a list with those of each; where they are
+    themselves a list, the statement runs once for each.  `results` holds for each statement the
+    rows of a select, else `(rows changed, last id)`.
     `committed(operation)` is called after the commit, in the order of commits, by the thread that
     committed; it must be short.  It is not called for an operation that failed.
     """
@@ -654,7 +1270,7 @@ class Operation:
     def __init__(
         self,
         statements: Sequence[str],
-        parameters: Mapping[str, object],
+        parameters: Parameters,
         committed: Optional[Callable[[Operation], None]] = None,
     ) -> None:
         self.statements = statements
@@ -665,6 +1281,12 @@ class Operation:
         self.done = False
         self.turn = _thread.allocate_lock()  # released when it is done, or its thread's to lead
         self.turn.acquire()
+
+    def steps(self) -> Iterable[tuple[str, Any]]:
+        """Each statement with its parameters."""
+        if isinstance(self.parameters, list):
+            return zip(self.statements, self.parameters)
+        return zip(self.statements, itertools.repeat(self.parameters))
 
 
 class Store:
@@ -800,10 +1422,12 @@ class Store:
         execute = cursor.execute
         execute("begin immediate")
         for operation in batch:
-            parameters = operation.parameters
             operation.results = results = []
-            for statement in operation.statements:
-                execute(statement, parameters)
+            for statement, parameters in operation.steps():
+                if isinstance(parameters, list):
+                    cursor.executemany(statement, parameters)
+                else:
+                    execute(statement, parameters)
                 results.append(
                     cursor.fetchall() if cursor.description else (cursor.rowcount, cursor.lastrowid)
                 )
@@ -962,21 +1586,23 @@ def _prepare(path: str) -> None:
         raise Unavailable(f"{path} is not a database of Linger: choose another --dbfile")
     version, application = struct.unpack(">I4xI", header[60:72])
     if application == 0 == version and _is_version_1(path):
-        _make(path, take_over=True)
+        _make(path, version=1)
     elif application != APPLICATION_ID:
         raise Unavailable(f"{path} is a database of another program: choose another --dbfile")
+    elif version in UPGRADES:
+        _make(path, version)
     elif version != SCHEMA_VERSION:
         raise Unavailable(
-            f"{path} has schema {version}, and Linger {__version__} knows only"
+            f"{path} has schema {version}, and Linger {__version__} knows up to"
             f" {SCHEMA_VERSION}: use the newer Linger that made it"
         )
 
 
-def _make(path: str, take_over: bool = False) -> None:
+def _make(path: str, version: int = 0) -> None:
     """Makes the database aside and moves it to its place whole, so that a crash leaves no half.
 
-    A database of 1.0.1 that is there is taken over, and kept as `<path>.v1` (or `.v1.2`, ...).
-    The move is on disk before the first commit is: SQLite syncs the folder with a new log.
+    One of an earlier `version` that is there is taken over, and kept as `<path>.v1` (or `.v1.2`,
+    ...).  The move is on disk before the first commit is: SQLite syncs the folder with a new log.
     """
     new = path + ".new"
     with contextlib.ExitStack() as undo:
@@ -984,16 +1610,20 @@ def _make(path: str, take_over: bool = False) -> None:
         _remove(new)
         os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
-            if take_over:
+            if version:
                 with contextlib.closing(sqlite3.connect(path)) as original:
                     original.backup(connection)
-                _create(connection, TAKE_OVER_BEFORE, TAKE_OVER_AFTER)
+                connection.execute("pragma journal_mode = delete").fetchall()
+                before, after = UPGRADES[version]
+                _create(connection, before, after + AFTER_UPGRADE)
                 connection.execute("vacuum")
             else:
                 _create(connection)
-        if take_over:
+        if version:
+            if os.path.exists(path + "-wal"):
+                raise Unavailable(f"{path} is in use by another program: its log could not go")
             shutil.copymode(path, new)
-            _keep_original(path)
+            _keep_original(path, f"{path}.v{version}")
         os.rename(new, path)
         undo.pop_all()
 
@@ -1004,10 +1634,10 @@ def _remove(path: str) -> None:
             os.unlink(path + suffix)
 
 
-def _keep_original(path: str) -> None:
+def _keep_original(path: str, second: str) -> None:
     """Gives the file a second name: whole at once, and before it loses its own."""
     for number in itertools.count(1):
-        name = f"{path}.v1" if number == 1 else f"{path}.v1.{number}"
+        name = second if number == 1 else f"{second}.{number}"
         if not os.path.exists(name):
             try:
                 os.link(path, name)
@@ -1053,6 +1683,10 @@ COUNTERS = (
     "msg-retention",
     "msg-touch",
     "msg-delete",
+    "msg-release",
+    "msg-reject",
+    "msg-dead",
+    "msg-redrive",
     "publish",
     "channel-create",
     "channel-remove",
@@ -1060,19 +1694,35 @@ COUNTERS = (
     "subscription-add",
     "subscription-delete",
 )
+STATES = ("ready", "hidden", "delayed")  # by the number that SQL has for it; hidden is in flight
 
-TAKE = (TAKE_MESSAGE, HIDE_TAKEN)
+POST_KEYED = (DEDUP_ANSWER, UNIQUE_MESSAGE, POST_MESSAGE, KEEP_DEDUP)
 PUBLISH = (PUBLISH_DROPS, PUBLISH_MESSAGE, PUBLISHED)
+PUBLISH_KEYED = (DEDUP_ANSWER, *PUBLISH, KEEP_TOPIC_DEDUP)
+ACKNOWLEDGE = (MESSAGE_HOLDING, DELETE_LEASED)
+TAKE = (TAKE_MESSAGE, HIDE_TAKEN)
+TAKE_PICKED_ONES = (PICK_MESSAGES, TAKE_PICKED, HIDE_PICKED)
+TAKE_AND_DELETE = (PICK_MESSAGES, PICKED_ROWS, TAKE_PICKED, DELETE_PICKED)
+GIVE_UP = (DEAD_COUNTS, MOVE_DEAD, DELETE_GIVEN_UP)
 TOUCH = (MESSAGE_HOLDING, TOUCH_MESSAGE, MESSAGE_DUE)
-DRAIN = (DRAIN_READY, DRAIN_HIDDEN)
+RELEASE = (MESSAGE_HOLDING, RELEASE_MESSAGE, MESSAGE_DUE, REJECT_USED_UP, *GIVE_UP)
+REJECT = (MESSAGE_HOLDING, REJECT_MESSAGE, *GIVE_UP)
+REDRIVE = (REDRIVE_COUNTS, REDRIVE_MESSAGES)
+DRAIN = (DRAIN_READY, DRAIN_HIDDEN, FORGET_SCOPE)
 SETTLE = (
-    SETTLE_LINGERED,
-    SETTLE_LINGERED_HIDDEN,
-    SETTLE_DELIVERED,
-    SETTLE_COUNT,
-    SETTLE_TIMED_OUT,
-    NEXT_HIDDEN,
+    GIVE_UP_LINGERED,
+    GIVE_UP_LINGERED_IN_FLIGHT,
+    GIVE_UP_DELIVERED,
+    *GIVE_UP,
+    DELAY_TIMED_OUT,
+    COUNT_DUE,
+    SHOW_DUE,
+    PAUSES_OVER,
+    END_PAUSES,
+    FORGET_DEDUPS,
+    NEXT_DUE,
     NEXT_LINGERING,
+    NEXT_PAUSE,
 )
 
 
@@ -1087,22 +1737,45 @@ class Clock(Protocol):
 
 
 class Waiter:
-    """A consumer that waits at a channel until it is called to take a message.
+    """A consumer that takes messages of one or several channels, and waits until it is called.
 
     `operation` is its take from the moment when it is called (or tries for the first time), None
     while it is parked.  All of it is guarded by the broker's lock; `called` is notified when it
     has an operation to finish, or has `ended`.
     """
 
-    __slots__ = ("called", "channel", "ended", "operation", "ticket", "vanished")
+    __slots__ = (
+        "auto",
+        "called",
+        "called_by",
+        "channels",
+        "ended",
+        "n",
+        "operation",
+        "removed",
+        "ticket",
+        "timeout",
+        "vanished",
+    )
 
     called: threading.Condition  # made when it is parked for the first time
 
-    def __init__(self, channel: str, vanished: Callable[[], bool]) -> None:
-        """`vanished()` tells whether the consumer has gone away; it is asked before each call."""
-        self.channel = channel
+    def __init__(
+        self,
+        channels: Sequence[str],
+        n: int,
+        timeout: Optional[int],
+        auto: bool,
+        vanished: Callable[[], bool],
+    ) -> None:
+        self.channels = channels
+        self.n = n
+        self.timeout = timeout
+        self.auto = auto
         self.vanished = vanished
         self.operation: Optional[Operation] = None
+        self.removed: list[tuple[Any, ...]] = []  # whole rows of what was taken with `auto`
+        self.called_by = ""  # the channel that called it last
         self.ticket = 0  # its place in the order of those who came; 0 before it is parked
         self.ended = False
 
@@ -1111,9 +1784,10 @@ class Broker:
     """Channels, topics and messages over a `Store`; usable from any thread, without HTTP.
 
     What has come due is settled before an operation runs, so that limits hold at that moment; a
-    ticker does the same for those who wait.  Who waits, the counters and the time of the next
-    thing due are in memory: all are changed after a commit, in the order of commits (`_lock`
-    guards who waits, since waiters also leave by themselves).
+    ticker does the same for those who wait.  Who waits, the counters, the time of the next thing
+    due, and a copy of the channels' settings and pauses are in memory: all are changed after a
+    commit, in the order of commits (`_lock` guards who waits, since waiters also leave by
+    themselves).
     """
 
     def __init__(
@@ -1135,7 +1809,10 @@ class Broker:
         self._deserted: collections.OrderedDict[str, float] = collections.OrderedDict()
         self._stopping = False
         self._due = 0.0
-        self.id: str = store.read(GET_CONFIG, key="server_id")[0][0][0]
+        ids, settings, pauses = store.read(GET_CONFIG, ALL_SETTINGS, ALL_PAUSES, key="server_id")
+        self.id: str = ids[0][0]
+        self._settings = {row[0]: _settings_of(row[1:]) for row in settings}
+        self._pauses: dict[str, float] = dict(pauses)
         self.settle()
         self._ticker = threading.Thread(target=self._tick, name="linger-ticker", daemon=True)
         self._ticker.start()
@@ -1160,141 +1837,311 @@ class Broker:
             self._latest = now
         return now
 
-    # -- messages
+    # -- adding messages
 
-    def post(self, channel: str, body: bytes, type: str = DEFAULT_TYPE, **parameters: int) -> int:
-        """Adds a message to a channel and returns its id; when it returns the message is on disk.
+    def post(
+        self, channel: str, body: bytes, type: str = DEFAULT_TYPE, **parameters: object
+    ) -> Posted:
+        """Adds a message to a channel; when it returns the message is on disk.
 
-        `parameters` are those of `MESSAGE_PARAMETERS`.  Raises `Malformed` for an empty body,
-        `TooLarge`, and `Full` at the channel's high-level mark.
+        `parameters` are those of `MESSAGE_PARAMETERS` and `KEY_PARAMETERS`; what is not given is
+        as the channel's settings say.  Raises `Malformed` for an empty body, `TooLarge`, and
+        `Full` at the channel's high-level mark.
         """
-        check_name("channel", channel)
-        message = self._check_message(body, type, check_parameters(parameters))
-        message["channel"] = channel
-        linger = message["linger"]
-        message["lingers_until"] = message["now"] + linger if linger else 0
-        ((added, id),) = self._run((POST_MESSAGE,), message, self._posted)
-        if not added:
-            raise Full(f"the channel is at its high-level mark of {self.hlm} messages")
-        return int(id)
-
-    def _check_message(
-        self, body: bytes, type: str, parameters: Mapping[str, int]
-    ) -> dict[str, Any]:
-        if not body:
-            raise Malformed("the message is empty: send 1 byte or more as the body, or as msg")
-        if len(body) > self.max_message:
-            raise TooLarge(
-                f"the message has {len(body)} bytes, and at most {self.max_message} are taken"
-            )
         self._store.check_room()
-        return {**parameters, "body": body, "type": type, "hlm": self.hlm, "now": self.now()}
+        message = self._message(check_name("channel", channel), body, type, parameters)
+        if message["dedup"] is None and message["unique"] is None:
+            ((added, id),) = self._run((POST_MESSAGE,), message, self._posted)
+            posted = Posted(id) if added else None
+        else:
+            posted = _posted_once(self._run(POST_KEYED, message, self._posted))
+        if posted is None:
+            raise Full(f"the channel is at its high-level mark of {message['hlm']} messages")
+        return posted
+
+    def _message(
+        self, channel: str, body: bytes, type: str, given: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """The parameters of POST_MESSAGE."""
+        _check_body(body, self.max_message)
+        settings = self._settings.get(channel, {})
+        checked = check_parameters(given, ALL_PARAMETERS)
+        message = {**DEFAULTS, "hlm": self.hlm, **settings, **checked}
+        now = self.now()
+        delay, linger = message["delay"], message["linger"]
+        if linger and delay >= linger:
+            raise Malformed("linger is counted from the post, so it must be longer than delay")
+        message["channel"] = channel
+        message["scope"] = f"channel {channel}"
+        message["dedup_for"] = message["dedup-for"]
+        message["batch"] = 0
+        message["body"] = body
+        message["type"] = type
+        message["now"] = now
+        message["state"] = 2 if delay else 0
+        message["due"] = now + delay
+        message["lingers_until"] = now + linger if linger else 0
+        return message
 
     def _posted(self, operation: Operation) -> None:
-        if operation.results[0][0]:
-            message = operation.parameters
-            self._added(message["channel"], message["lingers_until"])
+        """After POST_MESSAGE, which stands third if the message has keys."""
+        message: Any = operation.parameters
+        if operation.results[2 if len(operation.results) > 1 else 0][0]:
+            self._added(
+                message["channel"], message["state"], message["due"], message["lingers_until"]
+            )
 
-    def _added(self, channel: Any, lingers_until: Any) -> None:
+    def _added(self, channel: str, state: int, due: float, lingers_until: float) -> None:
         self.counters["msg-add"] += 1
         if lingers_until:
             self._expect(lingers_until)
-        if not self._call(channel, 1):
+        if state:
+            self._expect(due)
+        elif not self._call(channel, 1):
             self.counters["msg-show"] += 1
 
+    def post_batch(
+        self, channel: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
+    ) -> list[int]:
+        """Adds messages (body, type, parameters) to a channel in order, all or none; their ids.
+
+        A bad one raises its error with its `index`.
+        """
+        check_name("channel", channel)
+        self._store.check_room()
+        rows = _each(messages, lambda m: {**self._message(channel, *m), "batch": 1})
+
+        def posted(operation: Operation) -> None:
+            for row, outcome in zip(rows, _batch_outcome(operation.results, len(rows))):
+                if outcome and not outcome.duplicate:
+                    self._added(channel, row["state"], row["due"], row["lingers_until"])
+
+        fit = {"channel": channel, "hlm": rows[0]["hlm"], "count": len(rows)}
+        if any(row["dedup"] is not None or row["unique"] is not None for row in rows):
+            statements = POST_KEYED * len(rows)
+            values: list[Any] = [row for row in rows for _ in POST_KEYED]
+        else:
+            statements, values = (POST_MESSAGE, LAST_ID), [rows, {}]
+        results = self._run(
+            (MARK_FIT, *statements, UNMARK_FIT), [fit, *values, {}], posted
+        )  # fmt: skip
+        ids = [outcome.id for outcome in _batch_outcome(results, len(rows)) if outcome]
+        if len(ids) < len(rows):
+            raise Full(f"the batch does not fit below the high-level mark of {rows[0]['hlm']}")
+        return ids
+
     def publish(
-        self, topic: str, body: bytes, type: str = DEFAULT_TYPE
-    ) -> tuple[dict[str, int], list[str]]:
+        self, topic: str, body: bytes, type: str = DEFAULT_TYPE, **keys: object
+    ) -> tuple[dict[str, int], list[str], bool]:
         """Adds a copy of a message to each subscribed channel, in one transaction.
 
-        Returns the copies' ids by channel, and the channels left out since they are at their
-        high-level mark.
+        `keys` may be `dedup` and `dedup_for`.  Returns the copies' ids by channel, the channels
+        left out since they are at their high-level mark, and whether it was a duplicate.
         """
+        (published,), dropped, duplicates = self._publish(topic, [(body, type, keys)])
+        return published, dropped, duplicates[0]
+
+    def publish_batch(
+        self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
+    ) -> tuple[dict[str, list[int]], list[str]]:
+        """Publishes messages in order in one transaction; the ids of each channel's copies."""
+        published, dropped, _ = self._publish(topic, messages)
+        ids: dict[str, list[int]] = {}
+        for copies in published:
+            for channel, id in copies.items():
+                ids.setdefault(channel, []).append(id)
+        return ids, dropped
+
+    def _publish(
+        self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
+    ) -> tuple[list[dict[str, int]], list[str], list[bool]]:
         check_name("topic", topic)
-        message = self._check_message(body, type, {})
-        message["topic"] = topic
-        dropped, _, published = self._run(PUBLISH, message, self._published)
-        return {channel: id for channel, id, _ in published}, [channel for (channel,) in dropped]
+        self._store.check_room()
+        rows = _each(messages, lambda m: self._publication(topic, *m))
+        keyed = any(row["dedup"] is not None for row in rows)
+        statements = PUBLISH_KEYED if keyed else PUBLISH
+        place = 1 if keyed else 0
+        size = len(statements)
 
-    def _published(self, operation: Operation) -> None:
-        for channel, _, lingers_until in operation.results[2]:
-            self.counters["publish"] += 1
-            self._added(channel, lingers_until)
+        def published(operation: Operation) -> None:
+            for i in range(place + 2, len(operation.results), size):
+                for channel, _, state, due, lingers_until in operation.results[i]:
+                    self.counters["publish"] += 1
+                    self._added(channel, state, due, lingers_until)
 
-    def get(
-        self, channel: str, wait: float = 0, vanished: Callable[[], bool] = bool
-    ) -> Optional[Message]:
+        results = self._run(
+            [sql for _ in rows for sql in statements], [row for row in rows for _ in statements],
+            published,
+        )  # fmt: skip
+        answers, dropped, duplicates = [], [], []
+        for i in range(0, len(results), size):
+            known = results[i] if keyed else []
+            duplicates.append(bool(known))
+            if known:
+                lines = (line.partition(" ") for line in known[0][0].splitlines())
+                answers.append({channel: int(id) for id, _, channel in lines})
+            else:
+                dropped += [channel for (channel,) in results[i + place]]
+                answers.append({row[0]: row[1] for row in results[i + place + 2]})
+        return answers, sorted(set(dropped)), duplicates
+
+    def _publication(
+        self, topic: str, body: bytes, type: str, given: Mapping[str, object]
+    ) -> dict[str, Any]:
+        _check_body(body, self.max_message)
+        keys = {"dedup": None, "dedup-for": 300, **check_parameters(given, KEY_PARAMETERS)}
+        return {
+            "topic": topic,
+            "body": body,
+            "type": type,
+            "hlm": self.hlm,
+            "now": self.now(),
+            "scope": f"topic {topic}",
+            "dedup": keys["dedup"],
+            "dedup_for": keys["dedup-for"],
+        }
+
+    # -- taking messages
+
+    def get(self, channel: str, wait: float = 0, **options: Any) -> Optional[Message]:
         """Takes the next message of a channel, waiting up to `wait` seconds; None if none came.
 
-        `vanished()` tells whether the consumer has gone away while it waited: then it is passed
-        over and gets None.
+        `options` are those of `waiter`.
         """
-        waiter = self.waiter(channel, vanished)
-        return self.get_for(waiter, wait)
+        messages = self.take(self.waiter([channel], **options), wait)
+        return messages[0] if messages else None
 
-    def waiter(self, channel: str, vanished: Callable[[], bool] = bool) -> Waiter:
-        """A place for `get_for`, which another thread may `dismiss`."""
-        return Waiter(check_name("channel", channel), vanished)
+    def waiter(
+        self,
+        channels: Sequence[str],
+        n: int = 1,
+        timeout: Optional[int] = None,
+        auto: bool = False,
+        vanished: Callable[[], bool] = bool,
+    ) -> Waiter:
+        """A consumer for `take`, which another thread may `dismiss`.
 
-    def get_for(self, waiter: Waiter, wait: float) -> Optional[Message]:
-        """As `get`, for a waiter made before."""
+        It takes up to `n` messages, from the first of the channels that has any.  `timeout`:
+        seconds that they stay hidden, in place of their own; `auto`: they are deleted as they are
+        delivered.  `vanished()` tells whether it has gone away while it waited: then it is passed
+        over.
+        """
+        names = [check_name("channel", channel) for channel in channels]
+        if len(names) > 1:
+            names = list(dict.fromkeys(names))
+        if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
+            raise Malformed(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
+        return Waiter(names, n, timeout, auto, vanished)
+
+    def take(
+        self,
+        waiter: Waiter,
+        wait: float = 0,
+        ack: Optional[int] = None,
+        lease: Optional[int] = None,
+    ) -> list[Message]:
+        """Takes messages for a waiter, who waits up to `wait` seconds; none if none came.
+
+        `ack`, with its `lease`, deletes that message in the same transaction; if that cannot be
+        done nothing is taken, and it raises as `delete` does.
+        """
         self._settle_due()
         deadline = self._clock.monotonic() + wait
         waiter.ended = wait <= 0
-        waiter.operation = self._take_for(waiter)
+        waiter.operation = self._take_for(waiter, ack, lease)
         self._store.submit(waiter.operation)
         while waiter.operation is not None:
+            operation = waiter.operation
             try:
-                rows = self._store.finish(waiter.operation)[0]
+                results = self._store.finish(operation)
             except LingerError:
                 self._pass_on(waiter)
                 raise
+            if ack is not None and not results[1][0]:
+                _refuse(ack, lease, results[0], "deleted")
+            ack = None
+            rows = _taken_rows(operation)
             if rows:
-                return Message._make(rows[0])
+                if waiter.auto:
+                    waiter.removed = results[-3]
+                return [Message._make(row) for row in rows]
             self._await_call(waiter, deadline)
-        return None
+        return []
 
-    def _take_for(self, waiter: Waiter) -> Operation:
-        now = self.now()
+    def _take_for(
+        self, waiter: Waiter, ack: Optional[int] = None, lease: Optional[int] = None
+    ) -> Operation:
+        channels, n = waiter.channels, waiter.n
+        parameters = {
+            "channel": channels[0], "timeout": waiter.timeout, "now": self.now(), "ack": ack,
+        }  # fmt: skip
+        statements: tuple[str, ...] = TAKE
+        if waiter.auto or n > 1 or len(channels) > 1 or self._pauses:
+            statements = TAKE_AND_DELETE if waiter.auto else TAKE_PICKED_ONES
+            parameters.update(channels="\n".join(channels), n=n)
+        if ack is not None:
+            statements = ACKNOWLEDGE + statements
+            parameters.update(id=ack, lease=lease)
+        return Operation(statements, parameters, functools.partial(self._taken, waiter))
 
-        def taken(operation: Operation) -> None:
-            self.counters["msg-get"] += not waiter.ticket
-            rows = operation.results[0]
-            if not rows:
-                self._park(waiter)
+    def _taken(self, waiter: Waiter, operation: Operation) -> None:
+        self.counters["msg-get"] += not waiter.ticket
+        parameters: Any = operation.parameters
+        if parameters["ack"] is not None:
+            if not operation.results[1][0]:
+                waiter.ended = True
                 return
-            self.counters["delivered"] += 1
-            self.counters["msg-hide"] += 1
-            self._expect(now + rows[0][3])
+            self.counters["msg-delete"] += 1
+        rows = _taken_rows(operation)
+        if not rows:
+            self._park(waiter)
+            return
+        self.counters["delivered"] += len(rows)
+        if waiter.auto:
+            self.counters["msg-delete"] += len(rows)
+        else:
+            self.counters["msg-hide"] += len(rows)
+            self._expect(parameters["now"] + min(row[3] for row in rows))
+        if waiter.called_by and waiter.called_by != rows[0][1]:
+            self._call(waiter.called_by, 1)  # what called it is still there
 
-        return Operation(TAKE, {"channel": waiter.channel, "now": now}, taken)
-
-    def undo_take(self, message: Message) -> None:
-        """Puts back a message that could not be handed over; that delivery is not counted."""
+    def undo_take(self, waiter: Waiter, messages: Sequence[Message]) -> None:
+        """Puts back what could not be handed over; those deliveries are not counted."""
         now = self.now()
+        if waiter.auto:
+            names = ("id", "channel", "priority", "timeout", "deliver", "delivered", "lease",
+                     "received", "linger", "lingers_until", "topic", "type", "dead", "backoff",
+                     "unique_key", "dead_from", "dead_reason", "error", "body")  # fmt: skip
+            statement = RESTORE_MESSAGE
+            rows = [{**dict(zip(names, row)), "now": now} for row in waiter.removed]
+        else:
+            statement = UNDO_TAKE
+            rows = [{"id": m.id, "lease": m.lease, "now": now} for m in messages]
 
         def undone(operation: Operation) -> None:
-            if operation.results[0][0]:
-                self.counters["delivered"] -= 1
-                self._expect(now)  # its lingering may be over
-                self._call(message.channel, 1)
+            count = sum(changed for changed, _ in operation.results)
+            self.counters["delivered"] -= count
+            self._expect(now)  # their lingering may be over
+            self._call(messages[0].channel, count)
 
-        parameters = {"id": message.id, "lease": message.lease, "now": now}
-        self._run((UNDO_TAKE,), parameters, undone)
+        self._run([statement] * len(rows), rows, undone)
 
-    def touch(self, id: int, lease: Optional[int] = None) -> None:
+    # -- the end of a delivery
+
+    def touch(self, id: int, lease: Optional[int] = None, timeout: Optional[int] = None) -> None:
         """Starts the visibility timeout of a message in flight anew, from now.
 
-        With `lease`, only if that delivery is the latest.  `NotFound`, or `Conflict` when it is
-        not in flight or the lease has been overtaken.
+        `timeout`: seconds for this delivery, in place of the message's own.  With `lease`, only
+        if that delivery is the latest.  `NotFound`, or `Conflict` when it is not in flight or the
+        lease has been overtaken.
         """
 
         def touched(operation: Operation) -> None:
             if operation.results[1][0]:
                 self.counters["msg-touch"] += 1
-                self._expect(operation.results[2][0][0])
+                self._expect(operation.results[2][0][1])
 
-        parameters = {"id": id, "lease": lease, "now": self.now()}
+        parameters = {"id": id, "lease": lease, "timeout": timeout, "now": self.now()}
         holding, (changed, _), _ = self._run(TOUCH, parameters, touched)
         if not changed:
             _refuse(id, lease, holding, "touched")
@@ -1305,29 +2152,116 @@ class Broker:
         def deleted(operation: Operation) -> None:
             self.counters["msg-delete"] += operation.results[-1][0]
 
-        statements = (DELETE_MESSAGE,) if lease is None else (MESSAGE_HOLDING, DELETE_LEASED)
+        statements = (DELETE_MESSAGE,) if lease is None else ACKNOWLEDGE
         results = self._run(statements, {"id": id, "lease": lease}, deleted)
         if not results[-1][0]:
             _refuse(id, lease, results[0] if lease is not None else [], "deleted")
 
+    def delete_batch(
+        self, messages: Sequence[tuple[int, Optional[int]]]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Deletes messages (id, lease or None); the ids deleted, in conflict, and missing."""
+        wanted = dict(messages)
+        rows = [{"id": id, "lease": lease} for id, lease in wanted.items()]
+
+        def deleted(operation: Operation) -> None:
+            self.counters["msg-delete"] += operation.results[-1][0]
+
+        results = self._run([MESSAGE_HOLDING] * len(rows) + [DELETE_LEASED], [*rows, rows], deleted)
+        outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
+        for (id, lease), holding in zip(wanted.items(), results):
+            place = 2 if not holding else int(lease not in (None, holding[0][0]))
+            outcome[place].append(id)
+        return outcome
+
+    def release(
+        self,
+        id: int,
+        lease: Optional[int] = None,
+        delay: Optional[int] = None,
+        reason: str = "",
+    ) -> None:
+        """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
+
+        The delivery stays counted; if it was the last one that is allowed this is a rejection.
+        `reason` goes out with the next delivery.  Raises as `touch` does.
+        """
+        now = self.now()
+
+        def released(operation: Operation) -> None:
+            holding, (changed, _), state, (rejected, _), dead, _, removed = operation.results
+            if changed:
+                self.counters["msg-release"] += 1
+                if state[0][0]:
+                    self._expect(state[0][1])
+                else:
+                    self._expect(now)  # its lingering may be over
+                    self._call(holding[0][2], 1)
+            self.counters["msg-reject"] += rejected
+            self._given_up(dead, removed)
+
+        parameters = {"id": id, "lease": lease, "delay": delay, "reason": _check_reason(reason)}
+        results = self._run(RELEASE, {**parameters, "now": now}, released)
+        if not (results[1][0] or results[3][0]):
+            _refuse(id, lease, results[0], "released")
+
+    def reject(self, id: int, lease: Optional[int] = None, reason: str = "") -> None:
+        """Gives a message up: it goes to its dead channel, or away.  Raises as `delete` does."""
+
+        def rejected(operation: Operation) -> None:
+            _, (changed, _), dead, _, removed = operation.results
+            self.counters["msg-reject"] += changed
+            self._given_up(dead, removed)
+
+        parameters = {"id": id, "lease": lease, "reason": _check_reason(reason)}
+        holding, (changed, _), *_ = self._run(REJECT, {**parameters, "now": self.now()}, rejected)
+        if not changed:
+            _refuse(id, lease, holding, "rejected")
+
+    def _given_up(self, dead: list[tuple[str, int]], removed: tuple[int, int]) -> None:
+        """After GIVE_UP: calls those who wait at the dead channels."""
+        self.counters["msg-delete"] += removed[0]
+        for channel, count in dead:
+            self.counters["msg-dead"] += count
+            self.counters["msg-show"] += count - self._call(channel, count)
+
+    def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
+        """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
+        came from, or all to the channel `to`; returns how many."""
+        if to is not None and check_name("channel", to) == channel:
+            raise Malformed("to must be another channel than the one that is emptied")
+
+        def redriven(operation: Operation) -> None:
+            for target, count in operation.results[0]:
+                self.counters["msg-redrive"] += count
+                self.counters["msg-show"] += count - self._call(target, count)
+
+        parameters = {"channel": check_name("channel", channel), "to": to}
+        limits = {"n": -1 if n is None else n, "now": self.now()}
+        _, (moved, _) = self._run(REDRIVE, {**parameters, **limits}, redriven)
+        return int(moved)
+
     # -- channels and topics
 
     def drain(self, channel: str) -> None:
-        """Deletes all messages of a channel, whatever their state."""
+        """Deletes all messages of a channel, whatever their state, and its dedup keys."""
 
         def drained(_: Operation) -> None:
             self.counters["channel-drain"] += 1
 
-        self._run(DRAIN, {"channel": check_name("channel", channel)}, drained)
+        parameters = {"channel": check_name("channel", channel), "scope": f"channel {channel}"}
+        self._run(DRAIN, parameters, drained)
 
-    def subscribe(self, channel: str, topic: str, **parameters: int) -> None:
+    def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
         """Subscribes a channel to a topic: copies get `parameters`; replaces what was there."""
 
         def subscribed(_: Operation) -> None:
             self.counters["subscription-add"] += 1
 
+        _check_no_keys(parameters)
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
-        values = {**check_parameters(parameters), **names, "now": self.now()}
+        unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
+        values = {**unset, **check_parameters(parameters), **names, "now": self.now()}
         self._store.check_room()
         self._run((SUBSCRIBE,), values, subscribed)
 
@@ -1339,6 +2273,55 @@ class Broker:
 
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
         self._run((UNSUBSCRIBE,), names, unsubscribed)
+
+    def set_settings(self, channel: str, **parameters: object) -> None:
+        """Sets what holds for messages posted to a channel that do not say otherwise, and its
+        own `hlm`; replaces what was set."""
+        _check_no_keys(parameters)
+        check_name("channel", channel)
+        settings = check_parameters(parameters, CHANNEL_PARAMETERS)
+
+        def set(_: Operation) -> None:
+            self._settings[channel] = settings
+
+        unset = dict.fromkeys(p.name for p in CHANNEL_PARAMETERS)
+        self._run((SET_SETTINGS,), {**unset, **settings, "channel": channel}, set)
+
+    def clear_settings(self, channel: str) -> None:
+        """Clears the settings of a channel; it is no error if there are none."""
+
+        def cleared(_: Operation) -> None:
+            self._settings.pop(channel, None)
+
+        self._run((CLEAR_SETTINGS,), {"channel": check_name("channel", channel)}, cleared)
+
+    def settings(self, channel: str) -> dict[str, Any]:
+        """The settings of a channel: those that are set."""
+        settings = dict(self._settings.get(check_name("channel", channel), {}))
+        if "backoff" in settings:
+            settings["backoff"] = ",".join(settings["backoff"].split())
+        return settings
+
+    def pause(self, channel: str, seconds: Optional[int] = None) -> None:
+        """Lets nobody take messages of a channel until `resume`, or for some seconds."""
+        check_name("channel", channel)
+        until = float("inf") if seconds is None else self.now() + seconds
+
+        def paused(_: Operation) -> None:
+            self._pauses[channel] = until
+            self._expect(until)
+
+        self._run((PAUSE,), {"channel": channel, "until": until}, paused)
+
+    def resume(self, channel: str) -> None:
+        """Ends a pause; it is no error if there is none."""
+
+        def resumed(operation: Operation) -> None:
+            self._pauses.pop(channel, None)
+            self._call(channel, sum(row[0] for row in operation.results[1]))
+
+        parameters = {"channel": check_name("channel", channel)}
+        self._run((RESUME, CHANNEL_COUNTS), parameters, resumed)
 
     def channels(self) -> list[str]:
         """The names, sorted, of channels with messages, subscriptions, or consumers who wait or
@@ -1362,12 +2345,60 @@ class Broker:
         (rows,) = self._store.read(CHANNELS_OF_TOPIC, topic=check_name("topic", topic))
         return [channel for (channel,) in rows]
 
+    # -- looking
+
+    def look(self, id: int) -> tuple[Message, str]:
+        """A message and its state (of `STATES`), without taking it; `NotFound`."""
+        self._settle_due()
+        (rows,) = self._store.read(LOOK_AT_MESSAGE, id=id, now=self.now())
+        if not rows:
+            raise NotFound(f"there is no message {id}")
+        return Message._make(rows[0][:-1]), STATES[rows[0][-1]]
+
+    def list_messages(
+        self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
+    ) -> list[tuple[Message, str]]:
+        """Up to `n` messages of a channel and their states, those after the message `after`.
+
+        In the order of delivery for the state `ready`, else by id.  Bodies are cut to one byte
+        more than MAX_CUT.
+        """
+        self._settle_due()
+        if state is not None and state not in STATES:
+            raise Malformed(f"state must be one of {', '.join(STATES)}")
+        statement = {None: LIST_ALL, "ready": LIST_READY}.get(state, LIST_HIDDEN)
+        (rows,) = self._store.read(
+            statement, channel=check_name("channel", channel), n=n, after=after, cut=MAX_CUT,
+            state=STATES.index(state) if state else 0, now=self.now(),
+        )  # fmt: skip
+        return [(Message._make(row[:-1]), STATES[row[-1]]) for row in rows]
+
+    def info(self, channel: str) -> dict[str, Any]:
+        """What there is to know of a channel."""
+        self._settle_due()
+        counts, oldest, topics = self._store.read(
+            CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, channel=check_name("channel", channel)
+        )
+        ready, in_flight, delayed = counts[0] if counts else (0, 0, 0)
+        posted = oldest[0][0]
+        return {
+            "channel": channel,
+            "ready": ready,
+            "delayed": delayed,
+            "in-flight": in_flight,
+            "oldest": None if posted is None else max(int(self.now() - posted), 0),
+            "waiting": len(self._waiting.get(channel, ())),
+            "topics": [topic for (topic,) in topics],
+            "paused": channel in self._pauses,
+            "settings": self.settings(channel),
+        }
+
     def channel_stats(self, channel: str) -> dict[str, int]:
         """How many messages of a channel are `ready`, and how many `hidden`."""
         self._settle_due()
         (rows,) = self._store.read(CHANNEL_COUNTS, channel=check_name("channel", channel))
-        ready, hidden = rows[0] if rows else (0, 0)
-        return {"ready": ready, "hidden": hidden}
+        ready, in_flight, delayed = rows[0] if rows else (0, 0, 0)
+        return {"ready": ready, "hidden": in_flight + delayed}
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and what there is now."""
@@ -1418,15 +2449,21 @@ class Broker:
             self.settle()
 
     def _settled(self, operation: Operation) -> None:
-        lingered, lingered_hidden, used_up, shown, _, hidden, lingering = operation.results
-        back = sum(count for _, count in shown)
-        self.counters["msg-timeouts"] += lingered_hidden[0] + used_up[0] + back
-        self.counters["msg-retention"] += lingered[0] + lingered_hidden[0]
-        self.counters["msg-delete"] += lingered[0] + lingered_hidden[0] + used_up[0]
-        next_due = [moment for ((moment,),) in (hidden, lingering) if moment is not None]
-        self._due = min(next_due, default=float("inf"))
-        for channel, count in shown:
+        (
+            (lingered, _), (lingered_in_flight, _), (used_up, _), dead, _, removed,
+            (delayed, _), shown, _, pauses, _, _, *next_due,
+        ) = operation.results  # fmt: skip
+        timed_out = sum(row[2] for row in shown)
+        self.counters["msg-timeouts"] += lingered_in_flight + used_up + delayed + timed_out
+        self.counters["msg-retention"] += lingered + lingered_in_flight
+        moments = [moment for ((moment,),) in next_due if moment is not None]
+        self._due = min(moments, default=float("inf"))
+        self._given_up(dead, removed)
+        for channel, count, _ in shown:
             self.counters["msg-show"] += count - self._call(channel, count)
+        for channel, ready in pauses:
+            self._pauses.pop(channel, None)
+            self._call(channel, ready)
 
     def _expect(self, moment: float) -> None:
         """Notes, after a commit, that something comes due at a moment."""
@@ -1436,16 +2473,19 @@ class Broker:
                 self._sooner.notify()
 
     def _tick(self) -> None:
-        """The ticker: settles what is due at the moment when it is, for those who wait."""
+        """The ticker: settles what is due at the moment when it is, for those who wait; also
+        now and then what nobody waits for."""
+        idle_since = self._clock.monotonic()
         while True:
             with self._lock:
                 if self._stopping:
                     return
                 self._forget_deserted()
                 delay = self._due - self.now()
-                if delay > 0:
+                if delay > 0 and self._clock.monotonic() - idle_since < CHANNEL_TTL:
                     self._sooner.wait(min(delay, CHANNEL_TTL))
                     continue
+            idle_since = self._clock.monotonic()
             try:
                 self.settle()
             except LingerError as error:
@@ -1458,7 +2498,7 @@ class Broker:
     def _run(
         self,
         statements: Sequence[str],
-        parameters: Mapping[str, object],
+        parameters: Parameters,
         committed: Callable[[Operation], None],
     ) -> list[Any]:
         self._settle_due()
@@ -1471,30 +2511,32 @@ class Broker:
         """
         with self._lock:
             waiter.operation = None
+            waiter.called_by = ""
             if waiter.ended or self._stopping:
                 waiter.ended = True
                 return
-            queue = self._waiting.get(waiter.channel)
-            if queue is None:
-                queue = self._waiting[waiter.channel] = collections.OrderedDict()
-                if self._deserted.pop(waiter.channel, None) is None:
-                    self.counters["channel-create"] += 1
-            if not waiter.ticket:
+            returning = waiter.ticket
+            if not returning:
                 waiter.ticket = next(self._tickets)
                 waiter.called = threading.Condition(self._lock)
+            for channel in waiter.channels:
+                queue = self._waiting.get(channel)
+                if queue is None:
+                    queue = self._waiting[channel] = collections.OrderedDict()
+                    if self._deserted.pop(channel, None) is None:
+                        self.counters["channel-create"] += 1
                 queue[waiter.ticket] = waiter
-                return
-            ahead = list(itertools.takewhile(lambda ticket: ticket < waiter.ticket, queue))
-            queue[waiter.ticket] = waiter
-            for ticket in (waiter.ticket, *reversed(ahead)):
-                queue.move_to_end(ticket, last=False)
+                if returning:
+                    ahead = itertools.takewhile(lambda ticket: ticket < returning, list(queue))
+                    for ticket in (returning, *reversed(list(ahead))):
+                        queue.move_to_end(ticket, last=False)
 
     def _call(self, channel: str, count: int) -> int:
         """Calls up to `count` waiters of a channel to take a message; returns how many.
 
         Each gets its place in the next transaction here, so that they are served in order.
         """
-        if channel not in self._waiting:
+        if channel not in self._waiting or channel in self._pauses:
             return 0
         called = 0
         with self._lock:
@@ -1505,6 +2547,7 @@ class Broker:
                 if waiter.vanished():
                     waiter.ended = True
                 else:
+                    waiter.called_by = channel
                     waiter.operation = self._take_for(waiter)
                     self._store.submit(waiter.operation)
                     called += 1
@@ -1512,10 +2555,11 @@ class Broker:
         return called
 
     def _leave(self, waiter: Waiter) -> None:
-        queue = self._waiting.get(waiter.channel)
-        if queue and queue.pop(waiter.ticket, None) and not queue:
-            del self._waiting[waiter.channel]
-            self._deserted[waiter.channel] = self._clock.monotonic()
+        for channel in waiter.channels:
+            queue = self._waiting.get(channel)
+            if queue and queue.pop(waiter.ticket, None) and not queue:
+                del self._waiting[channel]
+                self._deserted[channel] = self._clock.monotonic()
 
     def _await_call(self, waiter: Waiter, deadline: float) -> None:
         """Waits until a parked waiter is called and has an operation, or its wait is over."""
@@ -1530,11 +2574,11 @@ class Broker:
 
     def _pass_on(self, waiter: Waiter) -> None:
         """Calls the next one in place of a waiter whose take failed, so that all learn of it."""
-        if waiter.ticket:
-            self._call(waiter.channel, 1)
+        if waiter.called_by:
+            self._call(waiter.called_by, 1)
 
     def dismiss(self, waiter: Waiter) -> None:
-        """Ends a wait: its `get_for` returns None, unless it was just called."""
+        """Ends a wait: its `take` returns nothing, unless it was just called."""
         with self._lock:
             waiter.ended = True
             if waiter.ticket:
@@ -1560,8 +2604,73 @@ class Broker:
             self.counters["channel-remove"] += 1
 
 
-def _refuse(id: int, lease: Optional[int], holding: list[tuple[int, int]], done: str) -> NoReturn:
-    """Says why a message could not be `done` with, from its row (lease, held), if there is one."""
+def _check_body(body: bytes, most: int) -> None:
+    if not body:
+        raise Malformed("the message is empty: send 1 byte or more as the body, or as msg")
+    if len(body) > most:
+        raise TooLarge(f"the message has {len(body)} bytes, and at most {most} are taken")
+
+
+def _check_no_keys(parameters: Mapping[str, object]) -> None:
+    for name in ("dedup", "unique"):
+        if parameters.get(name) is not None:
+            raise Malformed(f"{name} can be given only with a message")
+
+
+def _check_reason(reason: str) -> str:
+    if len(reason.encode()) > MAX_REASON:
+        raise TooLarge(f"the reason may have at most {MAX_REASON} bytes")
+    return reason
+
+
+def _settings_of(values: Sequence[object]) -> dict[str, Any]:
+    """The settings in a row of ALL_SETTINGS: those that are set."""
+    named = zip((p.name for p in CHANNEL_PARAMETERS), values)
+    return {name: value for name, value in named if value is not None}
+
+
+def _each(items: Sequence[Any], shape: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shape of each item of a batch; the error of a bad one tells its index."""
+    rows = []
+    for index, item in enumerate(items):
+        try:
+            rows.append(shape(item))
+        except LingerError as error:
+            error.index = index
+            raise
+    return rows
+
+
+def _posted_once(results: list[Any]) -> Optional[Posted]:
+    """What came of POST_KEYED; None if the channel is full."""
+    answers, messages, (added, id), _ = results
+    if answers:
+        return Posted(int(answers[0][0]), duplicate=True)
+    if messages:
+        return Posted(messages[0][0], duplicate=True)
+    return Posted(id) if added else None
+
+
+def _batch_outcome(results: list[Any], count: int) -> list[Optional[Posted]]:
+    """What came of each message of a batch, from the results of its operation."""
+    results = results[1:-1]  # without those of MARK_FIT and UNMARK_FIT
+    if len(results) == 2:
+        (added, _), ((last,),) = results
+        return [Posted(last - count + 1 + i) if added else None for i in range(count)]
+    size = len(POST_KEYED)
+    return [_posted_once(results[i : i + size]) for i in range(0, len(results), size)]
+
+
+def _taken_rows(operation: Operation) -> list[tuple[Any, ...]]:
+    """The messages that a take has found: the result before the last in each kind of take."""
+    rows: list[tuple[Any, ...]] = operation.results[-2]
+    return rows
+
+
+def _refuse(
+    id: int, lease: Optional[int], holding: Sequence[tuple[int, int, str]], done: str
+) -> NoReturn:
+    """Says why a message could not be `done` with, from its row of MESSAGE_HOLDING, if any."""
     if not holding:
         raise NotFound(f"there is no message {id}")
     if lease is not None and holding[0][0] != lease:
@@ -1583,6 +2692,7 @@ class Route(NamedTuple):
     handler: str
     safe: bool
     summary: str
+    many: bool = False  # whether its body may hold many messages
 
 
 ROUTES = (
@@ -1590,20 +2700,32 @@ ROUTES = (
     Route("GET", "/health", "check_health", True, "whether a message could be stored now"),
     Route("GET", "/stats", "get_stats", True, "counters of the server, and what there is"),
     Route("GET", "/channels", "list_channels", True, "list channels"),
-    Route("GET", "/channels/<channel>", "take_message", False, "take a message, or wait for one"),
+    Route("GET", "/channels/<channel>", "take_message", False, "take messages, or wait for them"),
     Route("POST", "/channels/<channel>", "post_message", False, "post a message"),
     Route("DELETE", "/channels/<channel>", "drain_channel", False, "delete all its messages"),
+    Route("POST", "/channels/<channel>/batch", "post_batch", False, "post many messages", True),
+    Route("GET", "/channels/<channel>/messages", "list_messages", True, "look at its messages"),
     Route("GET", "/channels/<channel>/stats", "get_channel_stats", True, "count its messages"),
+    Route("GET", "/channels/<channel>/info", "get_info", True, "all there is to know of it"),
+    Route("GET", "/channels/<channel>/settings", "get_settings", True, "show its settings"),
+    Route("PUT", "/channels/<channel>/settings", "set_settings", False, "replace its settings"),
+    Route("DELETE", "/channels/<channel>/settings", "clear_settings", False, "clear its settings"),
+    Route("PUT", "/channels/<channel>/pause", "pause_channel", False, "let nobody take from it"),
+    Route("DELETE", "/channels/<channel>/pause", "resume_channel", False, "end its pause"),
+    Route("POST", "/channels/<channel>/redrive", "redrive", False, "move dead letters back"),
     Route("GET", "/channels/<channel>/topics", "list_channel_topics", True, "its subscriptions"),
-    Route(
-        "PUT", "/channels/<channel>/topics/<topic>", "subscribe", False, "subscribe it to a topic"
-    ),
+    Route("PUT", "/channels/<channel>/topics/<topic>", "subscribe", False, "subscribe it"),
     Route("DELETE", "/channels/<channel>/topics/<topic>", "unsubscribe", False, "unsubscribe it"),
     Route("GET", "/topics", "list_topics", True, "list topics"),
     Route("POST", "/topics/<topic>", "publish_message", False, "publish a message"),
+    Route("POST", "/topics/<topic>/batch", "publish_batch", False, "publish many", True),
     Route("GET", "/topics/<topic>/channels", "list_subscribers", True, "the channels subscribed"),
+    Route("GET", "/messages/<id>", "look_at_message", True, "look at a message"),
     Route("DELETE", "/messages/<id>", "delete_message", False, "delete a message"),
+    Route("POST", "/messages/delete", "delete_messages", False, "delete many messages", True),
     Route("POST", "/messages/<id>/touch", "touch_message", False, "start its timeout anew"),
+    Route("POST", "/messages/<id>/release", "release_message", False, "give it back"),
+    Route("POST", "/messages/<id>/reject", "reject_message", False, "give it up"),
 )
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
@@ -1629,23 +2751,21 @@ def find_calls(parts: Sequence[str]) -> dict[str, Route]:
     return CALLS.get(_shape(parts), {})
 
 
-def find_route(method: str, parts: Sequence[str]) -> Route:
-    """The route of a request; `LingerError` 404, 405 or 501 if there is none."""
+def find_route(method: str, calls: Mapping[str, Route]) -> Route:
+    """The route of a method among those of a path; `LingerError` 404, 405 or 501 if none is."""
+    route = calls.get("GET" if method == "HEAD" else method)
+    if route is not None and (route.safe or method != "HEAD"):
+        return route
     if method not in METHODS:
         raise LingerError(f"the method is not known: use one of {', '.join(METHODS[:6])}", 501)
-    calls = find_calls(parts)
+    allowed = allowed_methods(calls)
+    raise LingerError(f"this path takes {allowed}", 405, f"Allow: {allowed}\r\n")
+
+
+def allowed_methods(calls: Mapping[str, Route]) -> str:
+    """The methods that a path takes, as in the header Allow (RFC 9110 10.2.1)."""
     if not calls:
         raise NotFound("there is no such path: see README.md for the calls of the API")
-    route = calls.get("GET" if method == "HEAD" else method)
-    if route is None or (method == "HEAD" and not route.safe):
-        allowed = allowed_methods(parts)
-        raise LingerError(f"this path takes {allowed}", 405, f"Allow: {allowed}\r\n")
-    return route
-
-
-def allowed_methods(parts: Sequence[str]) -> str:
-    """The methods that a path takes, as in the header Allow (RFC 9110 10.2.1)."""
-    calls = find_calls(parts)
     head = ["HEAD"] if "GET" in calls and calls["GET"].safe else []
     return ", ".join([*calls, *head, "OPTIONS"])
 
@@ -1665,6 +2785,7 @@ AUTHORITY = re.compile(r"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+HEADER_VALUE = re.compile("[!-~\xa1-\xff](?:[ -~\xa1-\xff]{0,253}[!-~\xa1-\xff])?")
 PART_NAME = re.compile(rb';[ \t]*name=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE)
 ONCE = frozenset(("content-length", "content-type", "host", "transfer-encoding"))
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
@@ -1703,9 +2824,11 @@ def parse_pairs(text: bytes) -> dict[str, bytes]:
     fields = {}
     for pair in text.split(b"&"):
         name, _, value = pair.replace(b"+", b" ").partition(b"=")
+        if b"%" in pair:
+            name = urllib.parse.unquote_to_bytes(name)
+            value = urllib.parse.unquote_to_bytes(value)
         if name:
-            key = urllib.parse.unquote_to_bytes(name).decode("utf-8", "replace")
-            fields[key] = urllib.parse.unquote_to_bytes(value)
+            fields[name.decode("utf-8", "replace")] = value
     return fields
 
 
@@ -1733,7 +2856,10 @@ def parse_multipart(body: bytes, content_type: str) -> dict[str, bytes]:
 class Request:
     """A request whose head has been read; its body is read later, by the handler."""
 
-    __slots__ = ("_fields", "body", "close", "headers", "method", "old", "parts", "query", "target")
+    __slots__ = (
+        "_fields", "body", "calls", "close", "form_type", "headers", "method", "old", "parts",
+        "query", "target",
+    )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: dict[str, str], old: bool) -> None:
         self.method = method
@@ -1743,31 +2869,26 @@ class Request:
         self.close = old or headers["connection"] == "close"  # whether to close after the answer
         path, _, self.query = target.partition("?")
         self.parts = path[1:].split("/")
+        self.calls = find_calls(self.parts)  # the routes of its path by method
+        self.form_type = headers["form type"]  # of the form that its body is, or empty
         self.body = b""
         self._fields: Optional[tuple[dict[str, bytes], dict[str, bytes]]] = None
-
-    def form_type(self) -> str:
-        """The type of the form that the body is, or empty if it is none."""
-        content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return content_type if content_type in FORM_TYPES else ""
 
     def fields(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The fields of the query, and those of the form."""
         if self._fields is None:
             query = parse_pairs(self.query.encode("latin-1")) if self.query else {}
             form: dict[str, bytes] = {}
-            if self.body:
-                form_type = self.form_type()
-                if form_type == FORM_TYPES[0]:
-                    form = parse_pairs(self.body) if b"=" in self.body else {}
-                elif form_type:
-                    form = parse_multipart(self.body, self.headers["content-type"])
+            if self.form_type == FORM_TYPES[0] and b"=" in self.body:
+                form = parse_pairs(self.body)
+            elif self.form_type == FORM_TYPES[1] and self.body:
+                form = parse_multipart(self.body, self.headers["content-type"])
             self._fields = query, form
         return self._fields
 
     def parameter(self, name: str) -> Optional[str]:
         """A parameter's text, None if it was not given; the form's wins over the query's."""
-        if not self.query and not self.body:
+        if not self.query and not self.form_type:
             return None
         query, form = self.fields()
         value = form.get(name, query.get(name))
@@ -1785,18 +2906,38 @@ class Request:
         text = self.parameter(name)
         return None if text is None else read_integer(name, text, least, most)
 
-    def message_parameters(self) -> dict[str, int]:
-        """The message parameters that were given."""
-        if not self.query and not self.form_type():
+    def given(self, table: Sequence[Parameter]) -> dict[str, str]:
+        """The texts of those parameters of a table that were given."""
+        if not self.query and not self.form_type:
             return {}
-        given = ((p.name, self.integer(p.name, p.least)) for p in MESSAGE_PARAMETERS)
-        return {name: number for name, number in given if number is not None}
+        texts = ((p.name, self.parameter(p.name)) for p in table)
+        return {name: text for name, text in texts if text is not None}
+
+    def given_with_message(self, table: Sequence[Parameter]) -> dict[str, str]:
+        """The same for a message, whose dedup key may also be in the header Idempotency-Key."""
+        given = self.given(table)
+        if "idempotency-key" in self.headers:
+            given.setdefault("dedup", self.headers["idempotency-key"])
+        return given
+
+    def reason(self) -> str:
+        """The text of the body, why a message is released or rejected; a form with parameters
+        is none, unless in its field msg."""
+        reason = self.body
+        if self.form_type:
+            form = self.fields()[1]
+            if "msg" in form or not {"delay", "lease"}.isdisjoint(form):
+                reason = form.get("msg", b"")
+        try:
+            return reason.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Malformed("the reason must be text in UTF-8") from None
 
     def message(self) -> tuple[bytes, str]:
         """The message that is posted, and its type."""
         if not self.body:
             return self.fields()[0].get("msg", b""), DEFAULT_TYPE
-        if self.form_type():
+        if self.form_type:
             form = self.fields()[1]
             if "msg" in form:
                 return form["msg"], DEFAULT_TYPE
@@ -1821,16 +2962,27 @@ def answer_json(value: object, status: int = 200, headers: str = "") -> Answer:
     return Answer(status, TO_JSON(value).encode() + b"\n", headers=headers)
 
 
+def dropped_header(channels: Sequence[str]) -> str:
+    """The header that names the channels which a publication did not reach."""
+    if not channels:
+        return ""
+    names = ",".join(urllib.parse.quote(channel, safe="") for channel in channels)
+    return f"x-linger-dropped: {names}\r\n"
+
+
 def answer_error(error: LingerError) -> Answer:
     """The answer for an error, the same in all cases."""
     headers = error.headers
     if error.status == 503:
         headers += f"Retry-After: {RETRY_AFTER}\r\n"
-    return answer_json({"error": str(error)}, error.status, headers)
+    value: dict[str, object] = {"error": str(error)}
+    if error.index is not None:
+        value["index"] = error.index
+    return answer_json(value, error.status, headers)
 
 
-def answer_message(message: Message, undo: Callable[[], None]) -> Answer:
-    """A message as it is delivered: its body, its type, and the rest in headers."""
+def message_headers(message: Message) -> str:
+    """All of a message but its body and type, in header lines."""
     headers = (
         f"x-linger-msg-id: {message.id}\r\n"
         f"x-linger-channel: {encode_name(message.channel)}\r\n"
@@ -1843,7 +2995,101 @@ def answer_message(message: Message, undo: Callable[[], None]) -> Answer:
         f"x-linger-topic: {encode_name(message.topic)}\r\n"
         f"x-linger-lease: {message.lease}\r\n"
     )
-    return Answer(200, message.body, message.type, headers, undo)
+    if message.dead_from:
+        headers += f"x-linger-dead-from: {encode_name(message.dead_from)}\r\n"
+        headers += f"x-linger-dead-reason: {message.dead_reason}\r\n"
+    if message.error:
+        headers += f"x-linger-error: {urllib.parse.quote(message.error, safe='')}\r\n"
+    return headers
+
+
+def message_object(message: Message) -> dict[str, object]:
+    """A message as an object of JSON; `body` is text, or base64 where it is not UTF-8."""
+    value: dict[str, object] = message._asdict()
+    for name in ("dead_from", "dead_reason", "error"):
+        field = value.pop(name)
+        if field:
+            value[name.replace("_", "-")] = field
+    return {**value, **body_object(message.body)}
+
+
+def listed_object(message: Message, state: str) -> dict[str, object]:
+    """A message of a listing, of whose body only MAX_CUT bytes are shown."""
+    value = {**message_object(message._replace(body=b"")), "state": state}
+    if len(message.body) > MAX_CUT:
+        value["cut"] = True
+    return {**value, **body_object(message.body[:MAX_CUT], cut=len(message.body) > MAX_CUT)}
+
+
+def body_object(body: bytes, cut: bool = False) -> dict[str, object]:
+    """A body in JSON; if it was cut, then without the piece of a character at its end."""
+    try:
+        return {"body": codecs.getincrementaldecoder("utf-8")().decode(body, not cut)}
+    except UnicodeDecodeError:
+        return {"body": base64.b64encode(body).decode("ascii"), "encoding": "base64"}
+
+
+# An array of numbers and of objects with nothing nested in them.  Looked at before it is parsed:
+# a deeply nested text makes the parser of Python 3.13 overflow the small stack of a thread.
+TEXT = r'"(?:[^"\\]|\\.)*"'
+FLAT = r'[^"{}\[\]]*(?:' + TEXT + r'[^"{}\[\]]*)*'
+FLAT_ARRAY = re.compile(r'\s*\[[^"{}\[\]]*(?:\{' + FLAT + r'\}[^"{}\[\]]*)*\]\s*', re.DOTALL)
+
+
+def parse_array(body: bytes) -> list[Any]:
+    """The items of a JSON array, which are numbers or flat objects, 1 to MAX_BATCH of them."""
+    try:
+        text = body.decode("utf-8")
+        items = json.loads(text) if FLAT_ARRAY.fullmatch(text) else None
+    except ValueError:
+        items = None
+    if not isinstance(items, list):
+        raise Malformed("the body must be a JSON array of flat objects or numbers, in UTF-8")
+    if not 1 <= len(items) <= MAX_BATCH:
+        raise TooLarge(f"1 to {MAX_BATCH} items are taken at once, not {len(items)}")
+    return items
+
+
+def parse_batch(request: Request, table: Sequence[Parameter]) -> list[tuple[bytes, str, Any]]:
+    """The messages of a batch: body, type, and those parameters of a table that are given."""
+    common = request.given(table)
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "application/x-ndjson":
+        lines = [line for line in map(bytes.strip, request.body.split(b"\n")) if line]
+        if not 1 <= len(lines) <= MAX_BATCH:
+            raise TooLarge(f"1 to {MAX_BATCH} messages are taken at once, not {len(lines)}")
+        return [(line, "application/json", common) for line in lines]
+    if content_type == "application/json":
+        items = enumerate(parse_array(request.body))
+        return [parse_item(index, item, common) for index, item in items]
+    raise LingerError("a batch must be application/x-ndjson or application/json", 415)
+
+
+def parse_item(
+    index: int, item: object, common: Mapping[str, object]
+) -> tuple[bytes, str, Mapping[str, object]]:
+    """One message of a batch in JSON."""
+    try:
+        if not isinstance(item, dict) or not isinstance(item.get("body"), str):
+            raise Malformed("an item must be an object with a text `body`")
+        content_type = item.get("type", DEFAULT_TYPE)
+        if not isinstance(content_type, str) or not HEADER_VALUE.fullmatch(content_type):
+            raise Malformed("type must be a text fit for a header")
+        encoding = item.get("encoding")
+        if encoding is None:
+            body = item["body"].encode("utf-8")
+        elif encoding == "base64":
+            body = base64.b64decode(item["body"], validate=True)
+        else:
+            raise Malformed("encoding must be base64, if it is given")
+    except ValueError:
+        error = Malformed("body must be Unicode text, or base64 if encoding says so")
+        error.index = index
+        raise error from None
+    except Malformed as error:
+        error.index = index
+        raise
+    return body, content_type, {**common, **item}
 
 
 def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
@@ -1880,7 +3126,8 @@ def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
 def parse_fields(lines: bytes) -> dict[str, str]:
     """The header fields by name in lower case; those that say where a request ends are checked.
 
-    `connection` is always there, and `close` if that is one of its options.
+    `connection` is always there, and `close` if that is one of its options; so is `form type`,
+    which no header can be named, for the type of the form that the body is, or empty.
     """
     if len(lines) > MAX_HEAD or lines.count(b"\r\n") > MAX_FIELDS:
         raise LingerError(f"at most {MAX_FIELDS} headers of {MAX_HEAD} bytes are taken", 431)
@@ -1903,6 +3150,8 @@ def parse_fields(lines: bytes) -> dict[str, str]:
             headers[name] += ", " + value
     options = headers.get("connection", "").lower().replace("\t", " ").split(",")
     headers["connection"] = "close" if "close" in (o.strip(" ") for o in options) else ""
+    content_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+    headers["form type"] = content_type if content_type in FORM_TYPES else ""
     if not AUTHORITY.fullmatch(headers.get("host", "localhost")):
         raise Malformed("the Host header must be a name or address, and a port if there is one")
     check_framing(headers)
@@ -2011,8 +3260,10 @@ class Handler(BaseHTTPRequestHandler):
         """Calls what the request asks for; every error ends here."""
         try:
             if request.method == "OPTIONS":
-                return Answer(204, headers=f"Allow: {self._allowed(request)}\r\n")
-            route = find_route(request.method, request.parts)
+                all_calls = request.target == "*"
+                allowed = ", ".join(METHODS[:6]) if all_calls else allowed_methods(request.calls)
+                return Answer(204, headers=f"Allow: {allowed}\r\n")
+            route = find_route(request.method, request.calls)
             names = [decode_name(part) for part in request.parts[1::2]]
             answer: Answer = getattr(self, route.handler)(request, *names)
             return answer if route.safe else answer._replace(headers=NO_STORE + answer.headers)
@@ -2024,13 +3275,6 @@ class Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             request.close = True
             return answer_error(LingerError("the server made a mistake, which is in its log"))
-
-    def _allowed(self, request: Request) -> str:
-        if request.target == "*":
-            return ", ".join(METHODS[:6])
-        if not find_calls(request.parts):
-            raise NotFound("there is no such path: see README.md for the calls of the API")
-        return allowed_methods(request.parts)
 
     # -- bytes in
 
@@ -2110,9 +3354,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(headers.get("content-length", 0))
         if not length and "transfer-encoding" not in headers:
             return
-        limit = self.broker.max_message
-        if request.form_type():
-            limit = limit * FORM_EXPANSION + FORM_SLACK
+        limit = self._body_limit(request)
         if length > limit:
             raise TooLarge(f"the body has {length} bytes, and at most {limit} are taken")
         deadline = time.monotonic() + self.server.read_timeout
@@ -2125,6 +3367,14 @@ class Handler(BaseHTTPRequestHandler):
                 request.body = self._read_chunks(limit, deadline)
         except TimeoutError:
             raise LingerError("the body took too long to come", 408) from None
+
+    def _body_limit(self, request: Request) -> int:
+        route = request.calls.get(request.method)
+        if route is not None and route.many:
+            return MAX_BATCH_BYTES
+        if request.form_type:
+            return self.broker.max_message * FORM_EXPANSION + FORM_SLACK
+        return self.broker.max_message
 
     def _read_bytes(self, length: int, deadline: float) -> bytes:
         """The next `length` bytes."""
@@ -2239,48 +3489,104 @@ class Handler(BaseHTTPRequestHandler):
     def get_stats(self, _: Request) -> Answer:
         return answer_json(self.broker.stats())
 
-    def list_channels(self, _: Request) -> Answer:
-        return answer_json({"channels": self.broker.channels()})
+    def list_channels(self, request: Request) -> Answer:
+        channels = self.broker.channels()
+        if request.parameter("info") is None:
+            return answer_json({"channels": channels})
+        return answer_json({"channels": [self.broker.info(channel) for channel in channels]})
 
-    def take_message(self, request: Request, channel: str) -> Answer:
+    def take_message(self, request: Request, _: str) -> Answer:
         wait = request.integer("wait", 0, MAX_WAIT)
         if request.parameter("nowait") is not None:
             wait = 0
         elif wait is None:
             wait = DEFAULT_WAIT
-        waiter = self.broker.waiter(channel, self.vanished)
+        n = request.integer("n", 1, MAX_BATCH)
+        waiter = self.broker.waiter(
+            [decode_name(part) for part in request.parts[1].split(",")],
+            n or 1,
+            request.integer("timeout", 1),
+            request.parameter("auto") is not None,
+            self.vanished,
+        )
+        ack = request.integer("ack"), request.integer("lease")
         if wait:
             self.server.watch(self.connection, waiter)
         try:
-            message = self.broker.get_for(waiter, wait)
+            messages = self.broker.take(waiter, wait, *ack)
         finally:
             if wait:
                 self.server.unwatch(self.connection)
-        if message is None:
-            return Answer(204, headers=f"x-linger-channel: {encode_name(channel)}\r\n")
-        undo = functools.partial(self.broker.undo_take, message)
+        if not messages:
+            name = encode_name(",".join(waiter.channels))
+            return Answer(204, headers=f"x-linger-channel: {name}\r\n")
+        undo = functools.partial(self.broker.undo_take, waiter, messages)
         if waiter.ticket and self.vanished():
             undo()
             raise ConnectionAbortedError
-        return answer_message(message, undo)
+        if n is not None:
+            return answer_json(list(map(message_object, messages)))._replace(undo=undo)
+        message = messages[0]
+        return Answer(200, message.body, message.type, message_headers(message), undo)
 
     def post_message(self, request: Request, channel: str) -> Answer:
         body, content_type = request.message()
-        parameters = request.message_parameters()
-        return answer_json({"id": self.broker.post(channel, body, content_type, **parameters)}, 202)
+        given = request.given_with_message(ALL_PARAMETERS)
+        id, duplicate = self.broker.post(channel, body, content_type, **given)
+        return answer_json({"id": id, "duplicate": True} if duplicate else {"id": id}, 202)
 
     def drain_channel(self, _: Request, channel: str) -> Answer:
         self.broker.drain(channel)
         return NO_CONTENT
 
+    def post_batch(self, request: Request, channel: str) -> Answer:
+        messages = parse_batch(request, ALL_PARAMETERS)
+        return answer_json({"ids": self.broker.post_batch(channel, messages)}, 202)
+
+    def list_messages(self, request: Request, channel: str) -> Answer:
+        listed = self.broker.list_messages(
+            channel,
+            request.parameter("state"),
+            request.integer("n", 1, MAX_BATCH) or 50,
+            request.integer("after"),
+        )
+        return answer_json([listed_object(message, state) for message, state in listed])
+
     def get_channel_stats(self, _: Request, channel: str) -> Answer:
         return answer_json(self.broker.channel_stats(channel))
+
+    def get_info(self, _: Request, channel: str) -> Answer:
+        return answer_json(self.broker.info(channel))
+
+    def get_settings(self, _: Request, channel: str) -> Answer:
+        return answer_json(self.broker.settings(channel))
+
+    def set_settings(self, request: Request, channel: str) -> Answer:
+        given = request.given(CHANNEL_PARAMETERS + KEY_PARAMETERS)
+        self.broker.set_settings(channel, **given)
+        return NO_CONTENT
+
+    def clear_settings(self, _: Request, channel: str) -> Answer:
+        self.broker.clear_settings(channel)
+        return NO_CONTENT
+
+    def pause_channel(self, request: Request, channel: str) -> Answer:
+        self.broker.pause(channel, request.integer("for", 1))
+        return NO_CONTENT
+
+    def resume_channel(self, _: Request, channel: str) -> Answer:
+        self.broker.resume(channel)
+        return NO_CONTENT
+
+    def redrive(self, request: Request, channel: str) -> Answer:
+        moved = self.broker.redrive(channel, request.integer("n", 1), request.parameter("to"))
+        return answer_json({"moved": moved})
 
     def list_channel_topics(self, _: Request, channel: str) -> Answer:
         return answer_json({"topics": self.broker.topics(channel)})
 
     def subscribe(self, request: Request, channel: str, topic: str) -> Answer:
-        self.broker.subscribe(channel, topic, **request.message_parameters())
+        self.broker.subscribe(channel, topic, **request.given(ALL_PARAMETERS))
         return NO_CONTENT
 
     def unsubscribe(self, _: Request, channel: str, topic: str) -> Answer:
@@ -2291,19 +3597,53 @@ class Handler(BaseHTTPRequestHandler):
         return answer_json({"topics": self.broker.topics()})
 
     def publish_message(self, request: Request, topic: str) -> Answer:
-        published, dropped = self.broker.publish(topic, *request.message())
-        names = ",".join(urllib.parse.quote(channel, safe="") for channel in dropped)
-        return answer_json(published, 202, f"x-linger-dropped: {names}\r\n" if names else "")
+        given = request.given_with_message(KEY_PARAMETERS)
+        body, content_type = request.message()
+        published, dropped, duplicate = self.broker.publish(topic, body, content_type, **given)
+        if duplicate:
+            return answer_json({**published, "duplicate": True}, 202)
+        return answer_json(published, 202, dropped_header(dropped))
+
+    def publish_batch(self, request: Request, topic: str) -> Answer:
+        messages = parse_batch(request, KEY_PARAMETERS)
+        published, dropped = self.broker.publish_batch(topic, messages)
+        return answer_json(published, 202, dropped_header(dropped))
 
     def list_subscribers(self, _: Request, topic: str) -> Answer:
         return answer_json({"channels": self.broker.subscribers(topic)})
+
+    def look_at_message(self, _: Request, id: str) -> Answer:
+        message, state = self.broker.look(read_integer("id", id))
+        headers = message_headers(message) + f"x-linger-state: {state}\r\n"
+        return Answer(200, message.body, message.type, headers)
 
     def delete_message(self, request: Request, id: str) -> Answer:
         self.broker.delete(read_integer("id", id), request.integer("lease"))
         return NO_CONTENT
 
+    def delete_messages(self, request: Request, word: str) -> Answer:
+        if word != "delete":
+            raise LingerError("this path takes GET and DELETE", 405, "Allow: GET, DELETE\r\n")
+        wanted = []
+        for item in parse_array(request.body):
+            pair = (item.get("id"), item.get("lease")) if isinstance(item, dict) else (item, None)
+            lease = None if pair[1] is None else read_integer("lease", pair[1])
+            wanted.append((read_integer("id", pair[0]), lease))
+        names = ("deleted", "conflict", "missing")
+        return answer_json(dict(zip(names, self.broker.delete_batch(wanted))))
+
     def touch_message(self, request: Request, id: str) -> Answer:
-        self.broker.touch(read_integer("id", id), request.integer("lease"))
+        timeout = request.integer("timeout", 1)
+        self.broker.touch(read_integer("id", id), request.integer("lease"), timeout)
+        return NO_CONTENT
+
+    def release_message(self, request: Request, id: str) -> Answer:
+        lease, delay = request.integer("lease"), request.integer("delay", 0)
+        self.broker.release(read_integer("id", id), lease, delay, request.reason())
+        return NO_CONTENT
+
+    def reject_message(self, request: Request, id: str) -> Answer:
+        self.broker.reject(read_integer("id", id), request.integer("lease"), request.reason())
         return NO_CONTENT
 
 

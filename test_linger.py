@@ -10,10 +10,10 @@ import http.client
 import io
 import json
 import os
+import random
 import re
 import resource
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -352,7 +352,7 @@ class TakeOverTest(Folder):
         self.assertEqual(broker.id, "c1020c87aa4d43a9b744037aecdfaaae")
         self.assertEqual(broker.topics("sub-a"), ["news", "thema-ä"])
         self.assertEqual(broker.get("sub-a").topic, "news")
-        published, _ = broker.publish("news", b"x")
+        published, _, _ = broker.publish("news", b"x")
         message = broker.get("sub-a")
         self.assertEqual(published["sub-a"], message.id)
         self.assertEqual(message[2:5] + message[7:9], (-2, 11, 4, 1_000_000_000, "news"))
@@ -378,7 +378,7 @@ class TakeOverTest(Folder):
         )
 
     def test_ids_go_on_after_the_largest_ever_given(self):
-        self.assertEqual(self.open().post("jobs", b"x"), 20)
+        self.assertEqual(self.open().post("jobs", b"x").id, 20)
 
     def test_the_original_is_kept_beside(self):
         self.open()
@@ -394,6 +394,68 @@ class TakeOverTest(Folder):
         self.open().close()
         self.open()
         self.assertFalse(os.path.exists(self.dbfile + ".v1.2"))
+
+
+# Made by this Linger when its schema was 2.
+V2_DATABASE = """
+create table channels (name text primary key, ready integer not null, hidden integer not null,
+    urgent integer not null, niced integer not null) without rowid;
+insert into channels values('q',1,2,1,0);
+create table config (key text primary key, value text not null) without rowid;
+insert into config values('server_id','7e9860ebeb964364b72f5d31f5dca2c8');
+create table messages (id integer primary key autoincrement, channel text not null,
+    priority integer not null, state integer not null, due real not null,
+    timeout integer not null, deliver integer not null, delivered integer not null,
+    lease integer not null, held integer not null, received real not null,
+    linger integer not null, lingers_until real not null, topic text not null,
+    type text not null, body blob not null);
+insert into messages values(1,'q',-2,1,1700000030.0,30,3,1,1,1,1700000000.0,0,0.0,'',
+    'text/plain',X'7265616479');
+insert into messages values(2,'q',0,1,2700000000.25,1000000000,0,1,1,1,1700000000.0,0,0.0,'',
+    'image/x',X'00FF');
+insert into messages values(3,'q',0,0,1700000000.0,30,0,0,0,0,1700000000.0,2000000000,
+    3700000000.0,'','text/plain',X'6C696E67657273');
+create table subscriptions (topic text not null, channel text not null, priority integer not null,
+    timeout integer not null, deliver integer not null, linger integer not null,
+    created real not null, primary key (topic, channel)) without rowid;
+insert into subscriptions values('t','q',4,30,0,0,1700000000.25);
+insert into subscriptions values('t','z',0,30,0,0,1700000000.25);
+create index ready_messages on messages (channel, priority, id) where state = 0;
+create index hidden_messages on messages (due) where state = 1;
+create index lingering_messages on messages (lingers_until) where lingers_until > 0 and state = 0;
+create trigger message_added after insert on messages begin select 1; end;
+create trigger message_moved after update of state on messages begin select 1; end;
+create trigger message_removed after delete on messages begin select 1; end;
+create index subscriptions_by_channel on subscriptions (channel, topic);
+delete from sqlite_sequence;
+insert into sqlite_sequence values('messages',4);
+pragma application_id = 1279872583;
+pragma user_version = 2;
+pragma journal_mode = wal;
+"""
+
+
+class UpgradeTest(Folder):
+    """Databases of this Linger's earlier schemas."""
+
+    def test_a_database_of_schema_2_is_taken_over_whole(self):
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            connection.executescript(V2_DATABASE)
+        original = Path(self.dbfile).read_bytes()
+        broker = linger.Broker(linger.Store(self.dbfile), clock=FakeClock())
+        self.addCleanup(broker.close)
+        self.assertEqual(Path(self.dbfile + ".v2").read_bytes(), original)
+        self.assertEqual(broker.id, "7e9860ebeb964364b72f5d31f5dca2c8")
+        first, third = broker.get("q"), broker.get("q")
+        self.assertEqual((first.id, first.priority, first.deliver), (1, -2, 3))
+        self.assertEqual((first.delivered, first.lease, first.body), (2, 2, b"ready"))
+        self.assertEqual((third.id, third.linger), (3, 2_000_000_000))
+        self.assertEqual(broker.look(2)[1], "hidden")
+        broker.touch(2, lease=1)
+        broker.set_settings("z", timeout=7)
+        ids, _, _ = broker.publish("t", b"x")
+        self.assertEqual(ids, {"q": 5, "z": 6})
+        self.assertEqual((broker.get("q").priority, broker.get("z").timeout), (4, 7))
 
 
 # -- Broker --------------------------------------------------------------------------------------
@@ -433,10 +495,10 @@ class BrokerTest(Folder):
 class DeliveryTest(BrokerTest):
     def test_a_message_is_delivered_as_it_was_posted(self):
         body = bytes(range(256))
-        id = self.broker.post("q", body, "image/x", priority=-3, timeout=9, deliver=4, linger=99)
+        id = self.broker.post("q", body, "image/x", priority=-3, timeout=9, deliver=4, linger=99).id
         self.clock.now += 2
         self.assertEqual(
-            self.broker.get("q"), (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body)
+            self.broker.get("q"), (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "")
         )
 
     def test_an_empty_channel_gives_none(self):
@@ -492,7 +554,7 @@ class DeliveryTest(BrokerTest):
         self.assertEqual(self.broker.counters["msg-retention"], 1)
 
     def test_lingering_does_not_end_a_delivery_under_way(self):
-        id = self.broker.post("q", b"x", linger=5, timeout=10)
+        id = self.broker.post("q", b"x", linger=5, timeout=10).id
         self.broker.get("q")
         self.clock.now += 9
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 1})
@@ -505,7 +567,7 @@ class DeliveryTest(BrokerTest):
         self.assertIsNone(self.broker.get("q"))
 
     def test_a_deleted_message_is_gone(self):
-        id = self.broker.post("q", b"x", timeout=1)
+        id = self.broker.post("q", b"x", timeout=1).id
         self.broker.get("q")
         self.broker.delete(id)
         self.clock.now += 1
@@ -514,11 +576,11 @@ class DeliveryTest(BrokerTest):
             self.broker.delete(id)
 
     def test_a_ready_message_can_be_deleted(self):
-        self.broker.delete(self.broker.post("q", b"x"))
+        self.broker.delete(self.broker.post("q", b"x").id)
         self.assertIsNone(self.broker.get("q"))
 
     def test_touch_starts_the_timeout_anew(self):
-        id = self.broker.post("q", b"x", timeout=10)
+        id = self.broker.post("q", b"x", timeout=10).id
         self.broker.get("q")
         self.clock.now += 9
         self.broker.touch(id)
@@ -528,7 +590,7 @@ class DeliveryTest(BrokerTest):
         self.assertEqual(self.broker.get("q").delivered, 2)
 
     def test_touch_of_what_is_not_in_flight_is_a_conflict(self):
-        id = self.broker.post("q", b"x")
+        id = self.broker.post("q", b"x").id
         with self.assertRaisesRegex(linger.Conflict, "not in flight"):
             self.broker.touch(id)
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
@@ -538,7 +600,7 @@ class DeliveryTest(BrokerTest):
             self.broker.touch(77)
 
     def test_a_lease_that_was_overtaken_counts_no_more(self):
-        id = self.broker.post("q", b"x", timeout=10)
+        id = self.broker.post("q", b"x", timeout=10).id
         first = self.broker.get("q").lease
         self.clock.now += 10
         second = self.broker.get("q").lease
@@ -552,7 +614,7 @@ class DeliveryTest(BrokerTest):
             self.broker.delete(id, second)
 
     def test_a_late_call_before_the_next_delivery_still_counts(self):
-        id = self.broker.post("q", b"x", timeout=10)
+        id = self.broker.post("q", b"x", timeout=10).id
         lease = self.broker.get("q").lease
         self.clock.now += 11
         self.broker.touch(id, lease)
@@ -562,8 +624,9 @@ class DeliveryTest(BrokerTest):
 
     def test_an_undone_delivery_is_not_counted_and_its_lease_not_used_again(self):
         self.broker.post("q", b"x", deliver=1)
-        first = self.broker.get("q")
-        self.broker.undo_take(first)
+        waiter = self.broker.waiter(["q"])
+        (first,) = taken = self.broker.take(waiter)
+        self.broker.undo_take(waiter, taken)
         with self.assertRaises(linger.Conflict):
             self.broker.touch(first.id, first.lease)
         second = self.broker.get("q")
@@ -572,10 +635,11 @@ class DeliveryTest(BrokerTest):
 
     def test_undoing_a_delivery_that_was_overtaken_changes_nothing(self):
         self.broker.post("q", b"x", timeout=1)
-        first = self.broker.get("q")
+        waiter = self.broker.waiter(["q"])
+        taken = self.broker.take(waiter)
         self.clock.now += 1
         second = self.broker.get("q")
-        self.broker.undo_take(first)
+        self.broker.undo_take(waiter, taken)
         self.assertIsNone(self.broker.get("q"))
         self.broker.delete(second.id, second.lease)
 
@@ -601,10 +665,10 @@ class DeliveryTest(BrokerTest):
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 1})
 
     def test_ids_never_repeat_also_after_a_restart(self):
-        id = self.broker.post("q", b"x")
+        id = self.broker.post("q", b"x").id
         self.broker.delete(id)
         self.restart()
-        self.assertGreater(self.broker.post("q", b"x"), id)
+        self.assertGreater(self.broker.post("q", b"x").id, id)
 
     def test_everything_is_there_after_a_restart(self):
         self.broker.post("q", b"1", timeout=10, deliver=2)
@@ -665,21 +729,21 @@ class TopicTest(BrokerTest):
     def test_each_subscriber_gets_a_copy_with_its_own_parameters(self):
         self.broker.subscribe("a", "t", priority=4, timeout=5, deliver=6, linger=7)
         self.broker.subscribe("b", "t")
-        published, dropped = self.broker.publish("t", b"news", "text/x")
+        published, dropped, _ = self.broker.publish("t", b"news", "text/x")
         self.assertEqual(dropped, [])
         self.assertEqual(
             self.broker.get("a"),
-            (published["a"], "a", 4, 5, 6, 1, 0, 7, "t", 1, "text/x", b"news"),
+            (published["a"], "a", 4, 5, 6, 1, 0, 7, "t", 1, "text/x", b"news", "", "", ""),
         )
         self.assertEqual(
             self.broker.get("b"),
-            (published["b"], "b", 0, 30, 0, 1, 0, 0, "t", 1, "text/x", b"news"),
+            (published["b"], "b", 0, 30, 0, 1, 0, 0, "t", 1, "text/x", b"news", "", "", ""),
         )
 
     def test_nobody_subscribed_gives_nothing(self):
-        self.assertEqual(self.broker.publish("t", b"x"), ({}, []))
+        self.assertEqual(self.broker.publish("t", b"x"), ({}, [], False))
         self.broker.post("q", b"x")
-        self.assertEqual(self.broker.publish("t", b"x"), ({}, []))
+        self.assertEqual(self.broker.publish("t", b"x"), ({}, [], False))
 
     def test_empty_and_too_large_are_refused_also_when_nobody_is_subscribed(self):
         with self.assertRaises(linger.Malformed):
@@ -692,9 +756,9 @@ class TopicTest(BrokerTest):
         for channel in "abc":
             self.broker.subscribe(channel, "t")
         self.broker.post("b", b"x")
-        published, dropped = self.broker.publish("t", b"y")
+        published, dropped, _ = self.broker.publish("t", b"y")
         self.assertEqual((sorted(published), dropped), (["a", "c"], ["b"]))
-        self.assertEqual(self.broker.publish("t", b"y"), ({}, ["a", "b", "c"]))
+        self.assertEqual(self.broker.publish("t", b"y"), ({}, ["a", "b", "c"], False))
 
     def test_subscribing_again_replaces_the_parameters(self):
         self.broker.subscribe("a", "t", priority=4)
@@ -716,7 +780,7 @@ class TopicTest(BrokerTest):
         self.broker.subscribe("a", "t")
         self.broker.unsubscribe("a", "t")
         self.broker.unsubscribe("a", "t")
-        self.assertEqual(self.broker.publish("t", b"x"), ({}, []))
+        self.assertEqual(self.broker.publish("t", b"x"), ({}, [], False))
         self.assertEqual((self.broker.topics(), self.broker.channels()), ([], []))
         self.assertEqual(self.broker.counters["subscription-delete"], 1)
 
@@ -730,13 +794,13 @@ class TopicTest(BrokerTest):
 class WaitingTest(BrokerTest):
     def test_a_post_is_handed_to_a_consumer_that_waits(self):
         future = self.park("q")
-        id = self.broker.post("q", b"x")
+        id = self.broker.post("q", b"x").id
         self.assertEqual(future.result(PATIENCE).id, id)
 
     def test_consumers_are_served_in_the_order_in_which_they_came(self):
         futures = [self.park("q") for _ in range(5)]
         self.broker.subscribe("q", "t")
-        ids = [self.broker.post("q", b"x") for _ in range(4)]
+        ids = [self.broker.post("q", b"x").id for _ in range(4)]
         ids += self.broker.publish("t", b"x")[0].values()
         self.assertEqual([future.result(PATIENCE).id for future in futures], ids)
 
@@ -791,24 +855,25 @@ class WaitingTest(BrokerTest):
         vanished = self.park("q", vanished=gone.is_set)
         present = self.park("q")
         gone.set()
-        id = self.broker.post("q", b"x")
+        id = self.broker.post("q", b"x").id
         self.assertEqual(present.result(PATIENCE).id, id)
         self.assertIsNone(vanished.result(PATIENCE))
 
     def test_an_undone_delivery_goes_to_the_next_consumer(self):
-        message_id = self.broker.post("q", b"x")
-        message = self.broker.get("q")
+        message_id = self.broker.post("q", b"x").id
+        waiter = self.broker.waiter(["q"])
+        taken = self.broker.take(waiter)
         future = self.park("q")
-        self.broker.undo_take(message)
+        self.broker.undo_take(waiter, taken)
         self.assertEqual(future.result(PATIENCE).id, message_id)
         self.assertEqual(future.result().delivered, 1)
 
     def test_a_dismissed_waiter_gets_nothing(self):
-        waiter = self.broker.waiter("q")
-        future = self.thread(self.broker.get_for, waiter, PATIENCE)
+        waiter = self.broker.waiter(["q"])
+        future = self.thread(self.broker.take, waiter, PATIENCE)
         until(lambda: "q" in self.broker._waiting)
         self.broker.dismiss(waiter)
-        self.assertIsNone(future.result(PATIENCE))
+        self.assertEqual(future.result(PATIENCE), [])
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
 
     def test_a_consumer_that_found_nothing_waits_in_its_old_place(self):
@@ -822,7 +887,7 @@ class WaitingTest(BrokerTest):
         with self.broker._lock:
             tickets = list(self.broker._waiting["q"])
         self.assertEqual(tickets, sorted(tickets))
-        ids = [self.broker.post("q", b"x") for _ in range(3)]
+        ids = [self.broker.post("q", b"x").id for _ in range(3)]
         self.assertEqual([future.result(PATIENCE).id for future in futures], ids)
 
     def test_a_failed_take_passes_the_call_on(self):
@@ -909,7 +974,7 @@ class StatsTest(BrokerTest):
     def test_counters_count(self):
         self.broker.subscribe("q", "t")
         self.broker.publish("t", b"x")
-        id = self.broker.post("q", b"x", timeout=1, priority=-1)
+        id = self.broker.post("q", b"x", timeout=1, priority=-1).id
         self.broker.post("q", b"x", priority=1)
         self.broker.get("q")
         self.broker.touch(id)
@@ -921,6 +986,7 @@ class StatsTest(BrokerTest):
         expected = {
             "msg-add": 3, "msg-get": 2, "delivered": 1, "msg-hide": 1, "msg-show": 4,
             "msg-timeouts": 1, "msg-retention": 0, "msg-touch": 1, "msg-delete": 1, "publish": 1,
+            "msg-release": 0, "msg-reject": 0, "msg-dead": 0, "msg-redrive": 0,
             "channel-create": 0, "channel-remove": 0, "channel-drain": 1, "subscription-add": 1,
             "subscription-delete": 1,
         }  # fmt: skip
@@ -948,9 +1014,9 @@ class StatsTest(BrokerTest):
                 self.broker.delete(n)
         self.broker.settle()
         counted, kept = self.broker._store.read(
-            "select channel, sum(state = 0), sum(state = 1)"
+            "select channel, sum(state = 0), sum(state > 0)"
             " from messages group by channel order by channel",
-            "select name, ready, hidden from channels order by name",
+            "select name, ready, in_flight + delayed from channels order by name",
         )
         self.assertEqual(counted, kept)
 
@@ -965,6 +1031,700 @@ class StatsTest(BrokerTest):
         self.assertEqual(self.broker.channels(), [])
         counters = self.broker.counters
         self.assertEqual((counters["channel-create"], counters["channel-remove"]), (1, 1))
+
+
+class LeaseAndReleaseTest(BrokerTest):
+    def take(self, channel="q", **options):
+        return self.broker.take(self.broker.waiter([channel], **options))
+
+    def test_touch_with_a_timeout_is_for_this_delivery_only(self):
+        id = self.broker.post("q", b"x", timeout=10).id
+        self.broker.get("q")
+        self.broker.touch(id, timeout=100)
+        self.clock.now += 99
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 1
+        self.assertEqual(self.broker.get("q").timeout, 10)
+        self.clock.now += 10
+        self.assertEqual(self.broker.get("q").delivered, 3)
+
+    def test_touch_keeps_the_lease(self):
+        id = self.broker.post("q", b"x").id
+        lease = self.broker.get("q").lease
+        self.broker.touch(id, lease)
+        self.broker.delete(id, lease)
+
+    def test_a_released_message_goes_back_to_its_old_place(self):
+        for body in (b"1", b"2", b"3"):
+            self.broker.post("q", body)
+        first = self.broker.get("q")
+        self.broker.get("q")
+        self.broker.release(first.id, first.lease)
+        message = self.broker.get("q")
+        self.assertEqual((message.body, message.delivered), (b"1", 2))
+        self.assertEqual(self.broker.get("q").body, b"3")
+
+    def test_a_release_with_a_delay_hides_the_message_that_long(self):
+        id = self.broker.post("q", b"x").id
+        self.broker.get("q")
+        self.broker.release(id, delay=50)
+        self.assertEqual(self.broker.look(id)[1], "delayed")
+        self.clock.now += 49
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 1
+        self.assertEqual(self.broker.get("q").delivered, 2)
+
+    def test_a_release_wakes_a_consumer(self):
+        id = self.broker.post("q", b"x").id
+        self.broker.get("q")
+        future = self.park("q")
+        self.broker.release(id, reason="busy")
+        self.assertEqual((future.result(PATIENCE).id, future.result().error), (id, "busy"))
+
+    def test_only_what_is_in_flight_can_be_released(self):
+        id = self.broker.post("q", b"x").id
+        with self.assertRaises(linger.Conflict):
+            self.broker.release(id)
+        self.broker.get("q")
+        self.broker.release(id)
+        with self.assertRaises(linger.Conflict):
+            self.broker.release(id)
+        with self.assertRaises(linger.NotFound):
+            self.broker.release(99)
+
+    def test_a_late_release_before_the_next_delivery_still_counts(self):
+        id = self.broker.post("q", b"x", timeout=10).id
+        lease = self.broker.get("q").lease
+        self.clock.now += 11
+        self.broker.release(id, lease, delay=10)
+        self.assertIsNone(self.broker.get("q"))
+
+    def test_a_lost_lease_releases_and_rejects_nothing(self):
+        id = self.broker.post("q", b"x", timeout=1).id
+        lease = self.broker.get("q").lease
+        self.clock.now += 1
+        self.broker.get("q")
+        for call in (self.broker.release, self.broker.reject):
+            with self.assertRaisesRegex(linger.Conflict, "overtaken"):
+                call(id, lease)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 1})
+
+    def test_a_release_of_the_last_delivery_is_a_rejection(self):
+        id = self.broker.post("q", b"x", deliver=1, dead="d").id
+        self.broker.get("q")
+        self.broker.release(id, reason="no")
+        message = self.broker.get("d")
+        self.assertEqual((message.dead_reason, message.error), ("reject", "no"))
+
+    def test_a_rejected_message_without_a_dead_channel_is_gone(self):
+        id = self.broker.post("q", b"x").id
+        self.broker.get("q")
+        self.broker.reject(id)
+        with self.assertRaises(linger.NotFound):
+            self.broker.look(id)
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_the_last_reason_is_kept_until_another_is_given(self):
+        id = self.broker.post("q", b"x").id
+        for reason, expected in (("a", "a"), ("", "a"), ("ü\n", "ü\n")):
+            self.broker.get("q")
+            self.broker.release(id, reason=reason)
+            self.assertEqual(self.broker.look(id)[0].error, expected)
+        self.broker.get("q")
+        with self.assertRaises(linger.TooLarge):
+            self.broker.release(id, reason="x" * 4097)
+
+    def test_a_delayed_message_is_ready_when_its_time_comes(self):
+        self.broker.post("q", b"later", delay=10)
+        self.broker.post("q", b"now")
+        self.assertEqual(self.bodies("q"), [b"now"])
+        self.assertEqual(self.broker.info("q")["delayed"], 1)
+        self.clock.now += 10
+        self.assertEqual(self.bodies("q"), [b"later"])
+
+    def test_a_delayed_message_survives_a_restart_and_wakes_a_consumer_on_time(self):
+        self.broker.post("q", b"x", delay=10)
+        self.restart()
+        future = self.park("q")
+        self.clock.now += 9
+        self.broker.settle()
+        self.assertFalse(future.done())
+        self.clock.now += 1
+        self.broker.settle()
+        self.assertEqual(future.result(PATIENCE).body, b"x")
+
+    def test_linger_must_be_longer_than_delay(self):
+        with self.assertRaisesRegex(linger.Malformed, "longer than delay"):
+            self.broker.post("q", b"x", delay=10, linger=10)
+        self.broker.post("q", b"x", delay=10, linger=11)
+        self.clock.now += 11
+        self.assertIsNone(self.broker.get("q"))
+
+    def test_a_backoff_hides_for_longer_after_each_failure_and_the_last_step_repeats(self):
+        id = self.broker.post("q", b"x", timeout=5, backoff="10,60").id
+        for step in (10, 60, 60):
+            self.broker.get("q")
+            self.broker.release(id)
+            self.clock.now += step - 1
+            self.assertIsNone(self.broker.get("q"))
+            self.clock.now += 1
+        self.broker.get("q")
+        self.clock.now += 5  # its timeout passes
+        self.assertEqual(self.broker.look(id)[1], "delayed")
+        self.clock.now += 59
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 1
+        self.assertIsNotNone(self.broker.get("q"))
+        self.broker.release(id, delay=0)
+        self.assertIsNotNone(self.broker.get("q"))
+
+    def test_a_backoff_holds_over_a_restart(self):
+        self.broker.post("q", b"x", timeout=5, backoff="100")
+        self.broker.get("q")
+        self.restart()
+        self.clock.now += 5
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 99
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 1
+        self.assertIsNotNone(self.broker.get("q"))
+
+    def test_bad_backoffs_are_refused(self):
+        for backoff in ("x", "1,,2", "-1", "1.5", "9" * 10, ",".join("1" * 33)):
+            with self.subTest(backoff), self.assertRaisesRegex(linger.Malformed, "backoff"):
+                self.broker.post("q", b"x", backoff=backoff)
+
+
+class DeadLetterTest(BrokerTest):
+    def test_when_the_last_delivery_times_out_the_message_moves_at_that_moment(self):
+        id = self.broker.post("q", b"x", "a/b", timeout=10, deliver=2, dead="d", priority=4).id
+        self.broker.get("q")
+        self.clock.now += 10
+        self.broker.get("q")
+        future = self.park("d")
+        self.clock.now += 9.9
+        self.broker.settle()
+        self.assertFalse(future.done())
+        self.clock.now += 0.1
+        self.assertIsNone(self.broker.get("q"))
+        message = future.result(PATIENCE)
+        self.assertEqual((message.id, message.body, message.type), (id, b"x", "a/b"))
+        self.assertEqual((message.priority, message.delivered, message.linger), (4, 1, 0))
+        self.assertEqual((message.dead_from, message.dead_reason), ("q", "deliver"))
+        self.assertEqual(self.broker.counters["msg-dead"], 1)
+
+    def test_a_message_whose_lingering_is_over_moves(self):
+        self.broker.post("q", b"ready", linger=5, dead="d")
+        self.broker.post("q", b"delayed", linger=5, delay=4, dead="d")
+        self.broker.post("q", b"taken", linger=5, timeout=9, dead="d", priority=-1)
+        self.broker.get("q")
+        self.clock.now += 5
+        self.assertIsNone(self.broker.get("q"))
+        self.assertEqual(self.bodies("d"), [b"ready", b"delayed"])
+        self.clock.now += 4
+        message = self.broker.get("d")
+        self.assertEqual((message.body, message.dead_reason), (b"taken", "linger"))
+        self.clock.now += 1000
+        self.assertEqual(len(self.bodies("d")), 3)  # their lingering is off
+
+    def test_a_rejected_message_moves_with_its_reason(self):
+        id = self.broker.post("q", b"x", dead="d").id
+        self.broker.get("q")
+        self.broker.reject(id, reason="broken")
+        message = self.broker.get("d")
+        self.assertEqual((message.dead_reason, message.error), ("reject", "broken"))
+
+    def test_the_move_ignores_the_mark_of_its_target(self):
+        self.restart(hlm=1)
+        self.broker.post("d", b"full")
+        id = self.broker.post("q", b"x", dead="d").id
+        self.broker.reject(id)
+        self.assertEqual(self.broker.channel_stats("d")["ready"], 2)
+
+    def test_a_loop_of_dead_channels_ends(self):
+        self.broker.set_settings("a", dead="b", deliver=1, timeout=1)
+        self.broker.set_settings("b", dead="a", deliver=1, timeout=1)
+        self.broker.post("a", b"x")
+        for channel in ("a", "b"):
+            self.assertIsNotNone(self.broker.get(channel))
+            self.clock.now += 1
+        self.assertEqual(self.broker.stats()["current-messages"], 0)
+
+    def test_a_message_is_never_dead_lettered_into_its_own_channel(self):
+        id = self.broker.post("q", b"x", dead="q").id
+        self.broker.reject(id)
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_a_redrive_moves_back_in_order_with_deliveries_at_zero(self):
+        for n in range(4):
+            id = self.broker.post("pq"[n % 2], b"%d" % n, dead="d", deliver=1).id
+            self.broker.get("pq"[n % 2])
+            self.broker.reject(id, reason="why")
+        self.broker.post("d", b"no letter")
+        future = self.park("p")
+        self.assertEqual(self.broker.redrive("d", n=1), 1)
+        message = future.result(PATIENCE)
+        self.assertEqual((message.body, message.delivered, message.error), (b"0", 1, "why"))
+        self.assertEqual((message.dead_from, message.dead_reason), ("", ""))
+        self.assertEqual(self.broker.redrive("d"), 3)
+        self.assertEqual(self.bodies("q"), [b"1", b"3"])
+        self.assertEqual(self.bodies("p"), [b"2"])
+        self.assertEqual(self.bodies("d"), [b"no letter"])
+        self.clock.now += 30  # deliver=1 is used up: they are dead letters again
+        self.assertEqual(self.broker.channel_stats("d")["ready"], 5)
+
+    def test_a_redrive_can_go_elsewhere(self):
+        self.broker.post("d", b"1")
+        self.assertEqual(self.broker.redrive("d"), 0)
+        self.assertEqual(self.broker.redrive("d", to="x"), 1)
+        self.assertEqual(self.bodies("x"), [b"1"])
+        with self.assertRaises(linger.Malformed):
+            self.broker.redrive("d", to="d")
+
+
+class KeyTest(BrokerTest):
+    def test_a_second_post_with_a_dedup_key_adds_nothing(self):
+        first = self.broker.post("q", b"1", dedup="k")
+        self.assertEqual(self.broker.post("q", b"2", dedup="k"), (first.id, True))
+        self.assertFalse(self.broker.post("q", b"3", dedup="other").duplicate)
+        self.assertFalse(self.broker.post("p", b"4", dedup="k").duplicate)
+        self.assertEqual(self.bodies("q"), [b"1", b"3"])
+
+    def test_a_dedup_key_outlives_its_message_and_a_restart_but_not_its_time(self):
+        id = self.broker.post("q", b"1", dedup="k", dedup_for=60).id
+        self.broker.delete(id)
+        self.restart()
+        self.clock.now += 59
+        self.assertEqual(self.broker.post("q", b"2", dedup="k"), (id, True))
+        self.clock.now += 1
+        self.assertFalse(self.broker.post("q", b"2", dedup="k").duplicate)
+
+    def test_dedup_keys_last_300_seconds_and_are_forgotten(self):
+        self.broker.post("q", b"1", dedup="k")
+        self.clock.now += 299
+        self.assertTrue(self.broker.post("q", b"2", dedup="k").duplicate)
+        self.clock.now += 1
+        self.broker.settle()
+        self.assertEqual(self.broker._store.read("select count(*) from dedups"), [[(0,)]])
+
+    def test_a_drain_clears_the_keys_of_the_channel(self):
+        self.broker.post("q", b"1", dedup="k")
+        self.broker.post("p", b"1", dedup="k")
+        self.broker.drain("q")
+        self.assertFalse(self.broker.post("q", b"2", dedup="k").duplicate)
+        self.assertTrue(self.broker.post("p", b"2", dedup="k").duplicate)
+
+    def test_a_refused_post_leaves_no_key(self):
+        self.restart(hlm=1)
+        self.broker.post("q", b"full")
+        with self.assertRaises(linger.Full):
+            self.broker.post("q", b"1", dedup="k")
+        self.broker.delete(1)
+        self.assertFalse(self.broker.post("q", b"1", dedup="k").duplicate)
+
+    def test_a_dedup_key_of_a_topic_repeats_the_answer(self):
+        for channel in ("a", "b c"):
+            self.broker.subscribe(channel, "t")
+        first, _, duplicate = self.broker.publish("t", b"1", dedup="k")
+        self.assertFalse(duplicate)
+        self.assertEqual(self.broker.publish("t", b"2", dedup="k"), (first, [], True))
+        self.assertEqual(self.bodies("b c"), [b"1"])
+        self.assertEqual(self.broker.publish("nobody", b"1", dedup="k"), ({}, [], False))
+        self.assertEqual(self.broker.publish("nobody", b"1", dedup="k"), ({}, [], True))
+
+    def test_a_unique_key_is_taken_while_its_message_exists(self):
+        first = self.broker.post("q", b"1", unique="k")
+        self.assertEqual(self.broker.post("q", b"2", unique="k"), (first.id, True))
+        self.broker.get("q")
+        self.assertEqual(self.broker.post("q", b"2", unique="k"), (first.id, True))
+        self.assertFalse(self.broker.post("p", b"2", unique="k").duplicate)
+
+    def test_a_unique_key_is_freed_by_every_end_of_its_message(self):
+        def lingered(id):
+            self.clock.now += 9
+
+        for end in (
+            self.broker.delete,
+            self.broker.reject,
+            lingered,
+            lambda id: self.broker.drain("q"),
+        ):
+            for dead in ("", "d"):
+                posted = self.broker.post("q", b"1", unique="k", dead=dead, linger=9)
+                self.assertFalse(posted.duplicate)
+                end(posted.id)
+        self.assertFalse(self.broker.post("q", b"1", unique="k").duplicate)
+
+    def test_bad_keys_are_refused(self):
+        for key in ("", "x" * 256, "ü" * 128, "\ud800", 5):
+            for name in ("dedup", "unique"):
+                with self.subTest(key), self.assertRaisesRegex(linger.Malformed, name):
+                    self.broker.post("q", b"x", **{name: key})
+        for call in (self.broker.set_settings, lambda c, **p: self.broker.subscribe(c, "t", **p)):
+            with self.assertRaisesRegex(linger.Malformed, "only with a message"):
+                call("q", dedup="k")
+
+
+class TakingTest(BrokerTest):
+    def take(self, *channels, wait=0, ack=None, lease=None, **options):
+        waiter = self.broker.waiter(channels or ["q"], **options)
+        return self.broker.take(waiter, wait, ack, lease)
+
+    def test_a_timeout_given_with_a_take_is_for_that_delivery(self):
+        self.broker.post("q", b"x", timeout=10)
+        self.assertEqual(self.take(timeout=100)[0].timeout, 100)
+        self.clock.now += 99
+        self.assertEqual(self.take(), [])
+        self.clock.now += 1
+        self.assertEqual(self.take()[0].timeout, 10)
+
+    def test_several_are_taken_in_order_as_many_as_there_are(self):
+        for n in range(5):
+            self.broker.post("q", b"%d" % n, priority=-(n == 3))
+        self.assertEqual([m.body for m in self.take(n=3)], [b"3", b"0", b"1"])
+        self.assertEqual([m.body for m in self.take(n=100)], [b"2", b"4"])
+        self.assertEqual(self.take(n=100), [])
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 5})
+
+    def test_acknowledge_and_next_is_one_step(self):
+        for n in range(3):
+            self.broker.post("q", b"%d" % n)
+        (message,) = self.take()
+        (message,) = self.take(ack=message.id, lease=message.lease)
+        self.assertEqual(message.body, b"1")
+        self.assertEqual([m.body for m in self.take(ack=message.id, n=9)], [b"2"])
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 1})
+        self.assertEqual(self.broker.counters["msg-delete"], 2)
+
+    def test_a_lost_lease_acknowledges_and_takes_nothing(self):
+        id = self.broker.post("q", b"1", timeout=1).id
+        self.take()
+        self.clock.now += 1
+        self.take()
+        self.broker.post("q", b"2")
+        for options in ({}, {"auto": True}, {"n": 5}):
+            with self.assertRaises(linger.Conflict):
+                self.take(ack=id, lease=1, wait=PATIENCE, **options)
+            with self.assertRaises(linger.NotFound):
+                self.take("p", "q", ack=99, **options)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 1})
+
+    def test_an_acknowledgement_is_done_at_once_also_if_the_take_then_waits(self):
+        id = self.broker.post("q", b"1").id
+        self.take()
+        future = self.thread(lambda: self.take(ack=id, wait=PATIENCE))
+        until(lambda: "q" in self.broker._waiting)
+        with self.assertRaises(linger.NotFound):
+            self.broker.look(id)
+        self.broker.post("q", b"2")
+        self.assertEqual(future.result(PATIENCE)[0].body, b"2")
+
+    def test_auto_deletes_on_delivery(self):
+        for n in range(3):
+            self.broker.post("q", b"%d" % n)
+        self.assertEqual([m.body for m in self.take(auto=True)], [b"0"])
+        self.assertEqual([m.body for m in self.take(auto=True, n=5)], [b"1", b"2"])
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_auto_can_be_undone(self):
+        self.broker.post("q", b"1", "a/b", priority=3, deliver=2, dead="d", unique="k")
+        self.broker.post("q", b"2", priority=3)
+        waiter = self.broker.waiter(["q"], auto=True, n=2)
+        before = [self.broker.look(id) for id in (1, 2)]
+        taken = self.broker.take(waiter)
+        self.broker.undo_take(waiter, taken)
+        after = [self.broker.look(id) for id in (1, 2)]
+        self.assertEqual([(m._replace(lease=0), s) for m, s in after], before)
+        self.assertEqual(self.broker.get("q").lease, 2)
+        self.assertTrue(self.broker.post("q", b"3", unique="k").duplicate)
+
+    def test_of_several_channels_the_first_that_has_a_message_gives(self):
+        self.broker.post("c", b"c")
+        self.broker.post("b", b"b")
+        names = ("a", "b", "c")
+        taken = [self.take(*names)[0].channel, self.take(*names, n=5)[0].channel]
+        self.assertEqual(taken, ["b", "c"])
+        self.assertEqual(self.take(*names), [])
+
+    def test_one_waits_at_several_channels_and_is_woken_by_the_first(self):
+        future = self.thread(lambda: self.take("a", "b", wait=PATIENCE))
+        until(lambda: "b" in self.broker._waiting)
+        self.broker.post("b", b"x")
+        self.assertEqual(future.result(PATIENCE)[0].channel, "b")
+        self.assertEqual(self.broker._waiting, {})
+
+    def test_no_message_is_lost_or_taken_twice_when_two_channels_become_ready_at_once(self):
+        for channel in ("a", "b"):
+            self.broker.subscribe(channel, "t")
+        for _ in range(30):
+            both = [self.thread(lambda: self.take("a", "b", wait=PATIENCE)) for _ in range(2)]
+            until(lambda: len(self.broker._waiting.get("b", ())) == 2)
+            self.broker.publish("t", b"x")
+            taken = [future.result(PATIENCE)[0] for future in both]
+            self.assertEqual(sorted(message.channel for message in taken), ["a", "b"])
+            for message in taken:
+                self.broker.delete(message.id)
+
+    def test_a_call_that_was_not_used_is_passed_on(self):
+        both = self.thread(lambda: self.take("a", "b", wait=PATIENCE))
+        until(lambda: "b" in self.broker._waiting)
+        only = self.park("b")
+        self.broker._store._led = True  # both channels become ready before anybody takes
+        posts = [self.thread(self.broker.post, channel, b"x") for channel in ("b", "a")]
+        until(lambda: len(self.broker._store._pending) == 2)
+        self.broker._store._pending[0].turn.release()
+        self.assertEqual(both.result(PATIENCE)[0].channel, "a")
+        self.assertEqual(only.result(PATIENCE).channel, "b")
+        for post in posts:
+            post.result(PATIENCE)
+
+    def test_channels_at_once_are_bounded(self):
+        with self.assertRaises(linger.Malformed):
+            self.take(*map(str, range(101)))
+
+
+class BatchTest(BrokerTest):
+    def items(self, *bodies, **parameters):
+        return [(body, "text/plain", parameters) for body in bodies]
+
+    def test_a_batch_is_added_in_order(self):
+        self.assertEqual(self.broker.post_batch("q", self.items(b"1", b"2", b"3")), [1, 2, 3])
+        self.assertEqual(self.bodies("q"), [b"1", b"2", b"3"])
+        self.assertEqual(self.broker.counters["msg-add"], 3)
+
+    def test_a_batch_wakes_as_many_as_it_has(self):
+        futures = [self.park("q") for _ in range(3)]
+        self.broker.post_batch("q", self.items(b"1", b"2"))
+        self.assertEqual([f.result(PATIENCE).body for f in futures[:2]], [b"1", b"2"])
+        self.assertFalse(futures[2].done())
+        self.broker.stop_waiting()
+
+    def test_a_bad_item_changes_nothing_and_is_told(self):
+        items = self.items(b"1", b"2") + self.items(b"3", timeout=0)
+        with self.assertRaisesRegex(linger.Malformed, "timeout") as caught:
+            self.broker.post_batch("q", items)
+        self.assertEqual(caught.exception.index, 2)
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_a_batch_fits_below_the_mark_or_not_at_all(self):
+        self.restart(hlm=3)
+        self.broker.post("q", b"0")
+        for parameters in ({}, {"dedup": None}):
+            with self.assertRaises(linger.Full):
+                self.broker.post_batch("q", self.items(b"1", b"2", b"3", **parameters))
+            self.assertEqual(self.broker.channel_stats("q")["ready"], 1)
+        self.broker.post_batch("q", self.items(b"1", b"2"))
+        with self.assertRaises(linger.Full):
+            self.broker.post_batch("q", self.items(b"3"))
+
+    def test_a_dedup_hit_in_a_batch_gives_the_first_id(self):
+        first = self.broker.post("q", b"0", dedup="k").id
+        items = self.items(b"1") + self.items(b"2", dedup="k") + self.items(b"3", unique="u") * 2
+        ids = self.broker.post_batch("q", items)
+        self.assertEqual(ids, [first + 1, first, first + 2, first + 2])
+        self.assertEqual(self.bodies("q"), [b"0", b"1", b"3"])
+
+    def test_a_batch_is_published_in_order(self):
+        self.broker.subscribe("a", "t")
+        self.broker.subscribe("b", "t")
+        ids, dropped = self.broker.publish_batch("t", self.items(b"1", b"2"))
+        self.assertEqual((ids, dropped), ({"a": [1, 3], "b": [2, 4]}, []))
+        self.assertEqual(self.bodies("b"), [b"1", b"2"])
+
+    def test_a_batch_delete_tells_what_became_of_each(self):
+        self.broker.post_batch("q", self.items(b"1", b"2", b"3"))
+        lease = self.broker.get("q").lease
+        outcome = self.broker.delete_batch([(1, lease), (2, 7), (3, None), (9, None)])
+        self.assertEqual(outcome, ([1, 3], [2], [9]))
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+
+class SettingsTest(BrokerTest):
+    def test_settings_hold_for_what_a_message_does_not_say(self):
+        self.broker.set_settings("q", timeout=60, deliver=5, priority=2, linger=99, backoff="1,2")
+        self.broker.post("q", b"x", priority=7)
+        message = self.broker.get("q")
+        self.assertEqual(message[2:5] + message[7:8], (7, 60, 5, 99))
+        self.assertEqual(
+            self.broker.settings("q"),
+            {"timeout": 60, "deliver": 5, "priority": 2, "linger": 99, "backoff": "1,2"},
+        )
+
+    def test_a_subscriptions_own_parameters_win_over_settings(self):
+        self.broker.set_settings("q", timeout=60, deliver=5, delay=9, dead="d")
+        self.broker.subscribe("q", "t", timeout=7, delay=0)
+        self.broker.publish("t", b"x")
+        message = self.broker.get("q")
+        self.assertEqual((message.timeout, message.deliver), (7, 5))
+        self.broker.reject(message.id)
+        self.assertIsNotNone(self.broker.get("d"))
+
+    def test_a_subscription_without_a_delay_gets_that_of_the_settings(self):
+        self.broker.set_settings("q", delay=9)
+        self.broker.subscribe("q", "t")
+        self.broker.publish("t", b"x")
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 9
+        self.assertIsNotNone(self.broker.get("q"))
+
+    def test_settings_replace_are_cleared_and_survive_a_restart(self):
+        self.broker.set_settings("q", timeout=60, dead="d")
+        self.broker.set_settings("q", deliver=2)
+        self.restart()
+        self.assertEqual(self.broker.settings("q"), {"deliver": 2})
+        self.broker.clear_settings("q")
+        self.restart()
+        self.assertEqual(self.broker.settings("q"), {})
+
+    def test_a_channel_has_its_own_mark(self):
+        self.restart(hlm=1)
+        self.broker.set_settings("q", hlm=2)
+        self.broker.set_settings("free", hlm=0)
+        for channel in ("q", "free"):
+            self.broker.subscribe(channel, "t")
+            self.broker.post(channel, b"1")
+            self.broker.post(channel, b"2")
+        with self.assertRaises(linger.Full):
+            self.broker.post("q", b"3")
+        published, dropped, _ = self.broker.publish("t", b"x")
+        self.assertEqual((list(published), dropped), (["free"], ["q"]))
+
+    def test_in_a_paused_channel_gets_wait_and_the_rest_goes_on(self):
+        self.broker.pause("q")
+        id = self.broker.post("q", b"x").id
+        self.assertIsNone(self.broker.get("q"))
+        future = self.park("q")
+        self.broker.post("q", b"y")
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 2, "hidden": 0})
+        self.broker.resume("q")
+        self.assertEqual(future.result(PATIENCE).id, id)
+        self.assertIsNotNone(self.broker.get("q"))
+
+    def test_a_pause_that_ends_by_itself_wakes_those_who_wait(self):
+        self.broker.pause("q", 10)
+        self.broker.post("q", b"1")
+        self.broker.post("q", b"2")
+        futures = [self.park("q") for _ in range(3)]
+        self.clock.now += 10
+        self.broker.settle()
+        self.assertEqual([f.result(PATIENCE).body for f in futures[:2]], [b"1", b"2"])
+        self.assertFalse(self.broker.info("q")["paused"])
+        self.broker.stop_waiting()
+
+    def test_a_pause_survives_a_restart(self):
+        self.broker.pause("q")
+        self.broker.post("q", b"x")
+        self.restart()
+        self.assertTrue(self.broker.info("q")["paused"])
+        self.assertIsNone(self.broker.get("q"))
+        self.assertIsNone(self.broker.get("q", auto=True))
+
+    def test_of_several_channels_the_paused_ones_give_nothing(self):
+        for channel in ("a", "b"):
+            self.broker.post(channel, b"x")
+        self.broker.pause("a")
+        taken = self.broker.take(self.broker.waiter(["a", "b"]))
+        self.assertEqual(taken[0].channel, "b")
+        self.assertEqual(self.broker.take(self.broker.waiter(["a", "b"])), [])
+
+
+class LookingTest(BrokerTest):
+    def test_looking_changes_nothing(self):
+        id = self.broker.post("q", b"x").id
+        delayed = self.broker.post("q", b"x", delay=5).id
+        for _ in range(2):
+            message, state = self.broker.look(id)
+            self.assertEqual((message.delivered, message.lease, state), (0, 0, "ready"))
+        self.broker.get("q")
+        self.assertEqual(self.broker.look(id)[1], "hidden")
+        self.assertEqual(self.broker.look(delayed)[1], "delayed")
+
+    def test_ready_messages_are_listed_in_the_order_of_delivery_the_others_by_id(self):
+        for n in range(6):
+            self.broker.post("q", b"%d" % n, priority=-n % 3, delay=9 * (n > 3))
+        self.broker.post("p", b"x")
+
+        def ids(*arguments):
+            return [message.id for message, _ in self.broker.list_messages("q", *arguments)]
+
+        self.assertEqual(ids("ready"), [1, 4, 3, 2])
+        self.assertEqual(ids("ready", 2), [1, 4])
+        self.assertEqual(ids("ready", 2, 4), [3, 2])
+        self.assertEqual(ids("delayed"), [5, 6])
+        self.broker.get("q")
+        self.assertEqual(ids("hidden"), [1])
+        self.assertEqual(ids(None, 3), [1, 2, 3])
+        self.assertEqual(ids(None, 3, 3), [4, 5, 6])
+        with self.assertRaisesRegex(linger.Malformed, "ready, hidden, delayed"):
+            ids("odd")
+
+    def test_info_tells_all_of_a_channel(self):
+        self.broker.set_settings("q", hlm=9)
+        self.broker.subscribe("q", "t")
+        self.broker.post("q", b"old", priority=5)
+        self.clock.now += 7
+        self.broker.post("q", b"x", priority=-1)
+        self.broker.post("q", b"x", delay=9)
+        self.broker.get("q")
+        self.assertEqual(
+            self.broker.info("q"),
+            {
+                "channel": "q", "ready": 1, "delayed": 1, "in-flight": 1, "oldest": 7,
+                "waiting": 0, "topics": ["t"], "paused": False, "settings": {"hlm": 9},
+            },
+        )  # fmt: skip
+        self.assertIsNone(self.broker.info("empty")["oldest"])
+        future = self.park("empty")
+        self.assertEqual(self.broker.info("empty")["waiting"], 1)
+        self.broker.stop_waiting()
+        future.result(PATIENCE)
+
+
+class ModelTest(BrokerTest):
+    """Random calls, and after each the counts that are kept against the rows."""
+
+    def test_kept_counts_agree_with_the_rows_whatever_happens(self):
+        chance = random.Random(7)
+        for step in range(1500):
+            channel, id = chance.choice("abc"), chance.randrange(1, 80 + step // 4)
+            call = chance.randrange(12)
+            with contextlib.suppress(linger.LingerError):
+                if call < 4:
+                    self.broker.post(
+                        channel, b"x", priority=chance.randrange(-1, 2),
+                        timeout=chance.randint(1, 9), deliver=chance.randrange(3),
+                        linger=chance.choice((0, 0, 20)),
+                        delay=chance.choice((0, 0, 5)), dead=chance.choice(("", "a", "b")),
+                        backoff=chance.choice(("", "3,6")), unique=chance.choice((None, "k")),
+                    )  # fmt: skip
+                elif call < 6:
+                    names = chance.sample("abc", chance.randint(1, 3))
+                    auto = chance.random() < 0.2
+                    waiter = self.broker.waiter(names, n=chance.randint(1, 3), auto=auto)
+                    taken = self.broker.take(waiter)
+                    if taken and chance.random() < 0.3:
+                        self.broker.undo_take(waiter, taken)
+                elif call < 10:
+                    methods = (self.broker.delete, self.broker.release, self.broker.reject)
+                    chance.choice((*methods, self.broker.touch))(id)
+                elif call == 10:
+                    self.broker.redrive(channel)
+                else:
+                    self.clock.now += chance.random() * 4
+            if step % 10 == 0:
+                self.check_counts()
+        self.broker.drain("a")
+        self.broker.drain("b")
+        self.broker.drain("c")
+        self.assertEqual(self.broker._store.read("select * from channels"), [[]])
+
+    def check_counts(self):
+        counted, kept = self.broker._store.read(
+            "select channel, sum(state = 0), sum(state = 1), sum(state = 2), sum(priority < 0),"
+            " sum(priority > 0) from messages group by channel order by channel",
+            "select name, ready, in_flight, delayed, urgent, niced from channels order by name",
+        )
+        self.assertEqual(counted, kept)
 
 
 # -- the HTTP server -----------------------------------------------------------------------------
@@ -1227,6 +1987,222 @@ class CallTest(ServerTest):
         self.assertNotIn("ZeroDivision", value["error"])
         self.assertIn("ZeroDivisionError", log.getvalue())
         self.assertEqual(self.call("GET", "/topics")[0], 200)
+
+
+class ConsumerCallTest(ServerTest):
+    """The calls of part 2 of the API, over HTTP."""
+
+    def post(self, body="x", query="", channel="q"):
+        status, value = self.json(
+            "POST", f"/channels/{channel}{query}", body, {"Content-Type": "a/b"}
+        )
+        self.assertEqual(status, 202)
+        return value["id"]
+
+    def test_release_and_reject_and_dead_letters(self):
+        id = self.post(query="?dead=d%C3%BC&deliver=2&backoff=0")
+        self.call("GET", "/channels/q")
+        self.assertEqual(self.call("POST", f"/messages/{id}/release", "why not?\n")[0], 204)
+        headers = self.call("GET", "/channels/q")[1]
+        self.assertEqual(headers["x-linger-error"], "why%20not%3F%0A")
+        self.assertIsNone(headers["x-linger-dead-from"])
+        self.assertEqual(self.call("POST", f"/messages/{id}/reject?lease=1")[0], 409)
+        self.assertEqual(self.call("POST", f"/messages/{id}/reject?lease=2")[0], 204)
+        headers = self.call("GET", "/channels/d%C3%BC")[1]
+        self.assertEqual(headers["x-linger-dead-from"], "q")
+        self.assertEqual(headers["x-linger-dead-reason"], "reject")
+        self.assertEqual(headers["x-linger-delivered"], "1")
+        self.assertEqual(self.call("POST", f"/messages/{id}/release?delay=0")[0], 204)
+        status, value = self.json("POST", "/channels/d%C3%BC/redrive?n=100")
+        self.assertEqual((status, value), (200, {"moved": 1}))
+        self.assertEqual(self.call("POST", "/messages/99/release")[0], 404)
+        self.assertEqual(self.call("POST", "/messages/99/reject")[0], 404)
+        self.assertEqual(self.call("POST", f"/messages/{id}/release")[0], 409)
+
+    def test_a_reason_is_text_of_4096_bytes_at_most(self):
+        id = self.post()
+        self.call("GET", "/channels/q")
+        self.assertEqual(self.call("POST", f"/messages/{id}/release", b"x" * 4097)[0], 413)
+        self.assertEqual(self.call("POST", f"/messages/{id}/release", b"\xff")[0], 400)
+        for body, reason in (("msg=a+b&delay=0", "a b"), ("boom", "boom"), ("delay=0", "boom")):
+            self.assertEqual(self.call("POST", f"/messages/{id}/release", body, FORM)[0], 204)
+            self.assertEqual(self.broker.get("q").error, reason)
+
+    def test_touch_with_a_timeout(self):
+        id = self.post()
+        self.call("GET", "/channels/q")
+        self.assertEqual(self.call("POST", f"/messages/{id}/touch?timeout=100")[0], 204)
+        self.assertEqual(self.call("POST", f"/messages/{id}/touch?timeout=0")[0], 400)
+
+    def test_duplicates_are_told(self):
+        for key in ("?dedup=k", "?unique=u"):
+            id = self.post(query=key)
+            status, value = self.json("POST", f"/channels/q{key}", "x", {"Content-Type": "a/b"})
+            self.assertEqual((status, value), (202, {"id": id, "duplicate": True}))
+        headers = {"Idempotency-Key": "k"}
+        self.assertTrue(self.json("POST", "/channels/q", "x", headers)[1]["duplicate"])
+        self.call("PUT", "/channels/q/topics/t")
+        first = self.json("POST", "/topics/t", "x", headers)[1]
+        self.assertEqual(
+            self.json("POST", "/topics/t", "x", headers), (202, {**first, "duplicate": True})
+        )
+
+    def test_many_messages_come_as_json(self):
+        self.post("text ü".encode())
+        self.post(b"\xff\0")
+        status, messages = self.json("GET", "/channels/q?n=10&timeout=77")
+        self.assertEqual(status, 200)
+        self.assertEqual(
+            messages[0],
+            {
+                "id": 1, "channel": "q", "priority": 0, "timeout": 77, "deliver": 0,
+                "delivered": 1, "received": 0, "linger": 0, "topic": "", "lease": 1,
+                "type": "a/b", "body": "text ü",
+            },
+        )  # fmt: skip
+        self.assertEqual((messages[1]["body"], messages[1]["encoding"]), ("/wA=", "base64"))
+        self.assertEqual(self.call("GET", "/channels/q?n=10&nowait")[0], 204)
+        for n in ("0", "1001", "x"):
+            self.assertEqual(self.call("GET", f"/channels/q?n={n}")[0], 400)
+
+    def test_acknowledge_and_next(self):
+        first, second = self.post("1"), self.post("2")
+        lease = self.call("GET", "/channels/q")[1]["x-linger-lease"]
+        status, _, body = self.call("GET", f"/channels/q?ack={first}&lease={lease}")
+        self.assertEqual((status, body), (200, b"2"))
+        self.assertEqual(self.call("GET", f"/channels/q?ack={second}&lease=9")[0], 409)
+        self.assertEqual(self.call("GET", f"/channels/q?ack={first}")[0], 404)
+        self.assertEqual(self.call("GET", f"/channels/q?ack={second}&nowait")[0], 204)
+        self.assertEqual(self.json("GET", "/channels/q/stats")[1], {"ready": 0, "hidden": 0})
+
+    def test_auto_is_undone_when_the_answer_cannot_be_sent(self):
+        self.post()
+        real = linger.message_headers
+
+        def break_connection(message):
+            next(iter(self.server.handlers)).connection.shutdown(socket.SHUT_RDWR)
+            return real(message)
+
+        with unittest.mock.patch.object(linger, "message_headers", break_connection):
+            self.talk(b"GET /channels/q?auto HTTP/1.1\r\nHost: x\r\n\r\n", half_close=False)
+        until(lambda: self.broker.channel_stats("q") == {"ready": 1, "hidden": 0})
+        status, headers, _ = self.call("GET", "/channels/q?auto")
+        self.assertEqual((status, headers["x-linger-delivered"]), (200, "1"))
+        self.assertEqual(self.call("GET", "/channels")[2], b'{"channels":[]}\n')
+
+    def test_several_channels_in_one_get(self):
+        self.post(channel="b%2C")
+        headers = self.call("GET", "/channels/a,b%2C")[1]
+        self.assertEqual(headers["x-linger-channel"], "b,")
+        connection = self.park("a", ",c")
+        self.post("late", channel="c")
+        self.assertTrue(connection.recv(1000).endswith(b"late"))
+
+    def test_a_batch_of_lines(self):
+        lines = b'{"a":1}\n\n [2] \r\n"3"'
+        ndjson = {"Content-Type": "application/x-ndjson"}
+        status, value = self.json("POST", "/channels/q/batch?priority=4", lines, ndjson)
+        self.assertEqual((status, value), (202, {"ids": [1, 2, 3]}))
+        messages = self.json("GET", "/channels/q?n=9")[1]
+        self.assertEqual([m["body"] for m in messages], ['{"a":1}', "[2]", '"3"'])
+        self.assertEqual({(m["type"], m["priority"]) for m in messages}, {("application/json", 4)})
+
+    def test_a_batch_of_json(self):
+        items = [
+            {"body": "ü", "priority": -1, "deliver": "2"},
+            {"body": "/wA=", "encoding": "base64", "type": "image/x", "dead": "d"},
+            {"body": '{[x]}\\"', "nonsense": True},
+        ]
+        json_type = {"Content-Type": "application/json; charset=utf-8"}
+        path = "/channels/q/batch?timeout=9"
+        status, value = self.json("POST", path, json.dumps(items), json_type)
+        self.assertEqual((status, value), (202, {"ids": [1, 2, 3]}))
+        messages = self.json("GET", "/channels/q?n=9")[1]
+        self.assertEqual([m["id"] for m in messages], [1, 2, 3])
+        self.assertEqual([m["timeout"] for m in messages], [9, 9, 9])
+        self.assertEqual([m["deliver"] for m in messages], [2, 0, 0])
+        self.assertEqual((messages[1]["type"], messages[1]["body"]), ("image/x", "/wA="))
+        self.assertEqual(messages[2]["body"], '{[x]}\\"')
+
+    def test_a_batch_with_a_bad_item_is_400_with_its_index_and_changes_nothing(self):
+        json_type = {"Content-Type": "application/json"}
+        for item in (
+            1, {}, {"body": 1}, {"body": ""}, {"body": "x", "timeout": 0},
+            {"body": "x", "timeout": 1.5}, {"body": "x", "priority": True},
+            {"body": "x", "type": "a\r\nb"}, {"body": "x", "type": "日"}, {"body": "x", "type": 1},
+            {"body": "?", "encoding": "base64"}, {"body": "x", "encoding": "gzip"},
+            {"body": "\ud800"}, {"body": "x", "dedup": ""}, {"body": "x", "dead": 5},
+            {"body": "x", "delay": 9, "linger": 3},
+        ):  # fmt: skip
+            with self.subTest(item):
+                text = json.dumps([{"body": "good"}, item])
+                status, value = self.json("POST", "/channels/q/batch", text, json_type)
+                self.assertEqual((status, value["index"]), (400, 1))
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_bodies_that_are_no_batch_are_refused(self):
+        json_type = {"Content-Type": "application/json"}
+        for text in ("", "x", "{}", "[", '[{"body": {"a": 1}}]', "[[1]]", "1", "[1,]", b"\xff",
+                     "[" * 100_000, '[{"a":' * 50_000, "[" + "9" * 5000 + "]"):  # fmt: skip
+            for path in ("/channels/q/batch", "/topics/t/batch", "/messages/delete"):
+                with self.subTest(text[:20]):
+                    self.assertEqual(self.call("POST", path, text, json_type)[0], 400)
+        many = json.dumps([{"body": "x"}] * 1001)
+        self.assertEqual(self.call("POST", "/channels/q/batch", many, json_type)[0], 413)
+        huge = b"x" * 8_000_001
+        self.assertEqual(self.call("POST", "/channels/q/batch", huge, json_type)[0], 413)
+        self.assertEqual(self.call("POST", "/channels/q/batch", b"x", FORM)[0], 415)
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_a_batch_on_a_topic(self):
+        self.call("PUT", "/channels/a/topics/t")
+        ndjson = {"Content-Type": "application/x-ndjson"}
+        self.assertEqual(
+            self.json("POST", "/topics/t/batch", b"1\n2", ndjson), (202, {"a": [1, 2]})
+        )
+
+    def test_many_deletes_at_once(self):
+        for _ in range(3):
+            self.post()
+        text = '[{"id": 1, "lease": 9}, 2, 77, {"id": 3}]'
+        status, value = self.json("POST", "/messages/delete", text)
+        self.assertEqual(
+            (status, value), (200, {"deleted": [2, 3], "conflict": [1], "missing": [77]})
+        )
+        self.assertEqual(self.call("POST", "/messages/delete", '[{"id": "x"}]')[0], 400)
+        self.assertEqual(self.call("POST", "/messages/1")[0], 405)
+
+    def test_looking_at_messages(self):
+        id = self.post("y" * 1025)
+        status, headers, body = self.call("GET", f"/messages/{id}")
+        self.assertEqual((status, len(body), headers["x-linger-state"]), (200, 1025, "ready"))
+        self.assertEqual(self.call("GET", "/messages/99")[0], 404)
+        self.post("ü".encode() * 600, "?delay=60")
+        listed = self.json("GET", "/channels/q/messages")[1]
+        self.assertEqual([m["state"] for m in listed], ["ready", "delayed"])
+        self.assertEqual((listed[0]["body"], listed[0]["cut"]), ("y" * 1024, True))
+        self.assertEqual((listed[1]["body"], listed[1]["cut"]), ("ü" * 512, True))
+        listed = self.json("GET", "/channels/q/messages?state=delayed&n=1&after=1")[1]
+        self.assertEqual([m["id"] for m in listed], [2])
+        self.assertEqual(self.call("GET", "/channels/q/messages?state=x")[0], 400)
+
+    def test_settings_pause_and_info(self):
+        self.assertEqual(self.json("GET", "/channels/q/settings"), (200, {}))
+        path = "/channels/q/settings?timeout=60&dead=d&hlm=9&backoff=1,2"
+        self.assertEqual(self.call("PUT", path)[0], 204)
+        expected = {"timeout": 60, "dead": "d", "hlm": 9, "backoff": "1,2"}
+        self.assertEqual(self.json("GET", "/channels/q/settings"), (200, expected))
+        self.assertEqual(self.call("PUT", "/channels/q/pause?for=100")[0], 204)
+        self.assertEqual(self.call("PUT", "/channels/q/pause?for=0")[0], 400)
+        self.post()
+        self.assertEqual(self.call("GET", "/channels/q?nowait")[0], 204)
+        info = self.json("GET", "/channels/q/info")[1]
+        self.assertEqual((info["paused"], info["ready"], info["settings"]), (True, 1, expected))
+        self.assertEqual(self.json("GET", "/channels?info"), (200, {"channels": [info]}))
+        self.assertEqual(self.call("DELETE", "/channels/q/pause")[0], 204)
+        self.assertEqual(self.call("GET", "/channels/q")[1]["x-linger-timeout"], "60")
+        self.assertEqual(self.call("DELETE", "/channels/q/settings")[0], 204)
+        self.assertEqual(self.json("GET", "/channels/q/settings"), (200, {}))
 
 
 class MarkTest(ServerTest):
@@ -1569,13 +2545,13 @@ class LongPollTest(ServerTest):
 
     def test_a_delivery_that_cannot_be_sent_is_undone(self):
         self.broker.post("q", b"x")
-        real = linger.answer_message
+        real = linger.message_headers
 
-        def break_connection(message, undo):
+        def break_connection(message):
             next(iter(self.server.handlers)).connection.shutdown(socket.SHUT_RDWR)
-            return real(message, undo)
+            return real(message)
 
-        with unittest.mock.patch.object(linger, "answer_message", break_connection):
+        with unittest.mock.patch.object(linger, "message_headers", break_connection):
             self.talk(b"GET /channels/q HTTP/1.1\r\nHost: x\r\n\r\n", half_close=False)
         until(lambda: self.broker.channel_stats("q") == {"ready": 1, "hidden": 0})
         self.assertEqual(self.broker.get("q").delivered, 1)
@@ -1961,7 +2937,7 @@ class FileTest(unittest.TestCase):
                         ).fetchall()
                         plan = "; ".join(row[3] for row in rows)
                         scans = re.findall(
-                            r"SCAN (?!messages USING INDEX hidden_messages)\w+", plan
+                            r"SCAN (?!messages USING INDEX (due|marked)_messages)\w+", plan
                         )
                         scans = [s for s in scans if "messages" in s or "channels" in s]
                         if name not in ("CHANNELS", "MESSAGE_TOTALS"):
@@ -1986,14 +2962,13 @@ class ReadmeTest(Folder):
         self.readme = (HERE / "README.md").read_text()
 
     def test_every_call_option_parameter_counter_and_limit_is_in_it(self):
-        for route in linger.ROUTES:
-            self.assertIn(f"`{route.method} {route.path}`", self.readme)
-        for option in linger.OPTIONS:
-            self.assertIn(f"`--{option.name}", self.readme)
-        for parameter in linger.MESSAGE_PARAMETERS:
-            self.assertIn(f"`{parameter.name}`", self.readme)
-        for counter in linger.COUNTERS:
-            self.assertIn(f"`{counter}`", self.readme)
+        names = [f"`{route.method} {route.path}`" for route in linger.ROUTES]
+        names += [f"`--{option.name}" for option in linger.OPTIONS]
+        names += [f"`{p.name}`" for p in (*linger.CHANNEL_PARAMETERS, *linger.KEY_PARAMETERS)]
+        names += [f"`{counter}`" for counter in linger.COUNTERS]
+        headers = re.findall(r"x-linger-[a-z-]+", (HERE / "linger.py").read_text())
+        names += [f"`{header}`" for header in headers]
+        self.assertEqual([name for name in names if name not in self.readme], [])
 
     @unittest.skipUnless(shutil.which("curl"), "needs curl")
     def test_every_curl_line_gives_what_it_shows(self):
@@ -2008,10 +2983,11 @@ class ReadmeTest(Folder):
                     self.check(command, expected, server)
 
     def check(self, command, expected, server):
-        words = shlex.split(command.replace("http://127.0.0.1:8989", server.url))
-        self.assertEqual(words[0], "curl")
+        command = command.replace("http://127.0.0.1:8989", server.url)
+        self.assertIn("curl ", command)
+        quiet = 'curl() { command curl -s "$@"; }; '
         output = subprocess.run(
-            [*words, "-s"], capture_output=True, text=True, timeout=PATIENCE
+            ["sh", "-c", quiet + command], capture_output=True, text=True, timeout=PATIENCE
         ).stdout
         output = output.replace("\r\n", "\n")
         pattern = re.escape(expected.rstrip("\n")).replace(re.escape("..."), ".*")
