@@ -100,6 +100,8 @@ MAX_LINE = 8_192  # bytes of one header line
 MAX_HEAD = 65_536  # bytes of a request line with all its header lines
 MAX_FIELDS = 200  # header lines
 KNOWN_HEADERS = 4  # sets of header lines whose meaning is remembered for a connection
+KNOWN_LENGTH = 2_048  # bytes that such a set may have
+MAX_CHUNKS = 16_384  # chunks of a body: more are a way to keep the server busy
 MAX_PARAMETERS = 100  # fields in a query string or a form
 MAX_CHUNK_LINE = 256  # bytes of a chunk's size with its extensions
 FORM_EXPANSION = 3  # bytes that a percent-encoded form may need for one byte of its message
@@ -181,6 +183,12 @@ class Full(LingerError):
     """The channel is at its high-level mark, or the disk is full."""
 
     status = 507
+
+
+def log(text: str) -> None:
+    """Writes to standard error; a log that cannot be written stops nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1355,6 +1363,7 @@ class Store:
         connection.execute(f"pragma synchronous = {self.sync}")
         connection.execute("pragma fullfsync = on")  # macOS: through the drive's own cache as well
         connection.execute("pragma temp_store = memory")
+        connection.execute("pragma secure_delete = off")  # some builds write zeros over what goes
         connection.execute(f"pragma journal_size_limit = {WAL_KEPT}")
         connection.execute("pragma journal_mode = wal").fetchall()
         connection.execute("select count(*) from sqlite_master").fetchall()  # makes -wal and -shm
@@ -1376,12 +1385,21 @@ class Store:
 
     def finish(self, operation: Operation) -> list[Any]:
         """Waits for a submitted operation, or leads; returns its results or raises its error."""
-        operation.turn.acquire()
+        try:
+            operation.turn.acquire()
+        except BaseException:  # Ctrl-C, of who embeds a store: somebody must still take the turn
+            self._take_turn(operation)
+            raise
         if not operation.done:
             self._lead()
         if operation.error is not None:
             raise operation.error
         return operation.results
+
+    def _take_turn(self, operation: Operation) -> None:
+        operation.turn.acquire()
+        if not operation.done:
+            self._lead()
 
     def _lead(self) -> None:
         """Commits all that is pending, then passes the turn on and tells those who wait."""
@@ -1389,6 +1407,11 @@ class Store:
             batch, self._pending = self._pending, []
         try:
             self._commit(batch)
+        except BaseException as error:  # Ctrl-C in the midst of it
+            self._roll_back(error)
+            for operation in batch:
+                operation.error = Unavailable("the commit was interrupted, its outcome is unknown")
+            raise
         finally:
             with self._lock:
                 successor = self._pending[0] if self._pending else None
@@ -1399,28 +1422,30 @@ class Store:
                 operation.done = True
                 operation.turn.release()
 
-    def _commit(self, batch: list[Operation]) -> None:
-        """Runs operations in one transaction; if that fails, again, each in one of its own."""
+    def _commit(self, batch: list[Operation], again: bool = True) -> None:
+        """Runs operations in one transaction; if one fails, `again`, each in one of its own.
+
+        If the transaction cannot even begin, all fail at once.
+        """
+        begun = False
         try:
+            self._check_files()
+            self._writer.execute("begin immediate")
+            begun = True
             self._transact(batch)
         except Exception as error:
             self._roll_back(error)
             for operation in batch:
-                try:
-                    self._transact([operation])
-                except Exception as refusal:
-                    self._roll_back(refusal)
-                    operation.error = _explain(refusal)
+                if begun and again:
+                    self._commit([operation], again=False)
                 else:
-                    _announce([operation])
+                    operation.error = _explain(error)
         else:
             _announce(batch)
 
     def _transact(self, batch: list[Operation]) -> None:
-        self._check_files()
         cursor = self._writer.cursor()
         execute = cursor.execute
-        execute("begin immediate")
         for operation in batch:
             operation.results = results = []
             for statement, parameters in operation.steps():
@@ -1433,13 +1458,13 @@ class Store:
                 )
         execute("commit")
 
-    def _roll_back(self, error: Exception) -> None:
-        """Ends a failed transaction; when space is short, gives the log's back to the disk."""
+    def _roll_back(self, error: BaseException) -> None:
+        """Ends a failed transaction; when space is short, makes that of the log free for reuse."""
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("rollback")
             if "full" in str(error) or "I/O" in str(error):
-                self._writer.execute("pragma wal_checkpoint(truncate)").fetchall()
+                self._writer.execute("pragma wal_checkpoint(restart)").fetchall()
 
     def _check_files(self) -> None:
         """`Unavailable` if a file was deleted or replaced: what is written would be lost.
@@ -1488,7 +1513,8 @@ class Store:
     def check_room(self) -> None:
         """`Full` when so little of the disk is free that only takes and deletes may go on.
 
-        What is in the log may still need as much again in the database.
+        What is in the log may still need as much again in the database, unless there is room
+        inside that.
         """
         if self.path == MEMORY:
             return
@@ -1498,8 +1524,17 @@ class Store:
         except OSError:
             return  # a deleted file: the transaction says so
         free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-        if free < log + min(HEAD_ROOM, total // HEAD_ROOM_SHARE):
+        kept = min(HEAD_ROOM, total // HEAD_ROOM_SHARE)
+        if free < log + kept and (free < kept or free + self._room_inside() < log + kept):
             raise Full("the disk is full: messages can be taken and deleted, but none added")
+
+    def _room_inside(self) -> int:
+        """Bytes of the file that are free for new rows."""
+        with self._reading, contextlib.suppress(sqlite3.Error):
+            pages: int = self._reader.execute("pragma freelist_count").fetchone()[0]
+            size: int = self._reader.execute("pragma page_size").fetchone()[0]
+            return pages * size
+        return 0
 
     def size(self) -> int:
         """The size of the database in bytes, -1 for one in memory; as 1.0.1."""
@@ -1511,10 +1546,15 @@ class Store:
 
     def close(self) -> None:
         """Writes the log back into the file and closes it; operations after this fail."""
-        if not self._closed:
+        if self._closed:
+            return
+        try:
             self.run(Operation((), {}, self._close))
+        except LingerError as error:
+            log(f"linger: {error}")
+            self._close()
 
-    def _close(self, _: Operation) -> None:
+    def _close(self, _: Optional[Operation] = None) -> None:
         with self._reading:
             self._closed = True
             self._reader.close()
@@ -1539,7 +1579,7 @@ def _announce(batch: Iterable[Operation]) -> None:
             try:
                 operation.committed(operation)
             except Exception:
-                traceback.print_exc()
+                log(traceback.format_exc())
 
 
 def _explain(error: Exception) -> Exception:
@@ -1606,8 +1646,8 @@ def _make(path: str, version: int = 0) -> None:
     """
     new = path + ".new"
     with contextlib.ExitStack() as undo:
-        undo.callback(_remove, new)
-        _remove(new)
+        undo.callback(_remove, new, "", "-journal")
+        _remove(new, "", "-journal")
         os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
             if version:
@@ -1624,12 +1664,13 @@ def _make(path: str, version: int = 0) -> None:
                 raise Unavailable(f"{path} is in use by another program: its log could not go")
             shutil.copymode(path, new)
             _keep_original(path, f"{path}.v{version}")
+        _remove(path, "-wal", "-shm")  # of a database that was deleted: SQLite would replay it
         os.rename(new, path)
         undo.pop_all()
 
 
-def _remove(path: str) -> None:
-    for suffix in ("", "-journal"):
+def _remove(path: str, *suffixes: str) -> None:
+    for suffix in suffixes:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path + suffix)
 
@@ -2065,8 +2106,22 @@ class Broker:
                 if waiter.auto:
                     waiter.removed = results[-3]
                 return [Message._make(row) for row in rows]
-            self._await_call(waiter, deadline)
+            try:
+                self._await_call(waiter, deadline)
+            except BaseException:  # Ctrl-C, of who embeds a broker
+                self._abandon(waiter)
+                raise
         return []
+
+    def _abandon(self, waiter: Waiter) -> None:
+        """Ends the wait of a consumer that was interrupted; gives back what it was called for."""
+        self.dismiss(waiter)
+        if waiter.operation is not None:
+            self._store.finish(waiter.operation)
+            rows = _taken_rows(waiter.operation)
+            waiter.removed = waiter.operation.results[-3] if waiter.auto else []
+            if rows:
+                self.undo_take(waiter, [Message._make(row) for row in rows])
 
     def _take_for(
         self, waiter: Waiter, ack: Optional[int] = None, lease: Optional[int] = None
@@ -2488,8 +2543,8 @@ class Broker:
             idle_since = self._clock.monotonic()
             try:
                 self.settle()
-            except LingerError as error:
-                print(f"linger: what is due is tried again: {error}", file=sys.stderr)
+            except Exception as error:
+                log(f"linger: what is due is tried again: {error!r}")
                 with self._lock:
                     self._sooner.wait_for(lambda: self._stopping, RETRY_DELAY)
 
@@ -2782,6 +2837,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.(
 # (RFC 9112 2.2), no folded lines (5.2), no blank before the colon (5.1).
 FIELD_LINES = re.compile(rb"(?:\r\n" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*)*")
 AUTHORITY = re.compile(r"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
+EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -2919,6 +2975,11 @@ class Request:
         if "idempotency-key" in self.headers:
             given.setdefault("dedup", self.headers["idempotency-key"])
         return given
+
+    def forget_body(self) -> None:
+        """Gives the memory back, for a request that will wait."""
+        self.body = b""
+        self._fields = None
 
     def reason(self) -> str:
         """The text of the body, why a message is released or rejected; a form with parameters
@@ -3113,7 +3174,8 @@ def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
         headers = parse_fields(lines)
         if len(known) >= KNOWN_HEADERS:
             known.clear()
-        known[lines] = headers
+        if len(lines) <= KNOWN_LENGTH:
+            known[lines] = headers
     old = minor == b"0"
     if old and "transfer-encoding" in headers:
         raise Malformed("HTTP/1.0 has no Transfer-Encoding")
@@ -3226,7 +3288,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             pass  # the connection is lost, or its client too slow
         except Exception:
-            traceback.print_exc()
+            log(traceback.format_exc())
 
     def finish(self) -> None:
         self.server.handlers.discard(self)
@@ -3234,7 +3296,10 @@ class Handler(BaseHTTPRequestHandler):
     def vanished(self) -> bool:
         """Whether the client has closed its end, or the connection is broken."""
         poller = select.poll()
-        poller.register(self.connection, GONE)
+        try:
+            poller.register(self.connection, GONE)
+        except ValueError:
+            return True  # closed by ourselves
         return bool(poller.poll(0))
 
     def _serve_request(self) -> None:
@@ -3272,7 +3337,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             raise
         except Exception:
-            traceback.print_exc()
+            log(traceback.format_exc())
             request.close = True
             return answer_error(LingerError("the server made a mistake, which is in its log"))
 
@@ -3305,7 +3370,7 @@ class Handler(BaseHTTPRequestHandler):
         seen = 0
         while True:
             if self._buffer.startswith(b"\r\n"):
-                self._buffer = self._buffer.lstrip(b"\r\n")  # RFC 9112 2.2
+                self._buffer = EMPTY_LINES.sub(b"", self._buffer, 1)  # RFC 9112 2.2
             end = self._buffer.find(b"\r\n\r\n", max(seen - 3, 0))
             if 0 <= end <= MAX_HEAD + MAX_TARGET:
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
@@ -3369,7 +3434,9 @@ class Handler(BaseHTTPRequestHandler):
             raise LingerError("the body took too long to come", 408) from None
 
     def _body_limit(self, request: Request) -> int:
-        route = request.calls.get(request.method)
+        if request.method != "POST":
+            return FORM_SLACK
+        route = request.calls.get("POST")
         if route is not None and route.many:
             return MAX_BATCH_BYTES
         if request.form_type:
@@ -3391,44 +3458,61 @@ class Handler(BaseHTTPRequestHandler):
         self._buffer = buffer[length:]
         return buffer[:length]
 
-    def _read_line(self, deadline: float, limit: int = MAX_CHUNK_LINE) -> bytes:
-        """The next line of a chunked body, without its CR LF."""
+    def _read_line(self, start: int, limit: int, deadline: float) -> tuple[int, int]:
+        """Where the line of a chunked body at `start` of the buffer begins and ends."""
         while True:
-            end = self._buffer.find(b"\r\n")
-            if end > limit or (end < 0 and len(self._buffer) > limit):
+            end = self._buffer.find(b"\r\n", start)
+            if end - start > limit or (end < 0 and len(self._buffer) - start > limit):
                 raise Malformed(f"a line of a chunked body may have at most {limit} bytes")
             if end >= 0:
-                line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
-                return line
-            data = self._receive(deadline)
-            if not data:
-                raise Malformed("the request ended in its chunked body")
-            self._buffer += data
+                return start, end
+            self._receive_more(start, deadline)
+            start = 0
+
+    def _receive_more(self, start: int, deadline: float) -> None:
+        """Lets go of the buffer before `start`, and receives more behind it."""
+        data = self._receive(deadline)
+        if not data:
+            raise Malformed("the request ended in its chunked body")
+        self._buffer = self._buffer[start:] + data
 
     def _read_chunks(self, limit: int, deadline: float) -> bytes:
         """A chunked body (RFC 9112 7.1); chunk extensions and trailers are read and ignored."""
-        pieces = []
-        total = 0
-        while True:
-            found = CHUNK_LINE.fullmatch(self._read_line(deadline))
+        pieces: list[bytes] = []
+        total = end = 0
+        while len(pieces) < MAX_CHUNKS:
+            start, end = self._read_line(end, MAX_CHUNK_LINE, deadline)
+            found = CHUNK_LINE.fullmatch(self._buffer, start, end)
             if not found:
                 raise Malformed("a chunk must start with its size in hexadecimal digits")
             size = int(found[1], 16)
             total += size
             if total > limit:
                 raise TooLarge(f"the body is longer than the {limit} bytes that are taken")
+            start = end + 2
             if not size:
-                break
-            chunk = self._read_bytes(size + 2, deadline)
-            if not chunk.endswith(b"\r\n"):
+                self._read_trailers(start, deadline)
+                return b"".join(pieces)
+            while len(self._buffer) < start + size + 2:
+                self._receive_more(start, deadline)
+                start = 0
+            end = start + size + 2
+            if self._buffer[end - 2 : end] != b"\r\n":
                 raise Malformed("a chunk must end in CR LF after as many bytes as it announced")
-            pieces.append(chunk[:-2])
+            pieces.append(self._buffer[start : end - 2])
+        raise TooLarge(f"the body has more than the {MAX_CHUNKS} chunks that are taken")
+
+    def _read_trailers(self, end: int, deadline: float) -> None:
         trailer = b""
-        while line := self._read_line(deadline, MAX_LINE):
-            trailer += b"\r\n" + line
+        while True:
+            start, end = self._read_line(end, MAX_LINE, deadline)
+            if start == end:
+                self._buffer = self._buffer[end + 2 :]
+                return
+            trailer += b"\r\n" + self._buffer[start:end]
+            end += 2
             if len(trailer) > MAX_LINE or not FIELD_LINES.fullmatch(trailer):
                 raise Malformed(f"a trailer must be headers of at most {MAX_LINE} bytes")
-        return b"".join(pieces)
 
     # -- bytes out
 
@@ -3447,7 +3531,10 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.sendall(data)
         except OSError:
             if answer.undo is not None:
-                answer.undo()
+                try:
+                    answer.undo()
+                except LingerError as error:
+                    log(f"linger: a message that could not be sent stays hidden: {error}")
             raise
 
     def _drain(self) -> None:
@@ -3462,10 +3549,8 @@ class Handler(BaseHTTPRequestHandler):
     def _log(self, request: Request, status: int, started: float) -> None:
         milliseconds = (time.monotonic() - started) * 1000
         target = request.target.encode("ascii", "backslashreplace").decode()
-        print(
-            f"{self.client_address[0]} {request.method} {target} {status} {milliseconds:.1f} ms",
-            file=sys.stderr,
-        )
+        client = self.client_address[0]
+        log(f"{client} {request.method} {target} {status} {milliseconds:.1f} ms")
 
     # -- the calls, in the order of ROUTES
 
@@ -3510,6 +3595,7 @@ class Handler(BaseHTTPRequestHandler):
             self.vanished,
         )
         ack = request.integer("ack"), request.integer("lease")
+        request.forget_body()
         if wait:
             self.server.watch(self.connection, waiter)
         try:
@@ -3679,9 +3765,11 @@ class Server(ThreadingHTTPServer):
         self.log_requests = log_requests
         self.stopping = False
         self.handlers: set[Handler] = set()
+        self.closed = False
         self.connections: set[socket.socket] = set()
         self.refused: set[socket.socket] = set()
         self._stopped = threading.Event()
+        self._accepting = threading.Lock()  # held by serve_forever
         self._emptied = threading.Condition()
         self._date = (0, "")
         self._watched: dict[int, Waiter] = {}
@@ -3712,14 +3800,17 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0) -> None:
         """Accepts connections until `shutdown`; sleeps while there are none."""
-        self.socket.setblocking(False)
-        poller = select.poll()
-        poller.register(self.socket, select.POLLIN)
-        poller.register(self._alarm, select.POLLIN)
-        while not self.stopping:
-            poller.poll()
-            while not self.stopping and self._accept():
-                pass
+        with self._accepting:
+            if self.stopping:
+                return
+            self.socket.setblocking(False)
+            poller = select.poll()
+            poller.register(self.socket, select.POLLIN)
+            poller.register(self._alarm, select.POLLIN)
+            while not self.stopping:
+                poller.poll()
+                while not self.stopping and self._accept():
+                    pass
 
     def _accept(self) -> bool:
         """Accepts a connection; whether there may be more."""
@@ -3757,7 +3848,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Logs a mistake of ours; a connection that broke while it was set up is none."""
         if not isinstance(sys.exc_info()[1], OSError):
-            traceback.print_exc()
+            log(traceback.format_exc())
 
     def date_line(self) -> str:
         """The header Date (RFC 9110 6.6.1), made once a second."""
@@ -3794,9 +3885,15 @@ class Server(ThreadingHTTPServer):
 
     def close(self) -> None:
         """Stops: waiting GETs get 204, requests under way finish, the database is closed."""
+        if self.closed:
+            return
+        self.closed = True
         self.shutdown()
         self._stopped.set()
-        self.server_close()
+        with self._accepting:
+            self.server_close()
+            os.close(self._alarm)
+            os.close(self._wake)
         self.broker.stop_waiting()
         for handler in list(self.handlers):
             if handler.idle:
@@ -3976,15 +4073,18 @@ def read_options(arguments: Sequence[str], environment: Mapping[str, str]) -> di
 
 
 def _raise_descriptors(wanted: int) -> int:
-    """Lets the process open as many files as `wanted` needs; how many of them it may have."""
+    """Lets the process open as many files as `wanted` needs; how many connections it may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + REFUSALS + SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY:
+    if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
-    return max(1, min(wanted, soft - REFUSALS - SPARE_DESCRIPTORS))
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == needed:
+        return wanted
+    allowed = soft - min(REFUSALS + SPARE_DESCRIPTORS, soft // 2)
+    log(f"linger: only {allowed} connections, since only {soft} files may be open (ulimit -n)")
+    return allowed
 
 
 def _start(options: Mapping[str, Any]) -> Server:
@@ -4027,7 +4127,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         options = read_options(sys.argv[1:] if arguments is None else arguments, os.environ)
         server = _start(options)
     except LingerError as error:
-        print(f"linger: {error}", file=sys.stderr)
+        log(f"linger: {error}")
         return 2
 
     def stop(number: int, _: object) -> None:

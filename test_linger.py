@@ -215,6 +215,61 @@ class StoreTest(Folder):
         other.execute("rollback")
         self.run_sql(store, linger.SET_CONFIG, key="k", value="1")
 
+    def test_while_the_database_is_locked_all_who_wait_fail_at_once(self):
+        store = self.open()
+        store._writer.execute("pragma busy_timeout = 300")
+        other = sqlite3.connect(self.dbfile, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("begin immediate")
+        store._led = True
+        operations = [linger.Operation((), {}) for _ in range(20)]
+        for operation in operations:
+            store.submit(operation)
+        start = time.monotonic()
+        operations[0].turn.release()
+        for operation in operations:
+            with self.assertRaises(linger.Unavailable):
+                store.finish(operation)
+        self.assertLess(time.monotonic() - start, 2)
+
+    def test_an_interrupted_leader_acknowledges_nothing_and_the_next_goes_on(self):
+        store = self.open()
+        run, interrupted = store._transact, []
+
+        def interrupt(batch):
+            run(batch[:1] if interrupted else [])
+            if not interrupted:
+                interrupted.append(True)
+                raise KeyboardInterrupt
+
+        store._transact = interrupt
+        store._led = True
+        statement = (linger.SET_CONFIG,)
+        operations = [linger.Operation(statement, {"key": k, "value": ""}) for k in ("a", "b")]
+        for operation in operations:
+            store.submit(operation)
+        operations[0].turn.release()
+        with self.assertRaises(KeyboardInterrupt):
+            store.finish(operations[0])
+        with self.assertRaisesRegex(linger.Unavailable, "interrupted"):
+            store.finish(operations[1])
+        self.run_sql(store, linger.SET_CONFIG, key="c", value="")
+        (rows,) = store.read("select key from config where length(key) = 1")
+        self.assertEqual(rows, [("c",)])
+
+    def test_the_log_of_a_database_that_was_deleted_is_not_replayed_into_a_new_one(self):
+        store = self.open()
+        self.run_sql(store, linger.SET_CONFIG, key="old", value="1")
+        for suffix in ("-wal", "-shm"):
+            shutil.copy(self.dbfile + suffix, self.folder / suffix)
+        store.close()
+        os.unlink(self.dbfile)
+        for suffix in ("-wal", "-shm"):
+            shutil.copy(self.folder / suffix, self.dbfile + suffix)
+        store = self.open()
+        self.assertEqual(store.read(linger.GET_CONFIG, key="old"), [[]])
+        self.assertEqual(store.read("pragma integrity_check"), [[("ok",)]])
+
     def test_a_deleted_database_is_503_and_works_again_when_it_is_back(self):
         store = self.open()
         os.rename(self.dbfile, self.dbfile + ".away")
@@ -930,6 +985,30 @@ class WaitingTest(BrokerTest):
                 consumer.result(PATIENCE)
         self.assertEqual(len(taken), total)
         self.assertEqual(len(set(taken)), total)
+
+    def test_an_interrupted_consumer_leaves_no_trace(self):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        wait = unittest.mock.patch.object(threading.Condition, "wait", interrupt)
+        with wait, self.assertRaises(KeyboardInterrupt):
+            self.broker.get("q", PATIENCE)
+        self.assertEqual(self.broker._waiting, {})
+        self.broker.post("q", b"x")
+        self.assertEqual(self.broker.get("q").delivered, 1)
+
+    def test_the_ticker_survives_errors_also_when_they_cannot_be_logged(self):
+        with unittest.mock.patch("sys.stderr", open(os.devnull)):  # not writable
+            self.addCleanup(sys.stderr.close)
+            settled = unittest.mock.patch.object(
+                self.broker, "settle", side_effect=linger.Unavailable("locked")
+            )
+            with settled as settle, unittest.mock.patch.object(linger, "RETRY_DELAY", 0.001):
+                with self.broker._lock:
+                    self.broker._due = 0.0
+                    self.broker._sooner.notify()
+                until(lambda: settle.call_count > 2)
+        self.assertTrue(self.broker._ticker.is_alive())
 
     def test_nobody_waits_once_the_broker_stops(self):
         future = self.park("q")
@@ -2332,6 +2411,7 @@ class WireTest(ServerTest):
             (chunked + b"1;" + b"x" * 300 + b"\r\nx\r\n0\r\n\r\n", 400),
             (chunked + b"f" * 20 + b"\r\nx\r\n0\r\n\r\n", 400),
             (chunked + b"ffffffff\r\n", 413),
+            (chunked + b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n", 413),
             (chunked + b"0\r\nbad trailer\r\n\r\n", 400),
             (chunked + b"0\r\n" + b"A: b\r\n" * 2_000 + b"\r\n", 400),
         ):
@@ -2411,6 +2491,40 @@ class WireTest(ServerTest):
         )
         self.assertEqual(self.statuses(*(request[i : i + 1] for i in range(len(request)))), [202])
         self.assertEqual(self.broker.get("q").body, b"abc0123456789")
+
+    def test_empty_lines_before_a_request_may_come_in_pieces(self):
+        connection = self.connect()
+        connection.sendall(b"\r\n\r")
+        until(lambda: any(handler._buffer for handler in self.server.handlers))
+        connection.sendall(b"\n" + CALL)
+        self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200"))
+        self.assertEqual(self.statuses(b"\r\n\n\r" + CALL), [400])
+
+    def test_long_headers_are_not_remembered(self):
+        connection = self.connect()
+        for n in range(3):
+            connection.sendall(CALL[:-2] + b"A: %d" % n + b"x" * 5_000 + b"\r\n\r\n")
+            connection.recv(1000)
+        (handler,) = self.server.handlers
+        self.assertEqual(handler._known, {})
+
+    def test_a_request_that_is_no_post_may_have_a_short_body_only(self):
+        body = b"x" * 60_000
+        connection = self.connect()
+        connection.sendall(
+            b"GET /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + body
+        )
+        until(lambda: "q" in self.broker._waiting)
+        self.assertEqual(self.call("GET", "/channels", b"x" * 70_000)[0], 413)
+        self.broker.post("q", b"y")
+        self.assertTrue(connection.recv(1000).endswith(b"\r\n\r\ny"))
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs Linux")
+    def test_a_server_that_was_closed_leaves_no_descriptor(self):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            linger.serve().close()
+        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
 
     def test_pipelined_requests_are_answered_in_order(self):
         with self.connect() as connection:
@@ -2702,6 +2816,21 @@ class ProcessTest(ProcessCase):
         self.start()
         self.assertIn("in use by another Linger", self.refused())
 
+    def test_a_stop_without_its_database_is_one_line_and_no_traceback(self):
+        server = self.start()
+        os.unlink(self.dbfile)
+        status, errors = server.end()
+        self.assertEqual(status, 0)
+        self.assertRegex(errors, r"^linger: .* deleted or replaced .*\n$")
+
+    def test_few_open_files_are_told_and_lower_the_number_of_connections(self):
+        def lower():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+        server = self.start(before=lower)
+        self.assertEqual(server.call("GET", "/topics")[0], 200)
+        self.assertIn("only 32 connections", server.end()[1])
+
     def test_a_database_in_memory_keeps_nothing(self):
         server = self.start("--dbfile=:memory:")
         self.assertIn("memory only", server.line)
@@ -2763,6 +2892,14 @@ class ProcessTest(ProcessCase):
             status, headers, _ = server.call("GET", "/channels/q")
             self.assertEqual((status, int(headers["x-linger-msg-id"])), (200, id))
             self.assertEqual(server.call("DELETE", f"/messages/{id}")[0], 204)
+        for _ in range(300):
+            status, _, body = server.call("POST", "/channels/q", b"x" * 100_000)
+            self.assertEqual(status, 202)
+            id = json.loads(body)["id"]
+            self.assertEqual(server.call("DELETE", f"/messages/{id}")[0], 204)
+        while server.call("POST", "/channels/q", b"x" * 100_000)[0] == 202:
+            pass
+        self.assertEqual(server.call("DELETE", "/channels/q")[0], 204)
         server.end()
         server = self.start()
         self.assertEqual(server.call("GET", "/channels/q/stats")[2], b'{"ready":0,"hidden":0}\n')
