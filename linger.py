@@ -1290,12 +1290,6 @@ class Operation:
         self.turn = _thread.allocate_lock()  # released when it is done, or its thread's to lead
         self.turn.acquire()
 
-    def steps(self) -> Iterable[tuple[str, Any]]:
-        """Each statement with its parameters."""
-        if isinstance(self.parameters, list):
-            return zip(self.statements, self.parameters)
-        return zip(self.statements, itertools.repeat(self.parameters))
-
 
 class Store:
     """The database: one connection that writes, led by one thread at a time, and one that reads.
@@ -1448,7 +1442,10 @@ class Store:
         execute = cursor.execute
         for operation in batch:
             operation.results = results = []
-            for statement, parameters in operation.steps():
+            each: Any = operation.parameters
+            if not isinstance(each, list):
+                each = itertools.repeat(each)
+            for statement, parameters in zip(operation.statements, each):
                 if isinstance(parameters, list):
                     cursor.executemany(statement, parameters)
                 else:
@@ -2913,8 +2910,8 @@ class Request:
     """A request whose head has been read; its body is read later, by the handler."""
 
     __slots__ = (
-        "_fields", "body", "calls", "close", "form_type", "headers", "method", "old", "parts",
-        "query", "target",
+        "_fields", "body", "calls", "close", "form_type", "headers", "method", "no_store",
+        "old", "parts", "query", "target",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: dict[str, str], old: bool) -> None:
@@ -2927,6 +2924,7 @@ class Request:
         self.parts = path[1:].split("/")
         self.calls = find_calls(self.parts)  # the routes of its path by method
         self.form_type = headers["form type"]  # of the form that its body is, or empty
+        self.no_store = False  # whether its answer must not be kept
         self.body = b""
         self._fields: Optional[tuple[dict[str, bytes], dict[str, bytes]]] = None
 
@@ -3329,9 +3327,10 @@ class Handler(BaseHTTPRequestHandler):
                 allowed = ", ".join(METHODS[:6]) if all_calls else allowed_methods(request.calls)
                 return Answer(204, headers=f"Allow: {allowed}\r\n")
             route = find_route(request.method, request.calls)
+            request.no_store = not route.safe
             names = [decode_name(part) for part in request.parts[1::2]]
             answer: Answer = getattr(self, route.handler)(request, *names)
-            return answer if route.safe else answer._replace(headers=NO_STORE + answer.headers)
+            return answer
         except LingerError as error:
             return answer_error(error)
         except OSError:
@@ -3519,7 +3518,10 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, request: Optional[Request], answer: Answer, close: bool) -> None:
         """Sends an answer in one piece; undoes what it would have told if it cannot be sent."""
         self.closing = close = close or self.server.stopping
-        head = STATUS_LINES[answer.status] + self.server.date_line() + answer.headers
+        head = STATUS_LINES[answer.status] + self.server.date_line()
+        if request is not None and request.no_store:
+            head += NO_STORE
+        head += answer.headers
         if close:
             head += "Connection: close\r\n"
         if answer.status != 204:  # which has no body (RFC 9110 8.6)
