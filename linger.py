@@ -118,6 +118,8 @@ BUSY_TIMEOUT = 5.0  # seconds to wait for another program's lock on the database
 RETRY_AFTER = 1  # seconds after which a client may try again what was answered with 503
 RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refused
 
+ARRIVAL_GAP = 0.01  # seconds in which requests on two new connections count as sent together
+ARRIVAL_CROWD = 1  # others to wait for at most: among more, all would wait for each other
 MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 20 kB
 REFUSALS = 64  # connections beyond the limit that are told so, rather than just closed
 BACKLOG = 1_024  # connections that the kernel may hold until they are accepted
@@ -3316,6 +3318,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         answer = self._answer(request)
         self._send(request, answer, request.close)
+        self.server.note_answered(self.connection)
         if self.server.log_requests:
             self._log(request, answer.status, started)
 
@@ -3327,6 +3330,8 @@ class Handler(BaseHTTPRequestHandler):
                 allowed = ", ".join(METHODS[:6]) if all_calls else allowed_methods(request.calls)
                 return Answer(204, headers=f"Allow: {allowed}\r\n")
             route = find_route(request.method, request.calls)
+            if route.safe:
+                self.server.let_others_go_first(self.connection)
             request.no_store = not route.safe
             names = [decode_name(part) for part in request.parts[1::2]]
             answer: Answer = getattr(self, route.handler)(request, *names)
@@ -3586,6 +3591,7 @@ class Handler(BaseHTTPRequestHandler):
         wait = request.integer("wait", 0, MAX_WAIT)
         if request.parameter("nowait") is not None:
             wait = 0
+            self.server.let_others_go_first(self.connection)
         elif wait is None:
             wait = DEFAULT_WAIT
         n = request.integer("n", 1, MAX_BATCH)
@@ -3599,6 +3605,7 @@ class Handler(BaseHTTPRequestHandler):
         ack = request.integer("ack"), request.integer("lease")
         request.forget_body()
         if wait:
+            self.server.note_answered(self.connection)
             self.server.watch(self.connection, waiter)
         try:
             messages = self.broker.take(waiter, wait, *ack)
@@ -3771,6 +3778,8 @@ class Server(ThreadingHTTPServer):
         self.connections: set[socket.socket] = set()
         self.refused: set[socket.socket] = set()
         self._stopped = threading.Event()
+        self._unanswered: dict[socket.socket, float] = {}  # new connections, when they came
+        self._answered = threading.Condition()
         self._accepting = threading.Lock()  # held by serve_forever
         self._emptied = threading.Condition()
         self._date = (0, "")
@@ -3832,6 +3841,7 @@ class Server(ThreadingHTTPServer):
         if count >= self.max_connections:
             self.refused.add(connection)
         self.connections.add(connection)
+        self._unanswered[connection] = time.monotonic()
         try:
             _thread.start_new_thread(self.process_request_thread, (connection, address))
         except RuntimeError:  # the system gives no more threads
@@ -3841,6 +3851,7 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection."""
         super().shutdown_request(request)
+        self.note_answered(request)
         self.connections.discard(request)
         self.refused.discard(request)
         if self.stopping:
@@ -3851,6 +3862,32 @@ class Server(ThreadingHTTPServer):
         """Logs a mistake of ours; a connection that broke while it was set up is none."""
         if not isinstance(sys.exc_info()[1], OSError):
             log(traceback.format_exc())
+
+    # -- requests sent together
+
+    def let_others_go_first(self, connection: socket.socket) -> None:
+        """Before a first request that looks: lets those go first that were sent together with it.
+
+        A client may post on one connection and look on another without waiting for an answer, as
+        `lingerclient` and its tests do: Linger 1.0.1, with its one thread, took them in order.
+        """
+        if not self.note_answered(connection):
+            return
+        limit = time.monotonic() - ARRIVAL_GAP
+        others = [other for other, since in list(self._unanswered.items()) if since > limit]
+        if 0 < len(others) <= ARRIVAL_CROWD:
+            with self._answered:
+                self._answered.wait_for(
+                    lambda: self._unanswered.keys().isdisjoint(others), ARRIVAL_GAP
+                )
+
+    def note_answered(self, connection: socket.socket) -> bool:
+        """Whether this was a connection whose first request nobody needs to wait for any more."""
+        if self._unanswered.pop(connection, None) is None:
+            return False
+        with self._answered:
+            self._answered.notify_all()
+        return True
 
     def date_line(self) -> str:
         """The header Date (RFC 9110 6.6.1), made once a second."""

@@ -2606,6 +2606,39 @@ class WireTest(ServerTest):
 CALL = b"GET /topics HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
+class TogetherTest(ServerTest):
+    """Requests sent on several connections without waiting for an answer."""
+
+    def test_a_first_request_that_looks_lets_those_go_first_that_were_sent_with_it(self):
+        get = b"GET /channels/q?nowait HTTP/1.1\r\nHost: x\r\n\r\n"
+        with unittest.mock.patch.object(linger, "ARRIVAL_GAP", PATIENCE):
+            post, look = self.connect(), self.connect()
+            until(lambda: len(self.server.handlers) == 2)
+            look.sendall(get)
+            until(lambda: self.server._answered._waiters)
+            post.sendall(b"POST /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
+            self.assertTrue(look.recv(1000).endswith(b"\r\n\r\nx"))
+            self.connect()  # the second request waits for nobody
+            look.sendall(get)
+            self.assertTrue(look.recv(1000).startswith(b"HTTP/1.1 204 "))
+
+    def test_two_that_look_do_not_wait_for_each_other(self):
+        with unittest.mock.patch.object(linger, "ARRIVAL_GAP", PATIENCE):
+            connections = [self.connect() for _ in range(2)]
+            until(lambda: len(self.server.handlers) == 2)
+            for connection in connections:
+                connection.sendall(CALL)
+            for connection in connections:
+                self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
+
+    def test_nobody_waits_long_for_a_connection_that_is_silent(self):
+        self.connect()
+        until(lambda: len(self.server.handlers) == 1)
+        start = time.monotonic()
+        self.assertEqual(self.call("GET", "/topics")[0], 200)
+        self.assertLess(time.monotonic() - start, 1)
+
+
 class CapTest(ServerTest):
     options = types.MappingProxyType({"max_connections": 3})
 
