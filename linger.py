@@ -86,6 +86,7 @@ MAX_NAME = 255  # bytes of a channel's or topic's name in UTF-8
 MAX_MESSAGE = 256_000  # bytes of a message's body, unless --max-message says otherwise; as 1.0.1
 MAX_BATCH = 1_000  # messages taken, posted or deleted at once
 MAX_BATCH_BYTES = 8_000_000  # of a request with many messages
+MAX_COMMAS = 32_000  # in the JSON of such a request: 32 fields for each
 MAX_REASON = 4_096  # bytes of the reason for a release or rejection
 MAX_CUT = 1_024  # bytes of a body that a listing shows
 MAX_CHANNELS_AT_ONCE = 100  # channels that one GET may wait at
@@ -682,11 +683,18 @@ where case
         select 1 from messages where channel = :channel and unique_key = :unique))
 """
 
-# After POST_MESSAGE, if it added one.
+# After POST_MESSAGE, if it added one, or found that of the unique key, but no dedup key.
 KEEP_DEDUP = """
 insert into dedups (scope, key, until, answer)
-select :scope, :dedup, :now + :dedup_for, cast(last_insert_rowid() as text)
-where changes() = 1 and :dedup is not null
+select :scope, :dedup, :now + :dedup_for, cast(id as text)
+from (
+    select case
+            when changes() = 1 then last_insert_rowid()
+            else (select id from messages where channel = :channel and unique_key = :unique)
+        end as id
+)
+where :dedup is not null and id is not null and not exists (
+    select 1 from dedups where scope = :scope and key = :dedup and until > :now)
 on conflict (scope, key) do update set until = excluded.until, answer = excluded.answer
 """
 
@@ -811,18 +819,25 @@ update messages
 set state = 4
 where id in (
     select id
-    from messages
-    where state = 0 and channel = (
-        select name
-        from wanted
-        where exists (select 1 from messages where channel = name and state = 0)
-            and not exists (select 1 from pauses where channel = name)
-        order by place
-        limit 1
+    from (
+        select id, sum(size) over (order by priority, id) - size as size_before
+        from (
+            select id, priority, length(body) as size
+            from messages
+            where state = 0 and channel = (
+                select name
+                from wanted
+                where exists (select 1 from messages where channel = name and state = 0)
+                    and not exists (select 1 from pauses where channel = name)
+                order by place
+                limit 1
+            )
+                and (:ack is null or changes() = 1)
+            order by priority, id
+            limit :n
+        )
     )
-        and (:ack is null or changes() = 1)
-    order by priority, id
-    limit :n
+    where size_before < :most
 )
 """
 
@@ -883,7 +898,7 @@ where id = :id
 """
 
 MESSAGE_DUE = """
-select state, due
+select state, due, lingers_until
 from messages
 where id = :id
 """
@@ -966,8 +981,8 @@ group by 1
 
 REDRIVE_MESSAGES = """
 update messages
-set channel = coalesce(:to, dead_from), due = :now, delivered = 0, dead_from = '',
-    dead_reason = ''
+set channel = coalesce(:to, dead_from), due = :now, delivered = 0, held = 0, unique_key = null,
+    dead_from = '', dead_reason = ''
 where id in (
     select id
     from messages
@@ -1745,7 +1760,14 @@ TAKE_PICKED_ONES = (PICK_MESSAGES, TAKE_PICKED, HIDE_PICKED)
 TAKE_AND_DELETE = (PICK_MESSAGES, PICKED_ROWS, TAKE_PICKED, DELETE_PICKED)
 GIVE_UP = (DEAD_COUNTS, MOVE_DEAD, DELETE_GIVEN_UP)
 TOUCH = (MESSAGE_HOLDING, TOUCH_MESSAGE, MESSAGE_DUE)
-RELEASE = (MESSAGE_HOLDING, RELEASE_MESSAGE, MESSAGE_DUE, REJECT_USED_UP, *GIVE_UP)
+RELEASE = (
+    MESSAGE_HOLDING,
+    RELEASE_MESSAGE,
+    REJECT_USED_UP,
+    GIVE_UP_LINGERED,
+    *GIVE_UP,
+    MESSAGE_DUE,
+)
 REJECT = (MESSAGE_HOLDING, REJECT_MESSAGE, *GIVE_UP)
 REDRIVE = (REDRIVE_COUNTS, REDRIVE_MESSAGES)
 DRAIN = (DRAIN_READY, DRAIN_HIDDEN, FORGET_SCOPE)
@@ -2018,7 +2040,7 @@ class Broker:
             known = results[i] if keyed else []
             duplicates.append(bool(known))
             if known:
-                lines = (line.partition(" ") for line in known[0][0].splitlines())
+                lines = (line.partition(" ") for line in known[0][0].split("\n") if line)
                 answers.append({channel: int(id) for id, _, channel in lines})
             else:
                 dropped += [channel for (channel,) in results[i + place]]
@@ -2029,6 +2051,8 @@ class Broker:
         self, topic: str, body: bytes, type: str, given: Mapping[str, object]
     ) -> dict[str, Any]:
         _check_body(body, self.max_message)
+        if given.get("unique") is not None:
+            raise Malformed("unique belongs to a channel, and cannot be given with a publication")
         keys = {"dedup": None, "dedup-for": 300, **check_parameters(given, KEY_PARAMETERS)}
         return {
             "topic": topic,
@@ -2132,7 +2156,7 @@ class Broker:
         statements: tuple[str, ...] = TAKE
         if waiter.auto or n > 1 or len(channels) > 1 or self._pauses:
             statements = TAKE_AND_DELETE if waiter.auto else TAKE_PICKED_ONES
-            parameters.update(channels="\n".join(channels), n=n)
+            parameters.update(channels="\n".join(channels), n=n, most=MAX_BATCH_BYTES)
         if ack is not None:
             statements = ACKNOWLEDGE + statements
             parameters.update(id=ack, lease=lease)
@@ -2173,12 +2197,17 @@ class Broker:
             rows = [{"id": m.id, "lease": m.lease, "now": now} for m in messages]
 
         def undone(operation: Operation) -> None:
-            count = sum(changed for changed, _ in operation.results)
+            *undos, (lingered, _), dead, _, removed = operation.results
+            count = sum(changed for changed, _ in undos)
             self.counters["delivered"] -= count
-            self._expect(now)  # their lingering may be over
+            self.counters["msg-delete" if waiter.auto else "msg-hide"] -= count
+            self.counters["msg-retention"] += lingered
+            self._given_up(dead, removed)
+            self._expect(now)  # their lingering may end
             self._call(messages[0].channel, count)
 
-        self._run([statement] * len(rows), rows, undone)
+        statements = [statement] * len(rows) + [GIVE_UP_LINGERED, *GIVE_UP]
+        self._run(statements, rows + [{"now": now}] * (1 + len(GIVE_UP)), undone)
 
     # -- the end of a delivery
 
@@ -2243,20 +2272,23 @@ class Broker:
         now = self.now()
 
         def released(operation: Operation) -> None:
-            holding, (changed, _), state, (rejected, _), dead, _, removed = operation.results
-            if changed:
-                self.counters["msg-release"] += 1
-                if state[0][0]:
-                    self._expect(state[0][1])
-                else:
-                    self._expect(now)  # its lingering may be over
-                    self._call(holding[0][2], 1)
+            holding, (changed, _), (rejected, _), (lingered, _), *given_up, state = (
+                operation.results
+            )
+            self.counters["msg-release"] += changed
             self.counters["msg-reject"] += rejected
-            self._given_up(dead, removed)
+            self.counters["msg-retention"] += lingered
+            self._given_up(given_up[0], given_up[2])
+            for delayed, due, lingers_until in state if changed else ():
+                self._expect(lingers_until or due)
+                if delayed:
+                    self._expect(due)
+                else:
+                    self._call(holding[0][2], 1)
 
         parameters = {"id": id, "lease": lease, "delay": delay, "reason": _check_reason(reason)}
         results = self._run(RELEASE, {**parameters, "now": now}, released)
-        if not (results[1][0] or results[3][0]):
+        if not (results[1][0] or results[2][0]):
             _refuse(id, lease, results[0], "released")
 
     def reject(self, id: int, lease: Optional[int] = None, reason: str = "") -> None:
@@ -2314,6 +2346,7 @@ class Broker:
 
         _check_no_keys(parameters)
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
+        check_parameters({**self._settings.get(channel, {}), **check_parameters(parameters)})
         unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
         values = {**unset, **check_parameters(parameters), **names, "now": self.now()}
         self._store.check_room()
@@ -2420,6 +2453,8 @@ class Broker:
         self._settle_due()
         if state is not None and state not in STATES:
             raise Malformed(f"state must be one of {', '.join(STATES)}")
+        if state == "ready" and after is not None:
+            self.look(after)  # its place in the order is known only while it exists
         statement = {None: LIST_ALL, "ready": LIST_READY}.get(state, LIST_HIDDEN)
         (rows,) = self._store.read(
             statement, channel=check_name("channel", channel), n=n, after=after, cut=MAX_CUT,
@@ -2973,7 +3008,11 @@ class Request:
         """The same for a message, whose dedup key may also be in the header Idempotency-Key."""
         given = self.given(table)
         if "idempotency-key" in self.headers:
-            given.setdefault("dedup", self.headers["idempotency-key"])
+            key = self.headers["idempotency-key"].encode("latin-1")
+            try:
+                given.setdefault("dedup", key.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise Malformed("Idempotency-Key must be text in UTF-8") from None
         return given
 
     def forget_body(self) -> None:
@@ -3090,40 +3129,62 @@ def body_object(body: bytes, cut: bool = False) -> dict[str, object]:
         return {"body": base64.b64encode(body).decode("ascii"), "encoding": "base64"}
 
 
-# An array of numbers and of objects with nothing nested in them.  Looked at before it is parsed:
-# a deeply nested text makes the parser of Python 3.13 overflow the small stack of a thread.
-TEXT = r'"(?:[^"\\]|\\.)*"'
-FLAT = r'[^"{}\[\]]*(?:' + TEXT + r'[^"{}\[\]]*)*'
-FLAT_ARRAY = re.compile(r'\s*\[[^"{}\[\]]*(?:\{' + FLAT + r'\}[^"{}\[\]]*)*\]\s*', re.DOTALL)
+# An array of numbers and of objects with nothing nested in them, once its texts are empty.  Looked
+# at before it is parsed: a deeply nested text makes the parser of Python 3.13 overflow the small
+# stack of a thread.  A backslash outside of a text leads astray, but there the parser stops.
+TEXT = re.compile('"[^"]*"')
+FLAT_ARRAY = re.compile(r"\s*\[[^{}\[\]]*(?:\{[^{}\[\]]*\}[^{}\[\]]*)*\]\s*")
+
+
+def is_flat(text: str) -> bool:
+    """Whether a text, if it is JSON, is an array that can be parsed safely."""
+    bare = TEXT.sub('""', text.replace("\\\\", "").replace('\\"', ""))
+    small = bare.count("{") <= MAX_BATCH and bare.count(",") <= MAX_COMMAS
+    return small and FLAT_ARRAY.fullmatch(bare) is not None
 
 
 def parse_array(body: bytes) -> list[Any]:
     """The items of a JSON array, which are numbers or flat objects, 1 to MAX_BATCH of them."""
     try:
         text = body.decode("utf-8")
-        items = json.loads(text) if FLAT_ARRAY.fullmatch(text) else None
+        items = json.loads(text) if is_flat(text) else None
     except ValueError:
         items = None
     if not isinstance(items, list):
-        raise Malformed("the body must be a JSON array of flat objects or numbers, in UTF-8")
-    if not 1 <= len(items) <= MAX_BATCH:
-        raise TooLarge(f"1 to {MAX_BATCH} items are taken at once, not {len(items)}")
+        raise Malformed(
+            f"the body must be a JSON array of 1 to {MAX_BATCH} flat objects or numbers, in UTF-8"
+        )
+    return check_count(items)
+
+
+def check_count(items: list[Any]) -> list[Any]:
+    """The items of a batch themselves, if it has neither none nor too many."""
+    if not items:
+        raise Malformed("the batch is empty")
+    if len(items) > MAX_BATCH:
+        raise TooLarge(f"at most {MAX_BATCH} items are taken at once, not {len(items)}")
     return items
 
 
 def parse_batch(request: Request, table: Sequence[Parameter]) -> list[tuple[bytes, str, Any]]:
     """The messages of a batch: body, type, and those parameters of a table that are given."""
-    common = request.given(table)
+    common = request.given_with_message(table)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/x-ndjson":
-        lines = [line for line in map(bytes.strip, request.body.split(b"\n")) if line]
-        if not 1 <= len(lines) <= MAX_BATCH:
-            raise TooLarge(f"1 to {MAX_BATCH} messages are taken at once, not {len(lines)}")
-        return [(line, "application/json", common) for line in lines]
+        lines = check_count([line for line in map(bytes.strip, request.body.split(b"\n")) if line])
+        return [(line, "application/json", with_place(n, common)) for n, line in enumerate(lines)]
     if content_type == "application/json":
         items = enumerate(parse_array(request.body))
-        return [parse_item(index, item, common) for index, item in items]
+        return [parse_item(n, item, with_place(n, common)) for n, item in items]
     raise LingerError("a batch must be application/x-ndjson or application/json", 415)
+
+
+def with_place(index: int, common: dict[str, str]) -> dict[str, str]:
+    """The parameters that all messages of a batch have in common, for one of them: a dedup key
+    holds for the batch, so that sending it again adds nothing."""
+    if "dedup" not in common:
+        return common
+    return {**common, "dedup": f"{common['dedup']}#{index}"}
 
 
 def parse_item(
@@ -3150,7 +3211,8 @@ def parse_item(
     except Malformed as error:
         error.index = index
         raise
-    return body, content_type, {**common, **item}
+    own = {name: value for name, value in item.items() if value is not None}
+    return body, content_type, {**common, **own}
 
 
 def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
@@ -3613,7 +3675,7 @@ class Handler(BaseHTTPRequestHandler):
             if wait:
                 self.server.unwatch(self.connection)
         if not messages:
-            name = encode_name(",".join(waiter.channels))
+            name = ",".join(map(encode_name, waiter.channels))
             return Answer(204, headers=f"x-linger-channel: {name}\r\n")
         undo = functools.partial(self.broker.undo_take, waiter, messages)
         if waiter.ticket and self.vanished():
@@ -3641,7 +3703,7 @@ class Handler(BaseHTTPRequestHandler):
     def list_messages(self, request: Request, channel: str) -> Answer:
         listed = self.broker.list_messages(
             channel,
-            request.parameter("state"),
+            request.parameter("state") or None,
             request.integer("n", 1, MAX_BATCH) or 50,
             request.integer("after"),
         )

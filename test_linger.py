@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 import unittest
 import unittest.mock
@@ -1273,6 +1274,37 @@ class LeaseAndReleaseTest(BrokerTest):
             with self.subTest(backoff), self.assertRaisesRegex(linger.Malformed, "backoff"):
                 self.broker.post("q", b"x", backoff=backoff)
 
+    def test_what_is_released_after_its_lingering_goes_at_once_and_to_nobody(self):
+        for delay in (0, 100):
+            id = self.broker.post("q", b"x", linger=2, timeout=60, dead="d").id
+            self.broker.get("q")
+            self.clock.now += 3
+            future, dead = self.park("q"), self.park("d")
+            self.broker.release(id, delay=delay)
+            self.assertEqual(dead.result(PATIENCE).dead_reason, "linger")
+            self.broker.post("q", b"next")
+            self.assertEqual(future.result(PATIENCE).body, b"next")
+
+    def test_what_is_undone_after_its_lingering_goes_at_once_and_to_nobody(self):
+        for auto in (False, True):
+            self.broker.post("q", b"x", linger=2)
+            waiter = self.broker.waiter(["q"], auto=auto)
+            taken = self.broker.take(waiter)
+            self.clock.now += 3
+            future = self.park("q")
+            self.broker.undo_take(waiter, taken)
+            self.broker.post("q", b"next")
+            self.assertEqual(future.result(PATIENCE).body, b"next")
+
+    def test_lingering_is_awaited_while_a_released_message_is_delayed(self):
+        id = self.broker.post("q", b"x", linger=10, timeout=60, dead="d").id
+        self.broker.get("q")
+        self.clock.now += 5
+        self.broker.settle()
+        self.broker.release(id, delay=100)
+        self.clock.now += 5
+        self.assertIsNotNone(self.broker.get("d"))
+
 
 class DeadLetterTest(BrokerTest):
     def test_when_the_last_delivery_times_out_the_message_moves_at_that_moment(self):
@@ -1352,6 +1384,14 @@ class DeadLetterTest(BrokerTest):
         self.clock.now += 30  # deliver=1 is used up: they are dead letters again
         self.assertEqual(self.broker.channel_stats("d")["ready"], 5)
 
+    def test_an_old_lease_does_not_hold_what_was_redriven(self):
+        id = self.broker.post("d", b"1", timeout=1).id
+        lease = self.broker.get("d").lease
+        self.clock.now += 1
+        self.broker.redrive("d", to="q")
+        with self.assertRaises(linger.Conflict):
+            self.broker.touch(id, lease)
+
     def test_a_redrive_can_go_elsewhere(self):
         self.broker.post("d", b"1")
         self.assertEqual(self.broker.redrive("d"), 0)
@@ -1411,6 +1451,26 @@ class KeyTest(BrokerTest):
         self.assertEqual(self.broker.publish("nobody", b"1", dedup="k"), ({}, [], False))
         self.assertEqual(self.broker.publish("nobody", b"1", dedup="k"), ({}, [], True))
 
+    def test_a_name_with_a_line_separator_does_not_break_the_answer(self):
+        self.broker.subscribe("a\u2028b", "t")
+        first = self.broker.publish("t", b"1", dedup="k")[0]
+        self.assertEqual(self.broker.publish("t", b"1", dedup="k")[0], first)
+
+    def test_a_unique_hit_is_remembered_under_the_dedup_key(self):
+        first = self.broker.post("q", b"1", unique="u")
+        for _ in range(2):
+            again = self.broker.post("q", b"1", unique="u", dedup="k", dedup_for=60)
+            self.assertEqual(again, (first.id, True))
+            self.clock.now += 20
+        self.broker.delete(first.id)
+        self.assertEqual(self.broker.post("q", b"1", unique="u", dedup="k"), (first.id, True))
+        self.clock.now += 20
+        self.assertFalse(self.broker.post("q", b"1", unique="u", dedup="k").duplicate)
+
+    def test_a_publication_has_no_unique_key(self):
+        with self.assertRaisesRegex(linger.Malformed, "unique"):
+            self.broker.publish("t", b"1", unique="k")
+
     def test_a_unique_key_is_taken_while_its_message_exists(self):
         first = self.broker.post("q", b"1", unique="k")
         self.assertEqual(self.broker.post("q", b"2", unique="k"), (first.id, True))
@@ -1464,6 +1524,13 @@ class TakingTest(BrokerTest):
         self.assertEqual([m.body for m in self.take(n=100)], [b"2", b"4"])
         self.assertEqual(self.take(n=100), [])
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 5})
+
+    def test_several_are_bounded_in_bytes_but_one_always_comes(self):
+        for size in (3, 3, 3, 20, 1):
+            self.broker.post("q", b"x" * size)
+        with unittest.mock.patch.object(linger, "MAX_BATCH_BYTES", 8):
+            taken = [[len(m.body) for m in self.take(n=9)] for _ in range(3)]
+        self.assertEqual(taken, [[3, 3, 3], [20], [1]])
 
     def test_acknowledge_and_next_is_one_step(self):
         for n in range(3):
@@ -1646,6 +1713,11 @@ class SettingsTest(BrokerTest):
         self.clock.now += 9
         self.assertIsNotNone(self.broker.get("q"))
 
+    def test_a_subscription_must_not_outlive_its_lingering_in_delay(self):
+        self.broker.set_settings("q", linger=5)
+        with self.assertRaisesRegex(linger.Malformed, "longer than delay"):
+            self.broker.subscribe("q", "t", delay=10)
+
     def test_settings_replace_are_cleared_and_survive_a_restart(self):
         self.broker.set_settings("q", timeout=60, dead="d")
         self.broker.set_settings("q", deliver=2)
@@ -1736,6 +1808,8 @@ class LookingTest(BrokerTest):
         self.assertEqual(ids(None, 3, 3), [4, 5, 6])
         with self.assertRaisesRegex(linger.Malformed, "ready, hidden, delayed"):
             ids("odd")
+        with self.assertRaises(linger.NotFound):
+            ids("ready", 2, 99)
 
     def test_info_tells_all_of_a_channel(self):
         self.broker.set_settings("q", hlm=9)
@@ -2226,12 +2300,34 @@ class ConsumerCallTest(ServerTest):
             for path in ("/channels/q/batch", "/topics/t/batch", "/messages/delete"):
                 with self.subTest(text[:20]):
                     self.assertEqual(self.call("POST", path, text, json_type)[0], 400)
-        many = json.dumps([{"body": "x"}] * 1001)
-        self.assertEqual(self.call("POST", "/channels/q/batch", many, json_type)[0], 413)
+        many = json.dumps([1] * 1001)
+        self.assertEqual(self.call("POST", "/messages/delete", many, json_type)[0], 413)
+        ndjson = {"Content-Type": "application/x-ndjson"}
+        self.assertEqual(self.call("POST", "/channels/q/batch", b"1\n" * 1001, ndjson)[0], 413)
+        self.assertEqual(self.call("POST", "/channels/q/batch", b"\n", ndjson)[0], 400)
+        self.assertEqual(self.call("POST", "/channels/q/batch", b"[]", json_type)[0], 400)
         huge = b"x" * 8_000_001
         self.assertEqual(self.call("POST", "/channels/q/batch", huge, json_type)[0], 413)
         self.assertEqual(self.call("POST", "/channels/q/batch", b"x", FORM)[0], 415)
         self.assertEqual(self.broker.channels(), [])
+
+    def test_a_dedup_key_of_a_batch_holds_for_all_of_it(self):
+        ndjson = {"Content-Type": "application/x-ndjson", "Idempotency-Key": "k\xc3\xbc"}
+        for path in ("/channels/q/batch", "/channels/q/batch?dedup=k%C3%BC"):
+            for _ in range(2):
+                self.assertEqual(self.json("POST", path, b"1\n2", ndjson), (202, {"ids": [1, 2]}))
+        ndjson["Idempotency-Key"] = "\xff"
+        self.assertEqual(self.call("POST", "/channels/q/batch", b"1", ndjson)[0], 400)
+
+    def test_a_large_batch_costs_neither_time_nor_memory_out_of_proportion(self):
+        items = [{"body": 'a\\"{[' * 40_000}] * 30
+        json_type = {"Content-Type": "application/json"}
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(len(linger.parse_array(json.dumps(items).encode())), 30)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 100_000_000)
+        for text in ("[" + "{}," * 500_000 + "{}]", "[" + "1," * 500_000 + "1]"):
+            self.assertEqual(self.call("POST", "/channels/q/batch", text, json_type)[0], 400)
 
     def test_a_batch_on_a_topic(self):
         self.call("PUT", "/channels/a/topics/t")
