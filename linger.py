@@ -2821,14 +2821,16 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", 
 
 
 def _shape(parts: Sequence[str]) -> tuple[object, ...]:
-    """What tells one path from another: every second part, from the first, is fixed."""
+    """What tells one path with names in it from another: every second part, from the first."""
     return (len(parts), *parts[::2])
 
 
 def _calls_by_path() -> dict[tuple[object, ...], dict[str, Route]]:
     calls: dict[tuple[object, ...], dict[str, Route]] = {}
     for route in ROUTES:
-        calls.setdefault(_shape(route.path[1:].split("/")), {})[route.method] = route
+        parts = route.path[1:].split("/")
+        key = _shape(parts) if "<" in route.path else tuple(parts)
+        calls.setdefault(key, {})[route.method] = route
     return calls
 
 
@@ -2837,7 +2839,7 @@ CALLS = _calls_by_path()
 
 def find_calls(parts: Sequence[str]) -> dict[str, Route]:
     """The routes by method of a path, given in its parts; empty if there is no such path."""
-    return CALLS.get(_shape(parts), {})
+    return CALLS.get(tuple(parts)) or CALLS.get(_shape(parts), {})
 
 
 def find_route(method: str, calls: Mapping[str, Route]) -> Route:
@@ -3778,9 +3780,7 @@ class Handler(BaseHTTPRequestHandler):
         self.broker.delete(read_integer("id", id), request.integer("lease"))
         return NO_CONTENT
 
-    def delete_messages(self, request: Request, word: str) -> Answer:
-        if word != "delete":
-            raise LingerError("this path takes GET and DELETE", 405, "Allow: GET, DELETE\r\n")
+    def delete_messages(self, request: Request, _: str) -> Answer:
         wanted = []
         for item in parse_array(request.body):
             pair = (item.get("id"), item.get("lease")) if isinstance(item, dict) else (item, None)

@@ -2559,6 +2559,8 @@ class WireTest(ServerTest):
             ("/topics", "GET, HEAD, OPTIONS"),
             ("/channels/x", "GET, POST, DELETE, OPTIONS"),
             ("/messages/1/touch", "POST, OPTIONS"),
+            ("/messages/1", "GET, DELETE, HEAD, OPTIONS"),
+            ("/messages/delete", "POST, OPTIONS"),
         ):
             self.assertEqual(self.call("PATCH", path)[1]["Allow"], allowed)
             self.assertEqual(self.call("OPTIONS", path)[1]["Allow"], allowed)
