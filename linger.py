@@ -332,10 +332,15 @@ def check_parameters(
         value = given.get(name, given.get(name.replace("-", "_")))
         if value is not None:
             values[name] = read(name, value)
+    check_lingering(values)
+    return values
+
+
+def check_lingering(values: Mapping[str, Any]) -> None:
+    """`Malformed` if a message with these parameters would be gone before it is ready."""
     linger = values.get("linger")
     if linger and values.get("delay", 0) >= linger:
         raise Malformed("linger is counted from the post, so it must be longer than delay")
-    return values
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1930,9 +1935,8 @@ class Broker:
         checked = check_parameters(given, ALL_PARAMETERS)
         message = {**DEFAULTS, "hlm": self.hlm, **settings, **checked}
         now = self.now()
+        check_lingering(message)
         delay, linger = message["delay"], message["linger"]
-        if linger and delay >= linger:
-            raise Malformed("linger is counted from the post, so it must be longer than delay")
         message["channel"] = channel
         message["scope"] = f"channel {channel}"
         message["dedup_for"] = message["dedup-for"]
@@ -2346,9 +2350,10 @@ class Broker:
 
         _check_no_keys(parameters)
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
-        check_parameters({**self._settings.get(channel, {}), **check_parameters(parameters)})
+        given = check_parameters(parameters)
+        check_lingering({**self._settings.get(channel, {}), **given})
         unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
-        values = {**unset, **check_parameters(parameters), **names, "now": self.now()}
+        values = {**unset, **given, **names, "now": self.now()}
         self._store.check_room()
         self._run((SUBSCRIBE,), values, subscribed)
 

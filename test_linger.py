@@ -1714,7 +1714,8 @@ class SettingsTest(BrokerTest):
         self.assertIsNotNone(self.broker.get("q"))
 
     def test_a_subscription_must_not_outlive_its_lingering_in_delay(self):
-        self.broker.set_settings("q", linger=5)
+        self.broker.set_settings("q", linger=5, backoff="10,60", dead="d", hlm=9)
+        self.broker.subscribe("q", "t", delay=4)
         with self.assertRaisesRegex(linger.Malformed, "longer than delay"):
             self.broker.subscribe("q", "t", delay=10)
 
