@@ -62,6 +62,7 @@ __version__ = "2.0.0"
 __all__ = [
     "Broker",
     "Conflict",
+    "Denied",
     "Full",
     "LingerError",
     "Malformed",
@@ -156,6 +157,12 @@ class Malformed(LingerError):
     """A name, number or body that is not of the form that it must have."""
 
     status = 400
+
+
+class Denied(LingerError):
+    """Who asks has not the right to do so (403), or has not shown who they are (401)."""
+
+    status = 403
 
 
 class NotFound(LingerError):
