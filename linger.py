@@ -227,6 +227,7 @@ class Message(NamedTuple):
     dead_from: str = ""  # the channel that it was in, if this is its dead channel
     dead_reason: str = ""  # why it is here then: deliver, linger or reject
     error: str = ""  # the reason given with its last release or rejection
+    backoff: str = ""  # seconds hidden after the 1st, 2nd, ... failure, as 10,60,600
 
 
 class Posted(NamedTuple):
@@ -793,7 +794,7 @@ on conflict (scope, key) do update set until = excluded.until, answer = excluded
 TAKE_MESSAGE = """
 select id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
-    dead_from, dead_reason, error
+    dead_from, dead_reason, error, backoff
 from messages
 where channel = :channel and state = 0
     and (:ack is null or changes() = 1)
@@ -856,7 +857,7 @@ where id in (
 TAKE_PICKED = """
 select id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
-    dead_from, dead_reason, error
+    dead_from, dead_reason, error, backoff
 from messages
 where state = 4 and state > 2
 order by priority, id
@@ -1227,7 +1228,7 @@ order by channel
 LOOK_AT_MESSAGE = """
 select id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type, body,
-    dead_from, dead_reason, error, state
+    dead_from, dead_reason, error, backoff, state
 from messages
 where id = :id
 """
@@ -1236,7 +1237,7 @@ where id = :id
 LIST_READY = """
 select id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, state
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff, state
 from messages
 where channel = :channel and state = 0
     and (:after is null or (priority, id) > (select priority, id from messages where id = :after))
@@ -1247,7 +1248,7 @@ limit :n
 LIST_HIDDEN = """
 select id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, state
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff, state
 from messages
 where channel = :channel and state = :state and id > coalesce(:after, 0)
 order by id
@@ -1257,7 +1258,7 @@ limit :n
 LIST_ALL = """
 select id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, state
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff, state
 from messages
 where channel = :channel and id > coalesce(:after, 0)
 order by id
@@ -2139,7 +2140,7 @@ class Broker:
             if rows:
                 if waiter.auto:
                     waiter.removed = results[-3]
-                return [Message._make(row) for row in rows]
+                return [_message_of(row) for row in rows]
             try:
                 self._await_call(waiter, deadline)
             except BaseException:  # Ctrl-C, of who embeds a broker
@@ -2155,7 +2156,7 @@ class Broker:
             rows = _taken_rows(waiter.operation)
             waiter.removed = waiter.operation.results[-3] if waiter.auto else []
             if rows:
-                self.undo_take(waiter, [Message._make(row) for row in rows])
+                self.undo_take(waiter, [_message_of(row) for row in rows])
 
     def _take_for(
         self, waiter: Waiter, ack: Optional[int] = None, lease: Optional[int] = None
@@ -2398,7 +2399,7 @@ class Broker:
         """The settings of a channel: those that are set."""
         settings = dict(self._settings.get(check_name("channel", channel), {}))
         if "backoff" in settings:
-            settings["backoff"] = ",".join(settings["backoff"].split())
+            settings["backoff"] = _backoff_text(settings["backoff"])
         return settings
 
     def pause(self, channel: str, seconds: Optional[int] = None) -> None:
@@ -2452,7 +2453,7 @@ class Broker:
         (rows,) = self._store.read(LOOK_AT_MESSAGE, id=id, now=self.now())
         if not rows:
             raise NotFound(f"there is no message {id}")
-        return Message._make(rows[0][:-1]), STATES[rows[0][-1]]
+        return _message_of(rows[0][:-1]), STATES[rows[0][-1]]
 
     def list_messages(
         self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
@@ -2472,7 +2473,7 @@ class Broker:
             statement, channel=check_name("channel", channel), n=n, after=after, cut=MAX_CUT,
             state=STATES.index(state) if state else 0, now=self.now(),
         )  # fmt: skip
-        return [(Message._make(row[:-1]), STATES[row[-1]]) for row in rows]
+        return [(_message_of(row[:-1]), STATES[row[-1]]) for row in rows]
 
     def info(self, channel: str) -> dict[str, Any]:
         """What there is to know of a channel."""
@@ -2766,6 +2767,16 @@ def _taken_rows(operation: Operation) -> list[tuple[Any, ...]]:
     """The messages that a take has found: the result before the last in each kind of take."""
     rows: list[tuple[Any, ...]] = operation.results[-2]
     return rows
+
+
+def _message_of(row: Sequence[Any]) -> Message:
+    message = Message._make(row)
+    return message._replace(backoff=_backoff_text(message.backoff)) if message.backoff else message
+
+
+def _backoff_text(backoff: str) -> str:
+    """A backoff as it was given, from the fields in which it is kept."""
+    return ",".join(backoff.split())
 
 
 def _refuse(
@@ -3114,13 +3125,15 @@ def message_headers(message: Message) -> str:
         headers += f"x-linger-dead-reason: {message.dead_reason}\r\n"
     if message.error:
         headers += f"x-linger-error: {urllib.parse.quote(message.error, safe='')}\r\n"
+    if message.backoff:
+        headers += f"x-linger-backoff: {message.backoff}\r\n"
     return headers
 
 
 def message_object(message: Message) -> dict[str, object]:
     """A message as an object of JSON; `body` is text, or base64 where it is not UTF-8."""
     value: dict[str, object] = message._asdict()
-    for name in ("dead_from", "dead_reason", "error"):
+    for name in ("dead_from", "dead_reason", "error", "backoff"):
         field = value.pop(name)
         if field:
             value[name.replace("_", "-")] = field

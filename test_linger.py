@@ -554,7 +554,8 @@ class DeliveryTest(BrokerTest):
         id = self.broker.post("q", body, "image/x", priority=-3, timeout=9, deliver=4, linger=99).id
         self.clock.now += 2
         self.assertEqual(
-            self.broker.get("q"), (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "")
+            self.broker.get("q"),
+            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", ""),
         )
 
     def test_an_empty_channel_gives_none(self):
@@ -789,11 +790,11 @@ class TopicTest(BrokerTest):
         self.assertEqual(dropped, [])
         self.assertEqual(
             self.broker.get("a"),
-            (published["a"], "a", 4, 5, 6, 1, 0, 7, "t", 1, "text/x", b"news", "", "", ""),
+            (published["a"], "a", 4, 5, 6, 1, 0, 7, "t", 1, "text/x", b"news", "", "", "", ""),
         )
         self.assertEqual(
             self.broker.get("b"),
-            (published["b"], "b", 0, 30, 0, 1, 0, 0, "t", 1, "text/x", b"news", "", "", ""),
+            (published["b"], "b", 0, 30, 0, 1, 0, 0, "t", 1, "text/x", b"news", "", "", "", ""),
         )
 
     def test_nobody_subscribed_gives_nothing(self):
@@ -1257,6 +1258,11 @@ class LeaseAndReleaseTest(BrokerTest):
         self.assertIsNotNone(self.broker.get("q"))
         self.broker.release(id, delay=0)
         self.assertIsNotNone(self.broker.get("q"))
+
+    def test_a_delivery_tells_the_backoff_as_it_was_given(self):
+        self.broker.post("q", b"x", backoff="10,60")
+        self.broker.post("q", b"y")
+        self.assertEqual([self.broker.get("q").backoff for _ in "xy"], ["10,60", ""])
 
     def test_a_backoff_holds_over_a_restart(self):
         self.broker.post("q", b"x", timeout=5, backoff="100")
@@ -2159,6 +2165,7 @@ class ConsumerCallTest(ServerTest):
         self.assertEqual(self.call("POST", f"/messages/{id}/release", "why not?\n")[0], 204)
         headers = self.call("GET", "/channels/q")[1]
         self.assertEqual(headers["x-linger-error"], "why%20not%3F%0A")
+        self.assertEqual(headers["x-linger-backoff"], "0")
         self.assertIsNone(headers["x-linger-dead-from"])
         self.assertEqual(self.call("POST", f"/messages/{id}/reject?lease=1")[0], 409)
         self.assertEqual(self.call("POST", f"/messages/{id}/reject?lease=2")[0], 204)
