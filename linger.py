@@ -102,6 +102,7 @@ MAX_LINE = 8_192  # bytes of one header line
 MAX_HEAD = 65_536  # bytes of a request line with all its header lines
 MAX_FIELDS = 200  # header lines
 KNOWN_HEADERS = 4  # sets of header lines whose meaning is remembered for a connection
+KNOWN_NAMES = 1_024  # names that need not be decoded or encoded again
 KNOWN_LENGTH = 2_048  # bytes that such a set may have
 MAX_CHUNKS = 16_384  # chunks of a body: more are a way to keep the server busy
 MAX_PARAMETERS = 100  # fields in a query string or a form
@@ -131,6 +132,7 @@ SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard strea
 
 HEAD_ROOM = 32 * 1024 * 1024  # bytes kept free on the disk so that takes and deletes still work,
 HEAD_ROOM_SHARE = 10  # but no more than one part in this many of a small disk
+ROOM_INTERVAL = 0.02  # seconds between looks at it, in which no disk writes as much
 CACHED_STATEMENTS = 256  # prepared statements kept for each connection; more than there are
 WAL_KEPT = 64 * 1024 * 1024  # bytes to which SQLite cuts its log after a checkpoint
 
@@ -326,7 +328,7 @@ CHANNEL_PARAMETERS = (
     Parameter("hlm", None, _integer_from(0), "high-level mark of the channel; 0 none"),
 )
 ALL_PARAMETERS = MESSAGE_PARAMETERS + KEY_PARAMETERS
-DEFAULTS = {p.name: p.default for p in ALL_PARAMETERS}
+DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
 
 
 def check_parameters(
@@ -674,6 +676,16 @@ UNIQUE_MESSAGE = """
 select id
 from messages
 where channel = :channel and unique_key = :unique
+"""
+
+# The usual case: no keys, and no mark.
+ADD_MESSAGE = """
+insert into messages (channel, priority, state, due, timeout, deliver, delivered, lease, held,
+    received, linger, lingers_until, topic, type, dead, backoff, dead_from, dead_reason, error,
+    body)
+values (:channel, :priority, :state, :due, :timeout, :deliver, 0, 0, 0,
+    :now, :linger, :lingers_until, '', :type, :dead, :backoff, '', '', '',
+    :body)
 """
 
 # The keys of a message are null where it has none.  In a batch the mark was looked at before.
@@ -1348,6 +1360,7 @@ class Store:
         self._reading = threading.Lock()  # one reader at a time on the reading connection
         self._files: dict[str, tuple[int, int]] = {}
         self._folder = os.path.dirname(self.path)
+        self._roomy_until = 0.0  # when to look again how much of the disk is free
         self._folder_changed = -1  # when something in it was last made, moved or deleted
         self._closed = False
         with contextlib.ExitStack() as undo:
@@ -1473,10 +1486,10 @@ class Store:
         for operation in batch:
             operation.results = results = []
             each: Any = operation.parameters
-            if not isinstance(each, list):
+            if type(each) is not list:
                 each = itertools.repeat(each)
             for statement, parameters in zip(operation.statements, each):
-                if isinstance(parameters, list):
+                if type(parameters) is list:
                     cursor.executemany(statement, parameters)
                 else:
                     execute(statement, parameters)
@@ -1541,9 +1554,9 @@ class Store:
         """`Full` when so little of the disk is free that only takes and deletes may go on.
 
         What is in the log may still need as much again in the database, unless there is room
-        inside that.
+        inside that.  What was free is taken to be so for a moment.
         """
-        if self.path == MEMORY:
+        if self.path == MEMORY or time.monotonic() < self._roomy_until:
             return
         try:
             disk = os.statvfs(self.path)
@@ -1554,6 +1567,7 @@ class Store:
         kept = min(HEAD_ROOM, total // HEAD_ROOM_SHARE)
         if free < log + kept and (free < kept or free + self._room_inside() < log + kept):
             raise Full("the disk is full: messages can be taken and deleted, but none added")
+        self._roomy_until = time.monotonic() + ROOM_INTERVAL
 
     def _room_inside(self) -> int:
         """Bytes of the file that are free for new rows."""
@@ -1926,7 +1940,8 @@ class Broker:
         self._store.check_room()
         message = self._message(check_name("channel", channel), body, type, parameters)
         if message["dedup"] is None and message["unique"] is None:
-            ((added, id),) = self._run((POST_MESSAGE,), message, self._posted)
+            statement = POST_MESSAGE if message["hlm"] else ADD_MESSAGE
+            ((added, id),) = self._run((statement,), message, self._posted)
             posted = Posted(id) if added else None
         else:
             posted = _posted_once(self._run(POST_KEYED, message, self._posted))
@@ -1939,10 +1954,12 @@ class Broker:
     ) -> dict[str, Any]:
         """The parameters of POST_MESSAGE."""
         _check_body(body, self.max_message)
-        settings = self._settings.get(channel, {})
-        checked = check_parameters(given, ALL_PARAMETERS)
-        message = {**DEFAULTS, "hlm": self.hlm, **settings, **checked}
-        now = self.now()
+        message = DEFAULTS.copy()
+        message["hlm"] = self.hlm
+        if channel in self._settings:
+            message.update(self._settings[channel])
+        if given:
+            message.update(check_parameters(given, ALL_PARAMETERS))
         check_lingering(message)
         delay, linger = message["delay"], message["linger"]
         message["channel"] = channel
@@ -1951,7 +1968,7 @@ class Broker:
         message["batch"] = 0
         message["body"] = body
         message["type"] = type
-        message["now"] = now
+        message["now"] = now = self.now()
         message["state"] = 2 if delay else 0
         message["due"] = now + delay
         message["lingers_until"] = now + linger if linger else 0
@@ -2244,13 +2261,13 @@ class Broker:
     def delete(self, id: int, lease: Optional[int] = None) -> None:
         """Deletes a message; with `lease`, only if that delivery is the latest."""
 
-        def deleted(operation: Operation) -> None:
-            self.counters["msg-delete"] += operation.results[-1][0]
-
         statements = (DELETE_MESSAGE,) if lease is None else ACKNOWLEDGE
-        results = self._run(statements, {"id": id, "lease": lease}, deleted)
+        results = self._run(statements, {"id": id, "lease": lease}, self._deleted)
         if not results[-1][0]:
             _refuse(id, lease, results[0] if lease is not None else [], "deleted")
+
+    def _deleted(self, operation: Operation) -> None:
+        self.counters["msg-delete"] += operation.results[-1][0]
 
     def delete_batch(
         self, messages: Sequence[tuple[int, Optional[int]]]
@@ -2259,10 +2276,8 @@ class Broker:
         wanted = dict(messages)
         rows = [{"id": id, "lease": lease} for id, lease in wanted.items()]
 
-        def deleted(operation: Operation) -> None:
-            self.counters["msg-delete"] += operation.results[-1][0]
-
-        results = self._run([MESSAGE_HOLDING] * len(rows) + [DELETE_LEASED], [*rows, rows], deleted)
+        statements = [MESSAGE_HOLDING] * len(rows) + [DELETE_LEASED]
+        results = self._run(statements, [*rows, rows], self._deleted)
         outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
         for (id, lease), holding in zip(wanted.items(), results):
             place = 2 if not holding else int(lease not in (None, holding[0][0]))
@@ -2915,6 +2930,7 @@ STATUS_LINES = {
 }
 
 
+@functools.lru_cache(KNOWN_NAMES)
 def decode_name(part: str) -> str:
     """The text of a part of a path, which is percent-encoded UTF-8."""
     if part.isascii() and "%" not in part:
@@ -2927,6 +2943,7 @@ def decode_name(part: str) -> str:
         raise Malformed("the path must be UTF-8, percent-encoded") from None
 
 
+@functools.lru_cache(KNOWN_NAMES)
 def encode_name(name: str) -> str:
     """A name as it may stand in a header: itself if it is visible ASCII, else percent-encoded."""
     return name if VISIBLE.fullmatch(name) else urllib.parse.quote(name, safe="")
@@ -2969,11 +2986,15 @@ def parse_multipart(body: bytes, content_type: str) -> dict[str, bytes]:
 
 
 class Request:
-    """A request whose head has been read; its body is read later, by the handler."""
+    """A request whose head has been read; its body is read later, by the handler.
+
+    A client sends the same head again and again, but for ids: then the connection uses the same
+    request again, with what was once made of its head.
+    """
 
     __slots__ = (
-        "_fields", "body", "calls", "close", "form_type", "headers", "method", "no_store",
-        "old", "parts", "query", "target",
+        "_form", "_query", "body", "call", "calls", "chunked", "close", "form_type", "headers",
+        "length", "method", "names", "no_store", "old", "options", "parts", "query", "target",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: dict[str, str], old: bool) -> None:
@@ -2986,21 +3007,31 @@ class Request:
         self.parts = path[1:].split("/")
         self.calls = find_calls(self.parts)  # the routes of its path by method
         self.form_type = headers["form type"]  # of the form that its body is, or empty
+        self.length = int(headers.get("content-length", 0))
+        self.chunked = "transfer-encoding" in headers
         self.no_store = False  # whether its answer must not be kept
+        self.call: Optional[Callable[..., Answer]] = None  # what answers it, once that is found
+        self.names: list[str] = []  # those in its path, then
+        self.options: Any = None  # what the handler has read of its query
         self.body = b""
-        self._fields: Optional[tuple[dict[str, bytes], dict[str, bytes]]] = None
+        self._query: Optional[dict[str, bytes]] = None
+        self._form: Optional[dict[str, bytes]] = None
+
+    def repeats(self) -> bool:
+        """Whether the same head is likely to come again: it names no message."""
+        return self.parts[0] != "messages" and "ack=" not in self.query
 
     def fields(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The fields of the query, and those of the form."""
-        if self._fields is None:
-            query = parse_pairs(self.query.encode("latin-1")) if self.query else {}
-            form: dict[str, bytes] = {}
+        if self._query is None:
+            self._query = parse_pairs(self.query.encode("latin-1")) if self.query else {}
+        if self._form is None:
+            self._form = {}
             if self.form_type == FORM_TYPES[0] and b"=" in self.body:
-                form = parse_pairs(self.body)
+                self._form = parse_pairs(self.body)
             elif self.form_type == FORM_TYPES[1] and self.body:
-                form = parse_multipart(self.body, self.headers["content-type"])
-            self._fields = query, form
-        return self._fields
+                self._form = parse_multipart(self.body, self.headers["content-type"])
+        return self._query, self._form
 
     def parameter(self, name: str) -> Optional[str]:
         """A parameter's text, None if it was not given; the form's wins over the query's."""
@@ -3041,9 +3072,9 @@ class Request:
         return given
 
     def forget_body(self) -> None:
-        """Gives the memory back, for a request that will wait."""
+        """Gives the memory back, for a request that will wait, or whose head comes again."""
         self.body = b""
-        self._fields = None
+        self._form = None
 
     def reason(self) -> str:
         """The text of the body, why a message is released or rejected; a form with parameters
@@ -3359,7 +3390,9 @@ class Handler(BaseHTTPRequestHandler):
         self.idle = False  # whether it waits for the first byte of a request
         self.closing = False
         self._buffer = b""  # what was received and not yet used
-        self._known: dict[bytes, dict[str, str]] = {}
+        self._known: dict[bytes, Request] = {}  # by their heads
+        self._known_headers: dict[bytes, dict[str, str]] = {}
+        self._fresh = True  # whether its first request is not yet answered
         self._patience = 0.0
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         patience = struct.pack("ll", SEND_TIMEOUT, 0)
@@ -3380,6 +3413,7 @@ class Handler(BaseHTTPRequestHandler):
             log(traceback.format_exc())
 
     def finish(self) -> None:
+        self._known.clear()  # which know this handler, too
         self.server.handlers.discard(self)
 
     def vanished(self) -> bool:
@@ -3399,32 +3433,38 @@ class Handler(BaseHTTPRequestHandler):
             if head is None:
                 return
             started = time.monotonic()
-            request = parse_head(head, self._known)
-            self._read_body(request)
+            request = self._known.get(head)
+            if request is None:
+                request = self._parse(head)
+            if request.length or request.chunked:
+                self._read_body(request)
         except LingerError as error:
             self._send(request, answer_error(error), close=True)
             self._drain()
             return
         answer = self._answer(request)
         self._send(request, answer, request.close)
-        self.server.note_answered(self.connection)
+        request.forget_body()
+        if self._fresh:
+            self._fresh = False
+            self.server.note_answered(self.connection)
         if self.server.log_requests:
             self._log(request, answer.status, started)
+
+    def _parse(self, head: bytes) -> Request:
+        """The request of a head that is not known; it is, from then on, if it may come again."""
+        request = parse_head(head, self._known_headers)
+        if len(head) <= KNOWN_LENGTH and request.repeats():
+            if len(self._known) >= KNOWN_HEADERS:
+                self._known.clear()
+            self._known[head] = request
+        return request
 
     def _answer(self, request: Request) -> Answer:
         """Calls what the request asks for; every error ends here."""
         try:
-            if request.method == "OPTIONS":
-                all_calls = request.target == "*"
-                allowed = ", ".join(METHODS[:6]) if all_calls else allowed_methods(request.calls)
-                return Answer(204, headers=f"Allow: {allowed}\r\n")
-            route = find_route(request.method, request.calls)
-            if route.safe:
-                self.server.let_others_go_first(self.connection)
-            request.no_store = not route.safe
-            names = [decode_name(part) for part in request.parts[1::2]]
-            answer: Answer = getattr(self, route.handler)(request, *names)
-            return answer
+            call = request.call or self._find_call(request)
+            return call(request, *request.names)
         except LingerError as error:
             return answer_error(error)
         except OSError:
@@ -3433,6 +3473,18 @@ class Handler(BaseHTTPRequestHandler):
             log(traceback.format_exc())
             request.close = True
             return answer_error(LingerError("the server made a mistake, which is in its log"))
+
+    def _find_call(self, request: Request) -> Callable[..., Answer]:
+        """What answers a request, by its method and path."""
+        if request.method == "OPTIONS":
+            return self.tell_methods
+        route = find_route(request.method, request.calls)
+        if route.safe and self._fresh:
+            self.server.let_others_go_first(self.connection)
+        request.no_store = not route.safe
+        request.names = [decode_name(part) for part in request.parts[1::2]]
+        request.call = getattr(self, route.handler)
+        return request.call
 
     # -- bytes in
 
@@ -3508,15 +3560,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self, request: Request) -> None:
         """Reads the body whole, so that the next byte is the first of the next request."""
-        headers = request.headers
-        length = int(headers.get("content-length", 0))
-        if not length and "transfer-encoding" not in headers:
-            return
+        length = request.length
         limit = self._body_limit(request)
         if length > limit:
             raise TooLarge(f"the body has {length} bytes, and at most {limit} are taken")
         deadline = time.monotonic() + self.server.read_timeout
-        if "expect" in headers and not self._buffer and not request.old:
+        if "expect" in request.headers and not self._buffer and not request.old:
             self.connection.sendall(CONTINUE)
         try:
             if length:
@@ -3612,23 +3661,22 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, request: Optional[Request], answer: Answer, close: bool) -> None:
         """Sends an answer in one piece; undoes what it would have told if it cannot be sent."""
         self.closing = close = close or self.server.stopping
-        head = STATUS_LINES[answer.status] + self.server.date_line()
-        if request is not None and request.no_store:
-            head += NO_STORE
-        head += answer.headers
+        status, body, content_type, headers, undo = answer
+        if status != 204:  # which has no body (RFC 9110 8.6)
+            headers += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         if close:
-            head += "Connection: close\r\n"
-        if answer.status != 204:  # which has no body (RFC 9110 8.6)
-            head += f"Content-Type: {answer.type}\r\nContent-Length: {len(answer.body)}\r\n"
-        data = (head + "\r\n").encode("latin-1")
+            headers += "Connection: close\r\n"
+        no_store = NO_STORE if request is not None and request.no_store else ""
+        head = f"{STATUS_LINES[status]}{self.server.date_line()}{no_store}{headers}\r\n"
+        data = head.encode("latin-1")
         if request is None or request.method != "HEAD":
-            data += answer.body
+            data += body
         try:
             self.connection.sendall(data)
         except OSError:
-            if answer.undo is not None:
+            if undo is not None:
                 try:
-                    answer.undo()
+                    undo()
                 except LingerError as error:
                     log(f"linger: a message that could not be sent stays hidden: {error}")
             raise
@@ -3649,6 +3697,11 @@ class Handler(BaseHTTPRequestHandler):
         log(f"{client} {request.method} {target} {status} {milliseconds:.1f} ms")
 
     # -- the calls, in the order of ROUTES
+
+    def tell_methods(self, request: Request) -> Answer:
+        all_calls = request.target == "*"
+        allowed = ", ".join(METHODS[:6]) if all_calls else allowed_methods(request.calls)
+        return Answer(204, headers=f"Allow: {allowed}\r\n")
 
     def welcome(self, _: Request, *__: str) -> Answer:
         return answer_json(
@@ -3677,22 +3730,15 @@ class Handler(BaseHTTPRequestHandler):
         return answer_json({"channels": [self.broker.info(channel) for channel in channels]})
 
     def take_message(self, request: Request, _: str) -> Answer:
-        wait = request.integer("wait", 0, MAX_WAIT)
-        if request.parameter("nowait") is not None:
-            wait = 0
+        if request.options is None:
+            request.options = self._read_take(request)
+        channels, wait, n, timeout, auto, ack = request.options
+        if not wait and self._fresh:
             self.server.let_others_go_first(self.connection)
-        elif wait is None:
-            wait = DEFAULT_WAIT
-        n = request.integer("n", 1, MAX_BATCH)
-        waiter = self.broker.waiter(
-            [decode_name(part) for part in request.parts[1].split(",")],
-            n or 1,
-            request.integer("timeout", 1),
-            request.parameter("auto") is not None,
-            self.vanished,
-        )
-        ack = request.integer("ack"), request.integer("lease")
-        request.forget_body()
+        waiter = self.broker.waiter(channels, n or 1, timeout, auto, self.vanished)
+        if request.body:
+            request.options = None  # it may have held some of them
+            request.forget_body()
         if wait:
             self.server.note_answered(self.connection)
             self.server.watch(self.connection, waiter)
@@ -3713,11 +3759,26 @@ class Handler(BaseHTTPRequestHandler):
         message = messages[0]
         return Answer(200, message.body, message.type, message_headers(message), undo)
 
+    def _read_take(self, request: Request) -> tuple[Any, ...]:
+        wait = request.integer("wait", 0, MAX_WAIT)
+        if request.parameter("nowait") is not None:
+            wait = 0
+        channels = [decode_name(part) for part in request.parts[1].split(",")]
+        return (
+            channels,
+            DEFAULT_WAIT if wait is None else wait,
+            request.integer("n", 1, MAX_BATCH),
+            request.integer("timeout", 1),
+            request.parameter("auto") is not None,
+            (request.integer("ack"), request.integer("lease")),
+        )
+
     def post_message(self, request: Request, channel: str) -> Answer:
         body, content_type = request.message()
         given = request.given_with_message(ALL_PARAMETERS)
         id, duplicate = self.broker.post(channel, body, content_type, **given)
-        return answer_json({"id": id, "duplicate": True} if duplicate else {"id": id}, 202)
+        told = '{"id":%d,"duplicate":true}\n' if duplicate else '{"id":%d}\n'
+        return Answer(202, (told % id).encode())
 
     def drain_channel(self, _: Request, channel: str) -> Answer:
         self.broker.drain(channel)

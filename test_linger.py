@@ -289,8 +289,14 @@ class StoreTest(Folder):
             status[1], status[2], status[4] = 4096, total, total // linger.HEAD_ROOM_SHARE // 1000
             return os.statvfs_result(status)
 
-        with unittest.mock.patch("os.statvfs", nearly_full), self.assertRaises(linger.Full):
-            store.check_room()
+        def is_full():
+            with contextlib.suppress(linger.Full):
+                return store.check_room()
+            return True
+
+        self.assertFalse(is_full())
+        with unittest.mock.patch("os.statvfs", nearly_full):
+            until(is_full)  # what was free is taken to be so for a moment
 
     def test_a_second_store_on_the_same_file_is_refused(self):
         self.open()
@@ -2612,7 +2618,25 @@ class WireTest(ServerTest):
             connection.sendall(CALL[:-2] + b"A: %d" % n + b"x" * 5_000 + b"\r\n\r\n")
             connection.recv(1000)
         (handler,) = self.server.handlers
-        self.assertEqual(handler._known, {})
+        self.assertEqual((handler._known, handler._known_headers), ({}, {}))
+
+    def test_heads_that_come_again_are_remembered_but_not_their_bodies(self):
+        connection = self.connect()
+        head = (
+            b" /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\n"
+            b"Content-Type: application/x-www-form-urlencoded\r\n\r\n"
+        )
+
+        def status(method, form):
+            connection.sendall(method + head + form)
+            return int(connection.recv(1000).split()[1])
+
+        self.assertEqual([status(b"POST", b"priority=%02d" % n) for n in range(6)], [202] * 6)
+        listed = [message.priority for message, _ in self.broker.list_messages("q")]
+        self.assertEqual(listed, list(range(6)))
+        self.assertEqual(
+            [status(b"GET", b"wait=09&n=" + n) for n in (b"1", b"0", b"2")], [200, 400, 200]
+        )
 
     def test_a_request_that_is_no_post_may_have_a_short_body_only(self):
         body = b"x" * 60_000
