@@ -19,6 +19,7 @@ The file reads downwards: a section uses only what stands above it.
     Routes        every call of the HTTP API
     Handler       bytes in, call the broker, bytes out
     Server        connections, threads, start and stop
+    Client        the calls as methods, and the loop of a worker
     Command line  options, and `python linger.py`
 """
 
@@ -35,6 +36,7 @@ import errno
 import fcntl
 import functools
 import http
+import http.client
 import itertools
 import json
 import os
@@ -47,20 +49,24 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, NoReturn, Optional, Protocol, Union
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union
 
 __version__ = "2.0.0"
 __all__ = [
     "Broker",
+    "Client",
     "Conflict",
     "Denied",
     "Full",
@@ -135,6 +141,18 @@ HEAD_ROOM_SHARE = 10  # but no more than one part in this many of a small disk
 ROOM_INTERVAL = 0.02  # seconds between looks at it, in which no disk writes as much
 CACHED_STATEMENTS = 256  # prepared statements kept for each connection; more than there are
 WAL_KEPT = 64 * 1024 * 1024  # bytes to which SQLite cuts its log after a checkpoint
+MAX_BLOB = 1_000_000_000  # bytes that SQLite keeps in one place at most
+COPY_PAGES = 1_024  # pages of the database that a backup copies at a time
+FILE_PIECE = 262_144  # bytes of it that are sent at a time
+
+CLIENT_TIMEOUT = 30.0  # seconds that connecting may take, and a server be silent
+KEPT_TIMEOUT = 60.0  # seconds that a client keeps a silent connection: less than IDLE_TIMEOUT
+MAX_ANSWER = 256_000_000  # bytes: MAX_BATCH_BYTES of control characters take 6 times that in JSON
+FIRST_PAUSE = 0.1  # seconds until what failed is tried again, doubled each time
+LONGEST_PAUSE = 5.0  # up to this
+FAILURE_DELAY = 10  # seconds until a message that a worker failed on comes back
+TOUCHES = 3  # touches of a message in hand within its timeout
+LOOK_INTERVAL = 0.3  # seconds between looks whether that is due: less than 1/TOUCHES, the least
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,6 +248,18 @@ class Message(NamedTuple):
     dead_reason: str = ""  # why it is here then: deliver, linger or reject
     error: str = ""  # the reason given with its last release or rejection
     backoff: str = ""  # seconds hidden after the 1st, 2nd, ... failure, as 10,60,600
+    dead: str = ""  # the channel that gets it when it is given up; this and what follows is told
+    delay: int = 0  # seconds until it is ready, where a message is looked at
+    unique: str = ""  # its unique key
+
+    @property
+    def text(self) -> str:
+        """The body as text in UTF-8; UnicodeDecodeError if it is none."""
+        return self.body.decode("utf-8")
+
+    def json(self) -> Any:
+        """The value of a body in JSON; ValueError if it is none."""
+        return json.loads(self.body)
 
 
 class Posted(NamedTuple):
@@ -1240,7 +1270,9 @@ order by channel
 LOOK_AT_MESSAGE = """
 select id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type, body,
-    dead_from, dead_reason, error, backoff, state
+    dead_from, dead_reason, error, backoff,
+    dead, case when state = 2 then max(cast(due - :now + 0.999 as integer), 0) else 0 end,
+    coalesce(unique_key, ''), state
 from messages
 where id = :id
 """
@@ -1249,7 +1281,9 @@ where id = :id
 LIST_READY = """
 select id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff, state
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff,
+    dead, case when state = 2 then max(cast(due - :now + 0.999 as integer), 0) else 0 end,
+    coalesce(unique_key, ''), state
 from messages
 where channel = :channel and state = 0
     and (:after is null or (priority, id) > (select priority, id from messages where id = :after))
@@ -1260,7 +1294,9 @@ limit :n
 LIST_HIDDEN = """
 select id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff, state
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff,
+    dead, case when state = 2 then max(cast(due - :now + 0.999 as integer), 0) else 0 end,
+    coalesce(unique_key, ''), state
 from messages
 where channel = :channel and state = :state and id > coalesce(:after, 0)
 order by id
@@ -1270,7 +1306,9 @@ limit :n
 LIST_ALL = """
 select id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff, state
+    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff,
+    dead, case when state = 2 then max(cast(due - :now + 0.999 as integer), 0) else 0 end,
+    coalesce(unique_key, ''), state
 from messages
 where channel = :channel and id > coalesce(:after, 0)
 order by id
@@ -1358,6 +1396,7 @@ class Store:
         self._pending: list[Operation] = []
         self._led = False
         self._reading = threading.Lock()  # one reader at a time on the reading connection
+        self._copying = threading.Lock()  # one copy at a time is made
         self._files: dict[str, tuple[int, int]] = {}
         self._folder = os.path.dirname(self.path)
         self._roomy_until = 0.0  # when to look again how much of the disk is free
@@ -1383,6 +1422,7 @@ class Store:
             self.last_written = os.stat(self.path).st_mtime
             self.last_written = max(self.last_written, os.stat(self.path + "-wal").st_mtime)
         _prepare(self.path)
+        _remove(self.path, ".copy", ".copy-journal")  # of a server that was killed
         self._writer = self._connect()
         self._reader = self._connect()
         self._reader.execute("pragma query_only = on")
@@ -1563,8 +1603,7 @@ class Store:
             log = os.stat(self.path + "-wal").st_size
         except OSError:
             return  # a deleted file: the transaction says so
-        free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-        kept = min(HEAD_ROOM, total // HEAD_ROOM_SHARE)
+        free, kept = _room(disk)
         if free < log + kept and (free < kept or free + self._room_inside() < log + kept):
             raise Full("the disk is full: messages can be taken and deleted, but none added")
         self._roomy_until = time.monotonic() + ROOM_INTERVAL
@@ -1576,6 +1615,68 @@ class Store:
             size: int = self._reader.execute("pragma page_size").fetchone()[0]
             return pages * size
         return 0
+
+    def copy(self, path: str) -> None:
+        """Copies the database, as of one moment, into an empty file; others go on writing.
+
+        The transaction that reads holds that moment: without it SQLite would begin again with
+        every commit of others.
+        """
+        self.run(Operation((), {}))  # what was submitted before is in it; not of a deleted file
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                copy.execute("pragma synchronous = off")
+                if self.path == MEMORY:
+                    self._copy_memory(copy)
+                else:
+                    self._copy_file(copy, path)
+                copy.execute("pragma journal_mode = delete").fetchall()  # no log beside it
+        except sqlite3.Error as error:
+            raise _explain(error) from error
+
+    def _copy_file(self, copy: sqlite3.Connection, path: str) -> None:
+        uri = "file:" + urllib.parse.quote(self.path) + "?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as source:
+            source.execute("begin")
+            pages: int = source.execute("pragma page_count").fetchone()[0]
+            size = pages * source.execute("pragma page_size").fetchone()[0]
+            free, kept = _room(os.statvfs(path))
+            if free < size + kept:
+                raise Full(f"there is no room on the disk for a copy of {size} bytes")
+            source.backup(copy, pages=COPY_PAGES, progress=self._check_open)
+
+    def _check_open(self, *_: int) -> None:
+        if self._closed:
+            raise Unavailable("the server stops")
+
+    def _copy_memory(self, copy: sqlite3.Connection) -> None:
+        """Copies while this thread leads, so that nothing is written meanwhile."""
+        errors: list[sqlite3.Error] = []
+
+        def copy_all(_: Operation) -> None:
+            try:
+                self._writer.backup(copy)
+            except sqlite3.Error as error:
+                errors.append(error)
+
+        self.run(Operation((), {}, copy_all))
+        if errors:
+            raise errors[0]
+
+    def open_copy(self) -> BinaryIO:
+        """A copy of the database in a file that is gone when it is closed.
+
+        It is made beside the database, one at a time.
+        """
+        with self._copying, contextlib.ExitStack() as undo:
+            path = self.path + ".copy"
+            if self.path == MEMORY:
+                folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="linger-"))
+                path = os.path.join(folder, "copy")
+            undo.callback(_remove, path, "", "-journal")
+            _make_file(path)
+            self.copy(path)
+            return open(path, "rb")
 
     def size(self) -> int:
         """The size of the database in bytes, -1 for one in memory; as 1.0.1."""
@@ -1606,6 +1707,12 @@ class Store:
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
+
+
+def _room(disk: os.statvfs_result) -> tuple[int, int]:
+    """Bytes that are free on a disk, and how many of them are kept free."""
+    total = disk.f_blocks * disk.f_frsize
+    return disk.f_bavail * disk.f_frsize, min(HEAD_ROOM, total // HEAD_ROOM_SHARE)
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -1688,8 +1795,7 @@ def _make(path: str, version: int = 0) -> None:
     new = path + ".new"
     with contextlib.ExitStack() as undo:
         undo.callback(_remove, new, "", "-journal")
-        _remove(new, "", "-journal")
-        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        _make_file(new)
         with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
             if version:
                 with contextlib.closing(sqlite3.connect(path)) as original:
@@ -1708,6 +1814,33 @@ def _make(path: str, version: int = 0) -> None:
         _remove(path, "-wal", "-shm")  # of a database that was deleted: SQLite would replay it
         os.rename(new, path)
         undo.pop_all()
+
+
+def _make_file(path: str) -> None:
+    """Makes an empty file for its owner only, in place of what a killed process left there."""
+    _remove(path, "", "-journal")
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+@contextlib.contextmanager
+def write_aside(path: str) -> Iterator[str]:
+    """A file to write that is then moved to `path`, where there must be none, whole and on disk.
+
+    If writing fails, nothing is left.
+    """
+    if os.path.lexists(path):
+        raise Conflict(f"there is already a file {path}: choose another name")
+    part = path + ".part"
+    try:
+        _make_file(part)
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except OSError as error:
+        raise Unavailable(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        _remove(part, "", "-journal")
 
 
 def _remove(path: str, *suffixes: str) -> None:
@@ -2471,12 +2604,17 @@ class Broker:
         return _message_of(rows[0][:-1]), STATES[rows[0][-1]]
 
     def list_messages(
-        self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
+        self,
+        channel: str,
+        state: Optional[str] = None,
+        n: int = 50,
+        after: Optional[int] = None,
+        cut: int = MAX_CUT,
     ) -> list[tuple[Message, str]]:
         """Up to `n` messages of a channel and their states, those after the message `after`.
 
         In the order of delivery for the state `ready`, else by id.  Bodies are cut to one byte
-        more than MAX_CUT.
+        more than `cut`.
         """
         self._settle_due()
         if state is not None and state not in STATES:
@@ -2485,10 +2623,29 @@ class Broker:
             self.look(after)  # its place in the order is known only while it exists
         statement = {None: LIST_ALL, "ready": LIST_READY}.get(state, LIST_HIDDEN)
         (rows,) = self._store.read(
-            statement, channel=check_name("channel", channel), n=n, after=after, cut=MAX_CUT,
+            statement, channel=check_name("channel", channel), n=n, after=after, cut=cut,
             state=STATES.index(state) if state else 0, now=self.now(),
         )  # fmt: skip
         return [(_message_of(row[:-1]), STATES[row[-1]]) for row in rows]
+
+    def list_whole(
+        self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
+    ) -> list[tuple[Message, str]]:
+        """The same with whole bodies, of no more messages than reach MAX_BATCH_BYTES together."""
+        listed: list[tuple[Message, str]] = []
+        size = 0
+        step = max(MAX_BATCH_BYTES // self.max_message, 1)
+        while True:
+            few = min(step, n - len(listed))
+            page = self.list_messages(channel, state, few, after, cut=MAX_BLOB)
+            for item in page:
+                listed.append(item)
+                size += len(item[0].body)
+                if size >= MAX_BATCH_BYTES or len(listed) == n:
+                    return listed
+            if not page:
+                return listed
+            after = page[-1][0].id
 
     def info(self, channel: str) -> dict[str, Any]:
         """What there is to know of a channel."""
@@ -2549,6 +2706,18 @@ class Broker:
             "id": self.id,
             "hostname": platform.node(),
         }
+
+    def backup(self, path: str) -> None:
+        """Copies the database, as it is now, to a new file, from which a server can start.
+
+        `Conflict` if there is a file already; when it returns the copy is whole and on disk.
+        """
+        with write_aside(path) as part:
+            self._store.copy(part)
+
+    def open_copy(self) -> BinaryIO:
+        """The same copy in a file without a name, which is gone when it is closed."""
+        return self._store.open_copy()
 
     def check_health(self) -> None:
         """Returns if a message could be stored now: it writes to the database, and syncs."""
@@ -2785,7 +2954,7 @@ def _taken_rows(operation: Operation) -> list[tuple[Any, ...]]:
 
 
 def _message_of(row: Sequence[Any]) -> Message:
-    message = Message._make(row)
+    message = Message(*row)
     return message._replace(backoff=_backoff_text(message.backoff)) if message.backoff else message
 
 
@@ -2826,6 +2995,7 @@ ROUTES = (
     Route("GET", "/", "welcome", True, "who answers"),
     Route("GET", "/health", "check_health", True, "whether a message could be stored now"),
     Route("GET", "/stats", "get_stats", True, "counters of the server, and what there is"),
+    Route("GET", "/backup", "open_backup", False, "a copy of the database"),
     Route("GET", "/channels", "list_channels", True, "list channels"),
     Route("GET", "/channels/<channel>", "take_message", False, "take messages, or wait for them"),
     Route("POST", "/channels/<channel>", "post_message", False, "post a message"),
@@ -3108,6 +3278,7 @@ class Answer(NamedTuple):
     type: str = "application/json"
     headers: str = ""
     undo: Optional[Callable[[], None]] = None
+    file: Optional[BinaryIO] = None  # goes out in place of the body, and is closed
 
 
 NO_CONTENT = Answer(204)
@@ -3158,25 +3329,32 @@ def message_headers(message: Message) -> str:
         headers += f"x-linger-error: {urllib.parse.quote(message.error, safe='')}\r\n"
     if message.backoff:
         headers += f"x-linger-backoff: {message.backoff}\r\n"
+    if message.dead:
+        headers += f"x-linger-dead: {encode_name(message.dead)}\r\n"
+    if message.delay:
+        headers += f"x-linger-delay: {message.delay}\r\n"
+    if message.unique:
+        headers += f"x-linger-unique: {encode_name(message.unique)}\r\n"
     return headers
 
 
 def message_object(message: Message) -> dict[str, object]:
     """A message as an object of JSON; `body` is text, or base64 where it is not UTF-8."""
     value: dict[str, object] = message._asdict()
-    for name in ("dead_from", "dead_reason", "error", "backoff"):
+    for name in ("dead_from", "dead_reason", "error", "backoff", "dead", "delay", "unique"):
         field = value.pop(name)
         if field:
             value[name.replace("_", "-")] = field
     return {**value, **body_object(message.body)}
 
 
-def listed_object(message: Message, state: str) -> dict[str, object]:
-    """A message of a listing, of whose body only MAX_CUT bytes are shown."""
+def listed_object(message: Message, state: str, cut: Optional[int]) -> dict[str, object]:
+    """A message of a listing, of whose body only `cut` bytes are shown."""
     value = {**message_object(message._replace(body=b"")), "state": state}
-    if len(message.body) > MAX_CUT:
+    longer = cut is not None and len(message.body) > cut
+    if longer:
         value["cut"] = True
-    return {**value, **body_object(message.body[:MAX_CUT], cut=len(message.body) > MAX_CUT)}
+    return {**value, **body_object(message.body[:cut], cut=longer)}
 
 
 def body_object(body: bytes, cut: bool = False) -> dict[str, object]:
@@ -3661,9 +3839,10 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, request: Optional[Request], answer: Answer, close: bool) -> None:
         """Sends an answer in one piece; undoes what it would have told if it cannot be sent."""
         self.closing = close = close or self.server.stopping
-        status, body, content_type, headers, undo = answer
+        status, body, content_type, headers, undo, file = answer
         if status != 204:  # which has no body (RFC 9110 8.6)
-            headers += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+            length = len(body) if file is None else os.fstat(file.fileno()).st_size
+            headers += f"Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
         if close:
             headers += "Connection: close\r\n"
         no_store = NO_STORE if request is not None and request.no_store else ""
@@ -3673,6 +3852,8 @@ class Handler(BaseHTTPRequestHandler):
             data += body
         try:
             self.connection.sendall(data)
+            if file is not None:
+                self._send_file(file)
         except OSError:
             if undo is not None:
                 try:
@@ -3680,6 +3861,11 @@ class Handler(BaseHTTPRequestHandler):
                 except LingerError as error:
                     log(f"linger: a message that could not be sent stays hidden: {error}")
             raise
+
+    def _send_file(self, file: BinaryIO) -> None:
+        with file:
+            while piece := file.read(FILE_PIECE):
+                self.connection.sendall(piece)
 
     def _drain(self) -> None:
         """Lets a client that is still sending read its answer first (RFC 9112 9.6)."""
@@ -3722,6 +3908,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_stats(self, _: Request) -> Answer:
         return answer_json(self.broker.stats())
+
+    def open_backup(self, _: Request) -> Answer:
+        copy = self.broker.open_copy()
+        return Answer(200, type="application/vnd.sqlite3", undo=copy.close, file=copy)
 
     def list_channels(self, request: Request) -> Answer:
         channels = self.broker.channels()
@@ -3789,13 +3979,15 @@ class Handler(BaseHTTPRequestHandler):
         return answer_json({"ids": self.broker.post_batch(channel, messages)}, 202)
 
     def list_messages(self, request: Request, channel: str) -> Answer:
-        listed = self.broker.list_messages(
+        whole = request.parameter("whole") is not None
+        listed = (self.broker.list_whole if whole else self.broker.list_messages)(
             channel,
             request.parameter("state") or None,
             request.integer("n", 1, MAX_BATCH) or 50,
             request.integer("after"),
         )
-        return answer_json([listed_object(message, state) for message, state in listed])
+        cut = None if whole else MAX_CUT
+        return answer_json([listed_object(message, state, cut) for message, state in listed])
 
     def get_channel_stats(self, _: Request, channel: str) -> Answer:
         return answer_json(self.broker.channel_stats(channel))
@@ -4113,6 +4305,983 @@ def serve(
         raise
     threading.Thread(target=server.serve_forever, name="linger-server", daemon=True).start()
     return server
+
+
+# ---------------------------------------------------------------------------------------------
+# Client: the calls of the API as methods, and the loop of a worker.  Blocking and thread-safe.
+#
+# A call that changes nothing when it is made twice is sent again when its connection breaks; one
+# that adds or takes something is not, unless a key makes it safe: nobody knows whether it was
+# done.  A connection that cannot be made is an error at once.
+# ---------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+Channels = Union[str, Sequence[str]]
+Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]
+
+DEFAULT_URL = "http://127.0.0.1:8989"
+ERRORS = {
+    error.status: error
+    for error in (Malformed, Denied, NotFound, Conflict, TooLarge, Unavailable, Full)
+}
+PASSING = (502, 503, 504)  # statuses that may be others soon: the server, or its proxy, restarts
+NUMBERS = ("id", "priority", "timeout", "deliver", "delivered", "received", "linger", "lease",
+           "delay")  # fields of a message  # fmt: skip
+
+
+class Client:
+    """The server at a URL; its methods are named as the broker's, and may be called by any thread.
+
+    Each thread has a connection of its own, which is kept and, when the server has closed it, made
+    anew.  Where a method takes a `message`, that is either a `Message`, and then the call counts
+    only if that delivery is still the latest, or just an id.  Errors are those of the broker;
+    `Unavailable` also when the server cannot be reached.
+    """
+
+    def __init__(
+        self,
+        url: Optional[str] = None,
+        token: Optional[str] = None,
+        timeout: float = CLIENT_TIMEOUT,
+        *,
+        cafile: Optional[str] = None,
+    ) -> None:
+        """Connects to nothing yet.
+
+        `url` and `token` are by default those of LINGER_URL and LINGER_TOKEN in the environment.
+        `timeout`: seconds that connecting may take, and the server be silent, beside what a `wait`
+        asks for.  `cafile`: the certificates to trust for https, in place of the system's.
+        """
+        self.url = (url or os.environ.get("LINGER_URL") or DEFAULT_URL).rstrip("/")
+        self.timeout = timeout
+        token = token or os.environ.get("LINGER_TOKEN") or ""
+        if not VISIBLE.fullmatch(token):
+            raise Malformed("a token must be visible ASCII without blanks")
+        scheme, self._place, host, port = _split_url(self.url)
+        self._head = f"Host: {self._place}\r\n"
+        if token:
+            self._head += f"Authorization: Bearer {token}\r\n"
+        self._make: Callable[[], http.client.HTTPConnection]
+        if scheme == "https":
+            context = ssl.create_default_context(cafile=cafile)
+            self._make = functools.partial(
+                http.client.HTTPSConnection, host, port, timeout=timeout, context=context
+            )
+        else:
+            self._make = functools.partial(http.client.HTTPConnection, host, port, timeout=timeout)
+        self._own = threading.local()  # each thread's line
+        self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
+        self._in_hand: set[tuple[int, Optional[int]]] = (
+            set()
+        )  # deliveries that a loop of ours must settle
+        self._closed = False
+
+    def close(self) -> None:
+        """Closes all connections; calls after this, and those that wait, fail."""
+        self._closed = True
+        for line in list(self._lines):
+            line.break_off()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the server
+
+    def welcome(self) -> dict[str, Any]:
+        """Who answers: `Linger`, `version`, `id`, `hostname`."""
+        return self._ask(dict, "GET", "/")
+
+    def health(self) -> bool:
+        """Whether the server is there and could store a message now."""
+        try:
+            return self._ask(lambda value: value["healthy"] is True, "GET", "/health")
+        except Unavailable:
+            return False
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the server's start, and what there is now."""
+        return self._ask(dict, "GET", "/stats")
+
+    def backup(self, path: str) -> None:
+        """Writes a copy of the server's database to a new file, from which a server can start.
+
+        When it returns the file is whole and on disk; `Conflict` if there is one already.
+        """
+        with write_aside(path) as part, open(part, "wb") as file:
+            self._call("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
+
+    # -- adding messages
+
+    def post(
+        self,
+        channel: str,
+        body: object,
+        type: Optional[str] = None,
+        retry: bool = False,
+        **parameters: object,
+    ) -> Posted:
+        """Adds a message to a channel; when it returns the message is on disk.
+
+        `body`: bytes as they are or a str in UTF-8, both text/plain unless `type` says otherwise;
+        anything else is sent as JSON, application/json.  `parameters`: as of a message
+        (`dedup_for` is written with `_`).  With `retry` it is sent again, with a `dedup` key, for
+        up to `timeout` seconds until it is answered: it is added once.
+        """
+        path = f"/channels/{_quote('channel', channel)}"
+        return self._add(
+            lambda value: Posted(value["id"], value.get("duplicate", False)),
+            path, *encode_message(body, type), retry, _texts(ALL_PARAMETERS, parameters),
+        )  # fmt: skip
+
+    def post_batch(
+        self, channel: str, bodies: Iterable[Item], retry: bool = False, **parameters: object
+    ) -> list[int]:
+        """Adds up to 1,000 messages to a channel in order, all or none; their ids.
+
+        Each is a body as for `post`, or a tuple `(body, type, parameters)`.  `parameters` hold for
+        those that do not have their own; `retry` as for `post`.  A bad one raises its error with
+        its `index`.
+        """
+        path = f"/channels/{_quote('channel', channel)}/batch"
+        items = encode_batch(bodies, ALL_PARAMETERS)
+        return self._add(
+            lambda value: list(value["ids"]),
+            path, items, "application/json", retry, _texts(ALL_PARAMETERS, parameters),
+        )  # fmt: skip
+
+    def publish(
+        self,
+        topic: str,
+        body: object,
+        type: Optional[str] = None,
+        retry: bool = False,
+        **keys: object,
+    ) -> dict[str, int]:
+        """Adds a copy of a message to each channel subscribed to a topic; their ids by channel.
+
+        `body`, `type` and `retry` as for `post`; `keys` may be `dedup` and `dedup_for`.  A channel
+        at its high-level mark is left out.
+        """
+        return self._add(
+            lambda value: {channel: id for channel, id in value.items() if id is not True},
+            f"/topics/{_quote('topic', topic)}", *encode_message(body, type), retry,
+            _texts(KEY_PARAMETERS, keys),
+        )  # fmt: skip
+
+    def publish_batch(
+        self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: object
+    ) -> dict[str, list[int]]:
+        """Publishes up to 1,000 messages, given as for `post_batch`; the copies' ids by channel."""
+        items = encode_batch(bodies, KEY_PARAMETERS)
+        path = f"/topics/{_quote('topic', topic)}/batch"
+        return self._add(dict, path, items, "application/json", retry, _texts(KEY_PARAMETERS, keys))
+
+    # -- taking messages
+
+    def get(
+        self,
+        channels: Channels,
+        wait: Optional[int] = None,
+        timeout: Optional[int] = None,
+        ack: Union[Message, int, None] = None,
+        lease: Optional[int] = None,
+        auto: bool = False,
+    ) -> Optional[Message]:
+        """Takes the next message of a channel, or of the first of several that has one.
+
+        It waits for one, up to `wait` seconds (None: 120); None if none came.  `timeout`: seconds
+        that it stays hidden, in place of its own.  `ack`: a message to delete before, in the same
+        transaction; if that fails (`NotFound`, `Conflict`) nothing is taken.  `auto`: it is
+        deleted as it is delivered.
+        """
+        messages = self.get_batch(channels, 1, wait, timeout, ack, lease, auto)
+        return messages[0] if messages else None
+
+    def get_batch(
+        self,
+        channels: Channels,
+        n: int,
+        wait: Optional[int] = None,
+        timeout: Optional[int] = None,
+        ack: Union[Message, int, None] = None,
+        lease: Optional[int] = None,
+        auto: bool = False,
+    ) -> list[Message]:
+        """Takes up to `n` messages (1 to 1,000), as many as are ready once one is; see `get`."""
+        names = [channels] if isinstance(channels, str) else channels
+        path = "/channels/" + ",".join(_quote("channel", name) for name in names)
+        query: dict[str, object] = {"n": n, "wait": wait, "timeout": timeout}
+        if ack is not None:
+            query["ack"], query["lease"] = _delivery(ack, lease)
+        if auto:
+            query["auto"] = "yes"
+        waited = DEFAULT_WAIT if wait is None else wait
+        return self._ask(
+            lambda value: [parse_message(item) for item in value or ()],
+            "GET", path, query, wait=waited, repeatable=False,
+        )  # fmt: skip
+
+    # -- the end of a delivery
+
+    def delete(self, message: Union[Message, int], lease: Optional[int] = None) -> None:
+        """Deletes a message: it is done.  `NotFound`, or `Conflict` when it was delivered again."""
+        self._settle("DELETE", "", message, lease, done=(404,))
+
+    def delete_batch(
+        self, messages: Iterable[Union[Message, int]]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Deletes up to 1,000 messages; the ids deleted, in conflict, and missing."""
+        deliveries = [_delivery(message) for message in messages]
+        body = TO_JSON([{"id": id, "lease": lease} for id, lease in deliveries]).encode()
+        outcome = self._ask(
+            lambda value: (value["deleted"], value["conflict"], value["missing"]),
+            "POST", "/messages/delete", body=body, type="application/json",
+        )  # fmt: skip
+        self._in_hand.difference_update(d for d in deliveries if d[0] not in outcome[1])
+        return outcome
+
+    def touch(
+        self,
+        message: Union[Message, int],
+        timeout: Optional[int] = None,
+        lease: Optional[int] = None,
+    ) -> None:
+        """Starts the visibility timeout of a message in flight anew, from now.
+
+        `timeout`: seconds, in place of the message's own.  `NotFound`, or `Conflict` when it is
+        not in flight or was delivered again.
+        """
+        id, lease = _delivery(message, lease)
+        self._call("POST", f"/messages/{id}/touch", {"lease": lease, "timeout": timeout})
+
+    def release(
+        self,
+        message: Union[Message, int],
+        delay: Optional[int] = None,
+        reason: str = "",
+        lease: Optional[int] = None,
+    ) -> None:
+        """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
+
+        `reason`, up to 4,096 bytes in UTF-8, goes out with the next delivery.  Raises as `touch`.
+        """
+        self._settle("POST", "/release", message, lease, (404, 409), reason, {"delay": delay})
+
+    def reject(
+        self, message: Union[Message, int], reason: str = "", lease: Optional[int] = None
+    ) -> None:
+        """Gives a message up: it goes to its dead channel, or away.  Raises as `touch` does."""
+        self._settle("POST", "/reject", message, lease, (404, 409), reason)
+
+    def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
+        """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
+        came from, or all to the channel `to`; returns how many."""
+        path = f"/channels/{_quote('channel', channel)}/redrive"
+        query = {"n": n, "to": to}
+        return self._ask(lambda value: int(value["moved"]), "POST", path, query, repeatable=False)
+
+    def drain(self, channel: str) -> None:
+        """Deletes all messages of a channel, whatever their state, and its dedup keys."""
+        self._call("DELETE", f"/channels/{_quote('channel', channel)}")
+
+    # -- channels and topics
+
+    def channels(self) -> list[str]:
+        """The names, sorted, of channels with messages, subscriptions, or consumers."""
+        return self._ask(lambda value: list(value["channels"]), "GET", "/channels")
+
+    def infos(self) -> list[dict[str, Any]]:
+        """What there is to know of each channel: a list of `info`."""
+        return self._ask(lambda value: list(value["channels"]), "GET", "/channels", {"info": 1})
+
+    def info(self, channel: str) -> dict[str, Any]:
+        """What there is to know of a channel: its counts, consumers, topics, settings."""
+        return self._ask(dict, "GET", f"/channels/{_quote('channel', channel)}/info")
+
+    def channel_stats(self, channel: str) -> dict[str, int]:
+        """How many messages of a channel are `ready`, and how many `hidden`."""
+        return self._ask(dict, "GET", f"/channels/{_quote('channel', channel)}/stats")
+
+    def topics(self, channel: Optional[str] = None) -> list[str]:
+        """The sorted topics that have subscriptions: of one channel, or of all."""
+        path = "/topics" if channel is None else f"/channels/{_quote('channel', channel)}/topics"
+        return self._ask(lambda value: list(value["topics"]), "GET", path)
+
+    def subscribers(self, topic: str) -> list[str]:
+        """The sorted channels that are subscribed to a topic."""
+        path = f"/topics/{_quote('topic', topic)}/channels"
+        return self._ask(lambda value: list(value["channels"]), "GET", path)
+
+    def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
+        """Subscribes a channel to a topic: copies get `parameters`; replaces what was there."""
+        path = f"/channels/{_quote('channel', channel)}/topics/{_quote('topic', topic)}"
+        self._call("PUT", path, _texts(MESSAGE_PARAMETERS, parameters))
+
+    def unsubscribe(self, channel: str, topic: str) -> None:
+        """Ends a subscription; it is no error if there is none."""
+        path = f"/channels/{_quote('channel', channel)}/topics/{_quote('topic', topic)}"
+        self._call("DELETE", path)
+
+    def settings(self, channel: str) -> dict[str, Any]:
+        """The settings of a channel: those that are set."""
+        return self._ask(dict, "GET", f"/channels/{_quote('channel', channel)}/settings")
+
+    def set_settings(self, channel: str, **parameters: object) -> None:
+        """Sets what holds for messages posted to a channel that do not say otherwise, and its
+        own `hlm`; replaces what was set."""
+        path = f"/channels/{_quote('channel', channel)}/settings"
+        self._call("PUT", path, _texts(CHANNEL_PARAMETERS, parameters))
+
+    def clear_settings(self, channel: str) -> None:
+        """Clears the settings of a channel; it is no error if there are none."""
+        self._call("DELETE", f"/channels/{_quote('channel', channel)}/settings")
+
+    def pause(self, channel: str, seconds: Optional[int] = None) -> None:
+        """Lets nobody take messages of a channel until `resume`, or for some seconds."""
+        self._call("PUT", f"/channels/{_quote('channel', channel)}/pause", {"for": seconds})
+
+    def resume(self, channel: str) -> None:
+        """Ends a pause; it is no error if there is none."""
+        self._call("DELETE", f"/channels/{_quote('channel', channel)}/pause")
+
+    # -- looking
+
+    def look(self, id: int) -> tuple[Message, str]:
+        """A message and its state (of `STATES`), without taking it; `NotFound`."""
+        _, headers, body = self._call("GET", f"/messages/{id}")
+        return self._understand(lambda: parse_headers(headers, body))
+
+    def list_messages(
+        self,
+        channel: str,
+        state: Optional[str] = None,
+        n: int = 50,
+        after: Optional[int] = None,
+    ) -> list[tuple[Message, str]]:
+        """Up to `n` messages of a channel and their states, those after the message `after`.
+
+        In the order of delivery for the state `ready`, else by id.  Bodies are cut to MAX_CUT
+        bytes, or a character less.
+        """
+        path = f"/channels/{_quote('channel', channel)}/messages"
+        query = {"state": state, "n": n, "after": after}
+        return self._ask(
+            lambda value: [(parse_message(item), item["state"]) for item in value],
+            "GET", path, query,
+        )  # fmt: skip
+
+    def dump(self, channels: Optional[Iterable[str]] = None) -> Iterator[dict[str, Any]]:
+        """The messages of some channels, or of all, as records for JSON and for `load`.
+
+        By channel and id.  A record has `channel`, `type`, `body` (`encoding` is base64 where it
+        is not text) and those parameters that are not the default; `delay` and `linger` are what
+        is left of them.  A message in flight is dumped as if it was ready.  Nothing is taken.
+        """
+        for channel in self.channels() if channels is None else channels:
+            path = f"/channels/{_quote('channel', channel)}/messages"
+            after: Optional[int] = None
+            while True:
+                query = {"n": MAX_BATCH, "after": after, "whole": 1}
+                page = self._ask(list, "GET", path, query)
+                yield from map(dumped_record, page)
+                if not page:
+                    break
+                after = page[-1]["id"]
+
+    def load(self, records: Iterable[Mapping[str, Any]]) -> int:
+        """Posts what `dump` gave, in order; how many messages.  Their ids are new.
+
+        They are posted in batches, each all or none, that are sent again if they have to be.
+        """
+        count = 0
+        for channel, items in in_batches(records):
+            path = f"/channels/{_quote('channel', channel)}/batch"
+            body = b"[" + b",".join(items) + b"]"
+            count += self._add(
+                lambda value: len(value["ids"]), path, body, "application/json", True, {}
+            )
+        return count
+
+    # -- workers
+
+    def work(
+        self,
+        channels: Channels,
+        function: Callable[[Message], object],
+        threads: int = 1,
+        wait: Optional[int] = None,
+        timeout: Optional[int] = None,
+        delay: int = FAILURE_DELAY,
+        stop: Optional[threading.Event] = None,
+    ) -> None:
+        """Calls a function with each message, in `threads` threads, until it is told to stop.
+
+        When the function returns the message is deleted.  When it raises, the message is released
+        with the traceback as the reason, for its backoff or else after `delay` seconds.  The
+        function may itself delete, release or reject it, through this client.  While it runs the
+        message is touched in time.  The server may restart meanwhile.
+
+        `stop` being set, or SIGTERM or SIGINT if this is the main thread, ends it after the
+        messages in hand.  What another try cannot mend (`Denied`, a malformed name) is raised.
+        """
+        stop = stop or threading.Event()
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with contextlib.closing(_Loop(self, channels, wait, timeout, stop)) as loop:
+                    while (message := loop.next()) is not None:
+                        loop.call(function, message, delay)
+            except BaseException as error:
+                failures.append(error)
+                stop.set()
+
+        workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
+        with _stopping_on_signals(stop):
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        if failures:
+            raise failures[0]
+
+    def consume(
+        self,
+        channels: Channels,
+        wait: Optional[int] = None,
+        timeout: Optional[int] = None,
+        stop: Optional[threading.Event] = None,
+    ) -> Iterator[Message]:
+        """The messages of channels, one after the other, for a `for` loop.
+
+        A message is done, and deleted, when the next one is asked for; if the loop is left with
+        `break` or an exception, the message in hand is released.  The body of the loop may itself
+        delete, release or reject it, through this client.  While it runs the message is touched
+        in time.  The server may restart meanwhile.  Ends after the message in hand once `stop`
+        is set.
+        """
+        with contextlib.closing(
+            _Loop(self, channels, wait, timeout, stop or threading.Event())
+        ) as loop:
+            while (message := loop.next()) is not None:
+                try:
+                    yield message
+                except GeneratorExit:
+                    loop.release("the loop was left before the message was done")
+                    raise
+
+    # -- calls
+
+    def _ask(self, shape: Callable[[Any], T], *call: Any, **options: Any) -> T:
+        """Makes a call; the shape of the JSON that answers it."""
+        _, _, text = self._call(*call, **options)
+        return self._understand(lambda: shape(json.loads(text or b"null")))
+
+    def _understand(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise LingerError(f"{self.url} does not answer as Linger does", 502) from error
+
+    def _add(
+        self,
+        shape: Callable[[Any], T],
+        path: str,
+        body: bytes,
+        type: str,
+        retry: bool,
+        query: dict[str, object],
+    ) -> T:
+        """Posts something: with a dedup key it may be sent again."""
+        if retry:
+            query.setdefault("dedup", uuid.uuid4().hex)
+        call = functools.partial(
+            self._ask, shape, "POST", path, query, body, type, repeatable="dedup" in query
+        )
+        return self._insist(call) if retry else call()
+
+    def _settle(
+        self,
+        method: str,
+        verb: str,
+        message: Union[Message, int],
+        lease: Optional[int],
+        done: Sequence[int],
+        reason: str = "",
+        query: Optional[dict[str, object]] = None,
+    ) -> None:
+        """Ends a delivery, for good if it is one that a loop of ours has in hand.
+
+        It is sent again only for a lease, which counts once, or to delete.
+        """
+        id, lease = _delivery(message, lease)
+        self._call(
+            method, f"/messages/{id}{verb}", {**(query or {}), "lease": lease},
+            encode_text(reason), DEFAULT_TYPE,
+            repeatable=lease is not None or method == "DELETE", done=done,
+        )  # fmt: skip
+        settled = [d for d in self._in_hand.copy() if d[0] == id and lease in (None, d[1])]
+        self._in_hand.difference_update(settled)
+
+    def _insist(self, call: Callable[[], T]) -> T:
+        """Calls until it is answered, for up to `timeout` seconds: over a restart of the server."""
+        deadline = time.monotonic() + self.timeout
+        for pause in _pauses():
+            try:
+                return call()
+            except LingerError as error:
+                if error.status not in PASSING or self._closed:
+                    raise
+                if time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+        raise AssertionError("pauses do not end")
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        query: Optional[Mapping[str, object]] = None,
+        body: bytes = b"",
+        type: str = "",
+        *,
+        wait: float = 0,
+        repeatable: bool = True,
+        done: Sequence[int] = (),
+        into: Optional[BinaryIO] = None,
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Makes a call: the status, headers and body of its answer, or the error that it is.
+
+        If the connection breaks, a `repeatable` one is made once more; then an answer among `done`
+        tells that the first one was done.  `into` gets the body of a good answer.
+        """
+        request = self._request(method, path, query, body, type)
+        line = self._line()
+        lost = False
+        while True:
+            line.open()
+            try:
+                status, headers, text = line.exchange(method, request, self.timeout + wait, into)
+                break
+            except socket.timeout as error:
+                line.close()
+                raise Unavailable(f"{self.url} did not answer in time") from error
+            except (OSError, http.client.HTTPException) as error:
+                line.close()
+                if lost or self._closed or not repeatable:
+                    raise Unavailable(
+                        f"lost the connection to {self.url} before its answer came: {error or '?'}"
+                    ) from error
+                lost = True
+        if status < 300 or (lost and status in done):
+            return status, headers, text
+        raise _error_of(self.url, status, text)
+
+    def _request(
+        self, method: str, path: str, query: Optional[Mapping[str, object]], body: bytes, type: str
+    ) -> bytes:
+        """A whole request, to be sent at once."""
+        given = {name: value for name, value in (query or {}).items() if value is not None}
+        if given:
+            path += "?" + urllib.parse.urlencode(given)
+        head = f"{method} {path} HTTP/1.1\r\n{self._head}"
+        if body:
+            head += f"Content-Type: {type}\r\n"
+        if body or method == "POST":
+            head += f"Content-Length: {len(body)}\r\n"
+        return head.encode("latin-1") + b"\r\n" + body
+
+    def _line(self) -> _Line:
+        """This thread's line, in this process: a fork must not talk on its parent's."""
+        if self._closed:
+            raise Unavailable("the client is closed")
+        line: Optional[_Line] = getattr(self._own, "line", None)
+        if line is None or line.process != os.getpid():
+            line = self._own.line = _Line(self.url, self._make)
+            self._lines.add(line)
+        return line
+
+
+class _Line:
+    """A thread's connection: opened when it is needed, kept until it fails or the thread ends."""
+
+    def __init__(self, url: str, make: Callable[[], http.client.HTTPConnection]) -> None:
+        self.process = os.getpid()
+        self._url = url
+        self._make = make
+        self._connection: Optional[http.client.HTTPConnection] = None
+        self._used = 0.0
+
+    def open(self) -> None:
+        """Connects, unless there is a connection that the server has not closed."""
+        if self._connection is not None:
+            poller = select.poll()
+            poller.register(self._connection.sock, select.POLLIN | GONE)
+            if time.monotonic() - self._used < KEPT_TIMEOUT and not poller.poll(0):
+                return
+            self.close()
+        connection = self._make()
+        try:
+            connection.connect()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise Unavailable(f"cannot connect to {self._url}: {error}") from error
+        self._connection = connection
+
+    def exchange(
+        self, method: str, request: bytes, timeout: float, into: Optional[BinaryIO]
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Sends a request and receives its answer; OSError or HTTPException if that fails."""
+        connection = self._connection
+        if connection is None:
+            raise ConnectionAbortedError("it was closed")
+        connection.sock.settimeout(timeout)
+        connection.sock.sendall(request)
+        answer = http.client.HTTPResponse(connection.sock, method=method)
+        try:
+            answer.begin()
+            text = _read_answer(answer, into)
+        finally:
+            answer.close()
+        self._used = time.monotonic()
+        if answer.will_close:
+            self.close()
+        return answer.status, answer.headers, text
+
+    def hang_up(self) -> None:
+        """Tells the server that this end has nothing more to say: a wait ends, its answer comes."""
+        self._shut(socket.SHUT_WR)
+
+    def break_off(self) -> None:
+        """Ends what another thread waits for."""
+        self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, how: int) -> None:
+        connection = self._connection
+        if connection is not None and connection.sock is not None and self.process == os.getpid():
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection.sock, how)  # TLS or not
+
+    def close(self) -> None:
+        """Closes the connection, if there is one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Loop:
+    """Takes messages one after the other; each is done when the next is taken.
+
+    A thread of its own, the keeper, touches the message in hand before its timeout, and ends the
+    wait for the next one when `stop` is set.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        channels: Channels,
+        wait: Optional[int],
+        timeout: Optional[int],
+        stop: threading.Event,
+    ) -> None:
+        self._client = client
+        self._take = functools.partial(client.get, channels, wait, timeout)
+        self._stop = stop
+        self._hand: Optional[tuple[Message, float]] = None  # a message, and when it came
+        self._waiting: Optional[_Line] = None  # the line on which the next one is waited for
+        self._closed = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="linger-keeper", daemon=True)
+        self._keeper.start()
+
+    def next(self) -> Optional[Message]:
+        """Deletes the message in hand, unless it is settled, and takes the next one.
+
+        None when it is time to stop.  What the server cannot do now is tried again; a message
+        that is gone, or was delivered again meanwhile, needs no deletion.
+        """
+        pauses = _pauses()
+        while not self._stop.is_set():
+            done = self._unsettled()
+            try:
+                message = self._await_next(done)
+            except LingerError as error:
+                if done is not None and isinstance(error, (NotFound, Conflict)):
+                    self._hold(None)
+                elif error.status < 500 or self._client._closed:
+                    raise
+                else:
+                    self._stop.wait(next(pauses))
+                continue
+            self._hold(message)
+            pauses = _pauses()
+            if message is not None:
+                return message
+        done = self._unsettled()
+        if done is not None:
+            self._settle(functools.partial(self._client.delete, done))
+        return None
+
+    def call(self, function: Callable[[Message], object], message: Message, delay: int) -> None:
+        """Calls a function with the message in hand; if it raises, releases the message."""
+        try:
+            function(message)
+        except BaseException as error:
+            self.release(traceback.format_exc(), None if message.backoff else delay)
+            if not isinstance(error, Exception):
+                raise
+
+    def release(self, reason: str, delay: Optional[int] = None) -> None:
+        """Gives the message in hand back, unless it is settled."""
+        message = self._unsettled()
+        if message is not None:
+            kept = reason.encode("utf-8", "replace")[-MAX_REASON:].decode("utf-8", "ignore")
+            self._settle(functools.partial(self._client.release, message, delay, kept))
+
+    def close(self) -> None:
+        """Ends the keeper."""
+        self._hold(None)
+        self._closed.set()
+        self._keeper.join()
+
+    def _unsettled(self) -> Optional[Message]:
+        """The message in hand, unless who works on it has deleted, released or rejected it."""
+        hand = self._hand
+        if hand is not None and _delivery(hand[0]) in self._client._in_hand:
+            return hand[0]
+        return None
+
+    def _hold(self, message: Optional[Message]) -> None:
+        if self._hand is not None:
+            self._client._in_hand.discard(_delivery(self._hand[0]))
+        if message is not None:
+            self._client._in_hand.add(_delivery(message))
+        self._hand = None if message is None else (message, time.monotonic())
+
+    def _await_next(self, done: Optional[Message]) -> Optional[Message]:
+        self._waiting = self._client._line()
+        try:
+            return self._take(ack=done)
+        finally:
+            self._waiting = None
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        """Ends the delivery in hand; if that fails the message comes back after its timeout."""
+        with contextlib.suppress(LingerError):
+            self._client._insist(settle)
+        self._hold(None)
+
+    def _keep(self) -> None:
+        hand, due = None, 0.0
+        while not self._closed.wait(LOOK_INTERVAL):
+            waiting = self._waiting
+            if waiting is not None and self._stop.is_set():
+                waiting.hang_up()
+            if hand is not self._hand:
+                hand = self._hand
+                due = hand[1] + hand[0].timeout / TOUCHES if hand else 0.0
+            if hand and due <= time.monotonic() and self._unsettled():
+                due = time.monotonic() + self._touch(hand[0])
+
+    def _touch(self, message: Message) -> float:
+        """Touches a message; the seconds until it should be touched again."""
+        try:
+            self._client.touch(message, message.timeout)
+        except (NotFound, Conflict):
+            return float("inf")  # it is done, or another's now
+        except LingerError:
+            return 0.0
+        return message.timeout / TOUCHES
+
+
+@contextlib.contextmanager
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """While it lasts SIGTERM and SIGINT set `stop`, and only the second does what it did before.
+
+    Only in the main thread: no other may set what a signal does.
+    """
+    before: dict[int, Any] = {}
+
+    def set(*_: object) -> None:
+        stop.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, set)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait before something is tried again: longer and longer."""
+    pause = FIRST_PAUSE
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _split_url(url: str) -> tuple[str, str, str, Optional[int]]:
+    """Scheme, host with port, host and port of a server's URL."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urllib.parse.urlsplit(""), None
+    scheme, place, *rest = parts
+    if scheme not in ("http", "https") or any(rest) or not AUTHORITY.fullmatch(place):
+        raise Malformed(f"a server's URL must be as {DEFAULT_URL} or https://host, not {url}")
+    return scheme, place, parts.hostname or "", port
+
+
+def _read_answer(answer: http.client.HTTPResponse, into: Optional[BinaryIO]) -> bytes:
+    """The body of an answer, whole; that of a good one goes `into` a file, if there is one."""
+    if into is not None and answer.status == 200:
+        shutil.copyfileobj(answer, into)
+        if answer.length:
+            raise http.client.IncompleteRead(b"", answer.length)
+        return b""
+    if answer.length is None:
+        text = answer.read(MAX_ANSWER + 1)
+    elif answer.length <= MAX_ANSWER:
+        text = answer.read()
+    if answer.length or len(text) > MAX_ANSWER:
+        raise LingerError(f"the answer has more than {MAX_ANSWER} bytes", 502)
+    return text
+
+
+def _error_of(url: str, status: int, text: bytes) -> LingerError:
+    """The error that an answer tells."""
+    value = None
+    with contextlib.suppress(ValueError):
+        value = json.loads(text)
+    if not isinstance(value, dict) or not isinstance(value.get("error"), str):
+        value = {"error": f"{url} answers {status}, and not as Linger does"}
+    error = ERRORS.get(403 if status == 401 else status, LingerError)(value["error"], status)
+    if isinstance(value.get("index"), int):
+        error.index = value["index"]
+    return error
+
+
+def _delivery(
+    message: Union[Message, int], lease: Optional[int] = None
+) -> tuple[int, Optional[int]]:
+    """The id and lease that are meant: those of the message, or an id and the lease beside it."""
+    if isinstance(message, Message):
+        return message.id, message.lease if lease is None else lease
+    return message, lease
+
+
+def _quote(kind: str, name: str) -> str:
+    """The name of a channel or topic (`kind`) for a path."""
+    return urllib.parse.quote(check_name(kind, name), safe="")
+
+
+def _texts(table: Sequence[Parameter], given: Mapping[str, object]) -> dict[str, object]:
+    """The parameters that are given, as HTTP names them; `Malformed` for one that is not right."""
+    named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    unknown = named.keys() - {p.name for p in table}
+    if unknown:
+        names = ", ".join(p.name.replace("-", "_") for p in table)
+        raise Malformed(f"there is no parameter {min(unknown)} here, but {names}")
+    check_parameters(named, table)
+    return named
+
+
+def encode_text(text: str) -> bytes:
+    """A text in UTF-8; `Malformed` if it has half a character."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Malformed("the text must be Unicode, without surrogates") from None
+
+
+def encode_message(body: object, type: Optional[str] = None) -> tuple[bytes, str]:
+    """The bytes and type of a message: bytes and str are text/plain, anything else is JSON."""
+    if type is not None and not HEADER_VALUE.fullmatch(type):
+        raise Malformed("type must be a text fit for a header")
+    if isinstance(body, (bytes, bytearray, memoryview)):
+        return bytes(body), type or DEFAULT_TYPE
+    if isinstance(body, str):
+        return encode_text(body), type or DEFAULT_TYPE
+    return encode_text(TO_JSON(body)), type or "application/json"
+
+
+def encode_item(table: Sequence[Parameter], item: Item) -> dict[str, object]:
+    """A message of a batch, a body or `(body, type, parameters)`, as an object for JSON."""
+    body, type, parameters = item if isinstance(item, tuple) else (item, None, {})
+    data, type = encode_message(body, type)
+    return {**_texts(table, parameters), **body_object(data), "type": type}
+
+
+def encode_batch(items: Iterable[Item], table: Sequence[Parameter]) -> bytes:
+    """A batch in JSON; the error of a bad item tells its index."""
+    return encode_text(TO_JSON(_each(list(items), functools.partial(encode_item, table))))
+
+
+def parse_message(item: Mapping[str, Any]) -> Message:
+    """The message that an object of JSON is."""
+    fields = {name.replace("-", "_"): value for name, value in item.items()}
+    body = fields["body"]
+    fields["body"] = base64.b64decode(body) if "encoding" in fields else body.encode("utf-8")
+    return Message(**{name: fields[name] for name in Message._fields if name in fields})
+
+
+def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Message, str]:
+    """The message, and its state, that an answer with its headers is."""
+    fields: dict[str, Any] = {"type": headers["content-type"], "body": body}
+    for name in Message._fields:
+        value = headers.get("x-linger-" + ("msg-id" if name == "id" else name.replace("_", "-")))
+        if value is not None:
+            fields[name] = int(value) if name in NUMBERS else decode_header(name, value)
+    return Message(**fields), headers["x-linger-state"]
+
+
+def decode_header(name: str, value: str) -> str:
+    """A text of a header: `error` is always encoded, others only if not of visible ASCII."""
+    text = urllib.parse.unquote(value)
+    return value if name != "error" and VISIBLE.fullmatch(text) else text
+
+
+def dumped_record(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a listed message, to be posted again: what is not as by default."""
+    record = dict(item)
+    if record["linger"]:
+        record["linger"] = max(record["linger"] - record["received"], 1)
+        record["delay"] = min(record.get("delay", 0), record["linger"] - 1)
+    kept = {p.name: record.get(p.name, p.default) for p in ALL_PARAMETERS}
+    changed = {name: value for name, value in kept.items() if value != DEFAULTS[name]}
+    names = ("channel", "type", "body", "encoding")
+    return {**{name: record[name] for name in names if name in record}, **changed}
+
+
+def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[bytes]]]:
+    """Dumped records as items of JSON, in as many as a batch may have, with their channel."""
+    channel, items, size = "", list[bytes](), 0
+    for record in records:
+        item = encode_text(TO_JSON({n: v for n, v in record.items() if n != "channel"}))
+        full = len(items) == MAX_BATCH or size + len(item) > MAX_BATCH_BYTES
+        if items and (full or channel != record["channel"]):
+            yield channel, items
+            items, size = [], 0
+        channel = record["channel"]
+        items.append(item)
+        size += len(item) + 2
+    if items:
+        yield channel, items
 
 
 # ---------------------------------------------------------------------------------------------

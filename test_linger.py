@@ -561,7 +561,7 @@ class DeliveryTest(BrokerTest):
         self.clock.now += 2
         self.assertEqual(
             self.broker.get("q"),
-            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", ""),
+            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", "", "", 0, ""),
         )
 
     def test_an_empty_channel_gives_none(self):
@@ -796,11 +796,51 @@ class TopicTest(BrokerTest):
         self.assertEqual(dropped, [])
         self.assertEqual(
             self.broker.get("a"),
-            (published["a"], "a", 4, 5, 6, 1, 0, 7, "t", 1, "text/x", b"news", "", "", "", ""),
+            (
+                published["a"],
+                "a",
+                4,
+                5,
+                6,
+                1,
+                0,
+                7,
+                "t",
+                1,
+                "text/x",
+                b"news",
+                "",
+                "",
+                "",
+                "",
+                "",
+                0,
+                "",
+            ),
         )
         self.assertEqual(
             self.broker.get("b"),
-            (published["b"], "b", 0, 30, 0, 1, 0, 0, "t", 1, "text/x", b"news", "", "", "", ""),
+            (
+                published["b"],
+                "b",
+                0,
+                30,
+                0,
+                1,
+                0,
+                0,
+                "t",
+                1,
+                "text/x",
+                b"news",
+                "",
+                "",
+                "",
+                "",
+                "",
+                0,
+                "",
+            ),
         )
 
     def test_nobody_subscribed_gives_nothing(self):
