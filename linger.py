@@ -16,6 +16,7 @@ The file reads downwards: a section uses only what stands above it.
     SQL           the schema and every statement
     Store         runs operations on SQLite, many in one transaction
     Broker        the rules of queue and pub-sub; who waits for what
+    Access        tokens and their rights; which web pages may come
     Routes        every call of the HTTP API
     Handler       bytes in, call the broker, bytes out
     Server        connections, threads, start and stop
@@ -34,9 +35,12 @@ import contextlib
 import email.utils
 import errno
 import fcntl
+import fnmatch
 import functools
+import hashlib
 import http
 import http.client
+import ipaddress
 import itertools
 import json
 import os
@@ -56,6 +60,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import uuid
 import weakref
@@ -65,6 +70,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, Type
 
 __version__ = "2.0.0"
 __all__ = [
+    "Access",
     "Broker",
     "Client",
     "Conflict",
@@ -135,6 +141,16 @@ BACKLOG = 1_024  # connections that the kernel may hold until they are accepted
 SWITCH_INTERVAL = 1.0  # seconds that a thread may compute while others wait
 STACK_SIZE = 256 * 1024  # bytes of stack for a thread of the command-line server
 SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard streams and refusals
+
+MAX_TOKEN = 1_024  # characters of a token
+MAX_TOKENS_FILE = 4_194_304  # characters of a file of tokens: some ten thousand of them
+MAX_PATTERNS = 100  # patterns of a token, each tried for each name
+FREE_GUESSES = 10  # wrong tokens that an address may show
+GUESS_TIME = 60.0  # within so many seconds; the answer to each further one
+GUESS_DELAY = 1.0  # comes so many seconds late,
+MAX_LATE = 32  # to as many at a time: each has a thread that waits; others get 429
+MAX_GUESSERS = 4_096  # addresses whose wrong tokens are counted
+PREFLIGHT_AGE = 600  # seconds for which a browser may remember what a web page may do
 
 HEAD_ROOM = 32 * 1024 * 1024  # bytes kept free on the disk so that takes and deletes still work,
 HEAD_ROOM_SHARE = 10  # but no more than one part in this many of a small disk
@@ -946,8 +962,15 @@ where id = :id and lease = :lease and held = 1
 
 # -- the end of a delivery
 
+# Where :within is given, only if the message is in that channel: then its id alone is not enough.
 MESSAGE_HOLDING = """
 select lease, held, channel
+from messages
+where id = :id and channel = coalesce(:within, channel)
+"""
+
+CHANNEL_OF_MESSAGE = """
+select id, channel
 from messages
 where id = :id
 """
@@ -962,6 +985,7 @@ TOUCH_MESSAGE = """
 update messages
 set state = 1, due = :now + coalesce(:timeout, timeout)
 where id = :id and held = 1 and lease = coalesce(:lease, lease)
+    and channel = coalesce(:within, channel)
 """
 
 DELETE_MESSAGE = """
@@ -971,7 +995,7 @@ where id = :id
 
 DELETE_LEASED = """
 delete from messages
-where id = :id and lease = coalesce(:lease, lease)
+where id = :id and lease = coalesce(:lease, lease) and channel = coalesce(:within, channel)
 """
 
 # The n-th step of a backoff is in its n-th 10 characters, the last one repeats.
@@ -985,20 +1009,20 @@ set held = 0,
     due = :now + coalesce(:delay, cast(substr(backoff, 10 * min(max(delivered, 1),
         length(backoff) / 10) - 9, 10) as integer))
 where id = :id and held = 1 and lease = coalesce(:lease, lease)
-    and (deliver = 0 or delivered < deliver)
+    and channel = coalesce(:within, channel) and (deliver = 0 or delivered < deliver)
 """
 
 REJECT_USED_UP = """
 update messages
 set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
 where id = :id and held = 1 and lease = coalesce(:lease, lease)
-    and deliver > 0 and delivered >= deliver
+    and channel = coalesce(:within, channel) and deliver > 0 and delivered >= deliver
 """
 
 REJECT_MESSAGE = """
 update messages
 set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
-where id = :id and lease = coalesce(:lease, lease)
+where id = :id and lease = coalesce(:lease, lease) and channel = coalesce(:within, channel)
 """
 
 # GIVE_UP: what is in state 3 goes to its dead channel, if that is another one, or away.
@@ -2265,16 +2289,17 @@ class Broker:
         wait: float = 0,
         ack: Optional[int] = None,
         lease: Optional[int] = None,
+        within: Optional[str] = None,
     ) -> list[Message]:
         """Takes messages for a waiter, who waits up to `wait` seconds; none if none came.
 
-        `ack`, with its `lease`, deletes that message in the same transaction; if that cannot be
-        done nothing is taken, and it raises as `delete` does.
+        `ack`, with its `lease` and `within`, deletes that message in the same transaction; if that
+        cannot be done nothing is taken, and it raises as `delete` does.
         """
         self._settle_due()
         deadline = self._clock.monotonic() + wait
         waiter.ended = wait <= 0
-        waiter.operation = self._take_for(waiter, ack, lease)
+        waiter.operation = self._take_for(waiter, ack, lease, within)
         self._store.submit(waiter.operation)
         while waiter.operation is not None:
             operation = waiter.operation
@@ -2309,7 +2334,11 @@ class Broker:
                 self.undo_take(waiter, [_message_of(row) for row in rows])
 
     def _take_for(
-        self, waiter: Waiter, ack: Optional[int] = None, lease: Optional[int] = None
+        self,
+        waiter: Waiter,
+        ack: Optional[int] = None,
+        lease: Optional[int] = None,
+        within: Optional[str] = None,
     ) -> Operation:
         channels, n = waiter.channels, waiter.n
         parameters = {
@@ -2321,7 +2350,7 @@ class Broker:
             parameters.update(channels="\n".join(channels), n=n, most=MAX_BATCH_BYTES)
         if ack is not None:
             statements = ACKNOWLEDGE + statements
-            parameters.update(id=ack, lease=lease)
+            parameters.update(id=ack, lease=lease, within=within)
         return Operation(statements, parameters, functools.partial(self._taken, waiter))
 
     def _taken(self, waiter: Waiter, operation: Operation) -> None:
@@ -2373,11 +2402,18 @@ class Broker:
 
     # -- the end of a delivery
 
-    def touch(self, id: int, lease: Optional[int] = None, timeout: Optional[int] = None) -> None:
+    def touch(
+        self,
+        id: int,
+        lease: Optional[int] = None,
+        timeout: Optional[int] = None,
+        within: Optional[str] = None,
+    ) -> None:
         """Starts the visibility timeout of a message in flight anew, from now.
 
         `timeout`: seconds for this delivery, in place of the message's own.  With `lease`, only
-        if that delivery is the latest.  `NotFound`, or `Conflict` when it is not in flight or the
+        if that delivery is the latest; for a message that is not in the channel `within`, if that
+        is given, as if there were none.  `NotFound`, or `Conflict` when it is not in flight or the
         lease has been overtaken.
         """
 
@@ -2386,28 +2422,36 @@ class Broker:
                 self.counters["msg-touch"] += 1
                 self._expect(operation.results[2][0][1])
 
-        parameters = {"id": id, "lease": lease, "timeout": timeout, "now": self.now()}
-        holding, (changed, _), _ = self._run(TOUCH, parameters, touched)
+        parameters = {"id": id, "lease": lease, "timeout": timeout, "within": within}
+        holding, (changed, _), _ = self._run(TOUCH, {**parameters, "now": self.now()}, touched)
         if not changed:
             _refuse(id, lease, holding, "touched")
 
-    def delete(self, id: int, lease: Optional[int] = None) -> None:
-        """Deletes a message; with `lease`, only if that delivery is the latest."""
+    def delete(self, id: int, lease: Optional[int] = None, within: Optional[str] = None) -> None:
+        """Deletes a message; `lease` and `within` as for `touch`."""
 
-        statements = (DELETE_MESSAGE,) if lease is None else ACKNOWLEDGE
-        results = self._run(statements, {"id": id, "lease": lease}, self._deleted)
+        statements = (DELETE_MESSAGE,) if lease is None and within is None else ACKNOWLEDGE
+        parameters = {"id": id, "lease": lease, "within": within}
+        results = self._run(statements, parameters, self._deleted)
         if not results[-1][0]:
-            _refuse(id, lease, results[0] if lease is not None else [], "deleted")
+            _refuse(id, lease, results[0] if len(results) > 1 else [], "deleted")
 
     def _deleted(self, operation: Operation) -> None:
         self.counters["msg-delete"] += operation.results[-1][0]
 
     def delete_batch(
-        self, messages: Sequence[tuple[int, Optional[int]]]
+        self,
+        messages: Sequence[tuple[int, Optional[int]]],
+        within: Mapping[int, Optional[str]] = types.MappingProxyType({}),
     ) -> tuple[list[int], list[int], list[int]]:
-        """Deletes messages (id, lease or None); the ids deleted, in conflict, and missing."""
+        """Deletes messages (id, lease or None); the ids deleted, in conflict, and missing.
+
+        `within` may tell for an id the channel in which the message must be.
+        """
         wanted = dict(messages)
-        rows = [{"id": id, "lease": lease} for id, lease in wanted.items()]
+        rows = [
+            {"id": id, "lease": lease, "within": within.get(id)} for id, lease in wanted.items()
+        ]
 
         statements = [MESSAGE_HOLDING] * len(rows) + [DELETE_LEASED]
         results = self._run(statements, [*rows, rows], self._deleted)
@@ -2423,6 +2467,7 @@ class Broker:
         lease: Optional[int] = None,
         delay: Optional[int] = None,
         reason: str = "",
+        within: Optional[str] = None,
     ) -> None:
         """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
 
@@ -2446,12 +2491,18 @@ class Broker:
                 else:
                     self._call(holding[0][2], 1)
 
-        parameters = {"id": id, "lease": lease, "delay": delay, "reason": _check_reason(reason)}
-        results = self._run(RELEASE, {**parameters, "now": now}, released)
+        parameters = {"id": id, "lease": lease, "within": within, "delay": delay, "now": now}
+        results = self._run(RELEASE, {**parameters, "reason": _check_reason(reason)}, released)
         if not (results[1][0] or results[2][0]):
             _refuse(id, lease, results[0], "released")
 
-    def reject(self, id: int, lease: Optional[int] = None, reason: str = "") -> None:
+    def reject(
+        self,
+        id: int,
+        lease: Optional[int] = None,
+        reason: str = "",
+        within: Optional[str] = None,
+    ) -> None:
         """Gives a message up: it goes to its dead channel, or away.  Raises as `delete` does."""
 
         def rejected(operation: Operation) -> None:
@@ -2459,8 +2510,9 @@ class Broker:
             self.counters["msg-reject"] += changed
             self._given_up(dead, removed)
 
-        parameters = {"id": id, "lease": lease, "reason": _check_reason(reason)}
-        holding, (changed, _), *_ = self._run(REJECT, {**parameters, "now": self.now()}, rejected)
+        parameters = {"id": id, "lease": lease, "within": within, "now": self.now()}
+        parameters["reason"] = _check_reason(reason)
+        holding, (changed, _), *_ = self._run(REJECT, parameters, rejected)
         if not changed:
             _refuse(id, lease, holding, "rejected")
 
@@ -2594,6 +2646,12 @@ class Broker:
         return [channel for (channel,) in rows]
 
     # -- looking
+
+    def channels_of(self, ids: Sequence[int]) -> dict[int, str]:
+        """The channel of each message that there is, by its id."""
+        statements = [CHANNEL_OF_MESSAGE] * len(ids)
+        results = self._store.run(Operation(statements, [{"id": id} for id in ids]))
+        return {id: channel for rows in results for id, channel in rows}
 
     def look(self, id: int) -> tuple[Message, str]:
         """A message and its state (of `STATES`), without taking it; `NotFound`."""
@@ -2975,54 +3033,340 @@ def _refuse(
 
 
 # ---------------------------------------------------------------------------------------------
+# Access: who may do what, and which web pages may come.  Knows a request by its headers and the
+# address that it comes from; nothing of sockets, paths or messages.
+# ---------------------------------------------------------------------------------------------
+
+READ, WRITE, ADMIN = "read", "write", "admin"
+RIGHTS = (READ, WRITE, ADMIN)
+ANYBODY = ""  # the right to what needs no token,
+ANY_TOKEN = "any token"  # and to what needs no more than one
+
+CHALLENGE = (
+    'WWW-Authenticate: Bearer realm="Linger"\r\n'
+    'WWW-Authenticate: Basic realm="Linger", charset="UTF-8"\r\n'
+)
+PREFLIGHT = (
+    "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE\r\n"
+    "Access-Control-Allow-Headers: Authorization, Content-Type, Idempotency-Key\r\n"
+    f"Access-Control-Max-Age: {PREFLIGHT_AGE}\r\n"
+)
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+HOST_NAME = re.compile(r"[a-z0-9._-]+")
+
+
+class Grant(NamedTuple):
+    """What a token gives: its rights, and the channels and topics for which they hold."""
+
+    rights: frozenset[str]
+    channels: Optional[tuple[re.Pattern[str], ...]] = None  # None: all; then all topics, too
+    topics: Optional[tuple[re.Pattern[str], ...]] = None
+
+    def covers(self, kind: str, name: str) -> bool:
+        """Whether it holds for one of the `channels` or `topics` (`kind`)."""
+        patterns = self.topics if kind == "topics" else self.channels
+        return patterns is None or any(pattern.match(name) for pattern in patterns)
+
+    def visible(self, kind: str, names: Iterable[str]) -> list[str]:
+        """Those names of channels or topics that a holder of the token may know."""
+        return [name for name in names if self.covers(kind, name)]
+
+    def check_name(self, kind: str, name: str) -> None:
+        """`Denied` if it does not hold for a channel or topic, be there such a one or not."""
+        if not self.covers(kind, name):
+            raise Denied(f"this name is not among the {kind} for which the token has rights")
+
+
+NOBODY = Grant(frozenset((ANYBODY,)), (), ())
+FULL = Grant(frozenset((ANYBODY, ANY_TOKEN, *RIGHTS)))
+
+
+def read_token(text: str) -> bytes:
+    """The SHA-256 of a token that is given as itself, or as `sha256:<hex>`."""
+    kind, _, digest = text.partition(":")
+    if kind == "sha256":
+        if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+            raise Malformed("sha256: must be followed by 64 hexadecimal digits")
+        return bytes.fromhex(digest)
+    if not re.fullmatch(f"[!-~]{{1,{MAX_TOKEN}}}", text):
+        raise Malformed(f"a token must be 1 to {MAX_TOKEN} visible ASCII characters")
+    return hashlib.sha256(text.encode()).digest()
+
+
+def read_grant(rights: str, patterns: Sequence[str]) -> Grant:
+    """What the words behind a token in a file give."""
+    named = frozenset(rights.split(","))
+    if not named.issubset(RIGHTS):
+        raise Malformed(f"the rights must be out of {', '.join(RIGHTS)}, with commas between")
+    if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_NAME for pattern in patterns):
+        raise Malformed(f"at most {MAX_PATTERNS} patterns of {MAX_NAME} characters are taken")
+    if not patterns:
+        return FULL if named.issuperset(RIGHTS) else Grant(named | {ANYBODY, ANY_TOKEN})
+    channels: list[re.Pattern[str]] = []
+    topics: list[re.Pattern[str]] = []
+    for pattern in patterns:
+        kind, colon, rest = pattern.partition(":")
+        of_topics = bool(colon) and kind == "topic"
+        compiled = re.compile(fnmatch.translate(rest if of_topics else pattern))
+        (topics if of_topics else channels).append(compiled)
+    return Grant(named | {ANYBODY, ANY_TOKEN}, tuple(channels), tuple(topics))
+
+
+def read_rules(path: str) -> dict[bytes, Grant]:
+    """What each token in a file gives, by the token's SHA-256.
+
+    A line is `name token rights [pattern ...]`; # comments.  An error tells the line, and nothing
+    that stands in it.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                log(f"linger: {path} is open to others than its owner: chmod 600 {path}")
+            text = file.read(MAX_TOKENS_FILE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise Malformed(f"cannot read {path}: {reason}") from None
+    if len(text) > MAX_TOKENS_FILE:
+        raise Malformed(f"{path} is too long: at most {MAX_TOKENS_FILE} characters are taken")
+    rules: dict[bytes, Grant] = {}
+    names: set[str] = set()
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            _read_rule(re.sub(r"(^|\s)#.*", "", line).split(), rules, names)
+        except Malformed as error:
+            raise Malformed(f"{path}, line {number}: {error}") from None
+    if not rules:
+        raise Malformed(f"{path} has no token in it: nobody could come in")
+    return rules
+
+
+def _read_rule(words: Sequence[str], rules: dict[bytes, Grant], names: set[str]) -> None:
+    if not words:
+        return
+    if len(words) < 3:
+        raise Malformed("it must be `name token rights [pattern ...]`")
+    name, token, rights, *patterns = words
+    digest = read_token(token)
+    if name in names or digest in rules:
+        raise Malformed("its name or its token stands in an earlier line")
+    names.add(name)
+    rules[digest] = read_grant(rights, patterns)
+
+
+def shown_token(authorization: str) -> bytes:
+    """The token in a header Authorization (RFC 6750 2.1, RFC 7617 2); empty if there is none."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip(" ").encode("latin-1")
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(value.strip(" "), validate=True).partition(b":")[2]
+    return b""
+
+
+def _listed(name: str, text: str, form: re.Pattern[str], meaning: str) -> frozenset[str]:
+    items = [item.strip(" ").lower() for item in text.split(",")] if text else []
+    if not all(form.fullmatch(item) for item in items):
+        raise Malformed(f"{name} must be {meaning}, with commas between")
+    return frozenset(items)
+
+
+def read_certificate(cert: str, key: Optional[str]) -> ssl.SSLContext:
+    """The context for TLS of a server with a certificate; `Malformed` if that cannot be used."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(cert, key, password="")  # rather than to ask for it on a terminal
+    except (OSError, ValueError) as error:
+        files = cert if key is None else f"{cert} and {key}"
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise Malformed(f"cannot use the certificate in {files}: {reason}") from None
+    return context
+
+
+class Guesses:
+    """The wrong tokens that were shown, counted by address: too many, and answers come late.
+
+    A right token is never late, also from the same address: there may be others behind it.
+    """
+
+    def __init__(self, clock: Clock = time) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._counts: collections.OrderedDict[str, tuple[float, int]] = collections.OrderedDict()
+        self.late = threading.BoundedSemaphore(MAX_LATE)  # held for each answer that is late
+
+    def note(self, address: str) -> float:
+        """Counts one; the seconds by which its answer must be late."""
+        network = ipaddress.ip_address(address)
+        if isinstance(network, ipaddress.IPv6Address):  # who has one has the whole /64
+            address = str(network.ipv4_mapped or network.exploded[:19])
+        now = self._clock.monotonic()
+        with self._lock:
+            since, count = self._counts.pop(address, (now, 0))
+            if now - since >= GUESS_TIME:
+                since, count = now, 0
+            self._counts[address] = since, count + 1
+            if len(self._counts) > MAX_GUESSERS:
+                self._counts.popitem(last=False)
+        return GUESS_DELAY if count >= FREE_GUESSES else 0.0
+
+
+class Access:
+    """Who may come, and how: tokens with their rights, web pages, names of this host, TLS.
+
+    `rules` (what each token gives, by its SHA-256) and `tls` are replaced as a whole when they
+    are read anew, so that what was derived from them can be kept as long as they are the same.
+    Everything may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        token: Optional[str] = None,
+        tokens: Optional[str] = None,
+        no_auth: bool = False,
+        cors: str = "",
+        allow_host: str = "",
+        cert: Optional[str] = None,
+        key: Optional[str] = None,
+        clock: Clock = time,
+    ) -> None:
+        """The options of the command line, as in README.md; `Malformed` if they cannot be."""
+        self._guarded = token is not None or tokens is not None
+        if no_auth and self._guarded:
+            raise Malformed("no-auth lets everybody in, and cannot be given with a token")
+        if key is not None and cert is None:
+            raise Malformed("a key is of use only with a cert")
+        self._no_auth = no_auth
+        self._token, self._tokens = token, tokens
+        self._cert, self._key = cert, key
+        self._origins = _listed("cors", cors, ORIGIN, "origins as https://a.example:8443, or *")
+        self._hosts = _listed("allow-host", allow_host, HOST_NAME, "names without a port")
+        self._checks_host = True
+        self.guesses = Guesses(clock)
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads the files of tokens and certificate anew; if one is broken all stays as it was."""
+        rules = {} if self._tokens is None else read_rules(self._tokens)
+        if self._token is not None:
+            rules[read_token(self._token)] = FULL
+        self.tls = None if self._cert is None else read_certificate(self._cert, self._key)
+        self.rules = rules
+
+    def listen(self, address: str) -> None:
+        """Notes the address that is listened on; `Malformed` if it would let everybody in.
+
+        On a loopback address the Host of a request is checked: a web page could reach it by a
+        name of its own that it lets point here (DNS rebinding), and would be taken for ours.
+        """
+        loopback = ipaddress.ip_address(address).is_loopback
+        if not (loopback or self._guarded or self._no_auth):
+            raise Malformed(
+                f"listening on {address} would let everybody in: give tokens (--tokens FILE, or"
+                " LINGER_TOKEN in the environment), or --no-auth if that is what you want"
+            )
+        self._checks_host = loopback or bool(self._hosts)
+
+    def identify(self, authorization: Optional[str]) -> Optional[Grant]:
+        """What a header Authorization gives; None if there is no such token.
+
+        Tokens are found by their SHA-256: nobody can choose that so as to come nearer to another's
+        step by step, so the time of the look-up tells nothing, and is the same for all that fail.
+        """
+        if not self._guarded:
+            return FULL
+        token = shown_token(authorization or "")
+        return self.rules.get(hashlib.sha256(token).digest()) if token else None
+
+    def check_site(self, headers: Mapping[str, str]) -> str:
+        """The header lines that the answer has for web pages; `Denied` if a foreign one asks.
+
+        For every method: a GET takes a message.  Who is no browser sends neither Origin nor
+        Sec-Fetch-Site, and passes.
+        """
+        authority = headers.get("host", "").lower()
+        if self._checks_host and authority:
+            self._check_host(re.sub(r":[0-9]*$", "", authority).rstrip("."))
+        origin = headers.get("origin", "").lower()
+        lines = "Vary: Origin\r\n" if self._origins and "*" not in self._origins else ""
+        if origin and not self._origins.isdisjoint((origin, "*")):
+            allowed = "*" if "*" in self._origins else headers["origin"]
+            lines += f"Access-Control-Allow-Origin: {allowed}\r\n"
+            lines += "Access-Control-Expose-Headers: *\r\n"
+            return lines + (PREFLIGHT if "access-control-request-method" in headers else "")
+        same = not origin or origin.partition("://")[2] == authority
+        if headers.get("sec-fetch-site", "none" if same else "").lower() in ("none", "same-origin"):
+            return lines
+        raise Denied("a web page of another site asks: allow it with --cors, if it is yours")
+
+    def _check_host(self, name: str) -> None:
+        if name in self._hosts or name == "localhost" or name.endswith(".localhost"):
+            return
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            raise Denied(
+                "the Host is neither localhost nor an address: allow it with --allow-host"
+            ) from None
+
+
+# ---------------------------------------------------------------------------------------------
 # Routes: every call of the HTTP API.  Dispatch, 405 and its Allow, and the check that README.md
 # names them all come from this table.
 # ---------------------------------------------------------------------------------------------
 
 
 class Route(NamedTuple):
-    """A call: `handler` is the Handler's method for it; `safe` if it changes and takes nothing."""
+    """A call: `handler` is the Handler's method for it; `safe` if it changes and takes nothing.
+
+    Its `right` must hold for all channels and topics that are named in the path; that of an admin
+    where none is, for the whole server.
+    """
 
     method: str
     path: str
     handler: str
     safe: bool
+    right: str
     summary: str
-    many: bool = False  # whether its body may hold many messages
+    many: bool = False  # whether its body may hold many messages, or for a GET its path channels
 
 
 ROUTES = (
-    Route("GET", "/", "welcome", True, "who answers"),
-    Route("GET", "/health", "check_health", True, "whether a message could be stored now"),
-    Route("GET", "/stats", "get_stats", True, "counters of the server, and what there is"),
-    Route("GET", "/backup", "open_backup", False, "a copy of the database"),
-    Route("GET", "/channels", "list_channels", True, "list channels"),
-    Route("GET", "/channels/<channel>", "take_message", False, "take messages, or wait for them"),
-    Route("POST", "/channels/<channel>", "post_message", False, "post a message"),
-    Route("DELETE", "/channels/<channel>", "drain_channel", False, "delete all its messages"),
-    Route("POST", "/channels/<channel>/batch", "post_batch", False, "post many messages", True),
-    Route("GET", "/channels/<channel>/messages", "list_messages", True, "look at its messages"),
-    Route("GET", "/channels/<channel>/stats", "get_channel_stats", True, "count its messages"),
-    Route("GET", "/channels/<channel>/info", "get_info", True, "all there is to know of it"),
-    Route("GET", "/channels/<channel>/settings", "get_settings", True, "show its settings"),
-    Route("PUT", "/channels/<channel>/settings", "set_settings", False, "replace its settings"),
-    Route("DELETE", "/channels/<channel>/settings", "clear_settings", False, "clear its settings"),
-    Route("PUT", "/channels/<channel>/pause", "pause_channel", False, "let nobody take from it"),
-    Route("DELETE", "/channels/<channel>/pause", "resume_channel", False, "end its pause"),
-    Route("POST", "/channels/<channel>/redrive", "redrive", False, "move dead letters back"),
-    Route("GET", "/channels/<channel>/topics", "list_channel_topics", True, "its subscriptions"),
-    Route("PUT", "/channels/<channel>/topics/<topic>", "subscribe", False, "subscribe it"),
-    Route("DELETE", "/channels/<channel>/topics/<topic>", "unsubscribe", False, "unsubscribe it"),
-    Route("GET", "/topics", "list_topics", True, "list topics"),
-    Route("POST", "/topics/<topic>", "publish_message", False, "publish a message"),
-    Route("POST", "/topics/<topic>/batch", "publish_batch", False, "publish many", True),
-    Route("GET", "/topics/<topic>/channels", "list_subscribers", True, "the channels subscribed"),
-    Route("GET", "/messages/<id>", "look_at_message", True, "look at a message"),
-    Route("DELETE", "/messages/<id>", "delete_message", False, "delete a message"),
-    Route("POST", "/messages/delete", "delete_messages", False, "delete many messages", True),
-    Route("POST", "/messages/<id>/touch", "touch_message", False, "start its timeout anew"),
-    Route("POST", "/messages/<id>/release", "release_message", False, "give it back"),
-    Route("POST", "/messages/<id>/reject", "reject_message", False, "give it up"),
+    Route("GET", "/", "welcome", True, ANY_TOKEN, "who answers"),
+    Route("GET", "/health", "check_health", True, ANYBODY, "whether a message could be stored now"),
+    Route("GET", "/stats", "get_stats", True, ADMIN, "counters of the server, and what there is"),
+    Route("GET", "/backup", "open_backup", False, ADMIN, "a copy of the database"),
+    Route("GET", "/channels", "list_channels", True, READ, "list channels"),
+    Route("GET", "/channels/<channel>", "take_message", False, READ, "take messages", True),
+    Route("POST", "/channels/<channel>", "post_message", False, WRITE, "post a message"),
+    Route("DELETE", "/channels/<channel>", "drain_channel", False, ADMIN, "delete its messages"),
+    Route("POST", "/channels/<channel>/batch", "post_batch", False, WRITE, "post many", True),
+    Route("GET", "/channels/<channel>/messages", "list_messages", True, READ, "list its messages"),
+    Route("GET", "/channels/<channel>/stats", "get_channel_stats", True, READ, "its counts"),
+    Route("GET", "/channels/<channel>/info", "get_info", True, READ, "all there is to know of it"),
+    Route("GET", "/channels/<channel>/settings", "get_settings", True, READ, "show its settings"),
+    Route("PUT", "/channels/<channel>/settings", "set_settings", False, ADMIN, "replace them"),
+    Route("DELETE", "/channels/<channel>/settings", "clear_settings", False, ADMIN, "clear them"),
+    Route("PUT", "/channels/<channel>/pause", "pause_channel", False, ADMIN, "let nobody take"),
+    Route("DELETE", "/channels/<channel>/pause", "resume_channel", False, ADMIN, "end its pause"),
+    Route("POST", "/channels/<channel>/redrive", "redrive", False, ADMIN, "move dead letters back"),
+    Route("GET", "/channels/<channel>/topics", "list_channel_topics", True, READ, "its topics"),
+    Route("PUT", "/channels/<channel>/topics/<topic>", "subscribe", False, ADMIN, "subscribe it"),
+    Route("DELETE", "/channels/<channel>/topics/<topic>", "unsubscribe", False, ADMIN, "end that"),
+    Route("GET", "/topics", "list_topics", True, READ, "list topics"),
+    Route("POST", "/topics/<topic>", "publish_message", False, WRITE, "publish a message"),
+    Route("POST", "/topics/<topic>/batch", "publish_batch", False, WRITE, "publish many", True),
+    Route("GET", "/topics/<topic>/channels", "list_subscribers", True, READ, "its channels"),
+    Route("GET", "/messages/<id>", "look_at_message", True, READ, "look at a message"),
+    Route("DELETE", "/messages/<id>", "delete_message", False, READ, "delete a message"),
+    Route("POST", "/messages/delete", "delete_messages", False, READ, "delete many messages", True),
+    Route("POST", "/messages/<id>/touch", "touch_message", False, READ, "start its timeout anew"),
+    Route("POST", "/messages/<id>/release", "release_message", False, READ, "give it back"),
+    Route("POST", "/messages/<id>/reject", "reject_message", False, READ, "give it up"),
 )
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
@@ -3061,6 +3405,17 @@ def find_route(method: str, calls: Mapping[str, Route]) -> Route:
     raise LingerError(f"this path takes {allowed}", 405, f"Allow: {allowed}\r\n")
 
 
+def check_call(route: Route, kinds: Sequence[str], names: Sequence[str], grant: Grant) -> None:
+    """`Denied` if a token has not the right to a call with names of these kinds in its path."""
+    if route.right not in grant.rights:
+        raise Denied(f"this token has not the right to {route.right}")
+    if route.right == ADMIN and not names and grant.channels is not None:
+        raise Denied("a token with patterns has no right to what concerns the whole server")
+    for kind, name in zip(kinds, names):
+        if kind in ("channels", "topics"):
+            grant.check_name(kind, name)
+
+
 def allowed_methods(calls: Mapping[str, Route]) -> str:
     """The methods that a path takes, as in the header Allow (RFC 9110 10.2.1)."""
     if not calls:
@@ -3087,7 +3442,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 HEADER_VALUE = re.compile("[!-~\xa1-\xff](?:[ -~\xa1-\xff]{0,253}[!-~\xa1-\xff])?")
 PART_NAME = re.compile(rb';[ \t]*name=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE)
-ONCE = frozenset(("content-length", "content-type", "host", "transfer-encoding"))
+ONCE = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
@@ -3163,8 +3518,9 @@ class Request:
     """
 
     __slots__ = (
-        "_form", "_query", "body", "call", "calls", "chunked", "close", "form_type", "headers",
-        "length", "method", "names", "no_store", "old", "options", "parts", "query", "target",
+        "_form", "_query", "body", "call", "calls", "chunked", "close", "form_type", "grant",
+        "headers", "length", "method", "names", "no_store", "old", "options", "parts", "query",
+        "rules", "target",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: dict[str, str], old: bool) -> None:
@@ -3179,6 +3535,8 @@ class Request:
         self.form_type = headers["form type"]  # of the form that its body is, or empty
         self.length = int(headers.get("content-length", 0))
         self.chunked = "transfer-encoding" in headers
+        self.grant = NOBODY  # what it may do,
+        self.rules: object = None  # once that was found, by these rules
         self.no_store = False  # whether its answer must not be kept
         self.call: Optional[Callable[..., Answer]] = None  # what answers it, once that is found
         self.names: list[str] = []  # those in its path, then
@@ -3479,7 +3837,10 @@ def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
         raise Malformed("HTTP/1.0 has no Transfer-Encoding")
     if not old and "host" not in headers:
         raise Malformed("a request needs a Host header")
-    path = parse_target(method, target.decode("latin-1"))
+    host, path = parse_target(method, target.decode("latin-1"))
+    if host:
+        headers = {**headers, "host": host}  # RFC 9112 3.2.2
+        headers.pop("for pages", None)  # which was for another host
     return Request(method.decode("ascii"), path, headers, old)
 
 
@@ -3539,12 +3900,12 @@ def check_framing(headers: Mapping[str, str]) -> None:
         raise LingerError("the only expectation known is 100-continue", 417)
 
 
-def parse_target(method: bytes, target: str) -> str:
-    """The path and query of a request target (RFC 9112 3.2), whose host, if any, is checked."""
+def parse_target(method: bytes, target: str) -> tuple[str, str]:
+    """The host, if it names one, and the path with the query of a request target (RFC 9112 3.2)."""
     if target.startswith("/") and "#" not in target:
-        return target
+        return "", target
     if target == "*" and method == b"OPTIONS":
-        return target
+        return "", target
     scheme, _, rest = target.partition("://")
     authority, slash, path = rest.partition("/")
     if "?" in authority:
@@ -3552,7 +3913,63 @@ def parse_target(method: bytes, target: str) -> str:
         slash, path = "/", "?" + query
     if scheme.lower() not in ("http", "https") or not AUTHORITY.fullmatch(authority) or "#" in path:
         raise Malformed("the target must be a path that starts with /, or a URL with http://")
-    return (slash or "/") + path
+    return authority, (slash or "/") + path
+
+
+class Tls:
+    """A connection's TLS (server side).  The bytes go through memory, so that the socket stays a
+    plain one that blocks, with the kernel's timeouts."""
+
+    def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        self._connection = connection
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+
+    def shake_hands(self, receive: Callable[[], bytes]) -> None:
+        """The handshake, with what `receive` gets; an OSError if it fails."""
+        while True:
+            try:
+                self._tls.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                self._flush()
+                self._take(receive())
+            finally:
+                self._flush()  # an alert, if it failed
+
+    def recv(self, size: int) -> bytes:
+        """The next bytes; empty at the end; SSLWantReadError when only a part of a record came."""
+        try:
+            try:
+                return self._tls.read(size)
+            except ssl.SSLWantReadError:
+                self._take(self._connection.recv(65_536))
+                return self._tls.read(size)
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return b""
+        finally:
+            self._flush()
+
+    def sendall(self, data: bytes) -> None:
+        """Sends all of it."""
+        self._tls.write(data)
+        self._flush()
+
+    def end(self) -> None:
+        """Tells the other side that nothing more comes."""
+        with contextlib.suppress(ssl.SSLError):
+            self._tls.unwrap()
+        self._flush()
+
+    def _take(self, data: bytes) -> None:
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self._connection.sendall(self._outgoing.read())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -3564,6 +3981,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.connection: socket.socket = self.request
+        self._stream: Union[socket.socket, Tls] = self.connection
         self.broker = self.server.broker
         self.idle = False  # whether it waits for the first byte of a request
         self.closing = False
@@ -3572,6 +3990,9 @@ class Handler(BaseHTTPRequestHandler):
         self._known_headers: dict[bytes, dict[str, str]] = {}
         self._fresh = True  # whether its first request is not yet answered
         self._patience = 0.0
+        self._rules: object = None  # those by which it was found what who shows
+        self._shown: Optional[str] = None  # this Authorization
+        self._grant = NOBODY  # may do
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         patience = struct.pack("ll", SEND_TIMEOUT, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
@@ -3579,6 +4000,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         try:
+            if self.server.access.tls is not None:
+                self._shake_hands(self.server.access.tls)
             if self.connection in self.server.refused:
                 error = Unavailable("too many connections: try again soon")
                 self._send(None, answer_error(error), close=True)
@@ -3593,6 +4016,23 @@ class Handler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         self._known.clear()  # which know this handler, too
         self.server.handlers.discard(self)
+        with contextlib.suppress(OSError):
+            self._end_tls()
+
+    def _shake_hands(self, context: ssl.SSLContext) -> None:
+        """Begins TLS, in this thread and as fast as a head must come."""
+        deadline = time.monotonic() + self.server.read_timeout
+        tls = Tls(self.connection, context)
+        self.idle = True
+        if self.server.stopping:
+            raise ConnectionAbortedError
+        tls.shake_hands(lambda: self._receive(deadline))
+        self.idle = False
+        self._stream = tls
+
+    def _end_tls(self) -> None:
+        if isinstance(self._stream, Tls):
+            self._stream.end()
 
     def vanished(self) -> bool:
         """Whether the client has closed its end, or the connection is broken."""
@@ -3614,6 +4054,8 @@ class Handler(BaseHTTPRequestHandler):
             request = self._known.get(head)
             if request is None:
                 request = self._parse(head)
+            if request.rules is not self.server.access.rules:
+                self._admit(request)
             if request.length or request.chunked:
                 self._read_body(request)
         except LingerError as error:
@@ -3638,6 +4080,43 @@ class Handler(BaseHTTPRequestHandler):
             self._known[head] = request
         return request
 
+    def _admit(self, request: Request) -> None:
+        """Finds out what a request may do, before its body is looked at; `Denied` if nothing.
+
+        What was found is kept as long as the rules are the same: with a request whose head comes
+        again, for the headers that it has, and for the token that is shown.
+        """
+        headers, access = request.headers, self.server.access
+        if "for pages" not in headers:
+            headers["for pages"] = access.check_site(headers)
+        shown, rules = headers.get("authorization"), access.rules
+        if rules is not self._rules or shown != self._shown:
+            grant = access.identify(shown)
+            if grant is None:
+                self._meet_stranger(request, shown)
+                return
+            self._rules, self._shown, self._grant = rules, shown, grant
+        request.grant, request.rules, request.call = self._grant, rules, None
+
+    def _meet_stranger(self, request: Request, shown: Optional[str]) -> None:
+        """Lets pass what needs no token; else `Denied`, late for who shows many wrong ones."""
+        request.grant, request.call = NOBODY, None
+        route = request.calls.get("GET" if request.method == "HEAD" else request.method)
+        preflight = request.method == "OPTIONS" and PREFLIGHT in request.headers["for pages"]
+        if preflight or (route is not None and route.right == ANYBODY):
+            return
+        guesses = self.server.access.guesses
+        delay = guesses.note(self.client_address[0]) if shown else 0
+        if delay:
+            if not guesses.late.acquire(blocking=False):
+                wait = f"Retry-After: {GUESS_TIME:.0f}\r\n"
+                raise LingerError("too many wrong tokens come from this address", 429, wait)
+            try:
+                self.server.await_stop(delay)
+            finally:
+                guesses.late.release()
+        raise Denied("a token is needed: `Authorization: Bearer <token>`", 401, CHALLENGE)
+
     def _answer(self, request: Request) -> Answer:
         """Calls what the request asks for; every error ends here."""
         try:
@@ -3660,7 +4139,13 @@ class Handler(BaseHTTPRequestHandler):
         if route.safe and self._fresh:
             self.server.let_others_go_first(self.connection)
         request.no_store = not route.safe
-        request.names = [decode_name(part) for part in request.parts[1::2]]
+        parts, kinds = request.parts[1::2], request.parts[::2]
+        if route.many and route.method == "GET":
+            parts = parts[0].split(",")
+            kinds *= len(parts)
+        request.names = [decode_name(part) for part in parts]
+        if request.grant is not FULL:
+            check_call(route, kinds, request.names, request.grant)
         request.call = getattr(self, route.handler)
         return request.call
 
@@ -3668,14 +4153,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _receive(self, deadline: float, size: int = 65_536) -> bytes:
         """What comes next; empty at the end of the stream.  TimeoutError at the deadline."""
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        self._be_patient(remaining)
-        try:
-            return self.connection.recv(size)
-        except BlockingIOError:
-            raise TimeoutError from None
+        while (remaining := deadline - time.monotonic()) > 0:
+            self._be_patient(remaining)
+            try:
+                return self._stream.recv(size)
+            except ssl.SSLWantReadError:
+                continue
+            except BlockingIOError:
+                break
+        raise TimeoutError
 
     def _be_patient(self, seconds: float) -> None:
         """Sets how long the kernel waits in recv: one system call less each than a poll before."""
@@ -3720,9 +4206,11 @@ class Handler(BaseHTTPRequestHandler):
             return False
         try:
             self._be_patient(IDLE_TIMEOUT)
-            self._buffer = self.connection.recv(65_536)
+            self._buffer = self._stream.recv(65_536)
         except BlockingIOError:
             pass
+        except ssl.SSLWantReadError:
+            self._buffer = self._receive(time.monotonic() + self.server.read_timeout)
         self.idle = False
         self.closing = not self._buffer
         return not self.closing
@@ -3744,7 +4232,7 @@ class Handler(BaseHTTPRequestHandler):
             raise TooLarge(f"the body has {length} bytes, and at most {limit} are taken")
         deadline = time.monotonic() + self.server.read_timeout
         if "expect" in request.headers and not self._buffer and not request.old:
-            self.connection.sendall(CONTINUE)
+            self._stream.sendall(CONTINUE)
         try:
             if length:
                 request.body = self._read_bytes(length, deadline)
@@ -3846,12 +4334,14 @@ class Handler(BaseHTTPRequestHandler):
         if close:
             headers += "Connection: close\r\n"
         no_store = NO_STORE if request is not None and request.no_store else ""
+        if request is not None:
+            headers += request.headers.get("for pages", "")
         head = f"{STATUS_LINES[status]}{self.server.date_line()}{no_store}{headers}\r\n"
         data = head.encode("latin-1")
         if request is None or request.method != "HEAD":
             data += body
         try:
-            self.connection.sendall(data)
+            self._stream.sendall(data)
             if file is not None:
                 self._send_file(file)
         except OSError:
@@ -3865,10 +4355,11 @@ class Handler(BaseHTTPRequestHandler):
     def _send_file(self, file: BinaryIO) -> None:
         with file:
             while piece := file.read(FILE_PIECE):
-                self.connection.sendall(piece)
+                self._stream.sendall(piece)
 
     def _drain(self) -> None:
         """Lets a client that is still sending read its answer first (RFC 9112 9.6)."""
+        self._end_tls()
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + DRAIN_TIME
         left = MAX_DRAIN
@@ -3914,26 +4405,48 @@ class Handler(BaseHTTPRequestHandler):
         return Answer(200, type="application/vnd.sqlite3", undo=copy.close, file=copy)
 
     def list_channels(self, request: Request) -> Answer:
-        channels = self.broker.channels()
+        channels = request.grant.visible("channels", self.broker.channels())
         if request.parameter("info") is None:
             return answer_json({"channels": channels})
-        return answer_json({"channels": [self.broker.info(channel) for channel in channels]})
+        return answer_json({"channels": [self._info(request, channel) for channel in channels]})
 
-    def take_message(self, request: Request, _: str) -> Answer:
+    def _info(self, request: Request, channel: str) -> dict[str, Any]:
+        info = self.broker.info(channel)
+        return {**info, "topics": request.grant.visible("topics", info["topics"])}
+
+    def _within(self, request: Request, *ids: int) -> Sequence[Optional[str]]:
+        """The channel in which each message must be, so that an id alone gives no access.
+
+        None is any; what the token may know nothing of must be where no message can be.
+        """
+        grant = request.grant
+        if grant.channels is None:
+            return [None] * len(ids)
+        channels = self.broker.channels_of(ids)
+        names = (channels.get(id, "") for id in ids)
+        return [name if name and grant.covers("channels", name) else "" for name in names]
+
+    def _check_dead(self, request: Request, given: Mapping[str, object]) -> None:
+        """A message may not get, by way of its dead channel, to where it could not be posted."""
+        if isinstance(given["dead"], str) and given["dead"]:
+            request.grant.check_name("channels", given["dead"])
+
+    def take_message(self, request: Request, *channels: str) -> Answer:
         if request.options is None:
             request.options = self._read_take(request)
-        channels, wait, n, timeout, auto, ack = request.options
+        wait, n, timeout, auto, ack = request.options
         if not wait and self._fresh:
             self.server.let_others_go_first(self.connection)
         waiter = self.broker.waiter(channels, n or 1, timeout, auto, self.vanished)
         if request.body:
             request.options = None  # it may have held some of them
             request.forget_body()
+        within = () if ack[0] is None else self._within(request, ack[0])
         if wait:
             self.server.note_answered(self.connection)
             self.server.watch(self.connection, waiter)
         try:
-            messages = self.broker.take(waiter, wait, *ack)
+            messages = self.broker.take(waiter, wait, *ack, *within)
         finally:
             if wait:
                 self.server.unwatch(self.connection)
@@ -3953,9 +4466,7 @@ class Handler(BaseHTTPRequestHandler):
         wait = request.integer("wait", 0, MAX_WAIT)
         if request.parameter("nowait") is not None:
             wait = 0
-        channels = [decode_name(part) for part in request.parts[1].split(",")]
         return (
-            channels,
             DEFAULT_WAIT if wait is None else wait,
             request.integer("n", 1, MAX_BATCH),
             request.integer("timeout", 1),
@@ -3966,6 +4477,8 @@ class Handler(BaseHTTPRequestHandler):
     def post_message(self, request: Request, channel: str) -> Answer:
         body, content_type = request.message()
         given = request.given_with_message(ALL_PARAMETERS)
+        if "dead" in given:
+            self._check_dead(request, given)
         id, duplicate = self.broker.post(channel, body, content_type, **given)
         told = '{"id":%d,"duplicate":true}\n' if duplicate else '{"id":%d}\n'
         return Answer(202, (told % id).encode())
@@ -3976,15 +4489,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def post_batch(self, request: Request, channel: str) -> Answer:
         messages = parse_batch(request, ALL_PARAMETERS)
+        for _, _, given in messages:
+            if "dead" in given:
+                self._check_dead(request, given)
         return answer_json({"ids": self.broker.post_batch(channel, messages)}, 202)
 
     def list_messages(self, request: Request, channel: str) -> Answer:
         whole = request.parameter("whole") is not None
+        state, after = request.parameter("state") or None, request.integer("after")
+        if state == "ready" and after is not None and "" in self._within(request, after):
+            raise NotFound(f"there is no message {after}")  # whose place would be told
         listed = (self.broker.list_whole if whole else self.broker.list_messages)(
-            channel,
-            request.parameter("state") or None,
-            request.integer("n", 1, MAX_BATCH) or 50,
-            request.integer("after"),
+            channel, state, request.integer("n", 1, MAX_BATCH) or 50, after
         )
         cut = None if whole else MAX_CUT
         return answer_json([listed_object(message, state, cut) for message, state in listed])
@@ -3992,14 +4508,16 @@ class Handler(BaseHTTPRequestHandler):
     def get_channel_stats(self, _: Request, channel: str) -> Answer:
         return answer_json(self.broker.channel_stats(channel))
 
-    def get_info(self, _: Request, channel: str) -> Answer:
-        return answer_json(self.broker.info(channel))
+    def get_info(self, request: Request, channel: str) -> Answer:
+        return answer_json(self._info(request, channel))
 
     def get_settings(self, _: Request, channel: str) -> Answer:
         return answer_json(self.broker.settings(channel))
 
     def set_settings(self, request: Request, channel: str) -> Answer:
         given = request.given(CHANNEL_PARAMETERS + KEY_PARAMETERS)
+        if "dead" in given:
+            self._check_dead(request, given)
         self.broker.set_settings(channel, **given)
         return NO_CONTENT
 
@@ -4016,46 +4534,69 @@ class Handler(BaseHTTPRequestHandler):
         return NO_CONTENT
 
     def redrive(self, request: Request, channel: str) -> Answer:
-        moved = self.broker.redrive(channel, request.integer("n", 1), request.parameter("to"))
+        to = request.parameter("to")
+        if request.grant.channels is not None:
+            if to is None:
+                raise Denied("a token with patterns must say where to, with to=<channel>")
+            request.grant.check_name("channels", to)
+        moved = self.broker.redrive(channel, request.integer("n", 1), to)
         return answer_json({"moved": moved})
 
-    def list_channel_topics(self, _: Request, channel: str) -> Answer:
-        return answer_json({"topics": self.broker.topics(channel)})
+    def list_channel_topics(self, request: Request, channel: str) -> Answer:
+        topics = self.broker.topics(channel)
+        return answer_json({"topics": request.grant.visible("topics", topics)})
 
     def subscribe(self, request: Request, channel: str, topic: str) -> Answer:
-        self.broker.subscribe(channel, topic, **request.given(ALL_PARAMETERS))
+        given = request.given(ALL_PARAMETERS)
+        if "dead" in given:
+            self._check_dead(request, given)
+        self.broker.subscribe(channel, topic, **given)
         return NO_CONTENT
 
     def unsubscribe(self, _: Request, channel: str, topic: str) -> Answer:
         self.broker.unsubscribe(channel, topic)
         return NO_CONTENT
 
-    def list_topics(self, _: Request) -> Answer:
-        return answer_json({"topics": self.broker.topics()})
+    def list_topics(self, request: Request) -> Answer:
+        return answer_json({"topics": request.grant.visible("topics", self.broker.topics())})
 
     def publish_message(self, request: Request, topic: str) -> Answer:
         given = request.given_with_message(KEY_PARAMETERS)
         body, content_type = request.message()
         published, dropped, duplicate = self.broker.publish(topic, body, content_type, **given)
         if duplicate:
-            return answer_json({**published, "duplicate": True}, 202)
-        return answer_json(published, 202, dropped_header(dropped))
+            return answer_json({**self._known_to(request, published), "duplicate": True}, 202)
+        return self._answer_published(request, published, dropped)
+
+    def _answer_published(
+        self, request: Request, published: Mapping[str, object], dropped: Sequence[str]
+    ) -> Answer:
+        visible = request.grant.visible("channels", dropped)
+        return answer_json(self._known_to(request, published), 202, dropped_header(visible))
+
+    def _known_to(self, request: Request, published: Mapping[str, object]) -> Mapping[str, object]:
+        """The copies of a message in those channels that the token may know."""
+        visible = request.grant.visible("channels", published)
+        return {channel: published[channel] for channel in visible}
 
     def publish_batch(self, request: Request, topic: str) -> Answer:
         messages = parse_batch(request, KEY_PARAMETERS)
-        published, dropped = self.broker.publish_batch(topic, messages)
-        return answer_json(published, 202, dropped_header(dropped))
+        return self._answer_published(request, *self.broker.publish_batch(topic, messages))
 
-    def list_subscribers(self, _: Request, topic: str) -> Answer:
-        return answer_json({"channels": self.broker.subscribers(topic)})
+    def list_subscribers(self, request: Request, topic: str) -> Answer:
+        channels = self.broker.subscribers(topic)
+        return answer_json({"channels": request.grant.visible("channels", channels)})
 
-    def look_at_message(self, _: Request, id: str) -> Answer:
+    def look_at_message(self, request: Request, id: str) -> Answer:
         message, state = self.broker.look(read_integer("id", id))
+        if not request.grant.covers("channels", message.channel):
+            raise NotFound(f"there is no message {message.id}")
         headers = message_headers(message) + f"x-linger-state: {state}\r\n"
         return Answer(200, message.body, message.type, headers)
 
     def delete_message(self, request: Request, id: str) -> Answer:
-        self.broker.delete(read_integer("id", id), request.integer("lease"))
+        number = read_integer("id", id)
+        self.broker.delete(number, request.integer("lease"), *self._within(request, number))
         return NO_CONTENT
 
     def delete_messages(self, request: Request, _: str) -> Answer:
@@ -4064,21 +4605,26 @@ class Handler(BaseHTTPRequestHandler):
             pair = (item.get("id"), item.get("lease")) if isinstance(item, dict) else (item, None)
             lease = None if pair[1] is None else read_integer("lease", pair[1])
             wanted.append((read_integer("id", pair[0]), lease))
+        ids = [id for id, _ in wanted]
+        within = dict(zip(ids, self._within(request, *ids)))
         names = ("deleted", "conflict", "missing")
-        return answer_json(dict(zip(names, self.broker.delete_batch(wanted))))
+        return answer_json(dict(zip(names, self.broker.delete_batch(wanted, within))))
 
     def touch_message(self, request: Request, id: str) -> Answer:
+        number, lease = read_integer("id", id), request.integer("lease")
         timeout = request.integer("timeout", 1)
-        self.broker.touch(read_integer("id", id), request.integer("lease"), timeout)
+        self.broker.touch(number, lease, timeout, *self._within(request, number))
         return NO_CONTENT
 
     def release_message(self, request: Request, id: str) -> Answer:
-        lease, delay = request.integer("lease"), request.integer("delay", 0)
-        self.broker.release(read_integer("id", id), lease, delay, request.reason())
+        number, lease = read_integer("id", id), request.integer("lease")
+        delay, reason = request.integer("delay", 0), request.reason()
+        self.broker.release(number, lease, delay, reason, *self._within(request, number))
         return NO_CONTENT
 
     def reject_message(self, request: Request, id: str) -> Answer:
-        self.broker.reject(read_integer("id", id), request.integer("lease"), request.reason())
+        number, lease = read_integer("id", id), request.integer("lease")
+        self.broker.reject(number, lease, request.reason(), *self._within(request, number))
         return NO_CONTENT
 
 
@@ -4106,9 +4652,12 @@ class Server(ThreadingHTTPServer):
         read_timeout: int = READ_TIMEOUT,
         max_connections: int = MAX_CONNECTIONS,
         log_requests: bool = False,
+        access: Optional[Access] = None,
     ) -> None:
-        """Binds the address; OSError if that cannot be done.  Port 0 picks a free one."""
+        """Binds the address (port 0: a free one) for those whom `access` lets in: without one, all
+        on this machine.  OSError if that cannot be done, `Malformed` if `access` forbids it."""
         self.broker = broker
+        self.access = access or Access()
         self.read_timeout = read_timeout
         self.max_connections = max_connections
         self.log_requests = log_requests
@@ -4140,12 +4689,13 @@ class Server(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         host, port = self.server_address[:2]
         self.server_name, self.server_port = str(host), int(port)
+        self.access.listen(self.server_name)
 
     @property
     def url(self) -> str:
         """Where it listens, as `http://127.0.0.1:8989`."""
         host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}"
+        return f"{'https' if self.access.tls else 'http'}://{host}:{self.server_port}"
 
     # -- accepting
 
@@ -4255,7 +4805,20 @@ class Server(ThreadingHTTPServer):
                 if waiter is not None and waiter.vanished():
                     self.broker.dismiss(waiter)
 
+    # -- what may change meanwhile
+
+    def reload(self) -> None:
+        """Reads the files of `access` anew; if one is broken that is logged, and the old hold."""
+        try:
+            self.access.reload()
+        except LingerError as error:
+            log(f"linger: {error}; what was read before still holds")
+
     # -- stopping
+
+    def await_stop(self, seconds: float) -> None:
+        """Sleeps, but not for longer than until the server stops."""
+        self._stopped.wait(seconds)
 
     def shutdown(self) -> None:
         """Makes `serve_forever` return; fit for a signal handler."""
@@ -4286,6 +4849,9 @@ class Server(ThreadingHTTPServer):
         self.close()
 
 
+ACCESS_OPTIONS = ("token", "tokens", "no_auth", "cors", "allow_host", "cert", "key")
+
+
 def serve(
     host: str = "127.0.0.1", port: int = 0, dbfile: str = MEMORY, sync: str = "full", **options: Any
 ) -> Server:
@@ -4294,9 +4860,12 @@ def serve(
         with linger.serve() as server:
             print(server.url)
 
-    `options` are those of `Server`, and `hlm` and `max_message` of `Broker`.
+    `options` are those of `Server`, those of `Access`, and `hlm` and `max_message` of `Broker`.
     """
     limits = {name: options.pop(name) for name in ("hlm", "max_message") if name in options}
+    guard = {name: options.pop(name) for name in ACCESS_OPTIONS if name in options}
+    if guard:
+        options["access"] = Access(**guard)
     broker = Broker(Store(dbfile, sync), **limits)
     try:
         server = Server(broker, host, port, **options)
@@ -5349,6 +5918,13 @@ OPTIONS = (
         "SECONDS",
         "for a whole head to come, and again for a whole body",
     ),
+    Option("token", None, str, "TOKEN", "a token that gives full access"),
+    Option("tokens", None, str, "FILE", "lines `name token rights [pattern ...]`"),
+    Option("no-auth", False, _truth, "", "listen on any address without tokens: all may come in"),
+    Option("cors", "", str, "ORIGINS", "web pages that may call, as https://a.example,..., or *"),
+    Option("allow-host", "", str, "NAMES", "names of this host beside localhost, with commas"),
+    Option("cert", None, str, "FILE", "certificate, in PEM: speak TLS"),
+    Option("key", None, str, "FILE", "its private key, if it is not in the same file"),
     Option("log-requests", False, _truth, "", "log each request to standard error"),
     Option("debug", False, _truth, "", "the same, for the sake of Linger 1.0.1"),
 )
@@ -5368,7 +5944,8 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, default, _, value, meaning in OPTIONS:
-        settings: dict[str, Any] = {"metavar": value or "BOOL", "help": f"{meaning} ({default})"}
+        shown = meaning if default in (None, "") else f"{meaning} ({default})"
+        settings: dict[str, Any] = {"metavar": value or "BOOL", "help": shown}
         if not value:
             settings.update(nargs="?", const="true", help=meaning)
         parser.add_argument(f"--{name}", **settings)
@@ -5445,6 +6022,7 @@ def _raise_descriptors(wanted: int) -> int:
 
 def _start(options: Mapping[str, Any]) -> Server:
     """The server that the options ask for, not yet accepting; `LingerError` if it cannot start."""
+    access = Access(**{name: options[name] for name in ACCESS_OPTIONS})
     store = Store(options["dbfile"], options["sync"])
     broker = Broker(store, options["hlm"], options["max_message"])
     try:
@@ -5455,7 +6033,11 @@ def _start(options: Mapping[str, Any]) -> Server:
             read_timeout=options["read_timeout"],
             max_connections=_raise_descriptors(options["max_connections"]),
             log_requests=options["log_requests"] or options["debug"],
+            access=access,
         )
+    except LingerError:
+        broker.close()
+        raise
     except OSError as error:
         broker.close()
         place = f"{options['host']} port {options['port']}"
@@ -5491,6 +6073,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             os._exit(128 + number)  # the second time: at once
         server.shutdown()
 
+    if options["tokens"] is not None or options["cert"] is not None:
+        signal.signal(signal.SIGHUP, lambda *_: server.reload())
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     if options["dbfile"] == MEMORY:

@@ -5,7 +5,9 @@ The layers, each over the one above it: Store, Broker (with a clock of its own),
 """
 
 import ast
+import base64
 import contextlib
+import hashlib
 import http.client
 import io
 import json
@@ -18,6 +20,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -1943,7 +1946,7 @@ class ServerTest(Folder):
 
     def setUp(self):
         super().setUp()
-        self.server = linger.serve(**self.options)
+        self.server = linger.serve(**{"allow_host": "x", **self.options})
         self.addCleanup(self.server.close)
         self.broker = self.server.broker
         self.address = self.server.server_address[:2]
@@ -2906,6 +2909,698 @@ class LongPollTest(ServerTest):
         self.assertEqual((waiting.recv(1), idle.recv(1)), (b"", b""))
 
 
+# -- access --------------------------------------------------------------------------------------
+
+
+class RulesTest(Folder):
+    """The file of tokens."""
+
+    def write(self, text, mode=0o600):
+        path = self.folder / "tokens"
+        path.write_text(text)
+        path.chmod(mode)
+        return str(path)
+
+    def grant(self, line):
+        (grant,) = linger.read_rules(self.write(line)).values()
+        return grant
+
+    def test_a_line_gives_a_token_rights_for_the_names_that_its_patterns_match(self):
+        grant = self.grant(
+            "# who\n\n worker  T0ken read,write orders-* a[bc]? topic:news-*  # why\n"
+        )
+        self.assertEqual(grant.rights & set(linger.RIGHTS), {"read", "write"})
+        names = [
+            "orders-",
+            "orders-1\n2",
+            "Orders-1",
+            "orders",
+            "xorders-1",
+            "abc",
+            "a*c",
+            "news-1",
+        ]
+        self.assertEqual(grant.visible("channels", names), ["orders-", "orders-1\n2", "abc"])
+        self.assertEqual(grant.visible("topics", names), ["news-1"])
+
+    def test_without_patterns_it_is_for_all_and_with_those_of_one_kind_for_none_of_the_other(self):
+        self.assertTrue(self.grant("w t read").covers("topics", "x"))
+        self.assertFalse(self.grant("w t read *").covers("topics", "x"))
+        self.assertFalse(self.grant("w t read topic:*").covers("channels", "topic:x"))
+        self.assertIs(self.grant("w t admin,write,read"), linger.FULL)
+
+    def test_a_token_may_be_written_as_its_sha256_which_is_no_token_itself(self):
+        digest = hashlib.sha256(b"T0ken").hexdigest()
+        access = linger.Access(tokens=self.write(f"w sha256:{digest.upper()} read\n"))
+        self.assertIsNotNone(access.identify("Bearer T0ken"))
+        self.assertIsNone(access.identify(f"Bearer sha256:{digest.upper()}"))
+
+    def test_an_error_names_the_file_and_the_line_and_nothing_in_it(self):
+        for text, line, said in (
+            ("a s3cret read\nb s3cret2\n", 2, "name token rights"),
+            ("a s3cret read\nb s3cret write\n", 2, "earlier line"),
+            ("a s3cret read\na s3cret2 write\n", 2, "earlier line"),
+            ("a s3cret read,s3cret\n", 1, "read, write, admin"),
+            ("a s3cret read,\n", 1, "read, write, admin"),
+            ("a s3crét read\n", 1, "visible ASCII"),
+            ("a sha256:s3cret read\n", 1, "64 hexadecimal"),
+            (f"a {'s3cret' * 200} read\n", 1, "1024"),
+            ("a s3cret read" + " x" * 101, 1, "100 patterns"),
+            ("a s3cret read " + "x" * 256, 1, "255 characters"),
+        ):
+            with self.subTest(text[:40]), self.assertRaises(linger.Malformed) as caught:
+                linger.read_rules(self.write(text))
+            self.assertRegex(str(caught.exception), f"/tokens, line {line}: .*{said}")
+            self.assertNotIn("s3c", str(caught.exception))
+
+    def test_a_file_without_tokens_or_that_cannot_be_read_lets_nobody_in_and_does_not_load(self):
+        for text in ("", "# a s3cret read\n", "x" * (linger.MAX_TOKENS_FILE + 1)):
+            with self.assertRaises(linger.Malformed):
+                linger.Access(tokens=self.write(text))
+        Path(self.write("")).write_bytes(b"a \xff read\n")
+        for name in ("tokens", "missing", ""):
+            with self.assertRaisesRegex(linger.Malformed, "cannot read"):
+                linger.Access(tokens=name and str(self.folder / name))
+
+    def test_a_file_that_others_can_read_is_told(self):
+        for mode, said in ((0o600, ""), (0o640, "chmod 600"), (0o604, "chmod 600")):
+            with contextlib.redirect_stderr(io.StringIO()) as log:
+                linger.Access(tokens=self.write("a s3cret read\n", mode))
+            self.assertIn(said, log.getvalue())
+            self.assertEqual(bool(said), bool(log.getvalue()))
+
+    def test_a_broken_file_keeps_the_old_rules(self):
+        access = linger.Access(tokens=self.write("a s3cret read\n"))
+        self.write("b s3cret2\n")
+        with self.assertRaises(linger.Malformed):
+            access.reload()
+        self.assertIsNotNone(access.identify("Bearer s3cret"))
+        self.write("b s3cret2 read\n")
+        access.reload()
+        self.assertIsNone(access.identify("Bearer s3cret"))
+
+    def test_a_token_may_be_shown_in_several_ways_and_nothing_else_is_one(self):
+        access = linger.Access(token="a:b")
+        for value in (":a:b", "user:a:b"):
+            basic = base64.b64encode(value.encode()).decode()
+            self.assertIs(access.identify(f"Basic {basic}"), linger.FULL)
+            self.assertIs(access.identify(f"bASIC  {basic} "), linger.FULL)
+        self.assertIs(access.identify("BEARER a:b"), linger.FULL)
+        for value in (
+            None, "", "a:b", "Bearer", "Bearer ", "Bearer a:B", "Bearer a:b x", "Bearer\ta:b",
+            "Basic", "Basic !!!", "Basic YQ", "Basic YTpi\xff", "Basic \xe4", "Bearer \xe4",
+            "Digest a:b", "Basic " + base64.b64encode(b"a:b").decode(), "Basic Og==",
+        ):  # fmt: skip
+            self.assertIsNone(access.identify(value), value)
+
+    def test_options_that_make_no_sense_are_refused(self):
+        for options in (
+            {"token": ""}, {"token": "a b"}, {"token": "ä"}, {"token": "x", "no_auth": True},
+            {"cors": "a.example"}, {"cors": "https://a.example/x"}, {"cors": "https://a,"},
+            {"allow_host": "a:80"}, {"allow_host": "*"}, {"key": "x"}, {"cert": "/nowhere"},
+        ):  # fmt: skip
+            with self.subTest(options), self.assertRaises(linger.Malformed):
+                linger.Access(**options)
+
+    def test_only_this_machine_may_come_without_tokens_unless_that_is_wanted(self):
+        for address in ("127.0.0.1", "127.3.2.1", "::1"):
+            linger.Access().listen(address)
+        for address in ("0.0.0.0", "::", "192.0.2.1", "fe80::1%eth0"):
+            with self.assertRaisesRegex(linger.Malformed, "--tokens.*--no-auth"):
+                linger.Access().listen(address)
+            linger.Access(token="x").listen(address)
+            linger.Access(no_auth=True).listen(address)
+        with self.assertRaises(linger.Malformed):
+            linger.serve("0.0.0.0")
+
+
+class GuessesTest(unittest.TestCase):
+    def setUp(self):
+        self.guesses = linger.Guesses(FakeClock())
+
+    def test_after_ten_wrong_tokens_in_a_minute_answers_are_late_until_it_is_over(self):
+        delays = [self.guesses.note("192.0.2.1") for _ in range(12)]
+        self.assertEqual(delays, [0] * 10 + [linger.GUESS_DELAY] * 2)
+        self.assertEqual(self.guesses.note("192.0.2.2"), 0)
+        self.guesses._clock.now += linger.GUESS_TIME
+        self.assertEqual(self.guesses.note("192.0.2.1"), 0)
+
+    def test_a_network_of_ipv6_counts_as_one_address_and_mapped_ones_each(self):
+        delays = [self.guesses.note(f"2001:db8::{n:x}") for n in range(11)]
+        self.assertEqual(delays[-1], linger.GUESS_DELAY)
+        self.assertEqual(self.guesses.note("2001:db8:0:1::1"), 0)
+        self.assertEqual({self.guesses.note(f"::ffff:192.0.2.{n}") for n in range(20)}, {0})
+
+    def test_only_so_many_addresses_are_remembered(self):
+        for n in range(linger.MAX_GUESSERS + 100):
+            self.guesses.note(f"10.0.{n // 256}.{n % 256}")
+        self.assertEqual(len(self.guesses._counts), linger.MAX_GUESSERS)
+
+
+BEARER = types.MappingProxyType({"Authorization": "Bearer T0ken"})
+TOKENS = """
+boss   b0ss   read,write,admin
+reader r3ad   read
+writer wr1te  write
+admin  adm1n  admin
+shop   sh0p   read,write,admin  orders-* topic:orders
+"""
+
+
+def bearer(token):
+    return {"Authorization": f"Bearer {token}"}
+
+
+class TokenTest(ServerTest):
+    """A server with a file of tokens."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        self.tokens = Path(folder.name, "tokens")
+        self.tokens.touch(0o600)
+        self.tokens.write_text(TOKENS)
+        self.options = {"tokens": str(self.tokens)}
+        super().setUp()
+
+    def as_shop(self, method, path, body=None, headers=None):
+        return self.json(method, path, body, {**bearer("sh0p"), **(headers or {})})
+
+    def test_every_route_asks_for_its_right_and_no_other(self):
+        tokens = {"read": "r3ad", "write": "wr1te", "admin": "adm1n"}
+        for route in linger.ROUTES:
+            path = re.sub("<[a-z]+>", "7", route.path)
+            for right, token in {**tokens, "": None, "all": "b0ss"}.items():
+                with self.subTest(route=route.path, method=route.method, right=right):
+                    query = "?nowait" if route.handler == "take_message" else ""
+                    shown = bearer(token) if token else {}
+                    status, _, _ = self.call(route.method, path + query, None, shown)
+                    if route.right == "":
+                        self.assertEqual(status, 200)
+                    elif right == "":
+                        self.assertEqual(status, 401)
+                    elif right in (route.right, "all") or route.right == linger.ANY_TOKEN:
+                        self.assertNotIn(status, (401, 403))
+                    else:
+                        self.assertEqual(status, 403)
+
+    def test_only_health_is_served_without_a_token(self):
+        for method, path in (("GET", "/nowhere"), ("PATCH", "/topics"), ("OPTIONS", "/health")):
+            self.assertEqual(self.call(method, path)[0], 401)
+        self.assertEqual(self.call("HEAD", "/health")[0], 200)
+        self.assertEqual(self.call("GET", "/health", None, bearer("wrong"))[0], 200)
+
+    def test_401_tells_how_to_come_in_and_nothing_is_stored(self):
+        status, headers, body = self.call("POST", "/channels/q", "x", bearer("wrong"))
+        self.assertEqual(status, 401)
+        challenges = headers.get_all("WWW-Authenticate")
+        self.assertEqual([c.split()[0] for c in challenges], ["Bearer", "Basic"])
+        _, others, other = self.call("POST", "/channels/q", "x")
+        self.assertEqual((other, others.keys()), (body, headers.keys()))
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_401_comes_before_the_body_and_leaves_no_request_behind(self):
+        head = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: "
+        body = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx"
+        answer = self.talk(head + b"100000\r\nExpect: 100-continue\r\n\r\n", half_close=False)
+        self.assertTrue(answer.startswith(b"HTTP/1.1 401 "), answer)
+        self.assertIn(b"\r\nConnection: close\r\n", answer)
+        self.assertEqual(self.statuses(head + b"%d\r\n\r\n" % len(body) + body), [401])
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_what_is_no_token_is_401_and_two_are_400(self):
+        head = b"GET /topics HTTP/1.1\r\nHost: x\r\nAuthorization: "
+        for value, status in (
+            (b"Bearer b0ss", 200), (b"bearer b0ss", 200), (b"Basic dXNlcjpiMHNz", 200),
+            (b"Bearer b0ss\r\nAuthorization: Bearer b0ss", 400), (b"Basic %%%", 401),
+            (b"Bearer \xff\xfe", 401), (b"Basic \xff", 401), (b"", 401), (b"b0ss", 401),
+        ):  # fmt: skip
+            self.assertEqual(self.statuses(head + value + b"\r\n\r\n"), [status], value)
+
+    def test_each_request_of_a_connection_is_judged_by_its_own_token(self):
+        get = b"GET /topics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n"
+        self.assertEqual(
+            self.statuses(get % b"b0ss", get % b"wr1te", get % b"r3ad", get % b"r3ax"),
+            [200, 403, 200, 401],
+        )
+        self.assertEqual(self.statuses(get % b"b0ss" + CALL), [200, 401])
+
+    def test_new_rules_hold_from_the_next_request_of_an_open_connection(self):
+        connection = self.connect()
+        get = b"GET /topics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer r3ad\r\n\r\n"
+        connection.sendall(get)
+        self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
+        self.tokens.write_text("reader other read\n")
+        self.server.reload()
+        connection.sendall(get)
+        self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 401 "))
+
+    def test_broken_rules_are_logged_and_the_old_ones_hold(self):
+        self.tokens.write_text("reader r3ad\n")
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            self.server.reload()
+        self.assertRegex(log.getvalue(), "^linger: .*tokens, line 1: .*still holds\n$")
+        self.assertEqual(self.call("GET", "/topics", None, bearer("r3ad"))[0], 200)
+
+    def test_wrong_tokens_are_answered_late_and_right_ones_at_once(self):
+        with unittest.mock.patch.object(linger, "GUESS_DELAY", PATIENCE):
+            for _ in range(linger.FREE_GUESSES):
+                self.assertEqual(self.call("GET", "/topics", None, bearer("wrong"))[0], 401)
+            late = self.connect()
+            late.sendall(CALL[:-2] + b"Authorization: Bearer wrong\r\n\r\n")
+            until(lambda: self.server.access.guesses.late._value < linger.MAX_LATE)
+            self.assertEqual(self.call("GET", "/topics", None, bearer("r3ad"))[0], 200)
+            self.assertEqual(self.call("GET", "/topics")[0], 401)
+            self.assertEqual(select.select([late], [], [], 0)[0], [])
+            self.server.access.guesses.late = threading.BoundedSemaphore(1)
+            self.server.access.guesses.late.acquire()
+            status, headers, _ = self.call("GET", "/topics", None, bearer("wrong"))
+            self.assertEqual((status, headers["Retry-After"]), (429, "60"))
+
+    def test_a_token_with_patterns_reaches_no_other_channel_or_topic(self):
+        for method, path, status in (
+            ("POST", "/channels/orders-1?msg=x", 202),
+            ("POST", "/channels/other?msg=x", 403),
+            ("POST", "/channels/%6frders-1?msg=x", 202),
+            ("POST", "/channels/other%2Corders-1?msg=x", 403),
+            ("GET", "/channels/orders-1?nowait", 200),
+            ("GET", "/channels/orders-1,orders-2?nowait", 200),
+            ("GET", "/channels/orders-1,other?nowait", 403),
+            ("GET", "/channels/other,orders-1?nowait", 403),
+            ("GET", "/channels/orders-1,?nowait", 403),
+            ("HEAD", "/channels/other/stats", 403),
+            ("GET", "/channels/other/messages", 403),
+            ("PUT", "/channels/orders-1/topics/orders", 204),
+            ("PUT", "/channels/orders-1/topics/other", 403),
+            ("PUT", "/channels/other/topics/orders", 403),
+            ("POST", "/topics/orders?msg=x", 202),
+            ("POST", "/topics/orders-1?msg=x", 403),
+            ("DELETE", "/channels/other", 403),
+            ("GET", "/stats", 403),
+        ):
+            with self.subTest(method + " " + path):
+                self.assertEqual(self.call(method, path, None, bearer("sh0p"))[0], status)
+        self.assertEqual(self.broker.channel_stats("other"), {"ready": 0, "hidden": 0})
+
+    def test_a_token_with_patterns_can_send_nothing_elsewhere(self):
+        form, batch = FORM, {"Content-Type": "application/json"}
+        for method, path, body, headers in (
+            ("POST", "/channels/orders-1?dead=other", "x", {}),
+            ("POST", "/channels/orders-1", "msg=x&dead=other", form),
+            ("POST", "/channels/orders-1/batch?dead=other", '[{"body": "x"}]', batch),
+            ("POST", "/channels/orders-1/batch", '[{"body": "x", "dead": "other"}]', batch),
+            ("PUT", "/channels/orders-1/settings?dead=other", None, {}),
+            ("PUT", "/channels/orders-1/topics/orders?dead=other", None, {}),
+            ("POST", "/channels/orders-1/redrive?to=other", None, {}),
+            ("POST", "/channels/orders-1/redrive", None, {}),
+        ):
+            with self.subTest(path=path, body=body):
+                self.assertEqual(self.as_shop(method, path, body, headers)[0], 403)
+        self.assertEqual(self.broker.channels(), [])
+        for path in ("/channels/orders-1?dead=orders-2", "/channels/orders-1?dead="):
+            self.assertEqual(self.as_shop("POST", path, "x")[0], 202)
+        self.assertEqual(
+            self.as_shop("POST", "/channels/orders-1/redrive?to=orders-2"), (200, {"moved": 2})
+        )
+
+    def test_an_id_alone_gives_no_access(self):
+        foreign, own = self.broker.post("other", b"x").id, self.broker.post("orders-1", b"x").id
+        self.broker.get("other")
+        before = self.broker.look(foreign)
+        for method, path in (
+            ("GET", f"/messages/{foreign}"),
+            ("DELETE", f"/messages/{foreign}"),
+            ("DELETE", f"/messages/{foreign}?lease=1"),
+            ("DELETE", f"/messages/{foreign}?lease=2"),
+            ("POST", f"/messages/{foreign}/touch?timeout=900"),
+            ("POST", f"/messages/{foreign}/release"),
+            ("POST", f"/messages/{foreign}/reject"),
+            ("GET", f"/channels/orders-1?nowait&ack={foreign}"),
+            ("GET", f"/channels/orders-1?nowait&ack={foreign}&lease=1"),
+            ("GET", f"/channels/orders-1/messages?state=ready&after={foreign}"),
+        ):
+            with self.subTest(method + " " + path):
+                answer = self.as_shop(method, path)
+                self.assertEqual(answer, (404, {"error": f"there is no message {foreign}"}))
+                self.assertEqual(self.broker.look(foreign), before)
+        self.assertEqual(
+            self.as_shop(
+                "POST", "/messages/delete", f'[{foreign}, {{"id": {own}, "lease": 0}}, 99]'
+            ),
+            (200, {"deleted": [own], "conflict": [], "missing": [foreign, 99]}),
+        )
+        self.assertEqual(self.broker.look(foreign), before)
+
+    def test_a_token_with_patterns_handles_its_own_messages_like_any_other(self):
+        for _ in range(3):
+            self.broker.post("orders-1", b"x")
+        self.assertEqual(self.call("GET", "/channels/orders-1", None, bearer("sh0p"))[0], 200)
+        for method, path, status in (
+            ("GET", "/messages/1", 200),
+            ("POST", "/messages/1/touch?lease=1", 204),
+            ("POST", "/messages/1/release?lease=2", 409),
+            ("POST", "/messages/1/release?lease=1", 204),
+            ("POST", "/messages/1/touch", 409),
+            ("DELETE", "/messages/1", 204),
+            ("DELETE", "/messages/1", 404),
+            ("POST", "/messages/2/reject", 204),
+            ("GET", "/channels/orders-1?nowait&ack=2", 404),
+            ("GET", "/channels/orders-1/messages?after=1", 200),
+            ("GET", "/channels/orders-1/messages?state=ready&after=3", 200),
+            ("GET", "/channels/orders-1?nowait", 200),
+            ("GET", "/channels/orders-1?nowait&ack=3&lease=1", 204),
+        ):
+            with self.subTest(method + " " + path):
+                self.assertEqual(self.call(method, path, None, bearer("sh0p"))[0], status)
+
+    def test_a_message_that_moved_away_meanwhile_is_not_reached(self):
+        id = self.broker.post("orders-1", b"x", dead="other").id
+        real = linger.Broker.channels_of
+
+        def and_then_it_moves(broker, ids):
+            channels = real(broker, ids)
+            broker.reject(id)
+            return channels
+
+        with unittest.mock.patch.object(linger.Broker, "channels_of", and_then_it_moves):
+            self.assertEqual(self.as_shop("DELETE", f"/messages/{id}")[0], 404)
+        self.assertEqual(self.broker.look(id)[0].channel, "other")
+
+    def test_lists_show_only_what_the_token_may_see(self):
+        for channel in ("orders-1", "other"):
+            self.broker.subscribe(channel, "orders")
+            self.broker.subscribe(channel, "news")
+        self.assertEqual(self.as_shop("GET", "/channels"), (200, {"channels": ["orders-1"]}))
+        self.assertEqual(self.as_shop("GET", "/topics"), (200, {"topics": ["orders"]}))
+        (info,) = self.as_shop("GET", "/channels?info")[1]["channels"]
+        self.assertEqual(info["topics"], ["orders"])
+        self.assertEqual(self.as_shop("GET", "/channels/orders-1/info")[1]["topics"], ["orders"])
+        self.assertEqual(
+            self.as_shop("GET", "/channels/orders-1/topics")[1], {"topics": ["orders"]}
+        )
+        self.assertEqual(
+            self.as_shop("GET", "/topics/orders/channels")[1], {"channels": ["orders-1"]}
+        )
+
+    def test_a_publication_tells_of_those_channels_only_that_the_token_may_see(self):
+        for channel in ("orders-1", "other", "full", "orders-2"):
+            self.broker.subscribe(channel, "orders")
+        for channel in ("full", "orders-2"):
+            self.broker.set_settings(channel, hlm=1)
+            self.broker.post(channel, b"x")
+        for key in ("", "&dedup=k", "&dedup=k"):
+            status, headers, body = self.call(
+                "POST", f"/topics/orders?msg=x{key}", None, bearer("sh0p")
+            )
+            self.assertEqual(status, 202)
+            self.assertEqual(set(json.loads(body)) - {"duplicate"}, {"orders-1"})
+            dropped = None if "duplicate" in json.loads(body) else "orders-2"
+            self.assertEqual(headers["x-linger-dropped"], dropped)
+        self.assertEqual(self.broker.channel_stats("other")["ready"], 2)
+        batch = {"Content-Type": "application/x-ndjson"}
+        self.assertEqual(
+            list(self.as_shop("POST", "/topics/orders/batch", "1", batch)[1]), ["orders-1"]
+        )
+
+    def test_no_answer_or_log_shows_a_token(self):
+        self.server.log_requests = True
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            answers = self.call("GET", "/stats", None, bearer("b0ss"))[2]
+            answers += self.call("GET", "/topics", None, bearer("wr0ng"))[2]
+            answers += self.call("GET", "/topics", None, bearer("wr1te"))[2]
+            self.tokens.write_text("b0ss b0ss b0ss\n")
+            self.server.reload()
+        for token in ("b0ss", "wr0ng", "wr1te"):
+            self.assertNotIn(token, log.getvalue() + answers.decode())
+
+
+class OneTokenTest(ServerTest):
+    options = types.MappingProxyType({"token": "T0ken"})
+
+    def test_one_token_gives_full_access_and_costs_no_look_at_the_message(self):
+        self.broker.post("q", b"x")
+        with unittest.mock.patch.object(linger.Broker, "channels_of", side_effect=AssertionError):
+            self.assertEqual(self.call("GET", "/channels/q", None, BEARER)[0], 200)
+            self.assertEqual(self.call("DELETE", "/messages/1", None, BEARER)[0], 204)
+        self.assertEqual(self.call("GET", "/stats", None, BEARER)[0], 200)
+        self.assertEqual(self.call("GET", "/stats")[0], 401)
+
+
+class SiteTest(ServerTest):
+    """Web pages, and names that somebody lets point here."""
+
+    options = types.MappingProxyType({"allow_host": "queue.example,other.example"})
+
+    def status_of(self, *lines, method="GET", target="/topics"):
+        head = "".join(f"{line}\r\n" for line in (f"{method} {target} HTTP/1.1", *lines))
+        return self.statuses(head.encode() + b"\r\n")
+
+    def test_on_loopback_the_host_is_an_address_localhost_or_one_that_is_allowed(self):
+        for host, status in (
+            ("127.0.0.1", 200), ("127.0.0.1:8989", 200), ("[::1]:8989", 200), ("192.0.2.7", 200),
+            ("localhost", 200), ("LOCALHOST:1", 200), ("a.localhost", 200), ("localhost.", 200),
+            ("queue.example", 200), ("Other.Example:99", 200),
+            ("evil.example", 403), ("queue.example.evil", 403), ("xlocalhost", 403),
+            ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("127.1", 403),
+            ("evil.queue.example", 403), ("[::g]", 400),
+        ):  # fmt: skip
+            with self.subTest(host):
+                self.assertEqual(self.status_of(f"Host: {host}"), [status])
+                target = f"http://{host}/topics"
+                absolute = self.status_of("Host: localhost", target=target)
+                self.assertEqual(absolute, [status])
+
+    def test_the_host_of_the_target_counts_and_not_that_of_the_header(self):
+        target = "http://localhost/topics"
+        self.assertEqual(self.status_of("Host: evil.example", target=target), [200])
+
+    def test_pages_of_other_sites_are_refused_whatever_the_method(self):
+        self.broker.post("q", b"x")
+        for lines in (
+            ("Origin: https://evil.example",),
+            ("Origin: null",),
+            ("Origin: http://127.0.0.1:1",),
+            ("Sec-Fetch-Site: cross-site",),
+            ("Sec-Fetch-Site: same-site",),
+            ("Sec-Fetch-Site: none, cross-site",),
+            ("Origin: http://127.0.0.1", "Sec-Fetch-Site: cross-site"),
+        ):
+            for method, target in (
+                ("GET", "/channels/q"), ("POST", "/channels/q?msg=y"), ("DELETE", "/channels/q"),
+                ("PUT", "/channels/q/pause"), ("OPTIONS", "/channels/q"), ("GET", "/health"),
+            ):  # fmt: skip
+                with self.subTest(method=method, lines=lines):
+                    answer = self.status_of("Host: 127.0.0.1", *lines, method=method, target=target)
+                    self.assertEqual(answer, [403])
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_its_own_pages_and_those_who_are_no_browser_pass(self):
+        for lines in (
+            (),
+            ("Origin: http://127.0.0.1:8989",),
+            ("Sec-Fetch-Site: same-origin",),
+            ("Sec-Fetch-Site: none",),
+        ):
+            self.assertEqual(self.status_of("Host: 127.0.0.1:8989", *lines), [200], lines)
+
+    def test_what_was_found_of_headers_is_remembered_only_if_they_pass(self):
+        bad = b"GET /topics HTTP/1.1\r\nHost: x.example\r\n\r\n"
+        good = b"GET /topics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        self.assertEqual(self.statuses(good * 3 + bad), [200, 200, 200, 403])
+        absolute = good.replace(b"/topics", b"http://evil.example/topics")
+        self.assertEqual(self.statuses(good + absolute), [200, 403])
+
+    def test_no_answer_lets_a_page_read_it(self):
+        _, headers, _ = self.call("OPTIONS", "/topics")
+        self.assertEqual([n for n in headers if n.startswith("Access-Control")], [])
+
+    def test_elsewhere_the_host_counts_only_if_names_are_listed(self):
+        open_to_all = linger.Access(no_auth=True)
+        open_to_all.listen("192.0.2.1")
+        open_to_all.check_site({"host": "any.example"})
+        named = linger.Access(no_auth=True, allow_host="queue.example")
+        named.listen("192.0.2.1")
+        named.check_site({"host": "queue.example"})
+        with self.assertRaises(linger.Denied):
+            named.check_site({"host": "any.example"})
+
+
+class CorsTest(ServerTest):
+    options = types.MappingProxyType(
+        {"cors": "https://a.example, http://b.example:8080", "token": "T0ken"}
+    )
+
+    def test_a_page_that_is_allowed_may_ask_first_and_then_call(self):
+        origin = {"Origin": "https://a.example", "Sec-Fetch-Site": "cross-site"}
+        asks = {**origin, "Access-Control-Request-Method": "DELETE"}
+        status, headers, _ = self.call("OPTIONS", "/messages/1", None, asks)
+        self.assertEqual(status, 204)
+        self.assertEqual(headers["Access-Control-Allow-Origin"], "https://a.example")
+        self.assertIn("DELETE", headers["Access-Control-Allow-Methods"])
+        self.assertIn("Authorization", headers["Access-Control-Allow-Headers"])
+        self.assertEqual(headers["Access-Control-Max-Age"], "600")
+        status, headers, _ = self.call("POST", "/channels/q", "x", {**origin, **BEARER})
+        self.assertEqual((status, headers["Vary"]), (202, "Origin"))
+        self.assertEqual(headers["Access-Control-Allow-Origin"], "https://a.example")
+        self.assertEqual(headers["Access-Control-Expose-Headers"], "*")
+        self.assertIsNone(headers["Access-Control-Allow-Methods"])
+
+    def test_it_can_read_its_errors_and_needs_a_token(self):
+        for path, headers, expected in (("/topics", {}, 401), ("/nowhere", BEARER, 404)):
+            origin = {"Origin": "http://b.example:8080", **headers}
+            status, answer, _ = self.call("GET", path, None, origin)
+            self.assertEqual(status, expected)
+            self.assertEqual(answer["Access-Control-Allow-Origin"], "http://b.example:8080")
+
+    def test_others_are_refused_also_when_they_ask_first(self):
+        for origin in ("https://b.example", "http://a.example", "https://a.example.evil", "null"):
+            asks = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+            status, headers, _ = self.call("OPTIONS", "/topics", None, asks)
+            self.assertEqual((status, headers["Access-Control-Allow-Origin"]), (403, None))
+        self.assertEqual(self.call("GET", "/topics", None, BEARER)[1]["Vary"], "Origin")
+        self.assertEqual(self.call("OPTIONS", "/topics")[0], 401)
+
+    def test_a_star_allows_all(self):
+        access = linger.Access(cors="*")
+        lines = access.check_site({"host": "localhost", "origin": "null"})
+        self.assertIn("Access-Control-Allow-Origin: *\r\n", lines)
+        self.assertNotIn("Vary", lines)
+
+
+# For localhost and 127.0.0.1, from 2020 to 2120; it guards nothing.
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgBxj4KN22wmIf0zwI
+/+qu+A8XIicqL5+OwMZyfLxDgGuhRANCAAQBysVnfULd9jflM9USXm2IaThk2kH9
+gTPn3kQijdvHo6gA120Rhv4Jba3ill7Gb49+DOeOdm9kazIgFRLR8mPg
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBdzCCAR2gAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABAHKxWd9Qt32N+Uz
+1RJebYhpOGTaQf2BM+feRCKN28ejqADXbRGG/gltreKWXsZvj34M5452b2RrMiAV
+EtHyY+CjXjBcMBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
+BTADAQH/MB0GA1UdDgQWBBRsyHZgnP1cNJTDLwyr2sbvEZ7w7TAOBgNVHQ8BAf8E
+BAMCAoQwCgYIKoZIzj0EAwIDSAAwRQIhAKIr2DeHSmMN9pTOyxjL90GPtQjIedLj
+34IQJLUxOah+AiA3KiF3YZi/yY6MW3BakLJPfzfYGV0WwNX5LNB1cc/HvQ==
+-----END CERTIFICATE-----
+"""
+
+
+class TlsTest(ServerTest):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        self.cert = Path(folder.name, "cert.pem")
+        self.cert.write_text(CERTIFICATE)
+        self.options = {"cert": str(self.cert), "token": "T0ken", "read_timeout": 1}
+        super().setUp()
+        self.context = ssl.create_default_context(cafile=str(self.cert))
+
+    def open(self, context=None):
+        context = context or self.context
+        return context.wrap_socket(self.connect(), server_hostname="localhost")
+
+    def call(self, method, path, body=None, headers=BEARER):
+        client = http.client.HTTPSConnection(
+            "localhost", self.address[1], timeout=PATIENCE, context=self.context
+        )
+        with contextlib.closing(client):
+            client.request(method, path, body, headers)
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+    def test_a_large_message_goes_in_and_out(self):
+        self.assertEqual(self.server.url, f"https://127.0.0.1:{self.address[1]}")
+        body = random.Random(1).getrandbits(8 * 250_000).to_bytes(250_000, "big")
+        self.assertEqual(self.call("POST", "/channels/q", body)[0], 202)
+        self.assertEqual(self.call("GET", "/channels/q")[2], body)
+        self.assertEqual(self.call("GET", "/topics", None, {})[0], 401)
+
+    def test_a_connection_goes_on_and_its_end_is_told(self):
+        with self.open() as connection:
+            for _ in range(3):
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
+            connection.sendall(b"GET /topics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 401 "))
+            connection.suppress_ragged_eofs = False
+            self.assertEqual(connection.recv(1000), b"")
+
+    def test_only_tls_1_2_and_newer_are_spoken(self):
+        self.assertEqual(self.server.access.tls.minimum_version, ssl.TLSVersion.TLSv1_2)
+        self.context.maximum_version = ssl.TLSVersion.TLSv1_2
+        with self.open() as connection:
+            self.assertEqual(connection.version(), "TLSv1.2")
+
+    def test_a_consumer_waits_and_one_that_hung_up_gets_nothing(self):
+        get = b"GET /channels/q HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer T0ken\r\n\r\n"
+        gone, waiting = self.open(), self.open()
+        for count, connection in enumerate((gone, waiting), 1):
+            connection.sendall(get)
+            until(lambda n=count: len(self.broker._waiting.get("q", ())) == n)
+        gone.close()
+        until(lambda: next(iter(self.broker._waiting["q"].values())).vanished())
+        self.broker.post("q", b"x")
+        with waiting:
+            answer = waiting.recv(1000)
+        self.assertIn(b"x-linger-delivered: 1\r\n", answer)
+
+    def test_handshakes_that_stall_stop_nobody_and_end_in_time(self):
+        for n in range(100):
+            connection = self.connect()
+            if n % 2:
+                connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # the begin of a ClientHello
+        until(lambda: len(self.server.handlers) == 100)
+        start = time.monotonic()
+        self.assertEqual(self.call("GET", "/topics")[0], 200)
+        self.assertLess(time.monotonic() - start, 1)
+        until(lambda: not self.server.connections, 5)
+
+    def test_a_record_that_trickles_in_ends_in_time_too(self):
+        with self.open() as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            connection.recv(1000)
+            raw = socket.socket(fileno=os.dup(connection.fileno()))
+            with raw:
+                start = time.monotonic()
+                for byte in b"\x17\x03\x03\x40\x00" + b"x" * 1000:
+                    try:
+                        raw.send(bytes([byte]))
+                    except OSError:
+                        break
+                    if select.select([raw], [], [], 0.1)[0]:
+                        break
+                self.assertLess(time.monotonic() - start, 4)
+
+    def test_what_is_no_tls_is_closed_without_a_traceback(self):
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            for data in (CALL, b"\x16\x03\x01" + b"\xff" * 500, os.urandom(500), b""):
+                self.assertNotIn(b"HTTP", self.talk(data))
+            until(lambda: not self.server.connections)
+        self.assertEqual(log.getvalue(), "")
+
+    def test_a_new_certificate_is_for_new_connections_and_a_broken_one_for_none(self):
+        old = self.server.access.tls
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            self.cert.write_text(CERTIFICATE[:400])
+            self.server.reload()
+        self.assertRegex(log.getvalue(), "^linger: cannot use the certificate .*still holds\n$")
+        self.assertIs(self.server.access.tls, old)
+        self.cert.write_text(CERTIFICATE)
+        self.server.reload()
+        self.assertIsNot(self.server.access.tls, old)
+        self.assertEqual(self.call("GET", "/topics")[0], 200)
+
+    def test_a_stop_ends_handshakes_at_once(self):
+        connection = self.connect()
+        until(lambda: any(handler.idle for handler in self.server.handlers))
+        start = time.monotonic()
+        self.server.close()
+        self.assertLess(time.monotonic() - start, 1)
+        connection.close()
+
+
 # -- the process ---------------------------------------------------------------------------------
 
 
@@ -2925,10 +3620,10 @@ class Process:
         found = re.search(r"http://[^ ,]*:([0-9]+)", self.line)
         self.port = int(found[1]) if found else None
 
-    def call(self, method, path, body=None):
+    def call(self, method, path, body=None, headers=None):
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(client):
-            client.request(method, path, body, {"Content-Type": "x/y"})
+            client.request(method, path, body, headers or {"Content-Type": "x/y"})
             answer = client.getresponse()
             return answer.status, answer.headers, answer.read()
 
@@ -2970,7 +3665,7 @@ class ProcessTest(ProcessCase):
                 server = self.start()
                 server.call("POST", "/channels/q", "x")
                 with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as waiting:
-                    waiting.sendall(b"GET /channels/empty HTTP/1.1\r\nHost: x\r\n\r\n")
+                    waiting.sendall(b"GET /channels/empty HTTP/1.0\r\n\r\n")
                     until(lambda s=server: b"empty" in s.call("GET", "/channels")[2])
                     start = time.monotonic()
                     self.assertEqual(server.end(number), (0, ""))
@@ -3033,6 +3728,31 @@ class ProcessTest(ProcessCase):
         server = self.start(before=lower)
         self.assertEqual(server.call("GET", "/topics")[0], 200)
         self.assertIn("only 32 connections", server.end()[1])
+
+    def test_without_tokens_it_listens_on_this_machine_only_unless_told_otherwise(self):
+        self.assertIn("--no-auth", self.refused("--host=0.0.0.0"))
+        self.start("--host=0.0.0.0", "--no-auth").end()
+        self.start("--host=0.0.0.0", environment={"LINGER_TOKEN": "T0ken"}).end()
+        self.assertIn("cannot be given", self.refused("--no-auth", "--token=T0ken"))
+        said = self.refused(environment={"LINGER_TOKEN": "my s3cret"})
+        self.assertIn("visible ASCII", said)
+        self.assertNotIn("s3cret", said)
+
+    def test_sighup_reads_the_tokens_anew_and_a_broken_file_keeps_the_old(self):
+        tokens = self.folder / "tokens"
+        tokens.touch(0o600)
+        tokens.write_text("a 0ld read")
+        server = self.start(f"--tokens={tokens}")
+        until(lambda: server.call("GET", "/topics", headers=bearer("0ld"))[0] == 200)
+        for text in ("a n3w read", "a n3wer"):
+            tokens.write_text(text)
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda: server.call("GET", "/topics", headers=bearer("n3w"))[0] == 200)
+            self.assertEqual(server.call("GET", "/topics", headers=bearer("0ld"))[0], 401)
+        until(lambda: select.select([server.process.stderr], [], [], 0)[0])
+        status, errors = server.end()
+        self.assertEqual(status, 0)
+        self.assertRegex(errors, "^linger: .*tokens, line 1: .*still holds\n$")
 
     def test_a_database_in_memory_keeps_nothing(self):
         server = self.start("--dbfile=:memory:")
