@@ -1023,6 +1023,7 @@ REJECT_MESSAGE = """
 update messages
 set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
 where id = :id and lease = coalesce(:lease, lease) and channel = coalesce(:within, channel)
+    and (:lease is null or held = 1)
 """
 
 # GIVE_UP: what is in state 3 goes to its dead channel, if that is another one, or away.
@@ -2503,7 +2504,10 @@ class Broker:
         reason: str = "",
         within: Optional[str] = None,
     ) -> None:
-        """Gives a message up: it goes to its dead channel, or away.  Raises as `delete` does."""
+        """Gives a message up: it goes to its dead channel, or away.
+
+        With `lease`, only if that delivery is the latest and has not ended: raises as `touch`.
+        """
 
         def rejected(operation: Operation) -> None:
             _, (changed, _), dead, _, removed = operation.results
@@ -4926,18 +4930,16 @@ class Client:
         token = token or os.environ.get("LINGER_TOKEN") or ""
         if not VISIBLE.fullmatch(token):
             raise Malformed("a token must be visible ASCII without blanks")
-        scheme, self._place, host, port = _split_url(self.url)
-        self._head = f"Host: {self._place}\r\n"
+        scheme, place, host, port = _split_url(self.url)
+        self._head = f"Host: {place}\r\n"
         if token:
             self._head += f"Authorization: Bearer {token}\r\n"
-        self._make: Callable[[], http.client.HTTPConnection]
+        kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        options: dict[str, Any] = {"timeout": timeout}
         if scheme == "https":
-            context = ssl.create_default_context(cafile=cafile)
-            self._make = functools.partial(
-                http.client.HTTPSConnection, host, port, timeout=timeout, context=context
-            )
-        else:
-            self._make = functools.partial(http.client.HTTPConnection, host, port, timeout=timeout)
+            kind, options["context"] = http.client.HTTPSConnection, _trust(cafile)
+        self._make = functools.partial(kind, host, port, **options)
+        self._lock = threading.Lock()  # guards the lines
         self._own = threading.local()  # each thread's line
         self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
         self._in_hand: set[tuple[int, Optional[int]]] = (
@@ -4947,9 +4949,12 @@ class Client:
 
     def close(self) -> None:
         """Closes all connections; calls after this, and those that wait, fail."""
-        self._closed = True
-        for line in list(self._lines):
-            line.break_off()
+        with self._lock:
+            self._closed = True
+            lines = list(self._lines)
+        for line in lines:
+            line.shut(socket.SHUT_RDWR)
+        self._own.__dict__.clear()
 
     def __enter__(self) -> Client:
         return self
@@ -4999,9 +5004,10 @@ class Client:
         (`dedup_for` is written with `_`).  With `retry` it is sent again, with a `dedup` key, for
         up to `timeout` seconds until it is answered: it is added once.
         """
-        path = f"/channels/{_quote('channel', channel)}"
+        path = f"/channels/{_quote(channel)}"
+        keyed = "dedup" in parameters or "unique" in parameters  # not only by `retry`
         return self._add(
-            lambda value: Posted(value["id"], value.get("duplicate", False)),
+            lambda value: Posted(value["id"], keyed and value.get("duplicate", False)),
             path, *encode_message(body, type), retry, _texts(ALL_PARAMETERS, parameters),
         )  # fmt: skip
 
@@ -5014,7 +5020,7 @@ class Client:
         those that do not have their own; `retry` as for `post`.  A bad one raises its error with
         its `index`.
         """
-        path = f"/channels/{_quote('channel', channel)}/batch"
+        path = f"/channels/{_quote(channel)}/batch"
         items = encode_batch(bodies, ALL_PARAMETERS)
         return self._add(
             lambda value: list(value["ids"]),
@@ -5036,7 +5042,7 @@ class Client:
         """
         return self._add(
             lambda value: {channel: id for channel, id in value.items() if id is not True},
-            f"/topics/{_quote('topic', topic)}", *encode_message(body, type), retry,
+            f"/topics/{_quote(topic)}", *encode_message(body, type), retry,
             _texts(KEY_PARAMETERS, keys),
         )  # fmt: skip
 
@@ -5045,7 +5051,7 @@ class Client:
     ) -> dict[str, list[int]]:
         """Publishes up to 1,000 messages, given as for `post_batch`; the copies' ids by channel."""
         items = encode_batch(bodies, KEY_PARAMETERS)
-        path = f"/topics/{_quote('topic', topic)}/batch"
+        path = f"/topics/{_quote(topic)}/batch"
         return self._add(dict, path, items, "application/json", retry, _texts(KEY_PARAMETERS, keys))
 
     # -- taking messages
@@ -5081,7 +5087,7 @@ class Client:
     ) -> list[Message]:
         """Takes up to `n` messages (1 to 1,000), as many as are ready once one is; see `get`."""
         names = [channels] if isinstance(channels, str) else channels
-        path = "/channels/" + ",".join(_quote("channel", name) for name in names)
+        path = "/channels/" + ",".join(_quote(name) for name in names)
         query: dict[str, object] = {"n": n, "wait": wait, "timeout": timeout}
         if ack is not None:
             query["ack"], query["lease"] = _delivery(ack, lease)
@@ -5148,13 +5154,13 @@ class Client:
     def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
         """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
         came from, or all to the channel `to`; returns how many."""
-        path = f"/channels/{_quote('channel', channel)}/redrive"
+        path = f"/channels/{_quote(channel)}/redrive"
         query = {"n": n, "to": to}
         return self._ask(lambda value: int(value["moved"]), "POST", path, query, repeatable=False)
 
     def drain(self, channel: str) -> None:
         """Deletes all messages of a channel, whatever their state, and its dedup keys."""
-        self._call("DELETE", f"/channels/{_quote('channel', channel)}")
+        self._call("DELETE", f"/channels/{_quote(channel)}")
 
     # -- channels and topics
 
@@ -5168,53 +5174,53 @@ class Client:
 
     def info(self, channel: str) -> dict[str, Any]:
         """What there is to know of a channel: its counts, consumers, topics, settings."""
-        return self._ask(dict, "GET", f"/channels/{_quote('channel', channel)}/info")
+        return self._ask(dict, "GET", f"/channels/{_quote(channel)}/info")
 
     def channel_stats(self, channel: str) -> dict[str, int]:
         """How many messages of a channel are `ready`, and how many `hidden`."""
-        return self._ask(dict, "GET", f"/channels/{_quote('channel', channel)}/stats")
+        return self._ask(dict, "GET", f"/channels/{_quote(channel)}/stats")
 
     def topics(self, channel: Optional[str] = None) -> list[str]:
         """The sorted topics that have subscriptions: of one channel, or of all."""
-        path = "/topics" if channel is None else f"/channels/{_quote('channel', channel)}/topics"
+        path = "/topics" if channel is None else f"/channels/{_quote(channel)}/topics"
         return self._ask(lambda value: list(value["topics"]), "GET", path)
 
     def subscribers(self, topic: str) -> list[str]:
         """The sorted channels that are subscribed to a topic."""
-        path = f"/topics/{_quote('topic', topic)}/channels"
+        path = f"/topics/{_quote(topic)}/channels"
         return self._ask(lambda value: list(value["channels"]), "GET", path)
 
     def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
         """Subscribes a channel to a topic: copies get `parameters`; replaces what was there."""
-        path = f"/channels/{_quote('channel', channel)}/topics/{_quote('topic', topic)}"
+        path = f"/channels/{_quote(channel)}/topics/{_quote(topic)}"
         self._call("PUT", path, _texts(MESSAGE_PARAMETERS, parameters))
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; it is no error if there is none."""
-        path = f"/channels/{_quote('channel', channel)}/topics/{_quote('topic', topic)}"
+        path = f"/channels/{_quote(channel)}/topics/{_quote(topic)}"
         self._call("DELETE", path)
 
     def settings(self, channel: str) -> dict[str, Any]:
         """The settings of a channel: those that are set."""
-        return self._ask(dict, "GET", f"/channels/{_quote('channel', channel)}/settings")
+        return self._ask(dict, "GET", f"/channels/{_quote(channel)}/settings")
 
     def set_settings(self, channel: str, **parameters: object) -> None:
         """Sets what holds for messages posted to a channel that do not say otherwise, and its
         own `hlm`; replaces what was set."""
-        path = f"/channels/{_quote('channel', channel)}/settings"
+        path = f"/channels/{_quote(channel)}/settings"
         self._call("PUT", path, _texts(CHANNEL_PARAMETERS, parameters))
 
     def clear_settings(self, channel: str) -> None:
         """Clears the settings of a channel; it is no error if there are none."""
-        self._call("DELETE", f"/channels/{_quote('channel', channel)}/settings")
+        self._call("DELETE", f"/channels/{_quote(channel)}/settings")
 
     def pause(self, channel: str, seconds: Optional[int] = None) -> None:
         """Lets nobody take messages of a channel until `resume`, or for some seconds."""
-        self._call("PUT", f"/channels/{_quote('channel', channel)}/pause", {"for": seconds})
+        self._call("PUT", f"/channels/{_quote(channel)}/pause", {"for": seconds})
 
     def resume(self, channel: str) -> None:
         """Ends a pause; it is no error if there is none."""
-        self._call("DELETE", f"/channels/{_quote('channel', channel)}/pause")
+        self._call("DELETE", f"/channels/{_quote(channel)}/pause")
 
     # -- looking
 
@@ -5235,7 +5241,7 @@ class Client:
         In the order of delivery for the state `ready`, else by id.  Bodies are cut to MAX_CUT
         bytes, or a character less.
         """
-        path = f"/channels/{_quote('channel', channel)}/messages"
+        path = f"/channels/{_quote(channel)}/messages"
         query = {"state": state, "n": n, "after": after}
         return self._ask(
             lambda value: [(parse_message(item), item["state"]) for item in value],
@@ -5250,7 +5256,7 @@ class Client:
         is left of them.  A message in flight is dumped as if it was ready.  Nothing is taken.
         """
         for channel in self.channels() if channels is None else channels:
-            path = f"/channels/{_quote('channel', channel)}/messages"
+            path = f"/channels/{_quote(channel)}/messages"
             after: Optional[int] = None
             while True:
                 query = {"n": MAX_BATCH, "after": after, "whole": 1}
@@ -5267,7 +5273,7 @@ class Client:
         """
         count = 0
         for channel, items in in_batches(records):
-            path = f"/channels/{_quote('channel', channel)}/batch"
+            path = f"/channels/{_quote(channel)}/batch"
             body = b"[" + b",".join(items) + b"]"
             count += self._add(
                 lambda value: len(value["ids"]), path, body, "application/json", True, {}
@@ -5428,21 +5434,19 @@ class Client:
         tells that the first one was done.  `into` gets the body of a good answer.
         """
         request = self._request(method, path, query, body, type)
-        line = self._line()
         lost = False
         while True:
-            line.open()
+            line = self._line()
             try:
                 status, headers, text = line.exchange(method, request, self.timeout + wait, into)
                 break
             except socket.timeout as error:
-                line.close()
                 raise Unavailable(f"{self.url} did not answer in time") from error
             except (OSError, http.client.HTTPException) as error:
-                line.close()
-                if lost or self._closed or not repeatable:
+                if lost or not repeatable or self._closed:
                     raise Unavailable(
-                        f"lost the connection to {self.url} before its answer came: {error or '?'}"
+                        f"the connection to {self.url} broke before the answer came, so it is not"
+                        f" known whether it was done: {error}"
                     ) from error
                 lost = True
         if status < 300 or (lost and status in done):
@@ -5465,11 +5469,12 @@ class Client:
 
     def _line(self) -> _Line:
         """This thread's line, in this process: a fork must not talk on its parent's."""
-        if self._closed:
-            raise Unavailable("the client is closed")
         line: Optional[_Line] = getattr(self._own, "line", None)
         if line is None or line.process != os.getpid():
             line = self._own.line = _Line(self.url, self._make)
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the client is closed")
             self._lines.add(line)
         return line
 
@@ -5484,55 +5489,53 @@ class _Line:
         self._connection: Optional[http.client.HTTPConnection] = None
         self._used = 0.0
 
-    def open(self) -> None:
-        """Connects, unless there is a connection that the server has not closed."""
-        if self._connection is not None:
-            poller = select.poll()
-            poller.register(self._connection.sock, select.POLLIN | GONE)
-            if time.monotonic() - self._used < KEPT_TIMEOUT and not poller.poll(0):
-                return
-            self.close()
-        connection = self._make()
-        try:
-            connection.connect()
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise Unavailable(f"cannot connect to {self._url}: {error}") from error
-        self._connection = connection
-
     def exchange(
         self, method: str, request: bytes, timeout: float, into: Optional[BinaryIO]
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Sends a request and receives its answer; OSError or HTTPException if that fails."""
-        connection = self._connection
-        if connection is None:
-            raise ConnectionAbortedError("it was closed")
-        connection.sock.settimeout(timeout)
-        connection.sock.sendall(request)
-        answer = http.client.HTTPResponse(connection.sock, method=method)
+        """Sends a request, receives its answer; OSError or HTTPException if the line breaks."""
+        connection = self._open()
+        answer = None
         try:
+            connection.sock.settimeout(timeout)
+            connection.sock.sendall(request)
+            answer = http.client.HTTPResponse(connection.sock, method=method)
             answer.begin()
             text = _read_answer(answer, into)
+        except BaseException:  # Ctrl-C: what is left of the answer must not be taken for the next
+            self.close()
+            raise
         finally:
-            answer.close()
+            if answer is not None:
+                answer.close()
         self._used = time.monotonic()
         if answer.will_close:
             self.close()
         return answer.status, answer.headers, text
 
-    def hang_up(self) -> None:
-        """Tells the server that this end has nothing more to say: a wait ends, its answer comes."""
-        self._shut(socket.SHUT_WR)
+    def _open(self) -> http.client.HTTPConnection:
+        """The connection, made anew if the server has closed it; `Unavailable` if it cannot be."""
+        if self._connection is not None:
+            poller = select.poll()
+            poller.register(self._connection.sock, select.POLLIN | GONE)
+            if time.monotonic() - self._used < KEPT_TIMEOUT and not poller.poll(0):
+                return self._connection
+            self.close()
+        connection = self._make()
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise Unavailable(f"cannot connect to {self._url}: {error}") from error
+        self._connection = connection
+        return connection
 
-    def break_off(self) -> None:
-        """Ends what another thread waits for."""
-        self._shut(socket.SHUT_RDWR)
-
-    def _shut(self, how: int) -> None:
+    def shut(self, how: int) -> None:
+        """For another thread: tells the server that there is nothing to come (SHUT_WR), which
+        makes it answer who waits, or ends also what it says (SHUT_RDWR)."""
         connection = self._connection
-        if connection is not None and connection.sock is not None and self.process == os.getpid():
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(connection.sock, how)  # TLS or not
+        if connection is not None and self.process == os.getpid():
+            with contextlib.suppress(OSError, AttributeError):  # closed just now
+                socket.socket.shutdown(connection.sock, how)  # the TCP connection under any TLS
 
     def close(self) -> None:
         """Closes the connection, if there is one."""
@@ -5540,8 +5543,7 @@ class _Line:
         if connection is not None:
             connection.close()
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = close
 
 
 class _Loop:
@@ -5650,7 +5652,7 @@ class _Loop:
         while not self._closed.wait(LOOK_INTERVAL):
             waiting = self._waiting
             if waiting is not None and self._stop.is_set():
-                waiting.hang_up()
+                waiting.shut(socket.SHUT_WR)
             if hand is not self._hand:
                 hand = self._hand
                 due = hand[1] + hand[0].timeout / TOUCHES if hand else 0.0
@@ -5670,25 +5672,23 @@ class _Loop:
 
 @contextlib.contextmanager
 def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """While it lasts SIGTERM and SIGINT set `stop`, and only the second does what it did before.
+    """Meanwhile the first SIGTERM or SIGINT sets `stop`, and a second does what it did before.
 
-    Only in the main thread: no other may set what a signal does.
+    In the main thread only: no other may say what a signal does.
     """
     before: dict[int, Any] = {}
-
-    def set(*_: object) -> None:
-        stop.set()
-        restore()
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, set)
+    def stop_once(*_: object) -> None:
+        stop.set()
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, stop_once) or signal.SIG_DFL
     try:
         yield
     finally:
@@ -5711,9 +5711,22 @@ def _split_url(url: str) -> tuple[str, str, str, Optional[int]]:
     except ValueError:
         parts, port = urllib.parse.urlsplit(""), None
     scheme, place, *rest = parts
-    if scheme not in ("http", "https") or any(rest) or not AUTHORITY.fullmatch(place):
+    if (
+        scheme not in ("http", "https")
+        or any(rest)
+        or not AUTHORITY.fullmatch(place)
+        or not VISIBLE.fullmatch(url)
+    ):
         raise Malformed(f"a server's URL must be as {DEFAULT_URL} or https://host, not {url}")
     return scheme, place, parts.hostname or "", port
+
+
+def _trust(cafile: Optional[str]) -> ssl.SSLContext:
+    """The certificates that a server's is checked against."""
+    try:
+        return ssl.create_default_context(cafile=cafile)
+    except OSError as error:
+        raise Malformed(f"cannot read the certificates in {cafile}: {error}") from error
 
 
 def _read_answer(answer: http.client.HTTPResponse, into: Optional[BinaryIO]) -> bytes:
@@ -5723,19 +5736,19 @@ def _read_answer(answer: http.client.HTTPResponse, into: Optional[BinaryIO]) -> 
         if answer.length:
             raise http.client.IncompleteRead(b"", answer.length)
         return b""
-    if answer.length is None:
-        text = answer.read(MAX_ANSWER + 1)
-    elif answer.length <= MAX_ANSWER:
-        text = answer.read()
-    if answer.length or len(text) > MAX_ANSWER:
-        raise LingerError(f"the answer has more than {MAX_ANSWER} bytes", 502)
+    length = answer.length
+    text = answer.read() if length and length <= MAX_ANSWER else answer.read(MAX_ANSWER + 1)
+    if length is None and not text:
+        raise http.client.IncompleteRead(text)  # it broke off in its head
+    if len(text) > MAX_ANSWER:
+        raise LingerError(f"the answer has more than the {MAX_ANSWER} bytes that are taken", 502)
     return text
 
 
 def _error_of(url: str, status: int, text: bytes) -> LingerError:
     """The error that an answer tells."""
     value = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
     if not isinstance(value, dict) or not isinstance(value.get("error"), str):
         value = {"error": f"{url} answers {status}, and not as Linger does"}
@@ -5754,9 +5767,9 @@ def _delivery(
     return message, lease
 
 
-def _quote(kind: str, name: str) -> str:
-    """The name of a channel or topic (`kind`) for a path."""
-    return urllib.parse.quote(check_name(kind, name), safe="")
+def _quote(name: str) -> str:
+    """The name of a channel or topic for a path."""
+    return urllib.parse.quote(encode_text(name), safe="")
 
 
 def _texts(table: Sequence[Parameter], given: Mapping[str, object]) -> dict[str, object]:

@@ -1,12 +1,13 @@
 """Tests of linger.py: `python3 -m unittest`, standard library only, loopback only.
 
 The layers, each over the one above it: Store, Broker (with a clock of its own), the HTTP server
-(real sockets), the process (`python linger.py`, killed by its pid), the files themselves.
+(real sockets), the client, the process (`python linger.py`, killed by its pid), the files.
 """
 
 import ast
 import base64
 import contextlib
+import doctest
 import hashlib
 import http.client
 import io
@@ -69,6 +70,12 @@ class Folder(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
         self.dbfile = str(self.folder / "linger.db")
+
+    def hasten(self, **intervals):
+        """Changes constants of linger for the time of this test."""
+        patch = unittest.mock.patch.multiple(linger, **intervals)
+        patch.start()
+        self.addCleanup(patch.stop)
 
     def thread(self, function, *arguments):
         """Runs a function in a thread; the future of its result."""
@@ -372,6 +379,80 @@ class StoreTest(Folder):
         linger.Store(self.dbfile).close()
         os.utime(self.dbfile, (3e9, 3e9))
         self.assertEqual(self.open().last_written, 3e9)
+
+
+class BackupTest(Folder):
+    """Copies of a database in use."""
+
+    def setUp(self):
+        super().setUp()
+        self.broker = linger.Broker(linger.Store(self.dbfile, "off"))
+        self.addCleanup(self.broker.close)
+        self.copy = str(self.folder / "copy.db")
+
+    def bodies(self, path):
+        """The bodies of channel q in a copy, which must be a whole database of ours."""
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+        with contextlib.closing(linger.Broker(linger.Store(path))) as broker:
+            self.assertEqual(broker._store.read("pragma integrity_check"), [[("ok",)]])
+            return [message.body for message, _ in broker.list_messages("q", n=1000)]
+
+    def test_a_copy_has_all_that_was_committed_and_is_a_database_to_start_from(self):
+        for n in range(3):
+            self.broker.post("q", b"%d" % n)
+        self.broker.backup(self.copy)
+        self.broker.post("q", b"later")
+        self.assertEqual(os.listdir(self.folder).count("copy.db-wal"), 0)
+        self.assertEqual(self.bodies(self.copy), [b"0", b"1", b"2"])
+
+    def test_a_copy_of_what_is_in_memory_is_one_too(self):
+        with contextlib.closing(linger.Broker(linger.Store())) as broker:
+            broker.post("q", b"x")
+            broker.backup(self.copy)
+            with broker.open_copy() as file:
+                self.assertEqual(file.read(15), b"SQLite format 3")
+        self.assertEqual(self.bodies(self.copy), [b"x"])
+
+    def test_it_is_of_one_moment_and_ends_though_others_write_between_its_pages(self):
+        self.broker.post_batch("q", [(b"%d" % n + b"x" * 4000, "x", {}) for n in range(100)])
+        looks = []
+
+        def post_more(*_):
+            if len(looks) < 1000:  # else it would never end
+                looks.append(self.broker.post("q", b"late").id)
+
+        store = self.broker._store
+        with unittest.mock.patch.object(linger, "COPY_PAGES", 10):
+            store._check_open = post_more
+            self.broker.backup(self.copy)
+        self.assertIn(len(looks), range(5, 50))
+        self.assertEqual(len(self.bodies(self.copy)), 100)
+        self.assertEqual(self.broker.channel_stats("q")["ready"], 100 + len(looks))
+
+    def test_no_file_is_overwritten_and_what_fails_leaves_none(self):
+        Path(self.copy).write_text("mine")
+        with self.assertRaisesRegex(linger.Conflict, "already"):
+            self.broker.backup(self.copy)
+        self.assertEqual(Path(self.copy).read_text(), "mine")
+        with self.assertRaisesRegex(linger.Unavailable, "No such file"):
+            self.broker.backup(str(self.folder / "no" / "such"))
+        other = str(self.folder / "other.db")
+        much = unittest.mock.patch.multiple(linger, HEAD_ROOM=1 << 62, HEAD_ROOM_SHARE=1)
+        with much, self.assertRaisesRegex(linger.Full, "no room"):
+            self.broker.backup(other)
+        self.assertEqual([n for n in os.listdir(self.folder) if "other" in n], [])
+
+    def test_a_stop_ends_it(self):
+        self.broker._store._closed = True
+        self.addCleanup(setattr, self.broker._store, "_closed", False)
+        with self.assertRaisesRegex(linger.Unavailable, "stops"):
+            self.broker.backup(self.copy)
+
+    def test_the_half_copy_of_a_killed_server_goes_with_the_next_start(self):
+        self.broker.close()
+        Path(self.dbfile + ".copy").write_bytes(b"half")
+        linger.Store(self.dbfile).close()
+        self.assertFalse(os.path.exists(self.dbfile + ".copy"))
 
 
 class TakeOverTest(Folder):
@@ -1454,6 +1535,14 @@ class DeadLetterTest(BrokerTest):
         self.assertEqual(self.bodies("x"), [b"1"])
         with self.assertRaises(linger.Malformed):
             self.broker.redrive("d", to="d")
+
+    def test_a_rejection_that_is_sent_again_leaves_the_dead_letter(self):
+        id = self.broker.post("q", b"x", dead="d").id
+        self.broker.get("q")
+        self.broker.reject(id, lease=1)
+        with self.assertRaisesRegex(linger.Conflict, "not in flight"):
+            self.broker.reject(id, lease=1)
+        self.assertEqual(self.broker.look(id)[0].channel, "d")
 
 
 class KeyTest(BrokerTest):
@@ -3604,6 +3693,551 @@ class TlsTest(ServerTest):
 # -- the process ---------------------------------------------------------------------------------
 
 
+# -- the client ----------------------------------------------------------------------------------
+
+
+class ClientCase(ServerTest):
+    def setUp(self):
+        self.hasten(WATCH_INTERVAL=0.02)
+        super().setUp()
+        self.client = linger.Client(self.server.url, timeout=PATIENCE)
+        self.addCleanup(self.client.close)
+
+
+class ClientTest(ClientCase):
+    """The methods of the client; README.md's sessions are tests of each as well."""
+
+    def test_bodies_are_bytes_text_or_anything_that_is_json(self):
+        for body, sent, kind in (
+            (b"\0\xff", b"\0\xff", "text/plain"),
+            (bytearray(b"x"), b"x", "text/plain"),
+            ("grüße", "grüße".encode(), "text/plain"),
+            ({"ä": [1, None]}, '{"ä":[1,null]}'.encode(), "application/json"),
+            (7, b"7", "application/json"),
+        ):
+            with self.subTest(body):
+                self.client.post("q", body)
+                message = self.client.get("q", auto=True)
+                self.assertEqual((message.body, message.type), (sent, kind))
+        self.client.post("q", "x", "image/x; a=b")
+        self.assertEqual(self.client.get("q").type, "image/x; a=b")
+
+    def test_a_message_comes_as_the_broker_gives_it(self):
+        self.client.post(
+            "q", b"\xff", priority=-3, timeout=9, deliver=4, linger=99, backoff="0", dead="d",
+        )  # fmt: skip
+        self.client.release(self.client.get("q"), reason="why\nnot%2F")
+        message = self.client.get("q", timeout=5)
+        self.assertEqual(message[:12], (1, "q", -3, 5, 4, 2, 0, 99, "", 2, "text/plain", b"\xff"))
+        self.assertEqual(message.error, "why\nnot%2F")
+        self.assertEqual(self.client.look(1), self.broker.look(1))
+        self.assertEqual(self.client.look(1)[0].dead, "d")
+
+    def test_text_and_json_tell_when_they_cannot_be_read(self):
+        self.client.post("q", b"\xff")
+        message = self.client.get("q")
+        self.assertRaises(ValueError, lambda: message.text)
+        self.assertRaises(ValueError, message.json)
+
+    def test_any_name_reaches_the_server(self):
+        for name in ("a/b", "a,b", "你好?", "50%", "%41", " ", "..", "#"):
+            with self.subTest(name):
+                self.client.subscribe(name, name, dead=name + "x")
+                self.assertEqual(list(self.client.publish(name, "x", unique=None)), [name])
+                message = self.client.get([name, "other"], wait=0)
+                self.assertEqual((message.channel, message.topic), (name, name))
+                message, state = self.client.look(message.id)
+                self.assertEqual((message.channel, message.dead), (name, name + "x"))
+                self.assertEqual((self.client.topics(name), state), ([name], "hidden"))
+                self.client.unsubscribe(name, name)
+
+    def test_a_batch_keeps_order_types_and_parameters(self):
+        items = ["ü", b"\xff", ["json"], ("x", "x/y", {"priority": -1, "dedup_for": 5})]
+        ids = self.client.post_batch("q", items, timeout=7)
+        taken = self.client.get_batch("q", 10)
+        self.assertEqual([m.id for m in taken], [ids[3], *ids[:3]])
+        self.assertEqual([m.body for m in taken], [b"x", "ü".encode(), b"\xff", b'["json"]'])
+        self.assertEqual(
+            [m.type for m in taken[:1]] + [m.timeout for m in taken], ["x/y"] + [7] * 4
+        )
+
+    def test_errors_are_those_of_the_broker(self):
+        id = self.client.post("q", "x").id
+        message = self.client.get("q")
+        self.client.release(message)
+        self.client.set_settings("q", hlm=1)
+        for error, sentence, call in (
+            (linger.NotFound, "no message 99", lambda: self.client.delete(99)),
+            (linger.Conflict, "not in flight", lambda: self.client.touch(id)),
+            (linger.Conflict, "overtaken", lambda: self.client.delete(id, lease=7)),
+            (linger.Full, "mark of 1", lambda: self.client.post("q", "x")),
+            (linger.TooLarge, "256000", lambda: self.client.post("r", "x" * 256_001)),
+            (linger.Malformed, "is empty", lambda: self.client.post("r", "")),
+            (linger.Malformed, "255 bytes", lambda: self.client.drain("")),
+            (linger.Malformed, "surrogates", lambda: self.client.drain("\ud800")),
+            (linger.Malformed, "surrogates", lambda: self.client.post("r", "\ud800")),
+            (linger.Malformed, "no parameter prio ", lambda: self.client.post("r", "x", prio=1)),
+            (linger.Malformed, "timeout must", lambda: self.client.post("r", "x", timeout=0)),
+            (linger.Malformed, "a header", lambda: self.client.post("r", "x", "a\r\nb: c")),
+        ):
+            with self.subTest(sentence), self.assertRaisesRegex(error, sentence):
+                call()
+        for items in (["a", ("b", None, {"timeout": 0})], ["a", ""]):
+            with self.assertRaises(linger.Malformed) as caught:
+                self.client.post_batch("r", items)
+            self.assertEqual(caught.exception.index, 1)
+        self.assertEqual(self.client.channels(), ["q"])
+
+    def test_an_acknowledgement_that_fails_takes_nothing(self):
+        self.client.post_batch("q", ["1", "2"])
+        message = self.client.get("q")
+        self.client.delete(message)
+        with self.assertRaises(linger.NotFound):
+            self.client.get("q", ack=message)
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_a_long_poll_waits_for_longer_than_the_timeout(self):
+        self.client.timeout = 0.05
+        waiting = self.thread(self.client.get, "q", 5)
+        until(lambda: self.broker._waiting.get("q"))
+        select.select([], [], [], 0.1)
+        self.broker.post("q", b"x")
+        self.assertEqual(waiting.result(PATIENCE).text, "x")
+
+    def test_a_duplicate_is_one_only_if_the_caller_gave_the_key(self):
+        self.assertFalse(self.client.post("q", "x", retry=True).duplicate)
+        self.client.post("q", "x", unique="k")
+        self.assertEqual(self.client.post("q", "x", unique="k"), (2, True))
+        self.client.subscribe("duplicate", "t")
+        self.client.publish("t", "x", dedup="k")
+        self.assertEqual(self.client.publish("t", "x", dedup="k"), {})
+        self.assertEqual(self.client.publish("t", "x"), {"duplicate": 4})
+
+    def test_what_is_dumped_and_loaded_has_its_order_and_parameters(self):
+        self.client.post_batch(
+            "a/b", ["ü", (b"\xff", "x/y", {"priority": -1, "delay": 60, "linger": 70}), {"n": 1}],
+            deliver=3, dead="d", backoff="1,2", timeout=8,
+        )  # fmt: skip
+        self.client.post("c", "x" * 5_000, unique="k")
+        self.client.get("a/b")
+        records = list(self.client.dump())
+        self.assertEqual(json.loads(json.dumps(records)), records)
+        before = [self.client.look(id)[0] for id in (1, 2, 3, 4)]
+        for channel in self.client.channels():
+            self.client.drain(channel)
+        self.assertEqual(self.client.load(records), 4)
+        after = [self.client.look(id)[0] for id in (5, 6, 7, 8)]
+        for old, new in zip(before, after):
+            new = new._replace(id=old.id, lease=old.lease, delivered=old.delivered)
+            self.assertEqual(new, old)
+        self.assertEqual(self.client.look(5)[1], "ready")
+
+    def test_a_dump_and_a_load_go_page_by_page(self):
+        with unittest.mock.patch.multiple(linger, MAX_BATCH=3, MAX_BATCH_BYTES=400):
+            self.client.post("q", "x" * 300)
+            for _ in range(3):
+                self.client.post_batch("q", ["y" * 100] * 2)
+            self.assertEqual(len(self.broker.list_whole("q", n=10)), 2)
+            self.assertEqual([len(r["body"]) for r in self.client.dump(["q"])], [300] + [100] * 6)
+            n = self.client.load({**r, "channel": "r"} for r in self.client.dump(["q"]))
+        self.assertEqual((n, self.client.channel_stats("r")["ready"]), (7, 7))
+
+    def test_lingering_and_delay_go_on_after_a_dump(self):
+        record = linger.dumped_record(
+            {"channel": "q", "type": "x", "body": "x", "linger": 60, "received": 100, "delay": 9}
+        )
+        self.assertEqual(record, {"channel": "q", "type": "x", "body": "x", "linger": 1})
+
+    def test_the_url_and_the_token_are_taken_from_the_environment(self):
+        environment = {"LINGER_URL": self.server.url + "/", "LINGER_TOKEN": "s3cret"}
+        with unittest.mock.patch.dict(os.environ, environment), linger.Client() as client:
+            self.assertEqual(client.welcome()["id"], self.broker.id)
+            self.assertIn("\r\nAuthorization: Bearer s3cret\r\n", client._head)
+
+    def test_a_url_or_token_that_cannot_be_is_refused(self):
+        for url in (
+            "127.0.0.1", "ftp://x", "http://", "http://u:p@x", "http://x/path", "http://x?q",
+            "http://x:port", "http://x\r\ny", "http://ä",
+        ):  # fmt: skip
+            with self.subTest(url), self.assertRaisesRegex(linger.Malformed, "URL must be"):
+                linger.Client(url)
+        self.assertRaises(linger.Malformed, linger.Client, token="a b")
+        self.assertRaises(linger.Malformed, linger.Client, "https://x", cafile="/no/such")
+
+    def test_threads_share_a_client_and_each_has_a_connection_until_it_ends(self):
+        ready = threading.Barrier(8)
+
+        def work(n):
+            ready.wait(PATIENCE)
+            for _ in range(20):
+                self.client.post("q", str(n))
+                self.client.delete(self.client.get("q"))
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+            self.assertEqual(len(self.server.connections), 8)
+        until(lambda: not self.server.connections)
+        self.assertEqual(self.client.stats()["current-messages"], 0)
+
+    def test_closing_ends_what_waits_and_all_calls_after(self):
+        waiting = self.thread(self.client.get, "q")
+        until(lambda: self.broker._waiting.get("q"))
+        self.client.close()
+        for call in (lambda: waiting.result(PATIENCE), self.client.stats):
+            self.assertRaises(linger.Unavailable, call)
+        until(lambda: not self.server.connections)
+
+    def test_a_forked_process_does_not_talk_on_its_parents_connection(self):
+        self.client.stats()
+        line = self.client._line()
+        line.process -= 1
+        self.assertIsNot(self.client._line(), line)
+
+    def test_health_is_false_when_nobody_answers(self):
+        self.assertIs(self.client.health(), True)
+        self.server.close()
+        self.assertIs(self.client.health(), False)
+        with self.assertRaisesRegex(linger.Unavailable, f"cannot connect to {self.server.url}: "):
+            self.client.stats()
+
+
+class BackupCallTest(ClientCase):
+    def setUp(self):
+        self.options = {"dbfile": os.path.join(tempfile.mkdtemp(prefix="linger-test-"), "x.db")}
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.options["dbfile"]))
+        super().setUp()
+        self.client.post_batch("q", ["x" * 200_000] * 20)
+
+    def test_the_client_gets_a_copy_that_a_server_starts_from(self):
+        self.client.backup(self.dbfile)
+        self.assertEqual(os.stat(self.dbfile).st_mode & 0o777, 0o600)
+        with linger.serve(dbfile=self.dbfile) as server, linger.Client(server.url) as client:
+            self.assertEqual(client.channel_stats("q")["ready"], 20)
+        with self.assertRaises(linger.Conflict):
+            self.client.backup(self.dbfile)
+
+    def test_it_leaves_nothing_beside_the_database_also_when_the_client_vanishes(self):
+        folder = os.path.dirname(self.options["dbfile"])
+        before = sorted(os.listdir(folder))
+        connection = self.connect()
+        connection.sendall(b"GET /backup HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertIn(b"Cache-Control: no-store", connection.recv(1000))
+        self.assertEqual(sorted(os.listdir(folder)), before)
+        connection.close()
+        until(lambda: len(self.server.connections) == 1)
+        self.assertEqual(self.call("HEAD", "/backup")[0], 405)
+        self.assertEqual(len(self.call("GET", "/backup")[2]) // 4_000_000, 1)
+
+    def test_a_copy_that_is_cut_off_is_not_kept(self):
+        cut = unittest.mock.patch.object(linger.Handler, "_send_file", lambda *_: 1 / 0)
+        broken = self.assertRaisesRegex(linger.Unavailable, "broke")
+        with cut, contextlib.redirect_stderr(io.StringIO()), broken:
+            self.client.backup(self.dbfile)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+
+class Script:
+    """A server that answers each request with the next of its lines, or hangs up for None; with
+    `once` always after one request."""
+
+    def __init__(self, *lines, once=False):
+        self.lines = list(lines)
+        self.once = once
+        self.requests = []
+        self.connections = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                self.connections += 1
+                with connection:
+                    self.serve(connection)
+
+    def serve(self, connection):
+        while request := connection.recv(65_536):
+            self.requests.append(request)
+            line = self.lines.pop(0)
+            if line is not None:
+                connection.sendall(line)
+            if line is None or self.once:
+                return
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.thread.join(PATIENCE)
+        self.listener.close()
+
+
+def answer(status, body=b"", headers=""):
+    return f"HTTP/1.1 {status} X\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+class ConnectionTest(Folder):
+    """What the client does when its connection breaks."""
+
+    POSTED = answer(202, b'{"id":7}')
+
+    def start(self, *lines, timeout=PATIENCE, once=False):
+        script = Script(*lines, once=once)
+        client = linger.Client(script.url, timeout=timeout)
+        self.addCleanup(script.close)
+        self.addCleanup(client.close)
+        return script, client
+
+    def test_a_request_leaves_in_one_piece_and_the_connection_is_kept(self):
+        script, client = self.start(self.POSTED, self.POSTED)
+        client.post("q", "body")
+        client.post("q", "body")
+        self.assertTrue(script.requests[0].endswith(b"\r\n\r\nbody"))
+        self.assertEqual(script.connections, 1)
+
+    def test_what_reads_or_sets_is_sent_again_once(self):
+        for call, line in (
+            (lambda c: c.stats(), answer(200, b"{}")),
+            (lambda c: c.set_settings("q", hlm=1), answer(204)),
+            (lambda c: c.touch(1), answer(204)),
+            (lambda c: c.post("q", "x", dedup="k"), self.POSTED),
+        ):
+            script, client = self.start(None, line)
+            call(client)
+            self.assertEqual(script.requests[0], script.requests[1])
+        script, client = self.start(None, None)
+        self.assertRaises(linger.Unavailable, client.stats)
+        self.assertEqual(len(script.requests), 2)
+
+    def test_what_adds_or_takes_is_not_and_the_error_tells_that_nobody_knows(self):
+        for call in (
+            lambda c: c.post("q", "x"),
+            lambda c: c.post_batch("q", ["x"]),
+            lambda c: c.publish("t", "x"),
+            lambda c: c.get("q"),
+            lambda c: c.redrive("q"),
+            lambda c: c.release(1),
+        ):
+            script, client = self.start(None)
+            with self.assertRaisesRegex(linger.Unavailable, f"{script.url} broke .* not known"):
+                call(client)
+            self.assertEqual(len(script.requests), 1)
+
+    def test_a_post_with_retry_is_sent_with_one_key_until_it_is_answered(self):
+        busy = answer(503, b'{"error":"stopping"}')
+        script, client = self.start(None, None, busy, answer(202, b'{"id":7,"duplicate":true}'))
+        with unittest.mock.patch.object(linger, "FIRST_PAUSE", 0.001):
+            self.assertEqual(client.post("q", "x", retry=True), (7, False))
+        self.assertEqual(len(set(script.requests)), 1)
+        self.assertRegex(script.requests[0], rb"^POST /channels/q\?dedup=[0-9a-f]{32} ")
+
+    def test_it_gives_up_after_its_timeout(self):
+        script, client = self.start(timeout=0.2)
+        script.close()
+        with self.assertRaisesRegex(linger.Unavailable, "cannot connect"):
+            client.post_batch("q", ["x"], retry=True)
+
+    def test_a_connection_that_was_closed_meanwhile_is_opened_anew_also_for_a_post(self):
+        script, client = self.start(self.POSTED, self.POSTED, once=True)
+        client.post("q", "1")
+        until(lambda: select.select([client._line()._connection.sock], [], [], 0)[0])
+        client.post("q", "2")
+        self.assertEqual((script.connections, len(script.requests)), (2, 2))
+
+    def test_a_connection_that_was_silent_for_long_is_not_used_again(self):
+        script, client = self.start(self.POSTED, self.POSTED)
+        client.post("q", "1")
+        client._line()._used -= linger.KEPT_TIMEOUT
+        client.post("q", "2")
+        self.assertEqual(script.connections, 2)
+
+    def test_what_is_gone_when_it_is_deleted_again_was_deleted_the_first_time(self):
+        gone = answer(404, b'{"error":"there is no message 1"}')
+        overtaken = answer(409, b'{"error":"overtaken"}')
+        self.start(None, gone)[1].delete(1)
+        self.start(None, gone)[1].delete(1, lease=2)
+        self.start(None, overtaken)[1].release(1, lease=2)
+        self.start(None, gone)[1].reject(1, lease=2)
+        for lines in ((gone,), (None, overtaken)):
+            with self.assertRaises((linger.NotFound, linger.Conflict)):
+                self.start(*lines)[1].delete(1, lease=2)
+
+    def test_half_an_answer_is_none(self):
+        for half in (
+            b"HTTP/1.1 200 OK\r\nContent-Le",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n",
+            b"SSH-2.0-x\r\n",
+        ):
+            client = self.start(half, half, once=True)[1]
+            with self.subTest(half), self.assertRaisesRegex(linger.Unavailable, "broke"):
+                client.stats()
+
+    def test_an_answer_that_is_not_lingers_is_told_so(self):
+        for line in (
+            answer(200, b"<html>"), answer(200, b"[1]"), answer(200, b"{}"),
+            answer(404, b"<html>"), answer(301, b""), answer(500, b"[" * 100_000),
+        ):  # fmt: skip
+            client = self.start(line)[1]
+            with self.subTest(line[:50]), self.assertRaisesRegex(linger.LingerError, "as Linger"):
+                client.channels()
+
+    def test_an_answer_without_end_is_not_read_and_its_connection_not_used_again(self):
+        with unittest.mock.patch.object(linger, "MAX_ANSWER", 1000):
+            script, client = self.start(answer(200, b" " * 1001), answer(200, b"{}" + b" " * 998))
+            with self.assertRaisesRegex(linger.LingerError, "more than the 1000 bytes"):
+                client.stats()
+            self.assertEqual(client.stats(), {})
+        self.assertEqual(script.connections, 2)
+
+    def test_a_server_that_is_silent_is_not_asked_again(self):
+        script, client = self.start(b"", timeout=0.05)
+        with self.assertRaisesRegex(linger.Unavailable, "did not answer in time"):
+            client.stats()
+        self.assertEqual(len(script.requests), 1)
+
+    def test_a_call_that_is_interrupted_leaves_no_answer_for_the_next(self):
+        script, client = self.start(answer(200, b'{"old":1}'), answer(200, b'{"new":1}'))
+        with unittest.mock.patch.object(linger, "_read_answer", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, client.stats)
+        self.assertEqual(client.stats(), {"new": 1})
+        self.assertEqual(script.connections, 2)
+
+
+class WorkerTest(ClientCase):
+    """The loops of workers, `work` and `consume`."""
+
+    def setUp(self):
+        self.hasten(LOOK_INTERVAL=0.02, FIRST_PAUSE=0.01)
+        super().setUp()
+        self.stop = threading.Event()
+        self.addCleanup(self.stop.set)
+
+    def work(self, function, **options):
+        return self.thread(lambda: self.client.work("q", function, stop=self.stop, **options))
+
+    def counts(self, channel="q"):
+        info = self.broker.info(channel)
+        return info["ready"], info["in-flight"], info["delayed"]
+
+    def test_a_message_is_done_when_the_loop_asks_for_the_next(self):
+        self.client.post_batch("q", ["1", "2", "3"])
+        loop = self.client.consume("q", stop=self.stop)
+        self.assertEqual(next(loop).text, "1")
+        self.assertEqual(self.counts(), (2, 1, 0))
+        self.assertEqual(next(loop).text, "2")
+        self.assertEqual(self.counts(), (1, 1, 0))
+        self.stop.set()
+        self.assertEqual(list(loop), [])
+        self.assertEqual(self.counts(), (1, 0, 0))
+
+    def test_a_loop_that_is_left_gives_its_message_back(self):
+        self.client.post("q", "x")
+        for _ in self.client.consume("q"):
+            self.assertEqual(self.counts(), (0, 1, 0))
+            break
+        self.assertEqual(self.counts(), (1, 0, 0))
+        with contextlib.suppress(ZeroDivisionError):
+            for _ in self.client.consume("q"):
+                1 / 0  # noqa: B018
+        self.assertEqual(self.counts(), (1, 0, 0))
+        message = self.client.get("q")
+        self.assertEqual((message.delivered, message.error[:17]), (3, "the loop was left"))
+
+    def test_work_does_each_message_once_in_as_many_threads_as_told(self):
+        done, together = [], threading.Barrier(3)
+
+        def do(message):
+            if int(message.text) < 3:
+                together.wait(PATIENCE)
+            done.append(message.text)
+            if len(done) == 30:
+                self.stop.set()
+
+        self.client.post_batch("q", [str(n) for n in range(30)])
+        self.work(do, threads=3).result(PATIENCE)
+        self.assertEqual(sorted(done, key=int), [str(n) for n in range(30)])
+        self.assertEqual(self.counts(), (0, 0, 0))
+
+    def test_a_failure_releases_the_message_with_its_traceback_and_work_goes_on(self):
+        def do(message):
+            if message.text == "good":
+                self.stop.set()
+            else:
+                raise ValueError("x" * 5_000 + "ü" + message.text)
+
+        self.client.post("q", "bad")
+        self.client.post("q", "slow", backoff="1000")
+        self.client.post("q", "good")
+        self.work(do, delay=60).result(PATIENCE)
+        self.assertEqual(self.counts(), (0, 0, 2))
+        bad, slow = (self.client.look(id)[0] for id in (1, 2))
+        self.assertEqual((bad.delay, slow.delay > 900), (60, True))
+        self.assertEqual(bad.error[-5:], "übad\n")
+        self.assertLessEqual(len(bad.error.encode()), linger.MAX_REASON)
+
+    def test_the_function_may_itself_say_what_becomes_of_its_message(self):
+        def do(message):
+            if message.text == "reject":
+                self.client.reject(message, "bad")
+            elif message.text == "release":
+                self.client.release(message, delay=60)
+            elif message.text == "delete":
+                self.client.delete_batch([message])
+            else:
+                self.stop.set()
+
+        self.client.post_batch("q", ["reject", "release", "delete", "end"], dead="d")
+        self.work(do).result(PATIENCE)
+        self.assertEqual((self.counts(), self.counts("d")), ((0, 0, 1), (1, 0, 0)))
+
+    def test_a_message_stays_its_workers_for_as_long_as_that_takes(self):
+        def do(message):
+            until(lambda: self.broker.counters["msg-touch"] == 4)
+            self.stop.set()
+
+        self.client.post("q", "x", timeout=30)
+        self.work(do, timeout=1).result(PATIENCE)
+        self.assertEqual(self.counts(), (0, 0, 0))
+        self.assertEqual(self.broker.counters["delivered"], 1)
+
+    def test_a_delivery_that_was_overtaken_is_left_to_the_other(self):
+        def do(message):
+            self.broker.release(message.id)
+            self.broker.get("q")
+            self.stop.set()
+
+        self.client.post("q", "x")
+        self.work(do).result(PATIENCE)
+        self.assertEqual(self.counts(), (0, 1, 0))
+
+    def test_who_waits_ends_when_told_to_stop_and_takes_nothing_more(self):
+        work = self.work(print, threads=2)
+        until(lambda: len(self.broker._waiting.get("q", ())) == 2)
+        self.stop.set()
+        work.result(PATIENCE)
+        self.client.post("q", "x")
+        self.assertEqual(self.client.look(1)[1], "ready")
+
+    def test_what_another_try_cannot_mend_is_raised(self):
+        with self.assertRaises(linger.Malformed):
+            self.client.work("", print, threads=2)
+        with self.assertRaises(linger.Malformed):
+            next(self.client.consume(""))
+        with self.assertRaises(SystemExit):
+            self.client.post("q", "x")
+            self.client.work("q", lambda _: sys.exit())
+        self.assertEqual(self.counts()[1:], (0, 1))
+
+    def test_closing_the_client_ends_a_loop(self):
+        work = self.work(print)
+        until(lambda: self.broker._waiting.get("q"))
+        self.client.close()
+        self.assertRaises(linger.Unavailable, work.result, PATIENCE)
+
+
 class Process:
     """A real `python linger.py` on a port of its own choice."""
 
@@ -3904,6 +4538,99 @@ class CrashTest(ProcessCase):
         self.assertEqual(server.call("POST", "/channels/q", "x")[0], 202)
 
 
+class WorkerProcessTest(ProcessCase):
+    """Real workers against real servers."""
+
+    WORKER = """
+import linger, sys, threading
+
+def do(message):
+    print(message.text, message.delivered, flush=True)
+    sys.stdin.readline()
+
+def tell():
+    stop.wait()
+    print("told", flush=True)
+
+stop = threading.Event()
+threading.Thread(target=tell).start()
+linger.Client(sys.argv[1]).work("q", do, stop=stop)
+print("end", flush=True)
+"""
+
+    def start_worker(self, server):
+        worker = subprocess.Popen(
+            [sys.executable, "-X", "dev", "-W", "error", "-c", self.WORKER, server.url],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE,
+        )  # fmt: skip
+        self.addCleanup(worker.communicate)
+        self.addCleanup(worker.kill)
+        return worker
+
+    def test_a_worker_that_is_killed_leaves_its_message_to_another(self):
+        with linger.serve() as server, linger.Client(server.url) as client:
+            client.post("q", "x", timeout=1)
+            worker = self.start_worker(server)
+            self.assertEqual(worker.stdout.readline(), "x 1\n")
+            worker.kill()
+            message = client.get("q", 5)
+            self.assertEqual((message.text, message.delivered), ("x", 2))
+
+    def test_sigterm_ends_a_worker_after_the_message_in_hand(self):
+        with linger.serve() as server, linger.Client(server.url) as client:
+            client.post_batch("q", ["1", "2"])
+            worker = self.start_worker(server)
+            self.assertEqual(worker.stdout.readline(), "1 1\n")
+            worker.send_signal(signal.SIGTERM)
+            self.assertEqual(worker.stdout.readline(), "told\n")
+            worker.stdin.write("\n")
+            self.assertEqual(worker.communicate(timeout=PATIENCE)[0], "end\n")
+            self.assertEqual(worker.returncode, 0)
+            self.assertEqual(client.look(2)[1], "ready")
+            self.assertRaises(linger.NotFound, client.look, 1)
+
+    def test_a_second_sigterm_ends_it_at_once(self):
+        with linger.serve() as server, linger.Client(server.url) as client:
+            client.post("q", "1")
+            worker = self.start_worker(server)
+            worker.stdout.readline()
+            while worker.poll() is None:
+                worker.send_signal(signal.SIGTERM)
+                select.select([], [], [], 0.02)
+            self.assertEqual(worker.returncode, -signal.SIGTERM)
+
+    def test_a_loop_goes_on_over_restarts_of_the_server_and_loses_nothing(self):
+        server = self.start()
+        port = f"--port={server.port}"
+        client = linger.Client(f"http://127.0.0.1:{server.port}", timeout=PATIENCE)
+        self.addCleanup(client.close)
+        stop, done = threading.Event(), []
+
+        def consume():
+            for message in client.consume("q", stop=stop):
+                done.append(message.text)
+                if message.text == "end":
+                    stop.set()
+
+        consuming = self.thread(consume)
+        for round in range(3):
+            items = [f"{round}-{n}" for n in range(20)]
+            client.post_batch("q", items, retry=True)
+            until(lambda r=round: f"{r}-10" in done)
+            server.end((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)[round])
+            server = self.start(port)
+        client.post("q", "end", retry=True)
+        consuming.result(PATIENCE)
+        sent = {f"{round}-{n}" for round in range(3) for n in range(20)}
+        self.assertEqual(sent - set(done), set(client_bodies(client, "q")))
+        self.assertLessEqual(len(done) - len(set(done)), 3)  # in hand when the server was killed
+
+
+def client_bodies(client, channel):
+    """The bodies of a channel's messages: in flight, for those whose delivery was lost."""
+    return [message.text for message, _ in client.list_messages(channel, n=1000)]
+
+
 # -- the files -----------------------------------------------------------------------------------
 
 
@@ -4041,6 +4768,56 @@ class ReadmeTest(Folder):
                         more, _, expected = expected.partition("\n")
                         command = command[:-1] + more.lstrip("> ")
                     self.check(command, expected, server)
+
+    def run_in_folder(self):
+        here = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, here)
+
+    def test_every_python_session_gives_what_it_shows(self):
+        """One that begins with an import has a server of its own, the next ones go on with it."""
+        self.run_in_folder()
+        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+        sessions = re.findall(r"```pycon\n(.*?)```", self.readme, re.S)
+        for text in "".join(sessions).split(">>> import ")[1:]:
+            with linger.serve() as server:
+                text = (">>> import " + text).replace("http://127.0.0.1:8989", server.url)
+                test = doctest.DocTestParser().get_doctest(text, {}, "README.md", None, None)
+                output = io.StringIO()
+                self.assertEqual(runner.run(test, out=output.write).failed, 0, output.getvalue())
+
+    def test_every_method_of_the_client_is_in_a_session(self):
+        sessions = "".join(re.findall(r"```py(?:thon|con)\n(.*?)```", self.readme, re.S))
+        methods = [name for name in vars(linger.Client) if not name.startswith("_")]
+        self.assertEqual([m for m in methods if f".{m}(" not in sessions], [])
+
+    def test_the_worker_works_until_sigterm(self):
+        self.hasten(WATCH_INTERVAL=0.02)
+        script = next(s for s in self.python_blocks() if ".work(" in s)
+        with linger.serve() as server, linger.Client(server.url) as client:
+            client.post("jobs", "Do this!")
+            worker = subprocess.Popen(
+                [sys.executable, "-X", "dev", "-W", "error", "-c", script], cwd=HERE, text=True,
+                env={**os.environ, "LINGER_URL": server.url}, stdout=subprocess.PIPE,
+            )  # fmt: skip
+            self.addCleanup(worker.communicate)
+            self.addCleanup(worker.kill)
+            self.assertEqual(worker.stdout.readline(), "Do this!\n")
+            until(lambda: client.channel_stats("jobs") == {"ready": 0, "hidden": 0})
+            worker.terminate()
+            self.assertEqual(worker.wait(PATIENCE), 0)
+
+    def test_the_fixture_gives_a_client_of_a_server_of_its_own(self):
+        script = next(s for s in self.python_blocks() if "pytest" in s)
+        pytest = types.SimpleNamespace(fixture=contextlib.contextmanager)
+        names = {}
+        with unittest.mock.patch.dict(sys.modules, pytest=pytest):
+            exec(script, names)
+        with names["queue"]() as queue:
+            self.assertEqual(queue.post("q", "x").id, 1)
+
+    def python_blocks(self):
+        return re.findall(r"```python\n(.*?)```", self.readme, re.S)
 
     def check(self, command, expected, server):
         command = command.replace("http://127.0.0.1:8989", server.url)
