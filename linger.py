@@ -108,6 +108,12 @@ BACKOFF_WIDTH = 10  # each kept in as many characters, so that SQL can find the 
 MAX_WAIT = 3_600  # seconds that a GET may ask to wait
 DEFAULT_WAIT = 120  # seconds that a GET waits when it does not say; as 1.0.1
 CHANNEL_TTL = 180.0  # seconds that a channel is listed after its last consumer has gone; as 1.0.1
+MAX_DESERTED = 10_000  # channels that are listed only for that reason
+MAX_CHANNELS = 100_000  # channels that hold anything: their names are kept in memory,
+COUNT_INTERVAL = 1.0  # and are counted anew when there seem to be too many, after as many seconds
+MAX_SUBSCRIBERS = 10_000  # channels subscribed to a topic: each publication is copied to all
+MAX_COPIES = 100_000  # that a batch published at once may become,
+MAX_COPIED = 256_000_000  # and their bytes: all others wait while they are written
 
 MAX_TARGET = 16_384  # bytes of a request's target (RFC 9112 3 asks for 8,000 at least)
 MAX_LINE = 8_192  # bytes of one header line
@@ -121,6 +127,8 @@ MAX_PARAMETERS = 100  # fields in a query string or a form
 MAX_CHUNK_LINE = 256  # bytes of a chunk's size with its extensions
 FORM_EXPANSION = 3  # bytes that a percent-encoded form may need for one byte of its message
 FORM_SLACK = 65_536  # bytes that a form may hold beside its message
+MAX_HELD = 134_217_728  # bytes of bodies that are being received, all together,
+SMALL_BODY = 65_536  # before one that has more than these gets 503
 MAX_DRAIN = 16_777_216  # bytes read and thrown away so that a client that still sends can see its
 DRAIN_TIME = 2.0  # error (RFC 9112 9.6), and the seconds that this may take
 
@@ -136,6 +144,7 @@ RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refu
 ARRIVAL_GAP = 0.01  # seconds in which requests on two new connections count as sent together
 ARRIVAL_CROWD = 1  # others to wait for at most: among more, all would wait for each other
 MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 20 kB
+WAITING_SHARE = 0.75  # of the connections that may wait, so that who brings messages gets in
 REFUSALS = 64  # connections beyond the limit that are told so, rather than just closed
 BACKLOG = 1_024  # connections that the kernel may hold until they are accepted
 SWITCH_INTERVAL = 1.0  # seconds that a thread may compute while others wait
@@ -1172,8 +1181,10 @@ from pauses
 SUBSCRIBE = """
 insert into subscriptions (topic, channel, priority, timeout, deliver, linger, delay, dead,
     backoff, created)
-values (:topic, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead,
-    :backoff, :now)
+select :topic, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead,
+    :backoff, :now
+where exists (select 1 from subscriptions where topic = :topic and channel = :channel)
+    or (select count(*) from subscriptions where topic = :topic) < :most
 on conflict (topic, channel) do update set
     priority = excluded.priority,
     timeout = excluded.timeout,
@@ -1405,17 +1416,18 @@ class Store:
     transaction is undone, and its operations run again in one of their own each.
     """
 
-    def __init__(self, path: str = MEMORY, sync: str = "full") -> None:
+    def __init__(self, path: str = MEMORY, sync: str = "full", max_size: int = 0) -> None:
         """Opens, makes or takes over the database at `path`; `LingerError` says why it cannot.
 
         `sync` is how hard a commit promises: `full` is on disk, `normal` may lose the last
         commits at a power failure, `off` leaves all to the system; none loses anything when only
-        the process dies.
+        the process dies.  `max_size`: bytes that the database may have, 0 for any number.
         """
         if sync not in SYNC_LEVELS:
             raise Malformed(f"sync must be one of {', '.join(SYNC_LEVELS)}")
         self.path = path if path == MEMORY else os.path.realpath(path)
         self.sync = sync
+        self.max_size = max_size
         self.last_written = 0.0  # when the file was last changed before this start, Unix time
         self._lock = threading.Lock()  # guards the list and whether somebody leads
         self._pending: list[Operation] = []
@@ -1433,6 +1445,7 @@ class Store:
                 undo.callback(os.close, self._lock_file)
             try:
                 self._open()
+                self._bound_size()
             except (sqlite3.Error, OSError) as error:
                 raise Unavailable(f"cannot open the database {path}: {error}") from error
             undo.pop_all()
@@ -1453,6 +1466,14 @@ class Store:
         self._reader.execute("pragma query_only = on")
         for path in (self.path, self.path + "-wal"):
             self._files[path] = _identity(path)
+
+    def _bound_size(self) -> None:
+        """Lets SQLite hold the bound; what is larger already still gets room for takes."""
+        if self.max_size:
+            size, _ = self._measure()
+            most = max(self.max_size, size + _head_room(self.max_size))
+            page = self._writer.execute("pragma page_size").fetchone()[0]
+            self._writer.execute(f"pragma max_page_count = {most // page}")
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -1616,11 +1637,14 @@ class Store:
             raise _explain(error) from error
 
     def check_room(self) -> None:
-        """`Full` when so little of the disk is free that only takes and deletes may go on.
+        """`Full` when so little of the disk, or of `max_size`, is free that only takes and
+        deletes may go on.
 
         What is in the log may still need as much again in the database, unless there is room
         inside that.  What was free is taken to be so for a moment.
         """
+        if self.max_size:
+            self._check_size()
         if self.path == MEMORY or time.monotonic() < self._roomy_until:
             return
         try:
@@ -1629,17 +1653,32 @@ class Store:
         except OSError:
             return  # a deleted file: the transaction says so
         free, kept = _room(disk)
-        if free < log + kept and (free < kept or free + self._room_inside() < log + kept):
+        if free < log + kept and (free < kept or free + self._measure()[1] < log + kept):
             raise Full("the disk is full: messages can be taken and deleted, but none added")
         self._roomy_until = time.monotonic() + ROOM_INTERVAL
 
-    def _room_inside(self) -> int:
-        """Bytes of the file that are free for new rows."""
+    def _check_size(self) -> None:
+        """`Full` when the database is nearly as large as it may be, but for what is free in it."""
+        limit = self.max_size - _head_room(self.max_size)
+        with contextlib.suppress(OSError):  # in memory there is no file
+            if os.stat(self.path).st_size + os.stat(self.path + "-wal").st_size <= limit:
+                return
+        size, free = self._measure()
+        if size - free > limit:
+            raise Full(
+                f"the database is near its bound of {self.max_size} bytes: messages can be taken"
+                " and deleted, but none added"
+            )
+
+    def _measure(self) -> tuple[int, int]:
+        """Bytes of the database, and how many of them are free for new rows."""
+        names = ("page_size", "page_count", "freelist_count")
         with self._reading, contextlib.suppress(sqlite3.Error):
-            pages: int = self._reader.execute("pragma freelist_count").fetchone()[0]
-            size: int = self._reader.execute("pragma page_size").fetchone()[0]
-            return pages * size
-        return 0
+            page, pages, free = (
+                self._reader.execute(f"pragma {name}").fetchone()[0] for name in names
+            )
+            return page * pages, page * free
+        return 0, 0
 
     def copy(self, path: str) -> None:
         """Copies the database, as of one moment, into an empty file; others go on writing.
@@ -1734,10 +1773,14 @@ class Store:
             self._lock_file = None
 
 
+def _head_room(total: int) -> int:
+    """Bytes out of `total` that are kept for takes and deletes."""
+    return min(HEAD_ROOM, total // HEAD_ROOM_SHARE)
+
+
 def _room(disk: os.statvfs_result) -> tuple[int, int]:
     """Bytes that are free on a disk, and how many of them are kept free."""
-    total = disk.f_blocks * disk.f_frsize
-    return disk.f_bavail * disk.f_frsize, min(HEAD_ROOM, total // HEAD_ROOM_SHARE)
+    return disk.f_bavail * disk.f_frsize, _head_room(disk.f_blocks * disk.f_frsize)
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -2038,11 +2081,19 @@ class Broker:
     """
 
     def __init__(
-        self, store: Store, hlm: int = 0, max_message: int = MAX_MESSAGE, clock: Clock = time
+        self,
+        store: Store,
+        hlm: int = 0,
+        max_message: int = MAX_MESSAGE,
+        clock: Clock = time,
+        max_channels: int = MAX_CHANNELS,
     ) -> None:
-        """`hlm`: messages that a channel may hold, 0 for any number; `max_message`: in bytes."""
+        """`hlm`: messages that a channel may hold, 0 for any number; `max_message`: in bytes;
+        `max_channels`: those with messages, subscriptions, settings or a pause, and also those at
+        which consumers wait."""
         self.hlm = hlm
         self.max_message = max_message
+        self.max_channels = max_channels
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._store = store
         self._clock = clock
@@ -2060,6 +2111,9 @@ class Broker:
         self.id: str = ids[0][0]
         self._settings = {row[0]: _settings_of(row[1:]) for row in settings}
         self._pauses: dict[str, float] = dict(pauses)
+        self._counting = threading.Lock()
+        self._channels: set[str] = set()  # all channels that hold something, and some that did
+        self._count_channels()
         self.settle()
         self._ticker = threading.Thread(target=self._tick, name="linger-ticker", daemon=True)
         self._ticker.start()
@@ -2097,6 +2151,7 @@ class Broker:
         """
         self._store.check_room()
         message = self._message(check_name("channel", channel), body, type, parameters)
+        self._make_place(channel)
         if message["dedup"] is None and message["unique"] is None:
             statement = POST_MESSAGE if message["hlm"] else ADD_MESSAGE
             ((added, id),) = self._run((statement,), message, self._posted)
@@ -2159,6 +2214,7 @@ class Broker:
         check_name("channel", channel)
         self._store.check_room()
         rows = _each(messages, lambda m: {**self._message(channel, *m), "batch": 1})
+        self._make_place(channel)
 
         def posted(operation: Operation) -> None:
             for row, outcome in zip(rows, _batch_outcome(operation.results, len(rows))):
@@ -2207,6 +2263,8 @@ class Broker:
         check_name("topic", topic)
         self._store.check_room()
         rows = _each(messages, lambda m: self._publication(topic, *m))
+        if len(rows) > 1:
+            self._check_copies(topic, rows)
         keyed = any(row["dedup"] is not None for row in rows)
         statements = PUBLISH_KEYED if keyed else PUBLISH
         place = 1 if keyed else 0
@@ -2251,6 +2309,37 @@ class Broker:
             "dedup": keys["dedup"],
             "dedup_for": keys["dedup-for"],
         }
+
+    def _check_copies(self, topic: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """`TooLarge` if a batch of publications would become too much at once."""
+        copies = len(self.subscribers(topic))
+        size = sum(len(row["body"]) for row in rows)
+        if copies * len(rows) > MAX_COPIES or copies * size > MAX_COPIED:
+            raise TooLarge(
+                f"copied to {copies} channels this batch would be more than {MAX_COPIES} messages"
+                f" or {MAX_COPIED} bytes: publish fewer at once"
+            )
+
+    def _make_place(self, channel: str) -> None:
+        """`Full` if a channel that is to hold something would be one too many.
+
+        A channel that came to hold nothing is noticed only by a count.  A dead letter is not
+        asked: it would be lost.
+        """
+        if channel in self._channels:
+            return
+        with self._counting:
+            if len(self._channels) >= self.max_channels:
+                if self._clock.monotonic() - self._counted >= COUNT_INTERVAL:
+                    self._count_channels()
+                if len(self._channels) >= self.max_channels and channel not in self._channels:
+                    raise Full(f"there are {self.max_channels} channels, and no more can be made")
+            self._channels.add(channel)
+
+    def _count_channels(self) -> None:
+        (rows,) = self._store.read(CHANNELS)
+        self._channels = {name for (name,) in rows}.union(self._settings, self._pauses)
+        self._counted = self._clock.monotonic()
 
     # -- taking messages
 
@@ -2299,7 +2388,7 @@ class Broker:
         """
         self._settle_due()
         deadline = self._clock.monotonic() + wait
-        waiter.ended = wait <= 0
+        self._expect_wait(waiter, wait)
         waiter.operation = self._take_for(waiter, ack, lease, within)
         self._store.submit(waiter.operation)
         while waiter.operation is not None:
@@ -2323,6 +2412,17 @@ class Broker:
                 self._abandon(waiter)
                 raise
         return []
+
+    def _expect_wait(self, waiter: Waiter, wait: float) -> None:
+        """`Unavailable` if consumers wait at too many channels for a wait at others."""
+        waiter.ended = wait <= 0
+        if waiter.ended:
+            return
+        free = self.max_channels - len(self._waiting)
+        if free < len(waiter.channels) and free < sum(
+            channel not in self._waiting for channel in waiter.channels
+        ):
+            raise Unavailable(f"consumers wait at {self.max_channels} channels, and none is free")
 
     def _abandon(self, waiter: Waiter) -> None:
         """Ends the wait of a consumer that was interrupted; gives back what it was called for."""
@@ -2532,6 +2632,8 @@ class Broker:
         came from, or all to the channel `to`; returns how many."""
         if to is not None and check_name("channel", to) == channel:
             raise Malformed("to must be another channel than the one that is emptied")
+        if to is not None:
+            self._make_place(to)
 
         def redriven(operation: Operation) -> None:
             for target, count in operation.results[0]:
@@ -2557,17 +2659,20 @@ class Broker:
     def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
         """Subscribes a channel to a topic: copies get `parameters`; replaces what was there."""
 
-        def subscribed(_: Operation) -> None:
-            self.counters["subscription-add"] += 1
+        def subscribed(operation: Operation) -> None:
+            self.counters["subscription-add"] += operation.results[0][0]
 
         _check_no_keys(parameters)
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
         given = check_parameters(parameters)
         check_lingering({**self._settings.get(channel, {}), **given})
         unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
-        values = {**unset, **given, **names, "now": self.now()}
+        values = {**unset, **given, **names, "now": self.now(), "most": MAX_SUBSCRIBERS}
         self._store.check_room()
-        self._run((SUBSCRIBE,), values, subscribed)
+        self._make_place(channel)
+        ((changed, _),) = self._run((SUBSCRIBE,), values, subscribed)
+        if not changed:
+            raise Full(f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made")
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; it is no error if there is none."""
@@ -2584,6 +2689,7 @@ class Broker:
         _check_no_keys(parameters)
         check_name("channel", channel)
         settings = check_parameters(parameters, CHANNEL_PARAMETERS)
+        self._make_place(channel)
 
         def set(_: Operation) -> None:
             self._settings[channel] = settings
@@ -2608,7 +2714,7 @@ class Broker:
 
     def pause(self, channel: str, seconds: Optional[int] = None) -> None:
         """Lets nobody take messages of a channel until `resume`, or for some seconds."""
-        check_name("channel", channel)
+        self._make_place(check_name("channel", channel))
         until = float("inf") if seconds is None else self.now() + seconds
 
         def paused(_: Operation) -> None:
@@ -2908,6 +3014,7 @@ class Broker:
             if queue and queue.pop(waiter.ticket, None) and not queue:
                 del self._waiting[channel]
                 self._deserted[channel] = self._clock.monotonic()
+                self._forget_deserted()
 
     def _await_call(self, waiter: Waiter, deadline: float) -> None:
         """Waits until a parked waiter is called and has an operation, or its wait is over."""
@@ -2945,10 +3052,11 @@ class Broker:
             self._sooner.notify()
 
     def _forget_deserted(self) -> None:
-        """Forgets the channels whose last consumer has been gone for long."""
+        """Forgets the channels whose last consumer has been gone for long, or that are too many."""
         limit = self._clock.monotonic() - CHANNEL_TTL
-        while self._deserted and next(iter(self._deserted.values())) <= limit:
-            self._deserted.popitem(last=False)
+        deserted = self._deserted
+        while deserted and (len(deserted) > MAX_DESERTED or next(iter(deserted.values())) <= limit):
+            deserted.popitem(last=False)
             self.counters["channel-remove"] += 1
 
 
@@ -3190,6 +3298,14 @@ def read_certificate(cert: str, key: Optional[str]) -> ssl.SSLContext:
     return context
 
 
+def client_of(address: str) -> str:
+    """What counts as one client: an IPv4 address, or the network of an IPv6 one."""
+    network = ipaddress.ip_address(address)
+    if isinstance(network, ipaddress.IPv6Address):  # who has one has the whole /64
+        return str(network.ipv4_mapped or network.packed[:8].hex())
+    return address
+
+
 class Guesses:
     """The wrong tokens that were shown, counted by address: too many, and answers come late.
 
@@ -3204,9 +3320,7 @@ class Guesses:
 
     def note(self, address: str) -> float:
         """Counts one; the seconds by which its answer must be late."""
-        network = ipaddress.ip_address(address)
-        if isinstance(network, ipaddress.IPv6Address):  # who has one has the whole /64
-            address = str(network.ipv4_mapped or network.exploded[:19])
+        address = client_of(address)
         now = self._clock.monotonic()
         with self._lock:
             since, count = self._counts.pop(address, (now, 0))
@@ -3455,6 +3569,7 @@ TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 NO_STORE = "Cache-Control: no-store\r\n"
 STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nServer: Linger/{__version__}\r\n"
+    "X-Content-Type-Options: nosniff\r\n"
     for status in http.HTTPStatus
 }
 
@@ -3671,8 +3786,12 @@ def answer_error(error: LingerError) -> Answer:
 
 
 def message_headers(message: Message) -> str:
-    """All of a message but its body and type, in header lines."""
+    """All of a message but its body and type, in header lines.
+
+    A browser that shows the body must not run it as a page of ours.
+    """
     headers = (
+        "Content-Security-Policy: sandbox\r\n"
         f"x-linger-msg-id: {message.id}\r\n"
         f"x-linger-channel: {encode_name(message.channel)}\r\n"
         f"x-linger-priority: {message.priority}\r\n"
@@ -3997,6 +4116,7 @@ class Handler(BaseHTTPRequestHandler):
         self._rules: object = None  # those by which it was found what who shows
         self._shown: Optional[str] = None  # this Authorization
         self._grant = NOBODY  # may do
+        self._held = 0  # bytes of the body that is being received
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         patience = struct.pack("ll", SEND_TIMEOUT, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
@@ -4012,6 +4132,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._drain()
             while not self.closing:
                 self._serve_request()
+            if self._buffer:
+                self._drain()  # what comes after a close is not served
         except OSError:
             pass  # the connection is lost, or its client too slow
         except Exception:
@@ -4050,6 +4172,7 @@ class Handler(BaseHTTPRequestHandler):
     def _serve_request(self) -> None:
         """Reads a request and answers it.  An OSError means that there is nobody to answer."""
         request = None
+        started = time.monotonic()
         try:
             head = self._read_head()
             if head is None:
@@ -4064,6 +4187,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._read_body(request)
         except LingerError as error:
             self._send(request, answer_error(error), close=True)
+            if self.server.log_requests:
+                self._log(request, error.status, started)
             self._drain()
             return
         answer = self._answer(request)
@@ -4184,12 +4309,13 @@ class Handler(BaseHTTPRequestHandler):
         while True:
             if self._buffer.startswith(b"\r\n"):
                 self._buffer = EMPTY_LINES.sub(b"", self._buffer, 1)  # RFC 9112 2.2
+                seen = 0
             end = self._buffer.find(b"\r\n\r\n", max(seen - 3, 0))
             if 0 <= end <= MAX_HEAD + MAX_TARGET:
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
                 return head
+            self._check_head_so_far(seen)
             seen = len(self._buffer)
-            self._check_head_so_far()
             deadline = deadline or time.monotonic() + self.server.read_timeout
             try:
                 data = self._receive(deadline)
@@ -4209,7 +4335,7 @@ class Handler(BaseHTTPRequestHandler):
             self.closing = True
             return False
         try:
-            self._be_patient(IDLE_TIMEOUT)
+            self._be_patient(self.server.idle_timeout)
             self._buffer = self._stream.recv(65_536)
         except BlockingIOError:
             pass
@@ -4219,9 +4345,12 @@ class Handler(BaseHTTPRequestHandler):
         self.closing = not self._buffer
         return not self.closing
 
-    def _check_head_so_far(self) -> None:
-        """Refuses a head that cannot become a good one, as soon as that is certain."""
-        if BARE_LINE_FEED.search(self._buffer):
+    def _check_head_so_far(self, seen: int) -> None:
+        """Refuses a head that cannot become a good one, as soon as that is certain.
+
+        What was `seen` before is not searched again: it may come byte by byte.
+        """
+        if BARE_LINE_FEED.search(self._buffer, seen):
             raise Malformed("a line must end in CR LF")
         if self._buffer.find(b"\r\n", 0, MAX_TARGET + 64) < 0 and len(self._buffer) > MAX_TARGET:
             raise LingerError(f"the target is too long: at most {MAX_TARGET} bytes are taken", 414)
@@ -4244,6 +4373,15 @@ class Handler(BaseHTTPRequestHandler):
                 request.body = self._read_chunks(limit, deadline)
         except TimeoutError:
             raise LingerError("the body took too long to come", 408) from None
+        finally:
+            if self._held:
+                self._hold(-self._held)
+
+    def _hold(self, count: int) -> None:
+        """Counts what is received of a body, so that slow clients cannot fill the memory."""
+        self._held += count
+        if self.server.hold(count) > MAX_HELD and self._held > SMALL_BODY:
+            raise Unavailable("too many large requests are under way: try again soon")
 
     def _body_limit(self, request: Request) -> int:
         if request.method != "POST":
@@ -4257,18 +4395,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_bytes(self, length: int, deadline: float) -> bytes:
         """The next `length` bytes."""
-        buffer = self._buffer
-        if len(buffer) < length:
-            pieces = [buffer]
-            missing = length - len(buffer)
-            while missing > 0:
-                pieces.append(self._receive(deadline, min(missing, 1_048_576)))
-                if not pieces[-1]:
-                    raise Malformed("the request ended in its body")
-                missing -= len(pieces[-1])
-            buffer = b"".join(pieces)
-        self._buffer = buffer[length:]
-        return buffer[:length]
+        self._fill(length, deadline)
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        return body
+
+    def _fill(self, length: int, deadline: float) -> None:
+        """Receives until the buffer has `length` bytes or more."""
+        if len(self._buffer) >= length:
+            return
+        data = bytearray(self._buffer)  # grows in place, however small the pieces are
+        while len(data) < length:
+            piece = self._receive(deadline, min(max(length - len(data), 65_536), 1_048_576))
+            if not piece:
+                raise Malformed("the request ended in its body")
+            data += piece
+            self._hold(len(piece))
+        self._buffer = bytes(data)
 
     def _read_line(self, start: int, limit: int, deadline: float) -> tuple[int, int]:
         """Where the line of a chunked body at `start` of the buffer begins and ends."""
@@ -4285,8 +4427,9 @@ class Handler(BaseHTTPRequestHandler):
         """Lets go of the buffer before `start`, and receives more behind it."""
         data = self._receive(deadline)
         if not data:
-            raise Malformed("the request ended in its chunked body")
+            raise Malformed("the request ended in its body")
         self._buffer = self._buffer[start:] + data
+        self._hold(len(data))
 
     def _read_chunks(self, limit: int, deadline: float) -> bytes:
         """A chunked body (RFC 9112 7.1); chunk extensions and trailers are read and ignored."""
@@ -4305,8 +4448,9 @@ class Handler(BaseHTTPRequestHandler):
             if not size:
                 self._read_trailers(start, deadline)
                 return b"".join(pieces)
-            while len(self._buffer) < start + size + 2:
-                self._receive_more(start, deadline)
+            if len(self._buffer) < start + size + 2:
+                self._buffer = self._buffer[start:]
+                self._fill(size + 2, deadline)
                 start = 0
             end = start + size + 2
             if self._buffer[end - 2 : end] != b"\r\n":
@@ -4318,13 +4462,14 @@ class Handler(BaseHTTPRequestHandler):
         trailer = b""
         while True:
             start, end = self._read_line(end, MAX_LINE, deadline)
-            if start == end:
-                self._buffer = self._buffer[end + 2 :]
-                return
-            trailer += b"\r\n" + self._buffer[start:end]
+            line = self._buffer[start:end]
             end += 2
-            if len(trailer) > MAX_LINE or not FIELD_LINES.fullmatch(trailer):
-                raise Malformed(f"a trailer must be headers of at most {MAX_LINE} bytes")
+            if not line or len(trailer) > MAX_LINE:
+                break
+            trailer += b"\r\n" + line
+        if line or not FIELD_LINES.fullmatch(trailer):
+            raise Malformed(f"a trailer must be headers of at most {MAX_LINE} bytes")
+        self._buffer = self._buffer[end:]
 
     # -- bytes out
 
@@ -4367,15 +4512,19 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + DRAIN_TIME
         left = MAX_DRAIN
+        self._buffer = b""
         with contextlib.suppress(TimeoutError):
             while left > 0 and (data := self._receive(deadline)):
                 left -= len(data)
 
-    def _log(self, request: Request, status: int, started: float) -> None:
+    def _log(self, request: Optional[Request], status: int, started: float) -> None:
+        """Logs a request on one line; of one that could not be read there is no more to tell."""
         milliseconds = (time.monotonic() - started) * 1000
-        target = request.target.encode("ascii", "backslashreplace").decode()
-        client = self.client_address[0]
-        log(f"{client} {request.method} {target} {status} {milliseconds:.1f} ms")
+        asked = "- -"
+        if request is not None:  # whose target has no control characters but those of latin-1
+            target = request.target.encode("ascii", "backslashreplace").decode()
+            asked = f"{request.method} {target}"
+        log(f"{self.client_address[0]} {asked} {status} {milliseconds:.1f} ms")
 
     # -- the calls, in the order of ROUTES
 
@@ -4637,15 +4786,48 @@ class Handler(BaseHTTPRequestHandler):
 # ---------------------------------------------------------------------------------------------
 
 
+class Clients:
+    """Counts the connections of each client, which has `most` of them; 0: nothing is counted."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._lock = threading.Lock()
+        self._names: dict[socket.socket, str] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def enter(self, connection: socket.socket, address: str) -> int:
+        """Counts a connection; returns how many more than `most` its client had before."""
+        if not self.most:
+            return -1
+        name = client_of(address)
+        with self._lock:
+            self._names[connection] = name
+            self._counts[name] += 1
+            return self._counts[name] - 1 - self.most
+
+    def leave(self, connection: socket.socket) -> None:
+        """Counts a connection no more, if it was counted."""
+        if connection in self._names:
+            with self._lock:
+                name = self._names.pop(connection)
+                self._counts[name] -= 1
+                if not self._counts[name]:
+                    del self._counts[name]
+
+
 class Server(ThreadingHTTPServer):
     """Listens, gives each connection a thread, and stops in good order.
 
     `with server:` serves nothing yet; `serve_forever` does, and `serve()` does so in a thread.
+    Of `max_connections_per_address` 0 is any number, of `max_waiting` three of four connections.
     """
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = BACKLOG
+    stopping = closed = False
+    _held = 0  # bytes of bodies that are being received
+    _date = (0, "")
 
     def __init__(
         self,
@@ -4653,8 +4835,11 @@ class Server(ThreadingHTTPServer):
         host: str = "127.0.0.1",
         port: int = 0,
         *,
-        read_timeout: int = READ_TIMEOUT,
+        read_timeout: float = READ_TIMEOUT,
+        idle_timeout: float = IDLE_TIMEOUT,
         max_connections: int = MAX_CONNECTIONS,
+        max_connections_per_address: int = 0,
+        max_waiting: int = 0,
         log_requests: bool = False,
         access: Optional[Access] = None,
     ) -> None:
@@ -4663,11 +4848,12 @@ class Server(ThreadingHTTPServer):
         self.broker = broker
         self.access = access or Access()
         self.read_timeout = read_timeout
+        self.idle_timeout = idle_timeout
         self.max_connections = max_connections
+        self.clients = Clients(max_connections_per_address)
+        self.max_waiting = max_waiting or int(max_connections * WAITING_SHARE) or 1
         self.log_requests = log_requests
-        self.stopping = False
         self.handlers: set[Handler] = set()
-        self.closed = False
         self.connections: set[socket.socket] = set()
         self.refused: set[socket.socket] = set()
         self._stopped = threading.Event()
@@ -4675,17 +4861,12 @@ class Server(ThreadingHTTPServer):
         self._answered = threading.Condition()
         self._accepting = threading.Lock()  # held by serve_forever
         self._emptied = threading.Condition()
-        self._date = (0, "")
+        self._holding = threading.Lock()
         self._watched: dict[int, Waiter] = {}
         self._poller = select.poll()
-        self._alarm, self._wake = os.pipe()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            super().__init__((host, port), Handler)
-        except BaseException:
-            os.close(self._alarm)
-            os.close(self._wake)
-            raise
+        super().__init__((host, port), Handler)
+        self._alarm, self._wake = os.pipe()
         threading.Thread(target=self._watch, name="linger-watcher", daemon=True).start()
 
     def server_bind(self) -> None:
@@ -4728,11 +4909,13 @@ class Server(ThreadingHTTPServer):
                 self._stopped.wait(0.05)  # until one is closed; poll would return at once
             return False
         connection.setblocking(True)
-        count = len(self.connections)
-        if count >= self.max_connections + REFUSALS:
-            connection.close()
+        excess = max(
+            len(self.connections) - self.max_connections, self.clients.enter(connection, address[0])
+        )
+        if excess >= REFUSALS:
+            self.shutdown_request(connection)
             return True
-        if count >= self.max_connections:
+        if excess >= 0:
             self.refused.add(connection)
         self.connections.add(connection)
         self._unanswered[connection] = time.monotonic()
@@ -4744,6 +4927,7 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection."""
+        self.clients.leave(request)
         super().shutdown_request(request)
         self.note_answered(request)
         self.connections.discard(request)
@@ -4757,7 +4941,13 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             log(traceback.format_exc())
 
-    # -- requests sent together
+    # -- requests
+
+    def hold(self, count: int) -> int:
+        """Counts bytes of bodies that are being received; how many there are."""
+        with self._holding:
+            self._held += count
+            return self._held
 
     def let_others_go_first(self, connection: socket.socket) -> None:
         """Before a first request that looks: lets those go first that were sent together with it.
@@ -4793,7 +4983,12 @@ class Server(ThreadingHTTPServer):
     # -- waiting consumers that hang up
 
     def watch(self, connection: socket.socket, waiter: Waiter) -> None:
-        """Dismisses the waiter soon after its client has hung up, until `unwatch`."""
+        """Dismisses the waiter soon after its client has hung up, until `unwatch`.
+
+        `Unavailable` when too many wait: somebody must get in who brings them messages.
+        """
+        if len(self._watched) >= self.max_waiting:
+            raise Unavailable(f"{self.max_waiting} consumers wait already: try again soon")
         self._watched[connection.fileno()] = waiter
         self._poller.register(connection, GONE)
 
@@ -4857,20 +5052,27 @@ ACCESS_OPTIONS = ("token", "tokens", "no_auth", "cors", "allow_host", "cert", "k
 
 
 def serve(
-    host: str = "127.0.0.1", port: int = 0, dbfile: str = MEMORY, sync: str = "full", **options: Any
+    host: str = "127.0.0.1",
+    port: int = 0,
+    dbfile: str = MEMORY,
+    sync: str = "full",
+    max_db_size: int = 0,
+    **options: Any,
 ) -> Server:
     """A server that runs in a thread of its own, in this process, until `with` or `close` ends it.
 
         with linger.serve() as server:
             print(server.url)
 
-    `options` are those of `Server`, those of `Access`, and `hlm` and `max_message` of `Broker`.
+    `options` are those of `Server`, those of `Access`, and `hlm`, `max_message` and
+    `max_channels` of `Broker`.
     """
-    limits = {name: options.pop(name) for name in ("hlm", "max_message") if name in options}
+    names = ("hlm", "max_message", "max_channels")
+    limits = {name: options.pop(name) for name in names if name in options}
     guard = {name: options.pop(name) for name in ACCESS_OPTIONS if name in options}
     if guard:
         options["access"] = Access(**guard)
-    broker = Broker(Store(dbfile, sync), **limits)
+    broker = Broker(Store(dbfile, sync, max_db_size), **limits)
     try:
         server = Server(broker, host, port, **options)
     except BaseException:
@@ -5925,11 +6127,46 @@ OPTIONS = (
         "connections at a time; more get 503",
     ),
     Option(
+        "max-connections-per-address",
+        0,
+        _whole_number(0, 1_000_000),
+        "N",
+        "the same for one address (of IPv6: one network of 64 bits); 0 for any number",
+    ),
+    Option(
+        "max-waiting",
+        0,
+        _whole_number(0, 1_000_000),
+        "N",
+        "consumers that wait at a time; more get 503; 0 for three of four connections",
+    ),
+    Option(
+        "max-channels",
+        MAX_CHANNELS,
+        _whole_number(1, 10_000_000),
+        "N",
+        "channels with messages, subscriptions, settings or a pause",
+    ),
+    Option(
+        "max-db-size",
+        0,
+        _whole_number(0, MAX_INTEGER),
+        "BYTES",
+        "size of the database; 0 for what the disk holds",
+    ),
+    Option(
         "read-timeout",
         READ_TIMEOUT,
         _whole_number(1, 86_400),
         "SECONDS",
         "for a whole head to come, and again for a whole body",
+    ),
+    Option(
+        "idle-timeout",
+        IDLE_TIMEOUT,
+        _whole_number(1, 86_400),
+        "SECONDS",
+        "that a connection may be silent between requests",
     ),
     Option("token", None, str, "TOKEN", "a token that gives full access"),
     Option("tokens", None, str, "FILE", "lines `name token rights [pattern ...]`"),
@@ -6036,15 +6273,19 @@ def _raise_descriptors(wanted: int) -> int:
 def _start(options: Mapping[str, Any]) -> Server:
     """The server that the options ask for, not yet accepting; `LingerError` if it cannot start."""
     access = Access(**{name: options[name] for name in ACCESS_OPTIONS})
-    store = Store(options["dbfile"], options["sync"])
-    broker = Broker(store, options["hlm"], options["max_message"])
+    store = Store(options["dbfile"], options["sync"], options["max_db_size"])
+    limits = {name: options[name] for name in ("hlm", "max_message", "max_channels")}
+    broker = Broker(store, **limits)
     try:
         return Server(
             broker,
             options["host"],
             options["port"],
             read_timeout=options["read_timeout"],
+            idle_timeout=options["idle_timeout"],
             max_connections=_raise_descriptors(options["max_connections"]),
+            max_connections_per_address=options["max_connections_per_address"],
+            max_waiting=options["max_waiting"],
             log_requests=options["log_requests"] or options["debug"],
             access=access,
         )
@@ -6074,6 +6315,7 @@ def _calm_threads() -> None:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs the server until SIGTERM or SIGINT; returns the exit status: 0, or 2 if it cannot."""
     _calm_threads()
+    os.umask(0o077)  # what this process makes is for its owner only
     try:
         options = read_options(sys.argv[1:] if arguments is None else arguments, os.environ)
         server = _start(options)
