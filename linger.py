@@ -5092,6 +5092,7 @@ def serve(
 
 T = TypeVar("T")
 Channels = Union[str, Sequence[str]]
+Delivery = tuple[int, Optional[int]]  # a message's id, and its lease or None for any
 Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]
 
 DEFAULT_URL = "http://127.0.0.1:8989"
@@ -5144,9 +5145,7 @@ class Client:
         self._lock = threading.Lock()  # guards the lines
         self._own = threading.local()  # each thread's line
         self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
-        self._in_hand: set[tuple[int, Optional[int]]] = (
-            set()
-        )  # deliveries that a loop of ours must settle
+        self._in_hand: set[Delivery] = set()  # what a loop of ours has still to settle
         self._closed = False
 
     def close(self) -> None:
@@ -5471,15 +5470,20 @@ class Client:
     def load(self, records: Iterable[Mapping[str, Any]]) -> int:
         """Posts what `dump` gave, in order; how many messages.  Their ids are new.
 
-        They are posted in batches, each all or none, that are sent again if they have to be.
+        They are posted in batches, each all or none, that are sent again if they have to be.  An
+        error tells the `index` of its record; those of earlier batches are posted then.
         """
         count = 0
-        for channel, items in in_batches(records):
-            path = f"/channels/{_quote(channel)}/batch"
-            body = b"[" + b",".join(items) + b"]"
-            count += self._add(
-                lambda value: len(value["ids"]), path, body, "application/json", True, {}
-            )
+        try:
+            for channel, items in in_batches(records):
+                path = f"/channels/{_quote(channel)}/batch"
+                body = b"[" + b",".join(items) + b"]"
+                self._add(dict, path, body, "application/json", True, {})
+                count += len(items)
+        except LingerError as error:
+            if error.index is not None:
+                error.index += count
+            raise
         return count
 
     # -- workers
@@ -5540,9 +5544,8 @@ class Client:
         in time.  The server may restart meanwhile.  Ends after the message in hand once `stop`
         is set.
         """
-        with contextlib.closing(
-            _Loop(self, channels, wait, timeout, stop or threading.Event())
-        ) as loop:
+        stop = stop or threading.Event()
+        with contextlib.closing(_Loop(self, channels, wait, timeout, stop)) as loop:
             while (message := loop.next()) is not None:
                 try:
                     yield message
@@ -5960,9 +5963,7 @@ def _error_of(url: str, status: int, text: bytes) -> LingerError:
     return error
 
 
-def _delivery(
-    message: Union[Message, int], lease: Optional[int] = None
-) -> tuple[int, Optional[int]]:
+def _delivery(message: Union[Message, int], lease: Optional[int] = None) -> Delivery:
     """The id and lease that are meant: those of the message, or an id and the lease beside it."""
     if isinstance(message, Message):
         return message.id, message.lease if lease is None else lease
@@ -6056,14 +6057,18 @@ def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list
     """Dumped records as items of JSON, in as many as a batch may have, with their channel."""
     channel, items, size = "", list[bytes](), 0
     for record in records:
-        item = encode_text(TO_JSON({n: v for n, v in record.items() if n != "channel"}))
+        if not isinstance(record, Mapping) or not isinstance(record.get("channel"), str):
+            error = Malformed("a record must be an object with a text `channel`")
+            error.index = len(items)
+            raise error
+        item = encode_text(TO_JSON(record))
         full = len(items) == MAX_BATCH or size + len(item) > MAX_BATCH_BYTES
         if items and (full or channel != record["channel"]):
             yield channel, items
             items, size = [], 0
         channel = record["channel"]
         items.append(item)
-        size += len(item) + 2
+        size += len(item) + 2  # for the comma, and the brackets
     if items:
         yield channel, items
 

@@ -4227,6 +4227,7 @@ BAMCAoQwCgYIKoZIzj0EAwIDSAAwRQIhAKIr2DeHSmMN9pTOyxjL90GPtQjIedLj
 
 class TlsTest(ServerTest):
     def setUp(self):
+        self.hasten(WATCH_INTERVAL=0.02)
         folder = tempfile.TemporaryDirectory(prefix="linger-test-")
         self.addCleanup(folder.cleanup)
         self.cert = Path(folder.name, "cert.pem")
@@ -4264,6 +4265,32 @@ class TlsTest(ServerTest):
             self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 401 "))
             connection.suppress_ragged_eofs = False
             self.assertEqual(connection.recv(1000), b"")
+
+    def test_the_client_speaks_it_and_trusts_only_whom_it_was_told_to(self):
+        body = random.Random(1).getrandbits(8 * 250_000).to_bytes(250_000, "big")
+        with linger.Client(self.server.url, "T0ken", cafile=str(self.cert)) as client:
+            for _ in range(2):
+                client.post("q", body)
+                self.assertEqual(client.get("q").body, body)
+            self.assertEqual(len(self.server.connections), 1)
+        with linger.Client(self.server.url, "wr0ng", cafile=str(self.cert)) as client:
+            with self.assertRaises(linger.Denied) as caught:
+                client.stats()
+            self.assertEqual(caught.exception.status, 401)
+            with self.assertRaises(linger.Denied):
+                client.work("q", print)
+        untrusted = self.assertRaisesRegex(linger.Unavailable, "cannot connect .*CERTIFICATE")
+        with linger.Client(self.server.url, "T0ken") as client, untrusted:
+            client.stats()
+
+    def test_a_worker_that_waits_over_it_stops_when_it_is_told_to(self):
+        self.hasten(LOOK_INTERVAL=0.02)
+        stop = threading.Event()
+        with linger.Client(self.server.url, "T0ken", cafile=str(self.cert)) as client:
+            work = self.thread(lambda: client.work("q", print, stop=stop))
+            until(lambda: self.broker._waiting.get("q"))
+            stop.set()
+            work.result(PATIENCE)
 
     def test_only_tls_1_2_and_newer_are_spoken(self):
         self.assertEqual(self.server.access.tls.minimum_version, ssl.TLSVersion.TLSv1_2)
@@ -4490,6 +4517,14 @@ class ClientTest(ClientCase):
             self.assertEqual([len(r["body"]) for r in self.client.dump(["q"])], [300] + [100] * 6)
             n = self.client.load({**r, "channel": "r"} for r in self.client.dump(["q"]))
         self.assertEqual((n, self.client.channel_stats("r")["ready"]), (7, 7))
+
+    def test_a_record_that_is_none_is_told_by_its_place(self):
+        self.hasten(MAX_BATCH=2)
+        good = {"channel": "q", "body": "x"}
+        for bad in ({"body": "x"}, "x", {"channel": "q"}, {**good, "timeout": 0}):
+            with self.subTest(bad), self.assertRaises(linger.Malformed) as caught:
+                self.client.load([good, good, good, bad])
+            self.assertEqual(caught.exception.index, 3)
 
     def test_lingering_and_delay_go_on_after_a_dump(self):
         record = linger.dumped_record(
