@@ -21,7 +21,7 @@ The file reads downwards: a section uses only what stands above it.
     Handler       bytes in, call the broker, bytes out
     Server        connections, threads, start and stop
     Client        the calls as methods, and the loop of a worker
-    Command line  options, and `python linger.py`
+    Command line  the server's options; the commands, for scripts and people
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ import itertools
 import json
 import os
 import platform
+import queue
 import re
 import resource
 import select
@@ -55,6 +56,7 @@ import socketserver
 import sqlite3
 import ssl
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -97,6 +99,7 @@ MIN_INTEGER = -(2**63)  # SQLite's INTEGER, and so every number of the API
 MAX_INTEGER = 2**63 - 1
 MAX_NAME = 255  # bytes of a channel's or topic's name in UTF-8
 MAX_MESSAGE = 256_000  # bytes of a message's body, unless --max-message says otherwise; as 1.0.1
+LONGEST_MESSAGE = 100_000_000  # bytes that --max-message may allow
 MAX_BATCH = 1_000  # messages taken, posted or deleted at once
 MAX_BATCH_BYTES = 8_000_000  # of a request with many messages
 MAX_COMMAS = 32_000  # in the JSON of such a request: 32 fields for each
@@ -178,6 +181,13 @@ LONGEST_PAUSE = 5.0  # up to this
 FAILURE_DELAY = 10  # seconds until a message that a worker failed on comes back
 TOUCHES = 3  # touches of a message in hand within its timeout
 LOOK_INTERVAL = 0.3  # seconds between looks whether that is due: less than 1/TOUCHES, the least
+
+LINES_AT_ONCE = 1_000_000  # bytes of lines in a batch: in JSON less than MAX_BATCH_BYTES
+MAX_PAUSE = 1_000_000  # seconds: more is more than a timer can take
+MAX_JOBS = 1_000  # commands that a worker runs at a time
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a command
+TAIL = 3_072  # bytes of its standard error that are kept; MAX_REASON has room for more beside
+STDERR_PATIENCE = 0.2  # seconds for it to end when the command has, or never if left to another
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5768,7 +5778,9 @@ class _Loop:
     ) -> None:
         self._client = client
         self._take = functools.partial(client.get, channels, wait, timeout)
+        self._once = wait == 0
         self._stop = stop
+        self.lost: Callable[[], None] = lambda: None  # when the message in hand is ours no more
         self._hand: Optional[tuple[Message, float]] = None  # a message, and when it came
         self._waiting: Optional[_Line] = None  # the line on which the next one is waited for
         self._closed = threading.Event()
@@ -5789,19 +5801,23 @@ class _Loop:
             except LingerError as error:
                 if done is not None and isinstance(error, (NotFound, Conflict)):
                     self._hold(None)
-                elif error.status < 500 or self._client._closed:
+                elif error.status < 500 or self._once or self._client._closed:
                     raise
                 else:
                     self._stop.wait(next(pauses))
                 continue
             self._hold(message)
             pauses = _pauses()
-            if message is not None:
+            if message is not None or self._once:
                 return message
+        self.finish()
+        return None
+
+    def finish(self) -> None:
+        """Deletes the message in hand, unless it is settled."""
         done = self._unsettled()
         if done is not None:
             self._settle(functools.partial(self._client.delete, done))
-        return None
 
     def call(self, function: Callable[[Message], object], message: Message, delay: int) -> None:
         """Calls a function with the message in hand; if it raises, releases the message."""
@@ -5818,6 +5834,12 @@ class _Loop:
         if message is not None:
             kept = reason.encode("utf-8", "replace")[-MAX_REASON:].decode("utf-8", "ignore")
             self._settle(functools.partial(self._client.release, message, delay, kept))
+
+    def reject(self, reason: str) -> None:
+        """Gives the message in hand up, unless it is settled."""
+        message = self._unsettled()
+        if message is not None:
+            self._settle(functools.partial(self._client.reject, message, reason))
 
     def close(self) -> None:
         """Ends the keeper."""
@@ -5869,6 +5891,7 @@ class _Loop:
         try:
             self._client.touch(message, message.timeout)
         except (NotFound, Conflict):
+            self.lost()
             return float("inf")  # it is done, or another's now
         except LingerError:
             return 0.0
@@ -6074,8 +6097,11 @@ def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list
 
 
 # ---------------------------------------------------------------------------------------------
-# Command line: options from arguments, environment, file; `python linger.py`.
+# Command line: the server's options, from arguments, environment and file; and the commands, all
+# through the client, in one table.
 # ---------------------------------------------------------------------------------------------
+
+# -- serve
 
 
 def _whole_number(least: int, most: int) -> Callable[[str], int]:
@@ -6123,7 +6149,9 @@ OPTIONS = (
         "N",
         "high-level mark: messages that a channel may hold; 0 for any number",
     ),
-    Option("max-message", MAX_MESSAGE, _whole_number(1, 100_000_000), "BYTES", "longest message"),
+    Option(
+        "max-message", MAX_MESSAGE, _whole_number(1, LONGEST_MESSAGE), "BYTES", "longest message"
+    ),
     Option(
         "max-connections",
         MAX_CONNECTIONS,
@@ -6192,10 +6220,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="linger.py",
-        description="A message queue and pub-sub server behind a plain HTTP API.",
-        epilog="Each option is also LINGER_<NAME> in the environment and `name = value` in the"
-        " file of --config; the command line wins, then the environment.",
+        prog="linger",
+        usage="linger [serve] [OPTIONS]\n       linger COMMAND ...\n       linger COMMAND --help",
+        description="A message queue and pub-sub server behind a plain HTTP API.\n\ncommands:\n"
+        + "\n".join(f"  {command.name:12} {command.summary}" for command in COMMANDS),
+        epilog="Each option is also LINGER_<NAME> in the environment and `name = value` in the\n"
+        "file of --config; the command line wins, then the environment.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for name, default, _, value, meaning in OPTIONS:
@@ -6317,16 +6348,12 @@ def _calm_threads() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Runs the server until SIGTERM or SIGINT; returns the exit status: 0, or 2 if it cannot."""
+def _serve(arguments: Sequence[str]) -> int:
+    """Runs the server until SIGTERM or SIGINT; returns the exit status."""
     _calm_threads()
     os.umask(0o077)  # what this process makes is for its owner only
-    try:
-        options = read_options(sys.argv[1:] if arguments is None else arguments, os.environ)
-        server = _start(options)
-    except LingerError as error:
-        log(f"linger: {error}")
-        return 2
+    options = read_options(arguments, os.environ)
+    server = _start(options)
 
     def stop(number: int, _: object) -> None:
         if server.stopping:
@@ -6345,6 +6372,719 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     with server:
         server.serve_forever()
     return 0
+
+
+# -- output: bytes and lines for pipes, tables for people
+
+
+def _write(data: bytes) -> None:
+    """Writes to standard output; when it returns, the bytes have left this process."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _write_lines(lines: Iterable[str]) -> None:
+    _write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+
+
+def _show(records: Sequence[Mapping[str, object]], as_json: bool = False) -> int:
+    """Writes records as lines of JSON, as a table for a terminal, or with tabs between values.
+
+    Returns the exit status: 1 if there are none.
+    """
+    if as_json:
+        _write_lines(map(TO_JSON, records))
+    elif records:
+        rows = [[_cell(value) for value in record.values()] for record in records]
+        terminal = sys.stdout.isatty()
+        _write_lines(_table(list(records[0]), rows) if terminal else map("\t".join, rows))
+    return 0 if records else 1
+
+
+def _show_pairs(pairs: Mapping[str, object], as_json: bool) -> int:
+    """Writes a record: in JSON as it is, else a name and its value on each line."""
+    if as_json:
+        return _show([pairs] if pairs else [], as_json)
+    return _show([{"name": name, "value": value} for name, value in pairs.items()])
+
+
+def _cell(value: object) -> str:
+    """A value on one line; control characters, which could command a terminal, are escaped."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, no wider than the terminal, with numbers to the right."""
+    columns = list(zip(*rows))
+    numeric = [all(re.fullmatch(r"-|-?[0-9.]+", cell) for cell in column) for column in columns]
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for row in (heads, *rows):
+        cells = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric))
+        lines.append("  ".join(cells).rstrip()[:width])
+    if "NO_COLOR" not in os.environ:  # no-color.org
+        lines[0] = f"\x1b[1m{lines[0]}\x1b[0m"
+    return lines
+
+
+def _note(text: str) -> None:
+    """Tells a person at a terminal, in place of the note before, what a pipe need not know."""
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+# -- messages in
+
+
+def _given(options: argparse.Namespace, table: Sequence[Parameter]) -> dict[str, str]:
+    """Those parameters of a table that were given, by their names in Python."""
+    values = ((name, getattr(options, name)) for name in (p.name.replace("-", "_") for p in table))
+    return {name: value for name, value in values if value is not None}
+
+
+def _body(options: argparse.Namespace) -> bytes:
+    """The message that is an argument, else what comes on standard input."""
+    if options.body in (None, "-"):
+        return sys.stdin.buffer.read(LONGEST_MESSAGE + 1)
+    return os.fsencode(options.body)
+
+
+def _post(client: Client, options: argparse.Namespace) -> int:
+    given = _given(options, ALL_PARAMETERS)
+    if options.lines:
+        return _post_lines(client, options, given)
+    posted = client.post(options.channel, _body(options), options.type, retry=True, **given)
+    return _show([posted._asdict() if options.json else {"id": posted.id}], options.json)
+
+
+def _post_lines(client: Client, options: argparse.Namespace, given: dict[str, str]) -> int:
+    """Posts each line of standard input.
+
+    Each has a dedup key with its number: a batch whose answer was lost can be sent again, and so
+    can the whole input if its `--dedup` is the same.
+    """
+    if options.body not in (None, "-"):
+        raise Malformed("with --lines the messages come on standard input")
+    key = given.pop("dedup", None) or uuid.uuid4().hex
+    posted, last = 0, 0
+    batch: list[tuple[int, bytes]] = []
+    try:
+        for batch in _batches(sys.stdin.buffer):
+            items = [(line, options.type, {"dedup": f"{key}#{n}"}) for n, line in batch]
+            posted += len(client.post_batch(options.channel, items, retry=True, **given))
+            last = batch[-1][0]
+            _note(f"{posted} posted")
+        _note("")
+    except BaseException as error:
+        _note("")
+        index = getattr(error, "index", None)
+        place = "" if index is None else f"line {batch[index][0]}: "
+        so_far = f"{posted} messages were posted for certain, up to line {last}"
+        if isinstance(error, LingerError):
+            raise LingerError(f"{place}{error}; {so_far}") from error
+        log(f"linger: {so_far}")
+        raise
+    return _show([{"posted": posted}], options.json)
+
+
+def _batches(file: Any) -> Iterator[list[tuple[int, bytes]]]:
+    """The lines of a file that are not empty, with their numbers: each time those that are there,
+    as many as a batch may have."""
+    number, rest = 0, b""
+    while True:
+        chunk = file.read1(LINES_AT_ONCE)
+        *lines, rest = (rest + chunk).split(b"\n")
+        if not chunk:
+            lines, rest = [rest], b""
+        elif len(rest) > MAX_BATCH_BYTES:
+            raise TooLarge(f"line {number + len(lines) + 1} has more than {MAX_BATCH_BYTES} bytes")
+        numbered = [(n, line) for n, line in enumerate(lines, number + 1) if line]
+        number += len(lines)
+        for start in range(0, len(numbered), MAX_BATCH):
+            yield numbered[start : start + MAX_BATCH]
+        if not chunk:
+            return
+
+
+def _publish(client: Client, options: argparse.Namespace) -> int:
+    keys = _given(options, PUBLISH_PARAMETERS)
+    copies = client.publish(options.topic, _body(options), options.type, retry=True, **keys)
+    _show([{"channel": channel, "id": id} for channel, id in copies.items()], options.json)
+    return 0
+
+
+def _load(client: Client, options: argparse.Namespace) -> int:
+    try:
+        loaded = client.load(_records(sys.stdin.buffer))
+    except LingerError as error:
+        place = "" if error.index is None else f"line {error.index + 1}: "
+        raise LingerError(f"{place}{error}; the lines before may be loaded") from error
+    return _show([{"loaded": loaded}], options.json)
+
+
+def _records(lines: Iterable[bytes]) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise Malformed(f"line {number} is no JSON") from None
+
+
+# -- messages out
+
+
+def _get(client: Client, options: argparse.Namespace) -> int:
+    """Writes messages; what is to be acknowledged is deleted once it was written, not before."""
+    if options.ack and options.auto:
+        raise Malformed("a message is deleted once: either with --ack or with --auto")
+    wait = DEFAULT_WAIT if options.follow else options.wait or 0
+    channels = options.channel.split(",")
+    take = functools.partial(client.get, channels, wait, options.timeout, auto=options.auto)
+    done: Optional[Message] = None
+    count = 0
+    try:
+        while options.follow or count < options.count:
+            message, done = _take_next(take, done, options.follow), None
+            if message is not None:
+                count += 1
+                _hand_over(client, message, options)
+                done = message if options.ack else None
+            elif not options.follow:
+                break
+    finally:
+        if done is not None:
+            with contextlib.suppress(NotFound):  # the call that was interrupted has deleted it
+                client.delete(done)
+    return 0 if count else 1
+
+
+def _take_next(
+    take: Callable[..., Optional[Message]], done: Optional[Message], follow: bool
+) -> Optional[Message]:
+    """The next message, once that which is done is deleted; to `follow`, over restarts."""
+    for pause in _pauses():
+        try:
+            return take(ack=done)
+        except (NotFound, Conflict):
+            if done is None:
+                raise
+            done = None  # deleted already, or with another now
+        except LingerError as error:
+            if not follow or error.status not in PASSING:
+                raise
+            time.sleep(pause)
+    raise AssertionError("pauses do not end")
+
+
+def _hand_over(client: Client, message: Message, options: argparse.Namespace) -> None:
+    """Writes a message; one that cannot be written is given back, if it was to be deleted."""
+    if options.json:
+        data = TO_JSON(message_object(message)).encode() + b"\n"
+    elif options.follow or options.count > 1 or sys.stdout.isatty():
+        data = message.body + b"\n"
+    else:
+        data = message.body
+    try:
+        _write(data)
+    except BaseException:
+        if options.ack:
+            with contextlib.suppress(LingerError):
+                client.release(message, 0)
+        raise
+
+
+def _look(client: Client, options: argparse.Namespace) -> int:
+    message, state = client.look(options.id)
+    if options.json:
+        return _show([{**message_object(message), "state": state}], as_json=True)
+    _write(message.body + b"\n" * sys.stdout.isatty())
+    return 0
+
+
+def _peek(client: Client, options: argparse.Namespace) -> int:
+    listed = client.list_messages(options.channel, options.state, options.count, options.after)
+    if options.json:
+        return _show([{**message_object(m), "state": state} for m, state in listed], as_json=True)
+    names = ("id", "state", "priority", "delivered", "age", "error", "body")
+    rows = (
+        (m.id, state, m.priority, m.delivered, m.received, m.error, m.body.decode(errors="replace"))
+        for m, state in listed
+    )
+    return _show([dict(zip(names, row)) for row in rows])
+
+
+def _dump(client: Client, options: argparse.Namespace) -> int:
+    status = 1
+    for record in client.dump(options.channels or None):
+        status = _show([record], as_json=True)
+    return status
+
+
+# -- channels and topics
+
+
+def _drain(client: Client, options: argparse.Namespace) -> int:
+    if not options.yes:
+        if not sys.stdin.isatty():
+            raise Malformed("drain deletes all messages of a channel: say --yes if it shall")
+        count = sum(client.channel_stats(options.channel).values())
+        _note(f"Delete all {count} messages of {options.channel}? [y/N] ")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            return 1
+    client.drain(options.channel)
+    return 0
+
+
+def _redrive(client: Client, options: argparse.Namespace) -> int:
+    moved = client.redrive(options.channel, options.count, options.to)
+    _show([{"moved": moved}], options.json)
+    return 0 if moved else 1
+
+
+def _channels(client: Client, options: argparse.Namespace) -> int:
+    infos = client.infos()
+    if not options.json:
+        names = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
+        infos = [{name: info[name] for name in names} for info in infos]
+    return _show(infos, options.json)
+
+
+def _settings(client: Client, options: argparse.Namespace) -> int:
+    given = _given(options, CHANNEL_PARAMETERS)
+    if options.clear:
+        client.clear_settings(options.channel)
+        return 0
+    if given:
+        client.set_settings(options.channel, **given)
+        return 0
+    return _show_pairs(client.settings(options.channel), options.json)
+
+
+def _stats(client: Client, options: argparse.Namespace) -> int:
+    before: Mapping[str, Any] = {}
+    then = time.monotonic()
+    while True:
+        stats, now = client.stats(), time.monotonic()
+        if options.watch and sys.stdout.isatty():
+            _write(b"\x1b[H\x1b[J")
+        if not options.watch or options.json:
+            _show_pairs(stats, options.json)
+        else:
+            rates = {n: (stats[n] - before.get(n, stats[n])) / (now - then) for n in COUNTERS}
+            _show([{"name": n, "value": stats[n], "per second": f"{rates[n]:.1f}"} for n in rates])
+        if not options.watch:
+            return 0
+        before, then = stats, now
+        time.sleep(options.watch)
+
+
+# -- work: a command for each message
+
+STOPPED = "the worker was stopped"
+TAKEN = "the message was deleted, or delivered again, meanwhile"
+
+
+class Job:
+    """A command that runs for a message, whose body is its standard input.
+
+    It leads a session, and so a process group, of its own: Ctrl-C at a terminal ends the worker
+    only, and it can be killed with all that it started.  Its standard error is passed on, and the
+    end of it kept.
+    """
+
+    def __init__(
+        self, command: Sequence[str], body: bytes, environment: Mapping[bytes, bytes]
+    ) -> None:
+        """Starts it; OSError if that cannot be done."""
+        self.killed = ""  # why it was killed, if it was
+        self._ended = False
+        self._tail = b""
+        self._timers: list[threading.Timer] = []
+        with tempfile.TemporaryFile() as file:  # no pipe: what is not read blocks nobody
+            file.write(body)
+            file.seek(0)
+            self._process = subprocess.Popen(
+                command,
+                stdin=file,
+                stderr=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+        self._passing = threading.Thread(
+            target=self._pass_on, args=(self._process.stderr,), name="linger-stderr", daemon=True
+        )
+        self._passing.start()
+
+    def wait(self, timeout: Optional[int]) -> str:
+        """Waits until it has ended, or kills it after `timeout` seconds; its status in words."""
+        if timeout is not None:
+            self._after(timeout, self.kill, f"it took longer than {timeout} seconds")
+        status = self._process.wait()
+        if self.killed:
+            self._signal(signal.SIGKILL)  # what it left behind
+        self._ended = True
+        for timer in self._timers:
+            timer.cancel()
+        self._passing.join(STDERR_PATIENCE)
+        if self.killed or status >= 0:
+            return self.killed or f"exit status {status}"
+        return f"killed by signal {-status}"
+
+    def kill(self, why: str) -> None:
+        """Ends it with its group: SIGTERM, and SIGKILL for what is still there after a while."""
+        if not self.killed and not self._ended:
+            self.killed = why
+            self._signal(signal.SIGTERM)
+            self._after(GRACE, self._signal, signal.SIGKILL)
+
+    def reason(self, status: str) -> str:
+        """Its status with the end of its standard error."""
+        tail = self._tail.decode("utf-8", "replace").strip().encode()
+        return f"{status}: {tail[-TAIL:].decode('utf-8', 'ignore')}" if tail else status
+
+    def _after(self, seconds: float, function: Callable[[Any], None], argument: object) -> None:
+        timer = threading.Timer(seconds, function, (argument,))
+        timer.daemon = True
+        self._timers.append(timer)
+        timer.start()
+
+    def _signal(self, number: int) -> None:
+        if not self._ended:  # else the number may be another's
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: a zombie
+                os.killpg(self._process.pid, number)
+
+    def _pass_on(self, stderr: Any) -> None:
+        with stderr:
+            while data := stderr.read1(TAIL):
+                self._tail = (self._tail + data)[-TAIL:]
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stderr.buffer.write(data)
+                    sys.stderr.buffer.flush()
+
+
+class Worker:
+    """Runs a command for each message of channels, some at a time, until it is told to stop.
+
+    Each of its threads takes a message, runs the command, and settles the message: that of a
+    command which succeeded is deleted with the next take.
+    """
+
+    def __init__(self, client: Client, options: argparse.Namespace) -> None:
+        self._client = client
+        self._options = options
+        self._environment = {**os.environb, b"LINGER_URL": client.url.encode()}
+        self._stop = threading.Event()
+        self._takes = threading.Semaphore(options.count or sys.maxsize)
+        self._events: queue.SimpleQueue[str] = queue.SimpleQueue()  # signals, and threads' ends
+        self._jobs: set[Job] = set()
+        self._killing = False
+        self._worked = False
+        self._error: Optional[LingerError] = None
+
+    def run(self) -> int:
+        """Works; returns the exit status, or raises what keeps it from working."""
+        options = self._options
+        if shutil.which(options.command[0]) is None:
+            raise Malformed(f"there is no command {options.command[0]}")
+        self._client.welcome()  # later the server is waited for, but not from the start
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._events.put("signal"))
+        threads = min(options.j, options.count or options.j)
+        for n in range(threads):
+            threading.Thread(target=self._work, name=f"linger-worker-{n}").start()
+        while threads:
+            if self._events.get() == "signal":
+                self._stop_or_kill()
+            else:
+                threads -= 1
+        if self._error is not None:
+            raise self._error
+        return 1 if options.once and not self._worked else 0
+
+    def _stop_or_kill(self) -> None:
+        """The first time, takes no new messages; the second, ends the commands that run."""
+        if self._stop.is_set():
+            self._killing = True
+            for job in list(self._jobs):
+                job.kill(STOPPED)
+        self._stop.set()
+
+    def _work(self) -> None:
+        options = self._options
+        wait = 0 if options.once else None
+        loop = _Loop(self._client, options.channel.split(","), wait, None, self._stop)
+        try:
+            while self._takes.acquire(blocking=False):
+                message = loop.next()
+                if message is None:
+                    break
+                loop.call(functools.partial(self._do, loop), message, options.delay)
+        except LingerError as error:
+            self._fail(error)
+        finally:
+            loop.finish()
+            loop.close()
+            self._events.put("end")
+
+    def _fail(self, error: LingerError) -> None:
+        self._error = error
+        self._stop.set()
+
+    def _do(self, loop: _Loop, message: Message) -> None:
+        """Runs the command for a message; unless it succeeds, releases or rejects the message."""
+        options = self._options
+        self._worked = True
+        try:
+            job = Job(options.command, message.body, {**self._environment, **_variables(message)})
+        except OSError as error:
+            reason = f"cannot run {options.command[0]}: {error.strerror or error}"
+            self._fail(LingerError(reason))
+            loop.release(reason, None if message.backoff else options.delay)
+            return
+        loop.lost = functools.partial(job.kill, TAKEN)
+        self._jobs.add(job)
+        if self._killing:
+            job.kill(STOPPED)
+        status = job.wait(options.timeout)
+        self._jobs.discard(job)
+        if status == "exit status 0":
+            return
+        log(f"linger: message {message.id} of {message.channel}: {status}")
+        passing = job.killed or status == f"exit status {os.EX_TEMPFAIL}"
+        if options.reject_on_failure and not passing:
+            loop.reject(job.reason(status))
+        elif job.killed == STOPPED:
+            loop.release(job.reason(status), 0)
+        else:
+            loop.release(job.reason(status), None if message.backoff else options.delay)
+
+
+def _variables(message: Message) -> dict[bytes, bytes]:
+    """All of a message but its body, as variables of the environment."""
+    fields = message._asdict()
+    del fields["body"]
+    fields["message_id"] = fields.pop("id")
+    return {
+        f"LINGER_{name.upper()}".encode(): str(value).replace("\0", "").encode()
+        for name, value in fields.items()
+    }
+
+
+# -- the table of commands
+
+_Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+def _argument(*flags: str, **settings: Any) -> _Argument:
+    """An argument or option, as argparse takes it."""
+    return flags, settings
+
+
+def _flag(name: str, help: str) -> _Argument:
+    return _argument(name, action="store_true", help=help)
+
+
+def _number(
+    flag: str, metavar: str, help: str, least: int = 1, most: int = MAX_INTEGER, **settings: Any
+) -> _Argument:
+    def read(text: str) -> int:
+        try:
+            return read_integer("it", text, least, most)
+        except Malformed as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return _argument(flag, metavar=metavar, type=read, help=help, **settings)
+
+
+def _seconds(
+    flag: str, help: str, least: int = 1, most: int = MAX_INTEGER, **settings: Any
+) -> _Argument:
+    return _number(flag, "SECONDS", help, least, most, **settings)
+
+
+def _parameters(table: Sequence[Parameter]) -> tuple[_Argument, ...]:
+    return tuple(_argument(f"--{p.name}", metavar="VALUE", help=p.meaning) for p in table)
+
+
+PUBLISH_PARAMETERS = tuple(p for p in KEY_PARAMETERS if p.name != "unique")
+CHANNEL = _argument("channel", metavar="CHANNEL")
+CHANNELS_ASKED = _argument("channel", metavar="CHANNEL[,...]", help="the first with a message")
+TOPIC = _argument("topic", metavar="TOPIC")
+BODY = _argument("body", metavar="BODY", nargs="?", help="the message; - or none: standard input")
+TYPE = _argument("--type", default=DEFAULT_TYPE, help=f"Content-Type of the body ({DEFAULT_TYPE})")
+ID = _number("id", "ID", "of a message", 0)
+LEASE = _number("--lease", "N", "only if that delivery is the latest", 0)
+REASON = _argument("--reason", metavar="TEXT", default="", help="goes out with the next delivery")
+HIDDEN = _seconds("--timeout", "that it stays hidden, in place of its own timeout")
+JSON = _flag("--json", "write objects of JSON, one a line")
+CONNECTION = (
+    _argument("--url", help=f"of the server; or LINGER_URL in the environment ({DEFAULT_URL})"),
+    _argument("--token", help="better LINGER_TOKEN in the environment: others can see arguments"),
+    _argument("--cafile", metavar="FILE", help="certificates to trust in place of the system's"),
+)
+
+
+class Command(NamedTuple):
+    """A command: `linger NAME ARGUMENTS`.  `run` returns the exit status, None for 0."""
+
+    name: str
+    summary: str
+    example: str
+    run: Optional[Callable[[Client, argparse.Namespace], Optional[int]]]  # None: it is the server
+    arguments: Sequence[_Argument] = ()
+
+
+# fmt: off
+COMMANDS = (
+    Command("serve", "run the server; so it does without a command",
+            "linger serve --port 8989", None),
+    Command("post", "post a message to a channel, or many; writes its id",
+            "linger post jobs 'Do this!'", _post, (
+                CHANNEL, BODY, _flag("--lines", "each line of standard input is a message"), TYPE,
+                *_parameters(ALL_PARAMETERS), JSON)),
+    Command("get", "take messages; writes their bodies",
+            "linger get jobs --ack", _get, (
+                CHANNELS_ASKED, _seconds("--wait", "that it waits for a message (0)", 0, MAX_WAIT),
+                _number("--count", "N", "messages that it takes at most (1)", default=1),
+                _flag("--follow", "take all that come, until interrupted"),
+                _flag("--ack", "delete each once it was written"),
+                _flag("--auto", "delete each as it is delivered"), HIDDEN, JSON)),
+    Command("work", "run a command for each message, which is its standard input",
+            "linger work jobs --once -- cat", lambda client, o: Worker(client, o).run(), (
+                CHANNELS_ASKED, _argument("command", metavar="COMMAND", nargs="+"),
+                _number("-j", "N", "commands that run at a time (1)", 1, MAX_JOBS, default=1),
+                _flag("--once", "stop when there is no message"),
+                _number("--count", "N", "stop after so many messages"),
+                _seconds("--timeout", "that a command may take; its message is released then",
+                         1, MAX_PAUSE),
+                _seconds("--delay", "that a message without backoff is hidden after a failure"
+                         f" ({FAILURE_DELAY})", 0, default=FAILURE_DELAY),
+                _flag("--reject-on-failure", "give a message up after a failure"))),
+    Command("publish", "publish a message on a topic; writes the channels and ids of its copies",
+            "linger publish news 'Have you heard?'", _publish,
+            (TOPIC, BODY, TYPE, *_parameters(PUBLISH_PARAMETERS), JSON)),
+    Command("subscribe", "subscribe a channel to a topic; copies get the parameters",
+            "linger subscribe mail news --linger 3600",
+            lambda client, o: client.subscribe(o.channel, o.topic, **_given(o, MESSAGE_PARAMETERS)),
+            (CHANNEL, TOPIC, *_parameters(MESSAGE_PARAMETERS))),
+    Command("unsubscribe", "end a subscription", "linger unsubscribe mail news",
+            lambda client, o: client.unsubscribe(o.channel, o.topic), (CHANNEL, TOPIC)),
+    Command("peek", "list messages of a channel without taking them",
+            "linger peek jobs --state ready", _peek, (
+                CHANNEL, _argument("--state", choices=STATES, help="only those in this state"),
+                _number("--count", "N", "messages at most (50)", 1, MAX_BATCH, default=50),
+                _number("--after", "ID", "go on after that message", 0), JSON)),
+    Command("look", "write a message without taking it", "linger look 1", _look, (ID, JSON)),
+    Command("delete", "delete a message: it is done", "linger delete 1 --lease 1",
+            lambda client, o: client.delete(o.id, o.lease), (ID, LEASE)),
+    Command("touch", "give a message in flight more time", "linger touch 1 --timeout 600",
+            lambda client, o: client.touch(o.id, o.timeout, o.lease), (ID, LEASE, HIDDEN)),
+    Command("release", "give a message in flight back",
+            "linger release 1 --delay 60 --reason 'out of paper'",
+            lambda client, o: client.release(o.id, o.delay, o.reason, o.lease), (
+                ID, LEASE, REASON,
+                _seconds("--delay", "until it is ready, in place of its backoff", 0))),
+    Command("reject", "give a message up: it goes to its dead channel, or away",
+            "linger reject 1 --reason 'no such order'",
+            lambda client, o: client.reject(o.id, o.reason, o.lease), (ID, LEASE, REASON)),
+    Command("redrive", "move messages of a dead channel back; writes how many",
+            "linger redrive failed --count 10", _redrive, (
+                CHANNEL, _number("--count", "N", "messages at most (all)"), JSON,
+                _argument("--to", metavar="CHANNEL", help="there, not where they came from"))),
+    Command("drain", "delete all messages of a channel", "linger drain jobs --yes", _drain,
+            (CHANNEL, _flag("--yes", "do not ask"))),
+    Command("channels", "list the channels, with the age of the oldest message in seconds",
+            "linger channels", _channels, (JSON,)),
+    Command("topics", "list the topics, or those of a channel", "linger topics",
+            lambda client, o: _show([{"topic": t} for t in client.topics(o.channel)], o.json),
+            (_argument("channel", metavar="CHANNEL", nargs="?"), JSON)),
+    Command("subscribers", "list the channels that are subscribed to a topic",
+            "linger subscribers news",
+            lambda client, o: _show([{"channel": c} for c in client.subscribers(o.topic)], o.json),
+            (TOPIC, JSON)),
+    Command("stats", "show what the server counts", "linger stats", _stats,
+            (_seconds("--watch", "between looks, with rates (2)", 1, MAX_PAUSE,
+                      nargs="?", const=2), JSON)),
+    Command("settings", "show the settings of a channel, or replace all of them",
+            "linger settings jobs --deliver 5 --dead failed", _settings,
+            (CHANNEL, _flag("--clear", "let it have none"),
+             *_parameters(CHANNEL_PARAMETERS), JSON)),
+    Command("pause", "let nobody take messages of a channel", "linger pause jobs --for 600",
+            lambda client, o: client.pause(o.channel, o.seconds),
+            (CHANNEL, _seconds("--for", "that it lasts, if it shall end", dest="seconds"))),
+    Command("resume", "end a pause", "linger resume jobs",
+            lambda client, o: client.resume(o.channel), (CHANNEL,)),
+    Command("dump", "write the messages of all channels, or of some, for load",
+            "linger dump jobs > jobs.ndjson", _dump,
+            (_argument("channels", metavar="CHANNEL", nargs="*"),)),
+    Command("load", "post what dump wrote, from standard input; writes how many",
+            "linger load < jobs.ndjson", _load, (JSON,)),
+    Command("backup", "copy the database of the running server to a new file",
+            "linger backup copy.db", lambda client, o: client.backup(o.file),
+            (_argument("file", metavar="FILE"),)),
+)
+# fmt: on
+
+
+def _parse(command: Command, arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments and options of a command; ends the process if they are wrong, or for --help."""
+    parser = _Parser(
+        prog=f"linger {command.name}",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog=f"example:\n  {command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for flags, settings in (*command.arguments, *CONNECTION):
+        parser.add_argument(*flags, **settings)
+    options = parser.parse_intermixed_args(arguments)
+    if "command" in options and "--" in arguments:  # of which argparse takes a second one away
+        options.command = list(arguments[arguments.index("--") + 1 :])
+    return options
+
+
+def _interrupt(number: int, _: object) -> None:
+    """Ends a command in good order, with the exit status that a shell gives it."""
+    raise SystemExit(128 + number)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Runs the command that the arguments ask for; returns its exit status."""
+    named = arguments and not arguments[0].startswith("-")
+    name, *rest = arguments if named else ("serve", *arguments)
+    command = {command.name: command for command in COMMANDS}.get(name)
+    if command is None:
+        raise Malformed(f"there is no command {name}: linger --help lists them")
+    if command.run is None:
+        return _serve(rest)
+    options = _parse(command, rest)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    with Client(options.url, options.token, cafile=options.cafile) as client:
+        return command.run(client, options) or 0
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs a command, or the server; returns the exit status.
+
+    0 it is done; 1 there is nothing there; 2 it cannot be done, as a line on standard error says;
+    128 and the number of a signal, as a shell has it, for SIGINT, SIGTERM, and for SIGPIPE when
+    nobody reads the output any more.
+    """
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # else Python complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (LingerError, OSError) as error:
+        log(f"linger: {error}")
+        return 1 if isinstance(error, NotFound) else 2
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -5346,6 +5347,547 @@ def client_bodies(client, channel):
     return [message.text for message, _ in client.list_messages(channel, n=1000)]
 
 
+# -- the command line ----------------------------------------------------------------------------
+
+
+class Terminal(io.TextIOWrapper):
+    """A stream in memory; `terminal` says what it claims to be."""
+
+    def __init__(self, data=b"", terminal=False):
+        super().__init__(io.BytesIO(data), encoding="utf-8", write_through=True)
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+    def value(self):
+        return self.buffer.getvalue()
+
+
+def run_command(url, *arguments, stdin=b"", terminal=False, stdout=None):
+    """Runs a command in this process; its exit status, output and errors."""
+    streams = [
+        Terminal(stdin, terminal),
+        stdout or Terminal(b"", terminal),
+        Terminal(b"", terminal),
+    ]
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with contextlib.ExitStack() as stack:
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams):
+            stack.enter_context(unittest.mock.patch.object(sys, name, stream))
+        stack.enter_context(unittest.mock.patch.dict(os.environ, {"LINGER_URL": url}))
+        try:
+            status = linger.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
+    return status, streams[1].value(), streams[2].value().decode(errors="replace")
+
+
+class CommandCase(ServerTest):
+    def run_command(self, *arguments, **options):
+        return run_command(self.server.url, *arguments, **options)
+
+    def linger(self, *arguments, **options):
+        """The output of a command that succeeds and has nothing to complain of."""
+        status, output, errors = self.run_command(*arguments, **options)
+        self.assertEqual((status, errors), (0, ""), arguments)
+        return output.decode()
+
+    def nothing(self, *arguments):
+        self.assertEqual(self.run_command(*arguments)[:2], (1, b""), arguments)
+
+    def refused(self, *arguments, **options):
+        """What a command that cannot be done says: one line, and exit status 2."""
+        status, output, errors = self.run_command(*arguments, **options)
+        self.assertEqual((status, output, errors.count("\n")), (2, b"", 1), errors)
+        self.assertTrue(errors.startswith("linger: "), errors)
+        return errors
+
+
+class CommandTest(CommandCase):
+    """Each command, in this process, through a real server."""
+
+    def test_a_message_goes_in_and_out_byte_for_byte(self):
+        body = bytes(range(256))
+        self.assertEqual(self.linger("post", "q", "--type", "image/x", stdin=body), "1\n")
+        self.assertEqual(self.run_command("get", "q", "--ack"), (0, body, ""))
+        self.assertEqual(self.linger("post", "q", "--priority", "-3", "--", "--x"), "2\n")
+        message = self.broker.get("q")
+        self.assertEqual((message.body, message.priority), (b"--x", -3))
+
+    def test_an_acknowledged_message_is_gone_and_another_is_in_flight_with_its_lease(self):
+        self.linger("post", "q", "a")
+        self.linger("post", "q", "b")
+        self.assertEqual(self.linger("get", "q", "--ack"), "a")
+        message = json.loads(self.linger("get", "p,q", "--json", "--timeout", "99"))
+        self.assertEqual((message["id"], message["lease"], message["timeout"]), (2, 1, 99))
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 1})
+        self.assertIn("overtaken", self.refused("delete", 2, "--lease", 7))
+        self.linger("delete", 2, "--lease", 1)
+        self.nothing("delete", 2)
+
+    def test_several_messages_have_a_line_each(self):
+        for body in ("a", "b", "c"):
+            self.broker.post("q", body.encode())
+        self.assertEqual(self.linger("get", "q", "--auto", "--count", 2), "a\nb\n")
+        self.assertEqual(self.linger("get", "q", "--ack", "--count", 2, "--wait", 1), "c\n")
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
+
+    def test_where_nothing_is_the_status_is_1(self):
+        for arguments in (
+            ("get", "q"), ("get", "q", "--ack", "--json"), ("peek", "q"), ("look", 1),
+            ("touch", 1), ("topics",), ("subscribers", "t"), ("settings", "q"),
+            ("settings", "q", "--json"), ("dump",), ("work", "q", "--once", "--", "true"),
+        ):  # fmt: skip
+            self.nothing(*arguments)
+        self.assertEqual(self.run_command("redrive", "q"), (1, b"0\n", ""))
+
+    def test_wrong_use_is_one_line_and_status_2(self):
+        for arguments, reason in (
+            (["psot", "q"], "psot"),
+            (["post"], "CHANNEL"),
+            (["post", "q", "x", "y"], "y"),
+            (["post", "q", "x", "--deliver", "-1"], "deliver must be an integer from 0"),
+            (["post", "q", "x", "--prio", "1"], "--prio"),
+            (["post", "q", "x", "--lines"], "standard input"),
+            (["post", "q", ""], "empty"),
+            (["get", "q", "--count", "0"], "--count: it must be an integer from 1"),
+            (["get", "q", "--ack", "--auto"], "--auto"),
+            (["get", "", "--ack"], "channel's name"),
+            (["work", "q"], "COMMAND"),
+            (["work", "q", "--", "no-such-command"], "no-such-command"),
+            (["drain", "q"], "--yes"),
+            (["backup", "/no/such/folder/x"], "No such file"),
+            (["stats", "--url", "http://127.0.0.1:1"], "cannot connect"),
+            (["stats", "--url", "gopher://x"], "URL"),
+        ):
+            with self.subTest(arguments):
+                self.assertIn(reason, self.refused(*arguments))
+
+    def test_lines_go_in_and_out(self):
+        posted = self.linger("post", "q", "--lines", "--priority", "5", stdin=b"a\n\n\xff\r\nlast")
+        self.assertEqual(posted, "3\n")
+        self.assertEqual(self.broker.look(1)[0].priority, 5)
+        self.assertEqual(
+            self.run_command("get", "q", "--ack", "--count", 9), (0, b"a\n\xff\r\nlast\n", "")
+        )
+
+    def test_more_lines_than_fit_into_a_batch_keep_their_order(self):
+        lines = "".join(f"{n}\n" for n in range(2_500))
+        self.assertEqual(self.linger("post", "q", "--lines", stdin=lines.encode()), "2500\n")
+        self.assertEqual(self.linger("get", "q", "--auto", "--count", 9_999), lines)
+
+    def test_lines_that_cannot_be_posted_are_told_and_can_be_posted_again(self):
+        lines = [b"x%d" % n for n in range(1_002)]
+        arguments = ("post", "q", "--lines", "--dedup", "key")
+        self.broker.max_message = 10
+        errors = self.refused(*arguments, stdin=b"\n".join([*lines, b"too long for it\n"]))
+        self.assertIn("line 1003: ", errors)
+        self.assertIn("1000 messages were posted for certain, up to line 1000", errors)
+        self.linger(*arguments, stdin=b"\n".join(lines))
+        self.assertEqual(self.broker.channel_stats("q")["ready"], 1_002)
+
+    def test_a_line_beyond_all_batches_is_refused(self):
+        with unittest.mock.patch.object(linger, "MAX_BATCH_BYTES", 100):
+            self.assertIn("line 2 ", self.refused("post", "q", "--lines", stdin=b"\n" + b"x" * 101))
+
+    def test_what_could_not_be_written_is_not_deleted_but_given_back(self):
+        self.broker.post("q", b"x")
+        reader, writer = os.pipe()
+        os.close(reader)
+        broken = io.TextIOWrapper(io.FileIO(writer, "w"))
+        self.addCleanup(broken.close)
+        broken.value = bytes
+        self.assertEqual(self.run_command("get", "q", "--ack", stdout=broken)[0], 141)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_publications_and_subscriptions(self):
+        self.linger("subscribe", "mail", "news", "--linger", 60)
+        self.linger("subscribe", "log", "news")
+        self.assertEqual(self.linger("topics"), "news\n")
+        self.assertEqual(self.linger("topics", "mail", "--json"), '{"topic":"news"}\n')
+        self.assertEqual(self.linger("subscribers", "news"), "log\nmail\n")
+        self.assertEqual(self.linger("publish", "news", "x", "--dedup", "k"), "log\t1\nmail\t2\n")
+        self.assertEqual(self.linger("publish", "news", "x", "--dedup", "k"), "log\t1\nmail\t2\n")
+        self.assertEqual(self.broker.look(2)[0].linger, 60)
+        self.linger("unsubscribe", "log", "news")
+        self.assertEqual(self.broker.subscribers("news"), ["mail"])
+
+    def test_a_delivery_is_touched_released_rejected_and_redriven(self):
+        self.linger("post", "q", "x", "--dead", "failed")
+        self.broker.get("q")
+        self.linger("touch", 1, "--lease", 1, "--timeout", 600)
+        self.linger("release", 1, "--delay", 60, "--reason", "out\nof paper")
+        listed = self.linger("peek", "q", "--state", "delayed")
+        self.assertEqual(listed, "1\tdelayed\t0\t1\t0\tout\\nof paper\tx\n")
+        self.linger("reject", 1, "--reason", "no such order")
+        self.assertEqual(json.loads(self.linger("look", 1, "--json"))["error"], "no such order")
+        self.assertEqual(self.linger("look", 1), "x")
+        self.assertEqual(self.linger("redrive", "failed", "--to", "p"), "1\n")
+        self.assertEqual(json.loads(self.linger("peek", "p", "--json"))["state"], "ready")
+
+    def test_draining_asks_at_a_terminal(self):
+        self.broker.post("q", b"x")
+        status, _, errors = self.run_command("drain", "q", stdin=b"n\n", terminal=True)
+        self.assertEqual(status, 1)
+        self.assertIn("Delete all 1 messages of q?", errors)
+        self.assertEqual(self.broker.channel_stats("q")["ready"], 1)
+        self.run_command("drain", "q", stdin=b"y\n", terminal=True)
+        self.assertEqual(self.broker.channel_stats("q")["ready"], 0)
+        self.broker.post("q", b"x")
+        self.linger("drain", "q", "--yes")
+        self.assertEqual(self.broker.channel_stats("q")["ready"], 0)
+
+    def test_settings_and_pause(self):
+        self.linger("settings", "q", "--deliver", 5, "--hlm", 9)
+        self.assertEqual(self.linger("settings", "q"), "deliver\t5\nhlm\t9\n")
+        self.assertEqual(self.linger("settings", "q", "--json"), '{"deliver":5,"hlm":9}\n')
+        self.linger("settings", "q", "--clear")
+        self.assertEqual(self.broker.settings("q"), {})
+        self.broker.post("q", b"x")
+        self.linger("pause", "q", "--for", 600)
+        self.assertEqual(self.linger("channels"), "q\t1\t0\t0\t0\t0\tyes\n")
+        self.linger("resume", "q")
+        self.assertFalse(json.loads(self.linger("channels", "--json"))["paused"])
+
+    def test_stats_are_shown_once_or_again_and_again_with_rates(self):
+        self.assertIn("msg-add\t0\n", self.linger("stats"))
+        self.assertEqual(json.loads(self.linger("stats", "--json"))["msg-add"], 0)
+
+        def sleep(seconds):
+            if self.broker.counters["msg-add"]:
+                raise SystemExit(130)
+            self.broker.post("q", b"x")
+
+        with unittest.mock.patch("time.sleep", sleep):
+            status, output, _ = self.run_command("stats", "--watch")
+        self.assertEqual(status, 130)
+        self.assertRegex(output.decode(), r"(?s)msg-add\t0\t0\.0\n.*msg-add\t1\t[1-9][0-9.]+\n")
+
+    def test_a_dump_is_loaded_elsewhere_and_a_backup_is_a_database(self):
+        for body in (b"a", b"b"):
+            self.broker.post("q", body, priority=7)
+        dump = self.linger("dump", "q")
+        with linger.serve() as other:
+            status, output, _ = run_command(other.url, "load", stdin=dump.encode())
+            self.assertEqual((status, output), (0, b"2\n"))
+            self.assertEqual(run_command(other.url, "dump")[1].decode(), dump)
+        self.assertIn("line 2", self.refused("load", stdin=dump.encode()[:-9]))
+        self.linger("backup", self.folder / "copy.db")
+        with contextlib.closing(linger.Store(str(self.folder / "copy.db"))) as copy:
+            (rows,) = copy.read("select body from messages order by id")
+        self.assertEqual(rows, [(b"a",), (b"b",)])
+
+    def test_a_terminal_gets_tables_with_heads(self):
+        self.broker.post("a", b"x")
+        self.broker.post("long-name", b"\x1b[2J\xc3\xbc" * 100)
+        with unittest.mock.patch.dict(os.environ, {"COLUMNS": "70"}):
+            _, table, _ = self.run_command("channels", terminal=True)
+            _, bodies, _ = self.run_command("peek", "long-name", terminal=True)
+        lines = table.decode().splitlines()
+        self.assertRegex(lines[0], r"^\x1b\[1mchannel    ready  delayed .*\x1b\[0m$")
+        self.assertRegex(lines[1], r"^a              1        0 ")
+        self.assertEqual(len(bodies.decode().splitlines()[1]), 70)
+        self.assertIn(r"\x1b[2Jü", bodies.decode())
+        with unittest.mock.patch.dict(os.environ, {"NO_COLOR": "1"}):
+            self.assertNotIn(b"\x1b", self.run_command("channels", terminal=True)[1])
+
+    def test_a_terminal_sees_progress_and_whole_lines(self):
+        errors = self.run_command("post", "q", "--lines", stdin=b"a\nb\n", terminal=True)[2]
+        self.assertIn("2 posted", errors)
+        self.assertEqual(self.run_command("get", "q", terminal=True)[1], b"a\n")
+
+    def test_help_tells_all_commands_and_each_has_its_example(self):
+        for command in linger.COMMANDS:
+            with self.subTest(command.name):
+                self.assertRegex(self.linger("--help"), rf"\n  {command.name} +\S")
+                text = self.linger(command.name, "--help")
+                self.assertIn(command.example if command.run else "--dbfile", text)
+
+
+class CommandProcessCase(ProcessCase):
+    """Commands in real processes, and a server in another."""
+
+    def spawn(self, *arguments, **options):
+        process = subprocess.Popen(
+            [sys.executable, "-X", "dev", "-W", "error", str(HERE / "linger.py"), *arguments],
+            env={**os.environ, "LINGER_URL": self.url},
+            text=True,
+            **{**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), **options},
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.start()
+        self.url = f"http://127.0.0.1:{self.server.port}"
+        self.client = linger.Client(self.url)
+        self.addCleanup(self.client.close)
+
+    def restart(self, number=signal.SIGKILL):
+        port = self.server.port
+        self.server.end(number)
+        self.server = Process(f"--port={port}", "--dbfile", self.dbfile)
+        self.addCleanup(self.server.end, signal.SIGKILL)
+
+
+class CommandProcessTest(CommandProcessCase):
+    """What needs a command to be a process: signals, pipes, restarts."""
+
+    def test_lines_are_posted_as_they_come_and_an_interrupt_tells_how_many(self):
+        process = self.spawn("post", "q", "--lines")
+        for count, lines in ((1, "a\n"), (2, "b\nc")):
+            process.stdin.write(lines)
+            process.stdin.flush()
+            until(lambda n=count: self.client.channel_stats("q")["ready"] == n)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 130)
+        self.assertRegex(errors, r"^linger: ([12]) messages were posted .*, up to line \1\n$")
+
+    def test_a_pipe_closed_early_is_no_traceback(self):
+        self.client.post_batch("q", [f"line {n} " + "x" * 1_000 for n in range(500)])
+        process = self.spawn("get", "q", "--ack", "--count", "500")
+        self.assertTrue(process.stdout.readline().startswith("line 0 "))
+        process.stdout.close()
+        self.assertEqual(process.wait(PATIENCE), 128 + signal.SIGPIPE)
+        self.assertEqual(process.stderr.read(), "")
+        left = self.client.channel_stats("q")
+        self.assertGreater(left["ready"], 0)
+        self.assertEqual(left["hidden"], 0)
+
+    def test_following_goes_on_over_a_restart_and_ends_in_good_order(self):
+        self.client.post("q", "a")
+        process = self.spawn("get", "q", "--follow", "--ack")
+        self.assertEqual(process.stdout.readline(), "a\n")
+        self.restart()
+        self.client.post("q", "b", retry=True)
+        self.assertEqual(process.stdout.readline(), "b\n")
+        until(lambda: not any(self.client.channel_stats("q").values()))
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+        self.assertEqual(process.returncode, 128 + signal.SIGTERM)
+
+
+def is_alive(pid):
+    """Whether a process is there, and no zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip()[:1] not in ("", "Z")
+
+
+class WorkTest(CommandCase):
+    """`linger work`, in this process, with real commands."""
+
+    def work(self, *arguments, channel="q", status=0):
+        """Works until there is nothing left to do; what was written to standard error."""
+        ended, _, errors = self.run_command("work", channel, *arguments)
+        self.assertEqual(ended, status, errors)
+        return errors
+
+    def shell(self, script, *options, **more):
+        return self.work(*options, "--once", "--", "sh", "-c", script, **more)
+
+    def counts(self, channel="q"):
+        info = self.broker.info(channel)
+        return info["ready"], info["delayed"], info["in-flight"]
+
+    def test_a_command_gets_the_body_and_all_else_and_its_success_deletes(self):
+        self.broker.subscribe("q", "news", priority=7)
+        body = bytes(range(256))
+        self.broker.publish("news", body, "image/x")
+        out = self.folder / "out"
+        self.assertEqual(self.shell(f"cat > {out}; env | grep ^LINGER_ | sort >> {out}"), "")
+        taken, _, variables = out.read_bytes().rpartition(body)
+        self.assertEqual(taken, b"")
+        for line in (
+            "CHANNEL=q", "DELIVERED=1", "ERROR=", "LEASE=1", "MESSAGE_ID=1", "PRIORITY=7",
+            "TOPIC=news", "TYPE=image/x", f"URL={self.server.url}",
+        ):  # fmt: skip
+            self.assertIn(f"LINGER_{line}\n", variables.decode())
+        self.assertEqual(self.counts(), (0, 0, 0))
+
+    def test_a_failure_releases_with_the_end_of_standard_error_which_is_passed_on(self):
+        self.broker.post("q", b"x")
+        errors = self.shell("echo out of paper >&2; exit 3")
+        self.assertEqual(errors, "out of paper\nlinger: message 1 of q: exit status 3\n")
+        self.assertEqual(self.broker.look(1)[0].error, "exit status 3: out of paper")
+        self.assertEqual(self.counts(), (0, 1, 0))
+        self.broker.post("q", b"x")
+        self.shell("kill -9 $$")
+        self.assertEqual(self.broker.look(2)[0].error, "killed by signal 9")
+
+    def test_a_failed_message_comes_back_after_its_backoff_or_else_a_delay(self):
+        self.broker.post("q", b"backoff", backoff="100")
+        self.broker.post("q", b"default")
+        self.shell("exit 1")
+        self.broker.post("q", b"delay")
+        self.shell("exit 1", "--delay", "1000")
+        delays = [self.broker.look(id)[0].delay for id in (1, 2, 3)]
+        for delay, expected in zip(delays, (100, linger.FAILURE_DELAY, 1000)):
+            self.assertTrue(expected - 2 <= delay <= expected, delays)
+
+    def test_what_fails_is_rejected_if_told_so_unless_it_may_pass(self):
+        for body in (b"0", b"1", b"75"):
+            self.broker.post("q", body, dead="failed")
+        self.shell("exit $(cat)", "--reject-on-failure", "-j", "2")
+        self.assertEqual([m.body for m, _ in self.broker.list_messages("failed")], [b"1"])
+        self.assertEqual([m.body for m, _ in self.broker.list_messages("q")], [b"75"])
+        self.assertEqual(self.counts(), (0, 1, 0))
+
+    def test_a_command_that_takes_too_long_is_killed_with_all_it_started_and_released(self):
+        self.broker.post("q", b"x", dead="failed")
+        pids = self.folder / "pids"
+        script = f"trap '' TERM; sleep 60 & echo $! > {pids}; wait; sleep 60"
+        with unittest.mock.patch.object(linger, "GRACE", 0.1):
+            errors = self.shell(script, "--timeout", "1", "--reject-on-failure")
+        self.assertIn("message 1 of q: it took longer than 1 seconds\n", errors)
+        self.assertEqual(self.counts(), (0, 1, 0))
+        self.assertIn("longer than 1 seconds", self.broker.look(1)[0].error)
+        until(lambda: not is_alive(int(pids.read_text())))
+
+    def test_a_message_is_touched_while_its_command_runs(self):
+        self.broker.post("q", b"x", timeout=1)
+        self.assertEqual(self.shell("sleep 1.6"), "")
+        self.assertEqual(self.broker.counters["msg-timeouts"], 0)
+        self.assertGreaterEqual(self.broker.counters["msg-touch"], 2)
+        self.assertEqual(self.counts(), (0, 0, 0))
+
+    def test_a_command_whose_message_is_deleted_is_killed(self):
+        self.broker.post("q", b"x", timeout=1)
+        started = self.folder / "started"
+
+        def delete():
+            until(started.exists)
+            self.broker.delete(1)
+
+        deleted = self.thread(delete)
+        errors = self.shell(f"touch {started}; exec sleep 60")
+        deleted.result()
+        self.assertIn(f"message 1 of q: {linger.TAKEN}\n", errors)
+
+    def test_nothing_that_a_command_does_with_its_streams_blocks_it(self):
+        self.broker.post("q", b"x" * 256_000)
+        errors = self.shell("exec <&-; head -c 3000000 /dev/zero | tr '\\0' '\\377' >&2; exit 1")
+        self.assertGreater(len(errors), 3_000_000)
+        error = self.broker.look(1)[0].error
+        self.assertTrue(error.startswith("exit status 1: \ufffd\ufffd"), error)
+        pid = self.folder / "pid"
+        self.broker.post("q", b"left behind")
+        self.shell(f"sleep 60 & echo $! > {pid}")
+        self.assertEqual(self.broker.counters["msg-delete"], 1)
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+    def test_a_command_that_cannot_be_started_stops_the_worker_and_loses_nothing(self):
+        script = self.folder / "script"
+        script.write_text("#!/no/such/interpreter\n")
+        script.chmod(0o755)
+        for _ in range(3):
+            self.broker.post("q", b"x")
+        errors = self.work("--", str(script), status=2)
+        self.assertRegex(errors, rf"^linger: cannot run {script}: .*\n$")
+        self.assertEqual(self.counts(), (2, 1, 0))
+        self.assertIn("cannot run", self.broker.look(1)[0].error)
+
+    def test_a_count_is_exact(self):
+        for _ in range(5):
+            self.broker.post("q", b"x")
+        self.work("-j", "2", "--count", "3", "--", "true")
+        self.assertEqual(self.broker.counters["delivered"], 3)
+        self.assertEqual(self.counts(), (2, 0, 0))
+
+    def test_a_job_that_succeeds_costs_one_request(self):
+        for _ in range(5):
+            self.broker.post("q", b"x")
+        self.shell("true")
+        self.assertEqual(self.broker.counters["msg-get"], 6)
+        self.assertEqual(self.broker.counters["msg-delete"], 5)
+
+
+class WorkProcessTest(CommandProcessCase):
+    """What needs the worker to be a process: signals, restarts, and its sudden death."""
+
+    def setUp(self):
+        super().setUp()
+        self.started = self.folder / "started"
+        self.go = self.folder / "go"
+
+    def work(self, *arguments, script=""):
+        script = script or f"touch {self.started}; until [ -e {self.go} ]; do sleep 0.02; done"
+        return self.spawn("work", "q", *arguments, "--", "sh", "-c", script)
+
+    def ended(self, process):
+        """The exit status of a process that ends by itself, and its errors."""
+        _, errors = process.communicate(timeout=PATIENCE)
+        return process.returncode, errors
+
+    def test_sigterm_lets_commands_finish_and_takes_no_new_message(self):
+        self.client.post_batch("q", ["a", "b"])
+        process = self.work()
+        until(self.started.exists)
+        process.send_signal(signal.SIGTERM)
+        self.go.touch()
+        self.assertEqual(self.ended(process), (0, ""))
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_a_second_signal_kills_the_commands_and_releases_their_messages(self):
+        self.client.post("q", "a", backoff="100")
+        process = self.work()
+        until(self.started.exists)
+
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(self.ended(process), (0, f"linger: message 1 of q: {linger.STOPPED}\n"))
+        message, state = self.client.look(1)
+        self.assertEqual((message.error, state), (linger.STOPPED, "ready"))
+
+    def test_a_command_outlives_a_restart_of_the_server_and_so_does_its_worker(self):
+        self.client.post_batch("q", ["a", "b"])
+        process = self.work("--count", "2")
+        until(self.started.exists)
+        self.restart()
+        self.go.touch()
+        self.assertEqual(self.ended(process), (0, ""))
+        self.assertEqual(self.client.stats()["delivered"], 1)
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 0, "hidden": 0})
+
+    def test_of_many_lines_none_is_lost_by_the_death_of_worker_and_server(self):
+        count = int(os.environ.get("LINGER_TEST_LINES", "400"))
+        patience = PATIENCE + count / 50
+        lines = [f"line {n}\n" for n in range(count)]
+        out = self.folder / "out"
+        out.touch()
+
+        def done():
+            return out.read_text().count("\n")
+
+        script = f'read -r line; echo "$line" >> {out}'
+        command = ("work", "q", "-j", "4", "--", "sh", "-c", script)
+        posting = self.spawn("post", "q", "--lines", "--timeout", "2")
+        worker = self.spawn(*command, stdout=subprocess.DEVNULL)
+        posting.stdin.write("".join(lines[: count // 2]))
+        posting.stdin.flush()
+        until(lambda: done() >= count // 4, patience)
+        worker.kill()
+        self.server.end(signal.SIGKILL)
+        feeding = self.thread(posting.communicate, "".join(lines[count // 2 :]), patience)
+        self.restart()
+        worker = self.spawn(*command, stdout=subprocess.DEVNULL)
+        self.assertEqual(feeding.result(), (f"{count}\n", ""))
+        until(lambda: done() >= count * 3 // 4, patience)
+        self.restart()
+        until(lambda: not any(self.client.channel_stats("q").values()), patience)
+        worker.terminate()
+        self.assertEqual(self.ended(worker), (0, ""))
+        written = out.read_text().splitlines(keepends=True)
+        self.assertEqual(set(written), set(lines))
+        self.assertLessEqual(len(written) - count, 16)  # what was in hand at one of three deaths
+
+
 # -- the files -----------------------------------------------------------------------------------
 
 
@@ -5486,8 +6028,18 @@ class ReadmeTest(Folder):
             if option.name.startswith("max-") or option.name.endswith("-timeout"):
                 self.assertIn(f"`--{option.name}`", section)
 
+    def test_every_command_is_in_a_session_and_every_option_told(self):
+        sessions = "".join(re.findall(r"```console\n(.*?)```", self.readme, re.S))
+        words = set(re.split(r"[\s`,()]+", self.readme))
+        parameters = {f"--{p.name}" for p in linger.ALL_PARAMETERS}
+        for command in linger.COMMANDS[1:]:
+            self.assertTrue(re.search(rf"linger {command.name}\b", sessions), command.name)
+            names = {name for names, _ in command.arguments for name in names if name[0] == "-"}
+            self.assertEqual(names - words - parameters, set(), command.name)
+
     @unittest.skipUnless(shutil.which("curl"), "needs curl")
-    def test_every_curl_line_gives_what_it_shows(self):
+    def test_every_line_for_a_shell_gives_what_it_shows(self):
+        self.run_in_folder()
         for number, block in enumerate(re.findall(r"```console\n(.*?)```", self.readme, re.S)):
             with self.subTest(block=number), linger.serve() as server:
                 commands = re.split(r"(?m)^\$ ", block)[1:]
@@ -5550,14 +6102,24 @@ class ReadmeTest(Folder):
 
     def check(self, command, expected, server):
         command = command.replace("http://127.0.0.1:8989", server.url)
-        self.assertIn("curl ", command)
-        quiet = 'curl() { command curl -s "$@"; }; '
-        output = subprocess.run(
-            ["sh", "-c", quiet + command], capture_output=True, text=True, timeout=PATIENCE
-        ).stdout
-        output = output.replace("\r\n", "\n")
+        words = list(shlex.shlex(command, posix=True, punctuation_chars=True))
+        if words[0] == "linger" and not {"|", "||", ">", "<", "--"} & set(words):
+            _, output, errors = run_command(server.url, *shlex.split(command)[1:])
+            output = output.decode() + errors
+        else:
+            output = self.run_shell(command, server)
         pattern = re.escape(expected.rstrip("\n")).replace(re.escape("..."), ".*")
         self.assertRegex(output.rstrip("\n"), f"^(?s:{pattern})$", command)
+
+    def run_shell(self, command, server):
+        self.assertRegex(command, "curl |linger ")
+        script = """curl() { command curl -s "$@"; }; linger() { "$PYTHON" "$LINGER" "$@"; }; """
+        names = {"PYTHON": sys.executable, "LINGER": str(HERE / "linger.py")}
+        return subprocess.run(
+            ["sh", "-c", script + command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
+            env={**os.environ, **names, "LINGER_URL": server.url},
+        ).stdout.replace("\r\n", "\n")  # fmt: skip
 
 
 if __name__ == "__main__":
