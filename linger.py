@@ -4118,6 +4118,7 @@ class Handler(BaseHTTPRequestHandler):
         self.broker = self.server.broker
         self.idle = False  # whether it waits for the first byte of a request
         self.closing = False
+        self._unread = False  # whether the client may have sent more than was read
         self._buffer = b""  # what was received and not yet used
         self._known: dict[bytes, Request] = {}  # by their heads
         self._known_headers: dict[bytes, dict[str, str]] = {}
@@ -4139,11 +4140,11 @@ class Handler(BaseHTTPRequestHandler):
             if self.connection in self.server.refused:
                 error = Unavailable("too many connections: try again soon")
                 self._send(None, answer_error(error), close=True)
-                self._drain()
+                self._unread = True
             while not self.closing:
                 self._serve_request()
-            if self._buffer:
-                self._drain()  # what comes after a close is not served
+            if self._unread:
+                self._drain()
         except OSError:
             pass  # the connection is lost, or its client too slow
         except Exception:
@@ -4172,9 +4173,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def vanished(self) -> bool:
         """Whether the client has closed its end, or the connection is broken."""
+        return self._poll(GONE)
+
+    def _poll(self, events: int) -> bool:
+        """Whether any of the events has come to pass on the connection."""
         poller = select.poll()
         try:
-            poller.register(self.connection, GONE)
+            poller.register(self.connection, events)
         except ValueError:
             return True  # closed by ourselves
         return bool(poller.poll(0))
@@ -4199,10 +4204,12 @@ class Handler(BaseHTTPRequestHandler):
             self._send(request, answer_error(error), close=True)
             if self.server.log_requests:
                 self._log(request, error.status, started)
-            self._drain()
+            self._unread = True
             return
         answer = self._answer(request)
         self._send(request, answer, request.close)
+        if request.close:
+            self._unread = bool(self._buffer) or self._poll(select.POLLIN)
         request.forget_body()
         if self._fresh:
             self._fresh = False
@@ -4522,7 +4529,6 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + DRAIN_TIME
         left = MAX_DRAIN
-        self._buffer = b""
         with contextlib.suppress(TimeoutError):
             while left > 0 and (data := self._receive(deadline)):
                 left -= len(data)

@@ -2216,16 +2216,17 @@ class ServerTest(Folder):
 
 
 class Trickle:
-    """A connection from which one byte comes at a time."""
+    """A connection from which few bytes come at a time."""
 
-    def __init__(self, connection):
+    def __init__(self, connection, most=lambda: 1):
         self._connection = connection
+        self._most = most
 
     def __getattr__(self, name):
         return getattr(self._connection, name)
 
     def recv(self, _):
-        return self._connection.recv(1)
+        return self._connection.recv(self._most())
 
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -3189,7 +3190,7 @@ class WireTest(ServerTest):
 
         def set_up(handler):
             setup(handler)
-            handler.connection = Trickle(handler.connection)
+            handler._stream = Trickle(handler._stream)
 
         def short(table):
             for statuses, sentence, requests in table:
@@ -3375,6 +3376,114 @@ class WireTest(ServerTest):
         for _ in range(300):
             self.connect().close()
         until(lambda: not self.server.connections and not self.server.handlers)
+
+
+class FuzzTest(ServerTest):
+    """Whatever bytes come: no mistake of ours, no hang, and the same however they are cut."""
+
+    seconds = float(os.environ.get("LINGER_TEST_SECONDS", "1.5"))
+    seed = int(os.environ.get("LINGER_TEST_SEED", "1"))
+
+    BODIES = (
+        ("/channels/q", "", b"hello"),
+        ("/channels/q", FORM["Content-Type"], b"msg=a%20b+c&timeout=5&priority=-1&dedup=k"),
+        ("/channels/q/topics/t", FORM["Content-Type"], b"linger=60&dead=d&backoff=1,2"),
+        ("/channels/q", 'multipart/form-data; boundary="b"', b"--b\r\nContent-Disposition:"
+         b' form-data; name="msg"\r\n\r\nhi\r\n--b\r\nA: b; name=timeout\r\n\r\n5\r\n--b--\r\n'),
+        ("/channels/q/batch", "application/x-ndjson", b'{"a": 1}\n\n{"b": [2]}\n'),
+        ("/channels/q/batch?deliver=2", "application/json", b'[{"body": "x", "timeout": 5},'
+         b' {"body": "eA==", "encoding": "base64", "type": "a/b", "unique": "\\ud83d\\ude00"}]'),
+        ("/topics/t/batch", "application/json", b'[{"body": "\xc3\xa4", "dedup": "k"}]'),
+        ("/messages/delete", "application/json", b'[1, {"id": 2, "lease": 3}, -4, 5e6]'),
+        ("/messages/1/release?delay=5", "", b"out of paper"),
+        ("/channels/q/settings?hlm=9", "", b""),
+        ("/channels/q/redrive?n=5&to=r", "", b""),
+    )  # fmt: skip
+    PIECES = (
+        b"\r\n", b"\r", b"\n", b"\r\n\r\n", b"\0", b"\xff", b"\x85", b" ", b"\t", b":", b";", b",",
+        b"%", b"%00", b"%ff", b"+", b"=", b"&", b'"', b"\\", b"\\ud800", b"[", b"]", b"{", b"}",
+        b"-", b"_", b"0x", b"0", b"9" * 20, b"-1", b"1e9", b"1.5", b"NaN", b"null", b"true", b"--b",
+        b"--b--", b'name="', b"msg=", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
+        b"0\r\n\r\n", b"Expect: 100-continue\r\n", b"HTTP/1.0", "\u0661".encode(), CALL,
+    )  # fmt: skip
+    REFUSALS = frozenset(b"400 403 413 414 415 417 431 501 505".split())
+
+    def setUp(self):
+        super().setUp()
+        self.random = random.Random(self.seed)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(self.listener.close)
+        self.mistakes = []
+        for name, value in (("DEFAULT_WAIT", 0), ("MAX_WAIT", 0), ("log", self.mistakes.append)):
+            patch = unittest.mock.patch.object(linger, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def mutate(self, data):
+        """The bytes with one to four faults."""
+        for _ in range(self.random.randint(1, 4)):
+            at, to = sorted(self.random.randint(0, len(data)) for _ in range(2))
+            data = self.random.choice((
+                lambda d, a, t: d[:a] + self.random.choice(self.PIECES) + d[a:],
+                lambda d, a, t: d[:a] + self.random.choice(self.PIECES) + d[a + 1 :],
+                lambda d, a, t: d[:a] + bytes([self.random.randrange(256)]) + d[a + 1 :],
+                lambda d, a, t: d[:a] + d[t:],
+                lambda d, a, t: d[:t] + d[a:],
+                lambda d, a, t: d[:a] + d[a : a + 8] * self.random.choice((2, 50, 2_000)) + d[a:],
+            ))(data, at, to)  # fmt: skip
+        return data[:60_000]
+
+    def request(self, corpus):
+        """A request that is broken somewhere, or whose body is."""
+        if self.random.random() < 0.5:
+            return self.mutate(self.random.choice(corpus))
+        path, kind, body = self.random.choice(self.BODIES)
+        body, method = self.mutate(body), "PUT" if "topics/" in path[1:] else "POST"
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+    def answers(self, data, most=65_536):
+        """The statuses that a connection gives for bytes that come in pieces of up to `most`."""
+        with socket.create_connection(self.listener.getsockname(), PATIENCE) as client:
+            served, address = self.listener.accept()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1_000_000)
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            setup = linger.Handler.setup
+
+            def set_up(handler):
+                setup(handler)
+                handler._stream = Trickle(handler._stream, lambda: self.random.randint(1, most))
+
+            start = time.monotonic()
+            with served, unittest.mock.patch.object(linger.Handler, "setup", set_up):
+                linger.Handler(served, address, self.server)
+            self.assertLess(time.monotonic() - start, 2, data)
+            found = b"".join(iter(lambda: client.recv(65_536), b""))
+        statuses = re.findall(rb"HTTP/1\.1 ([0-9]+)", found)
+        self.assertEqual((self.mistakes, b"500" in statuses), ([], False), data)
+        return [s in self.REFUSALS for s in statuses if s != b"100"]
+
+    def test_no_bytes_make_it_fail_or_differ_by_how_they_come(self):
+        corpus = [
+            request
+            for table in (REFUSED, CLOSED, SERVED)
+            for _, _, requests in table
+            for request in requests.values()
+            if len(request) < 2_000
+        ]
+        deadline = time.monotonic() + self.seconds
+        count = 0
+        while time.monotonic() < deadline:
+            data = self.request(corpus) + self.random.choice((b"", CALL))
+            whole = self.answers(data)
+            most = self.random.choice((1, 7, 300)) if len(data) < 3_000 else 20_000
+            self.assertEqual(self.answers(data, most), whole, data)
+            count += 1
+            if count % 500 == 0:
+                for channel in self.broker.channels():
+                    self.broker.drain(channel)
+        self.assertGreater(count, 50 * self.seconds)
 
 
 class TogetherTest(ServerTest):
@@ -4926,9 +5035,10 @@ class WorkerTest(ClientCase):
 class Process:
     """A real `python linger.py` on a port of its own choice."""
 
-    def __init__(self, *arguments, environment=None, before=None):
+    def __init__(self, *arguments, environment=None, before=None, strict=True):
+        strictly = ("-X", "dev", "-W", "error") if strict else ()
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "dev", "-W", "error", str(HERE / "linger.py"), *arguments],
+            [sys.executable, *strictly, str(HERE / "linger.py"), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environment or {})},
@@ -5177,6 +5287,140 @@ class ProcessTest(ProcessCase):
         server.end()
         server = self.start()
         self.assertEqual(server.call("GET", "/channels/q/stats")[2], b'{"ready":0,"hidden":0}\n')
+
+
+@unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs Linux")
+class AttackTest(ProcessCase):
+    """Who means ill: memory, threads and descriptors stay bounded and come back, and a normal
+    client is served within a second meanwhile."""
+
+    many = int(os.environ.get("LINGER_TEST_ATTACKERS", "200"))  # connections of an attack
+    SLACK = 16  # threads and descriptors more than at rest
+    GROWTH = 32_000_000  # bytes of memory more than at rest, and for each connection those of
+    HEAD = 160_000  # a head, which are kept while more is received
+
+    def setUp(self):
+        super().setUp()
+        options = ("--read-timeout=1", "--idle-timeout=60", f"--max-waiting={2 * self.many}")
+        # not strict: that fills memory which was allocated and not used
+        self.server = self.start("--sync=off", "--allow-host=x", *options, strict=False)
+        self.assertEqual(self.server.call("GET", "/topics")[0], 200)
+        self.connections = []
+        self.addCleanup(self.disconnect)
+        self.base = self.usage()
+
+    def usage(self):
+        """Threads, descriptors and bytes of memory of the server."""
+        process = f"/proc/{self.server.process.pid}"
+        status = Path(process, "status").read_text()
+        threads, memory = (
+            int(re.search(rf"{name}:\s+([0-9]+)", status)[1]) for name in ("Threads", "VmRSS")
+        )
+        return threads, len(os.listdir(f"{process}/fd")), memory * 1024
+
+    def attack(self, data, count=None):
+        """Opens many connections that send some bytes, then are silent."""
+        for _ in range(count or self.many):
+            connection = socket.create_connection(("127.0.0.1", self.server.port), PATIENCE)
+            self.connections.append(connection)
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                connection.send(data)
+
+    def disconnect(self, reset=False):
+        while self.connections:
+            connection = self.connections.pop()
+            if reset:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.close()
+
+    def await_threads(self, count):
+        until(lambda: self.usage()[0] >= self.base[0] + count - 1)
+
+    def check_service(self):
+        """That a normal client is served in time, and the memory is bounded."""
+        start = time.monotonic()
+        self.assertEqual(self.server.call("POST", "/channels/normal", b"x")[0], 202)
+        self.assertEqual(self.server.call("GET", "/channels/normal?auto")[2], b"x")
+        self.assertLess(time.monotonic() - start, 1)
+        self.assertLess(self.usage()[2], self.base[2] + self.GROWTH + self.HEAD * self.many)
+
+    def check_base(self):
+        """That threads and descriptors come back to what they were."""
+        until(lambda: self.usage()[0] <= self.base[0] + self.SLACK)
+        until(lambda: self.usage()[1] <= self.base[1] + self.SLACK)
+        self.check_service()
+        self.assertEqual(self.server.end(), (0, ""))
+
+    def test_requests_that_come_in_small_pieces_for_ever(self):
+        kinds = (
+            (GET + b"A: ", b"x"),
+            (GET, b"A: b\r\n" * 100),
+            (LENGTH + b"200000\r\n\r\n", b"x"),
+            (CHUNKED, b"1\r\nx\r\n"),
+        )
+        pieces = {}
+        for begin, piece in kinds:
+            self.attack(begin, self.many // len(kinds))
+            pieces.update(dict.fromkeys(self.connections[len(pieces) :], piece))
+        self.await_threads(len(pieces))
+        deadline = time.monotonic() + PATIENCE
+        while pieces:
+            self.assertLess(time.monotonic(), deadline)
+            self.check_service()
+            for connection, piece in list(pieces.items()):
+                try:
+                    connection.send(piece)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    del pieces[connection]
+        self.check_base()
+
+    def test_a_terabyte_is_refused_before_any_of_it_has_come(self):
+        self.attack(LENGTH + b"1000000000000\r\n\r\n")
+        for connection in self.connections:
+            connection.setblocking(True)
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 413 "))
+        self.check_service()
+        self.disconnect()
+        self.check_base()
+
+    def test_connections_that_are_silent_after_a_request(self):
+        self.attack(CALL)
+        self.await_threads(self.many)
+        self.check_service()
+        self.disconnect()
+        self.check_base()
+
+    def test_consumers_that_are_cut_off_while_they_wait(self):
+        for reset in (True, False):
+            self.attack(b"GET /channels/q" + HOST + b"\r\n", self.many // 2)
+            until(lambda: self.waiting() >= self.many // 2)
+            self.check_service()
+            self.disconnect(reset)
+            self.assertEqual(self.server.call("POST", "/channels/q", b"kept")[0], 202)
+            message = self.server.call("GET", "/channels/q?auto")
+            self.assertEqual((message[2], message[1]["x-linger-delivered"]), (b"kept", "1"))
+        self.check_base()
+
+    def waiting(self):
+        return json.loads(self.server.call("GET", "/channels/q/info")[2])["waiting"]
+
+    def test_readers_that_never_read(self):
+        id = json.loads(self.server.call("POST", "/channels/q", b"x" * 250_000)[2])["id"]
+        self.attack(f"GET /messages/{id} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 20, self.many // 4)
+        self.await_threads(self.many // 4)
+        self.check_service()
+        self.disconnect(reset=True)
+        self.check_base()
+
+    def test_clients_that_connect_and_leave(self):
+        for _ in range(5):
+            self.attack(b"")
+            self.check_service()
+            self.disconnect(reset=True)
+        self.check_base()
 
 
 class CrashTest(ProcessCase):
