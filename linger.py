@@ -102,7 +102,9 @@ MAX_MESSAGE = 256_000  # bytes of a message's body, unless --max-message says ot
 LONGEST_MESSAGE = 100_000_000  # bytes that --max-message may allow
 MAX_BATCH = 1_000  # messages taken, posted or deleted at once
 MAX_BATCH_BYTES = 8_000_000  # of a request with many messages
-MAX_COMMAS = 32_000  # in the JSON of such a request: 32 fields for each
+MAX_BATCH_LINES = 4_000  # of such a request, empty ones too
+MAX_COMMAS = 32_000  # in the JSON of such a request: 32 fields for each,
+MAX_BARE = 2_000_000  # and about 64 characters for each of these beside its texts
 MAX_REASON = 4_096  # bytes of the reason for a release or rejection
 MAX_CUT = 1_024  # bytes of a body that a listing shows
 MAX_CHANNELS_AT_ONCE = 100  # channels that one GET may wait at
@@ -137,7 +139,8 @@ DRAIN_TIME = 2.0  # error (RFC 9112 9.6), and the seconds that this may take
 
 READ_TIMEOUT = 30  # seconds for a whole head, and again for a whole body, however they trickle in
 IDLE_TIMEOUT = 75  # seconds that a kept-alive connection may be silent, as nginx
-SEND_TIMEOUT = 30  # seconds that a client may refuse to take bytes
+SEND_TIMEOUT = 30  # seconds in which a client must take each piece of an answer,
+SEND_PIECE = 1_048_576  # bytes of such a piece
 STOP_TIMEOUT = 2.0  # seconds that requests under way get to finish when the server stops
 WATCH_INTERVAL = 2.0  # seconds between looks for waiting consumers that have hung up
 BUSY_TIMEOUT = 5.0  # seconds to wait for another program's lock on the database
@@ -3567,6 +3570,7 @@ AUTHORITY = re.compile(r"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+ENCODED = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 HEADER_VALUE = re.compile("[!-~\xa1-\xff](?:[ -~\xa1-\xff]{0,253}[!-~\xa1-\xff])?")
 PART_NAME = re.compile(rb';[ \t]*name=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE)
@@ -3603,6 +3607,11 @@ def encode_name(name: str) -> str:
     return name if VISIBLE.fullmatch(name) else urllib.parse.quote(name, safe="")
 
 
+def _decode(found: re.Match[bytes]) -> bytes:
+    """The bytes of a percent-encoded piece; as urllib does it, lone % take very long."""
+    return bytes.fromhex(found[0].replace(b"%", b"").decode())
+
+
 def parse_pairs(text: bytes) -> dict[str, bytes]:
     """The fields of a query string or an urlencoded form; of two with one name the last."""
     if text.count(b"&") >= MAX_PARAMETERS:
@@ -3611,8 +3620,7 @@ def parse_pairs(text: bytes) -> dict[str, bytes]:
     for pair in text.split(b"&"):
         name, _, value = pair.replace(b"+", b" ").partition(b"=")
         if b"%" in pair:
-            name = urllib.parse.unquote_to_bytes(name)
-            value = urllib.parse.unquote_to_bytes(value)
+            name, value = ENCODED.sub(_decode, name), ENCODED.sub(_decode, value)
         if name:
             fields[name.decode("utf-8", "replace")] = value
     return fields
@@ -3860,14 +3868,19 @@ def body_object(body: bytes, cut: bool = False) -> dict[str, object]:
 # at before it is parsed: a deeply nested text makes the parser of Python 3.13 overflow the small
 # stack of a thread.  A backslash outside of a text leads astray, but there the parser stops.
 TEXT = re.compile('"[^"]*"')
+LONG_NUMBER = re.compile("[0-9]{400}")  # takes Python 3.9 a time that grows with its square
 FLAT_ARRAY = re.compile(r"\s*\[[^{}\[\]]*(?:\{[^{}\[\]]*\}[^{}\[\]]*)*\]\s*")
 
 
 def is_flat(text: str) -> bool:
-    """Whether a text, if it is JSON, is an array that can be parsed safely."""
-    bare = TEXT.sub('""', text.replace("\\\\", "").replace('\\"', ""))
-    small = bare.count("{") <= MAX_BATCH and bare.count(",") <= MAX_COMMAS
-    return small and FLAT_ARRAY.fullmatch(bare) is not None
+    """Whether a text, if it is JSON, is an array that can be parsed safely, and soon."""
+    bare = text.replace("\\\\", "").replace('\\"', "")
+    if bare.count('"') > 4 * (MAX_COMMAS + MAX_BATCH):  # those of a field's name and value
+        return False
+    bare = TEXT.sub('""', bare)
+    if len(bare) > MAX_BARE or bare.count("{") > MAX_BATCH or bare.count(",") > MAX_COMMAS:
+        return False
+    return FLAT_ARRAY.fullmatch(bare) is not None and not LONG_NUMBER.search(bare)
 
 
 def parse_array(body: bytes) -> list[Any]:
@@ -3898,6 +3911,8 @@ def parse_batch(request: Request, table: Sequence[Parameter]) -> list[tuple[byte
     common = request.given_with_message(table)
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/x-ndjson":
+        if request.body.count(b"\n") > MAX_BATCH_LINES:
+            raise TooLarge(f"at most {MAX_BATCH_LINES} lines are taken at once")
         lines = check_count([line for line in map(bytes.strip, request.body.split(b"\n")) if line])
         return [(line, "application/json", with_place(n, common)) for n, line in enumerate(lines)]
     if content_type == "application/json":
@@ -4049,6 +4064,15 @@ def parse_target(method: bytes, target: str) -> tuple[str, str]:
     return authority, (slash or "/") + path
 
 
+def send_all(connection: Union[socket.socket, Tls], data: bytes) -> None:
+    """Sends bytes, of which each piece must go in SEND_TIMEOUT: it is up when the kernel, which
+    keeps that time, has sent only a part."""
+    for start in range(0, len(data), SEND_PIECE):
+        piece = data[start : start + SEND_PIECE]
+        if connection.send(piece) < len(piece):
+            raise TimeoutError
+
+
 class Tls:
     """A connection's TLS (server side).  The bytes go through memory, so that the socket stays a
     plain one that blocks, with the kernel's timeouts."""
@@ -4083,10 +4107,11 @@ class Tls:
         finally:
             self._flush()
 
-    def sendall(self, data: bytes) -> None:
+    def send(self, data: bytes) -> int:
         """Sends all of it."""
         self._tls.write(data)
         self._flush()
+        return len(data)
 
     def end(self) -> None:
         """Tells the other side that nothing more comes."""
@@ -4102,7 +4127,7 @@ class Tls:
 
     def _flush(self) -> None:
         if self._outgoing.pending:
-            self._connection.sendall(self._outgoing.read())
+            send_all(self._connection, self._outgoing.read())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -4382,7 +4407,7 @@ class Handler(BaseHTTPRequestHandler):
             raise TooLarge(f"the body has {length} bytes, and at most {limit} are taken")
         deadline = time.monotonic() + self.server.read_timeout
         if "expect" in request.headers and not self._buffer and not request.old:
-            self._stream.sendall(CONTINUE)
+            send_all(self._stream, CONTINUE)
         try:
             if length:
                 request.body = self._read_bytes(length, deadline)
@@ -4507,7 +4532,7 @@ class Handler(BaseHTTPRequestHandler):
         if request is None or request.method != "HEAD":
             data += body
         try:
-            self._stream.sendall(data)
+            send_all(self._stream, data)
             if file is not None:
                 self._send_file(file)
         except OSError:
@@ -4521,7 +4546,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send_file(self, file: BinaryIO) -> None:
         with file:
             while piece := file.read(FILE_PIECE):
-                self._stream.sendall(piece)
+                send_all(self._stream, piece)
 
     def _drain(self) -> None:
         """Lets a client that is still sending read its answer first (RFC 9112 9.6)."""

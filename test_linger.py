@@ -3486,6 +3486,57 @@ class FuzzTest(ServerTest):
         self.assertGreater(count, 50 * self.seconds)
 
 
+class WorstCaseTest(ServerTest):
+    """Requests made so that they take long: none takes a time that grows with its square."""
+
+    def post(self, path, kind, body, status):
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+        start = time.monotonic()
+        found = self.statuses(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self.assertEqual(found, [status])
+        self.assertLess(time.monotonic() - start, 2, body[:20])
+
+    def test_forms(self):
+        for body in (b"%" * 800_000, b"%41" * 260_000, b"%41x" * 200_000, b"+" * 800_000):
+            self.post("/channels/q", FORM["Content-Type"], b"msg=" + body, 413)
+        head = b"--b\r\nContent-Disposition: form-data"
+        for body in (b";" * 800_000, b'; name="' * 100_000, b" ;" * 400_000, b"\r\n--b" * 150_000):
+            self.post("/channels/q", "multipart/form-data; boundary=b", head + body, 400)
+
+    def test_batches(self):
+        for body in (b'["' + b'"' * 7_000_000, b"[" + b"1" * 3_000_000 + b"]", b"[" * 7_000_000,
+                     b'["' + b"\\" * 7_000_000, b"[" + b" " * 7_000_000, b"[" + b"{}" * 3_000_000,
+                     b"[" + b"1" * 1000 + b"]"):  # fmt: skip
+            self.post("/channels/q/batch", "application/json", body, 400)
+        self.post("/channels/q/batch", "application/x-ndjson", b"\n" * 7_000_000, 413)
+
+    def test_chunks_and_trailers(self):
+        for body in (b"1\r\nx\r\n" * 16_000, (b"1;" + b"x" * 250 + b"\r\nx\r\n") * 16_000):
+            start = time.monotonic()
+            self.assertEqual(self.statuses(CHUNKED + body + b"0\r\n\r\n"), [202])
+            self.assertEqual(self.statuses(CHUNKED + b"0\r\n" + b"A:\r\n" * 1_600 + CALL), [400])
+            self.assertLess(time.monotonic() - start, 2)
+
+    def test_a_long_chunk_in_small_pieces_is_not_copied_again_with_each(self):
+        setup = linger.Handler.setup
+
+        def set_up(handler):
+            setup(handler)
+            handler._stream = Trickle(handler._stream, lambda: 300)
+
+        head = b"POST /channels/q/batch" + HOST + b"Content-Type: application/x-ndjson\r\n"
+        with unittest.mock.patch.object(linger.Handler, "setup", set_up):
+            start = time.process_time()
+            self.assertEqual(
+                self.statuses(
+                    head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % 6_000_000,
+                    b"\n" * 6_000_000 + b"\r\n0\r\n\r\n",
+                ),
+                [413],
+            )
+            self.assertLess(time.process_time() - start, 2)
+
+
 class TogetherTest(ServerTest):
     """Requests sent on several connections without waiting for an answer."""
 
@@ -3743,6 +3794,18 @@ class LongPollTest(ServerTest):
         for connection in connections:
             connection.close()
         until(lambda: not self.server.connections)
+
+    def test_who_takes_an_answer_too_slowly_is_cut_off_and_the_delivery_undone(self):
+        self.broker.max_message = 20_000_000
+        self.broker.post("q", b"x" * 20_000_000)
+        with unittest.mock.patch.object(linger, "SEND_TIMEOUT", 1):
+            connection = self.connect()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10_000)
+            connection.sendall(b"GET /channels/q" + HOST + b"\r\n")
+            until(lambda: self.server.handlers)
+            while self.server.handlers:
+                connection.recv(100)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
 
     def test_stopping_answers_waiting_gets_with_204(self):
         waiting, idle = self.park(), self.connect()
