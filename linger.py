@@ -142,7 +142,7 @@ IDLE_TIMEOUT = 75  # seconds that a kept-alive connection may be silent, as ngin
 SEND_TIMEOUT = 30  # seconds in which a client must take each piece of an answer,
 SEND_PIECE = 1_048_576  # bytes of such a piece
 STOP_TIMEOUT = 2.0  # seconds that requests under way get to finish when the server stops
-WATCH_INTERVAL = 2.0  # seconds between looks for waiting consumers that have hung up
+WATCH_INTERVAL = 2.0  # seconds between looks whether one who waits and sends more has hung up
 BUSY_TIMEOUT = 5.0  # seconds to wait for another program's lock on the database
 RETRY_AFTER = 1  # seconds after which a client may try again what was answered with 503
 RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refused
@@ -1389,6 +1389,7 @@ MEMORY = ":memory:"
 SYNC_LEVELS = ("full", "normal", "off")
 
 
+T = TypeVar("T")
 Parameters = Union[Mapping[str, object], Sequence[Any]]
 
 
@@ -1400,33 +1401,46 @@ class Operation:
     rows of a select, else `(rows changed, last id)`.
     `committed(operation)` is called after the commit, in the order of commits, by the thread that
     committed; it must be short.  It is not called for an operation that failed.
+    `finished(operation)` is called by the same thread once it is committed or has failed.
     """
 
-    __slots__ = ("committed", "done", "error", "parameters", "results", "statements", "turn")
+    __slots__ = (
+        "committed", "done", "error", "finished", "parameters", "results", "statements", "turn"
+    )  # fmt: skip
 
     def __init__(
         self,
         statements: Sequence[str],
         parameters: Parameters,
         committed: Optional[Callable[[Operation], None]] = None,
+        finished: Optional[Callable[[Operation], None]] = None,
     ) -> None:
         self.statements = statements
         self.parameters = parameters
         self.committed = committed
+        self.finished = finished
         self.results: list[Any] = []
         self.error: Optional[Exception] = None
         self.done = False
         self.turn = _thread.allocate_lock()  # released when it is done, or its thread's to lead
         self.turn.acquire()
 
+    def outcome(self) -> list[Any]:
+        """Its results once it is done, or raises its error."""
+        if self.error is not None:
+            raise self.error
+        return self.results
+
 
 class Store:
     """The database: one connection that writes, led by one thread at a time, and one that reads.
 
-    Group commit: `submit` puts an operation on the list.  The thread whose turn it is runs all
-    that are on the list in one transaction, commits, and passes the turn to the first that came
-    meanwhile.  An operation that SQLite refuses leaves no trace and harms no neighbour: the
-    transaction is undone, and its operations run again in one of their own each.
+    Group commit: operations are put on a list.  The thread that leads runs all that are on it in
+    one transaction, commits, tells whose they were, and passes the lead to its heir: the first
+    that came meanwhile and waits.  Those who `start` an operation need not wait for it, but for
+    the heir; the busier it is, the fewer threads have to be woken.  An operation that SQLite
+    refuses leaves no trace and harms no neighbour: the transaction is undone, and its operations
+    run again in one of their own each.
     """
 
     def __init__(self, path: str = MEMORY, sync: str = "full", max_size: int = 0) -> None:
@@ -1442,9 +1456,11 @@ class Store:
         self.sync = sync
         self.max_size = max_size
         self.last_written = 0.0  # when the file was last changed before this start, Unix time
-        self._lock = threading.Lock()  # guards the list and whether somebody leads
+        self._lock = threading.Lock()  # guards the list, whether somebody leads, and the heir
         self._pending: list[Operation] = []
         self._led = False
+        self._heir: Optional[Operation] = None  # one on the list whose thread waits to lead
+        self._crowded = False  # whether the last transaction was shared
         self._reading = threading.Lock()  # one reader at a time on the reading connection
         self._copying = threading.Lock()  # one copy at a time is made
         self._files: dict[str, tuple[int, int]] = {}
@@ -1507,56 +1523,67 @@ class Store:
 
     def run(self, operation: Operation) -> list[Any]:
         """Runs an operation and returns its results; when it returns they are committed."""
-        self.submit(operation)
-        return self.finish(operation)
+        self._enter(operation, waits=True)
+        return operation.outcome()
 
-    def submit(self, operation: Operation) -> None:
-        """Gives an operation its place among all others; somebody must then `finish` it."""
+    def start(self, operation: Operation) -> None:
+        """Runs an operation, and may return before it is done: its `finished` tells of that."""
+        self._enter(operation, waits=False)
+
+    def add(self, operation: Operation) -> None:
+        """Puts an operation on the list, for who is called by one that leads."""
         with self._lock:
             self._pending.append(operation)
-            if self._led:
-                return
+
+    def _enter(self, operation: Operation, waits: bool) -> None:
+        """Puts an operation on the list, and leads if nobody else does or will."""
+        with self._lock:
+            self._pending.append(operation)
+            leads = not self._led
             self._led = True
-        operation.turn.release()
-
-    def finish(self, operation: Operation) -> list[Any]:
-        """Waits for a submitted operation, or leads; returns its results or raises its error."""
-        try:
-            operation.turn.acquire()
-        except BaseException:  # Ctrl-C, of who embeds a store: somebody must still take the turn
-            self._take_turn(operation)
-            raise
-        if not operation.done:
+            if not leads and self._heir is None:
+                self._heir = operation
+                waits = True
+        if leads:
             self._lead()
-        if operation.error is not None:
-            raise operation.error
-        return operation.results
+        elif waits:
+            try:
+                self._await_turn(operation)
+            except BaseException:  # Ctrl-C, of who embeds a store: it may be the heir
+                self._await_turn(operation)
+                raise
 
-    def _take_turn(self, operation: Operation) -> None:
+    def _await_turn(self, operation: Operation) -> None:
         operation.turn.acquire()
         if not operation.done:
             self._lead()
 
     def _lead(self) -> None:
-        """Commits all that is pending, then passes the turn on and tells those who wait."""
-        with self._lock:
-            batch, self._pending = self._pending, []
-        try:
-            self._commit(batch)
-        except BaseException as error:  # Ctrl-C in the midst of it
-            self._roll_back(error)
-            for operation in batch:
-                operation.error = Unavailable("the commit was interrupted, its outcome is unknown")
-            raise
-        finally:
+        """Commits all that is pending, until there is an heir to go on, or nothing more to do."""
+        interrupted = None
+        leads = True
+        while leads:
+            if self._crowded:
+                os.sched_yield()  # to those who are about to add theirs
             with self._lock:
-                successor = self._pending[0] if self._pending else None
-                self._led = successor is not None
-            if successor is not None:
-                successor.turn.release()
-            for operation in batch:
-                operation.done = True
-                operation.turn.release()
+                batch, self._pending, self._heir = self._pending, [], None
+            self._crowded = len(batch) > 1
+            try:
+                self._commit(batch)
+            except BaseException as error:  # Ctrl-C in the midst of it
+                interrupted = error
+                self._roll_back(error)
+                for operation in batch:
+                    operation.error = Unavailable("the commit was interrupted: its outcome is open")
+            _tell(batch)
+            with self._lock:
+                heir = self._heir
+                self._led = bool(self._pending)
+                leads = self._led and heir is None
+            if heir is not None:
+                heir.turn.release()
+        if interrupted is not None:
+            raise interrupted
 
     def _commit(self, batch: list[Operation], again: bool = True) -> None:
         """Runs operations in one transaction; if one fails, `again`, each in one of its own.
@@ -1811,6 +1838,18 @@ def _announce(batch: Iterable[Operation]) -> None:
                 log(traceback.format_exc())
 
 
+def _tell(batch: Iterable[Operation]) -> None:
+    """Tells those whose operations are done; a mistake in one must not stop the others."""
+    for operation in batch:
+        operation.done = True
+        if operation.finished is not None:
+            try:
+                operation.finished(operation)
+            except Exception:
+                log(traceback.format_exc())
+        operation.turn.release()
+
+
 def _explain(error: Exception) -> Exception:
     """The error that a client sees for one of SQLite's; a mistake of our own stays what it is."""
     if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
@@ -2029,6 +2068,9 @@ SETTLE = (
 )
 
 
+Told = Callable[[Callable[[], T]], None]  # is told an outcome: that gives a value, or raises
+
+
 class Clock(Protocol):
     """What the broker asks for the time; the module `time` is one, tests have another."""
 
@@ -2043,25 +2085,16 @@ class Waiter:
     """A consumer that takes messages of one or several channels, and waits until it is called.
 
     `operation` is its take from the moment when it is called (or tries for the first time), None
-    while it is parked.  All of it is guarded by the broker's lock; `called` is notified when it
-    has an operation to finish, or has `ended`.
+    while it is parked; the broker's lock guards that.  `told(outcome)` is called once, when its
+    take is over: `outcome()` gives the messages, or raises.
     """
 
     __slots__ = (
-        "auto",
-        "called",
-        "called_by",
-        "channels",
-        "ended",
-        "n",
-        "operation",
-        "removed",
-        "ticket",
-        "timeout",
-        "vanished",
-    )
+        "auto", "called_by", "channels", "ended", "n", "operation", "removed", "ticket", "timeout",
+        "told", "vanished",
+    )  # fmt: skip
 
-    called: threading.Condition  # made when it is parked for the first time
+    told: Told[list[Message]]
 
     def __init__(
         self,
@@ -2080,7 +2113,7 @@ class Waiter:
         self.removed: list[tuple[Any, ...]] = []  # whole rows of what was taken with `auto`
         self.called_by = ""  # the channel that called it last
         self.ticket = 0  # its place in the order of those who came; 0 before it is parked
-        self.ended = False
+        self.ended = False  # whether it must not wait, or no more
 
 
 class Broker:
@@ -2162,18 +2195,42 @@ class Broker:
         as the channel's settings say.  Raises `Malformed` for an empty body, `TooLarge`, and
         `Full` at the channel's high-level mark.
         """
+        operation, outcome = self._post(channel, body, type, parameters)
+        self._store.run(operation)
+        return outcome()
+
+    def start_post(
+        self,
+        told: Told[Posted],
+        channel: str,
+        body: bytes,
+        type: str = DEFAULT_TYPE,
+        **parameters: object,
+    ) -> None:
+        """As `post`, but may return before it is done: then `told` gets the outcome."""
+        operation, outcome = self._post(channel, body, type, parameters)
+        operation.finished = lambda _: told(outcome)
+        self._store.start(operation)
+
+    def _post(
+        self, channel: str, body: bytes, type: str, given: Mapping[str, object]
+    ) -> tuple[Operation, Callable[[], Posted]]:
         self._store.check_room()
-        message = self._message(check_name("channel", channel), body, type, parameters)
+        message = self._message(check_name("channel", channel), body, type, given)
+        statements: Sequence[str] = (POST_MESSAGE if message["hlm"] else ADD_MESSAGE,)
+        if message["dedup"] is not None or message["unique"] is not None:
+            statements = POST_KEYED
         self._make_place(channel)
-        if message["dedup"] is None and message["unique"] is None:
-            statement = POST_MESSAGE if message["hlm"] else ADD_MESSAGE
-            ((added, id),) = self._run((statement,), message, self._posted)
-            posted = Posted(id) if added else None
-        else:
-            posted = _posted_once(self._run(POST_KEYED, message, self._posted))
-        if posted is None:
-            raise Full(f"the channel is at its high-level mark of {message['hlm']} messages")
-        return posted
+        self._settle_due()
+        operation = Operation(statements, message, self._posted)
+
+        def outcome() -> Posted:
+            posted = _posted_once(operation.outcome())
+            if posted is None:
+                raise Full(f"the channel is at its high-level mark of {message['hlm']} messages")
+            return posted
+
+        return operation, outcome
 
     def _message(
         self, channel: str, body: bytes, type: str, given: Mapping[str, object]
@@ -2399,53 +2456,54 @@ class Broker:
         `ack`, with its `lease` and `within`, deletes that message in the same transaction; if that
         cannot be done nothing is taken, and it raises as `delete` does.
         """
-        self._settle_due()
-        deadline = self._clock.monotonic() + wait
-        self._expect_wait(waiter, wait)
-        waiter.operation = self._take_for(waiter, ack, lease, within)
-        self._store.submit(waiter.operation)
-        while waiter.operation is not None:
-            operation = waiter.operation
-            try:
-                results = self._store.finish(operation)
-            except LingerError:
-                self._pass_on(waiter)
-                raise
-            if ack is not None and not results[1][0]:
-                _refuse(ack, lease, results[0], "deleted")
-            ack = None
-            rows = _taken_rows(operation)
-            if rows:
-                if waiter.auto:
-                    waiter.removed = results[-3]
-                return [_message_of(row) for row in rows]
-            try:
-                self._await_call(waiter, deadline)
-            except BaseException:  # Ctrl-C, of who embeds a broker
-                self._abandon(waiter)
-                raise
-        return []
+        over = _thread.allocate_lock()
+        over.acquire()
+        outcomes: list[Callable[[], list[Message]]] = []
 
-    def _expect_wait(self, waiter: Waiter, wait: float) -> None:
+        def told(outcome: Callable[[], list[Message]]) -> None:
+            outcomes.append(outcome)
+            over.release()
+
+        self.start_take(told, waiter, wait > 0, ack, lease, within)
+        try:
+            if not over.acquire(timeout=max(wait, 0)):
+                self.dismiss(waiter)
+                over.acquire()
+        except BaseException:  # Ctrl-C, of who embeds a broker: nobody gets what was taken
+            self.dismiss(waiter)
+            over.acquire()
+            self.undo_take(waiter, outcomes[0]())
+            raise
+        return outcomes[0]()
+
+    def start_take(
+        self,
+        told: Told[list[Message]],
+        waiter: Waiter,
+        waits: bool,
+        ack: Optional[int] = None,
+        lease: Optional[int] = None,
+        within: Optional[str] = None,
+    ) -> None:
+        """As `take`, but may return before it is over: then `told` gets the outcome.
+
+        If it `waits` it does so until something comes, or it is dismissed.
+        """
+        self._settle_due()
+        waiter.told = told
+        waiter.ended = not waits
+        if waits:
+            self._check_wait(waiter)
+        waiter.operation = operation = self._take_for(waiter, ack, lease, within)
+        self._store.start(operation)
+
+    def _check_wait(self, waiter: Waiter) -> None:
         """`Unavailable` if consumers wait at too many channels for a wait at others."""
-        waiter.ended = wait <= 0
-        if waiter.ended:
-            return
         free = self.max_channels - len(self._waiting)
         if free < len(waiter.channels) and free < sum(
             channel not in self._waiting for channel in waiter.channels
         ):
             raise Unavailable(f"consumers wait at {self.max_channels} channels, and none is free")
-
-    def _abandon(self, waiter: Waiter) -> None:
-        """Ends the wait of a consumer that was interrupted; gives back what it was called for."""
-        self.dismiss(waiter)
-        if waiter.operation is not None:
-            self._store.finish(waiter.operation)
-            rows = _taken_rows(waiter.operation)
-            waiter.removed = waiter.operation.results[-3] if waiter.auto else []
-            if rows:
-                self.undo_take(waiter, [_message_of(row) for row in rows])
 
     def _take_for(
         self,
@@ -2465,20 +2523,40 @@ class Broker:
         if ack is not None:
             statements = ACKNOWLEDGE + statements
             parameters.update(id=ack, lease=lease, within=within)
-        return Operation(statements, parameters, functools.partial(self._taken, waiter))
+        return Operation(
+            statements,
+            parameters,
+            functools.partial(self._taken, waiter),
+            functools.partial(self._not_taken, waiter),
+        )
+
+    def _not_taken(self, waiter: Waiter, operation: Operation) -> None:
+        """After a take that failed; calls the next one in its place, so that all learn of it."""
+        if waiter.called_by:
+            self._call(waiter.called_by, 1)
+
+        def outcome() -> list[Message]:
+            holding = operation.outcome()[0]
+            parameters: Any = operation.parameters
+            _refuse(parameters["id"], parameters["lease"], holding, "deleted")
+
+        waiter.told(outcome)
 
     def _taken(self, waiter: Waiter, operation: Operation) -> None:
         self.counters["msg-get"] += not waiter.ticket
         parameters: Any = operation.parameters
         if parameters["ack"] is not None:
             if not operation.results[1][0]:
-                waiter.ended = True
                 return
             self.counters["msg-delete"] += 1
         rows = _taken_rows(operation)
         if not rows:
-            self._park(waiter)
+            parked = self._park(waiter)
+            operation.finished = None if parked else lambda _: waiter.told(list)
             return
+        if waiter.auto:
+            waiter.removed = operation.results[-3]
+        operation.finished = lambda _: waiter.told(lambda: [_message_of(row) for row in rows])
         self.counters["delivered"] += len(rows)
         if waiter.auto:
             self.counters["msg-delete"] += len(rows)
@@ -2490,6 +2568,8 @@ class Broker:
 
     def undo_take(self, waiter: Waiter, messages: Sequence[Message]) -> None:
         """Puts back what could not be handed over; those deliveries are not counted."""
+        if not messages:
+            return
         now = self.now()
         if waiter.auto:
             names = ("id", "channel", "priority", "timeout", "deliver", "delivered", "lease",
@@ -2543,12 +2623,32 @@ class Broker:
 
     def delete(self, id: int, lease: Optional[int] = None, within: Optional[str] = None) -> None:
         """Deletes a message; `lease` and `within` as for `touch`."""
+        operation, outcome = self._delete(id, lease, within)
+        self._store.run(operation)
+        outcome()
 
+    def start_delete(
+        self, told: Told[None], id: int, lease: Optional[int] = None, within: Optional[str] = None
+    ) -> None:
+        """As `delete`, but may return before it is done: then `told` gets the outcome."""
+        operation, outcome = self._delete(id, lease, within)
+        operation.finished = lambda _: told(outcome)
+        self._store.start(operation)
+
+    def _delete(
+        self, id: int, lease: Optional[int], within: Optional[str]
+    ) -> tuple[Operation, Callable[[], None]]:
         statements = (DELETE_MESSAGE,) if lease is None and within is None else ACKNOWLEDGE
+        self._settle_due()
         parameters = {"id": id, "lease": lease, "within": within}
-        results = self._run(statements, parameters, self._deleted)
-        if not results[-1][0]:
-            _refuse(id, lease, results[0] if len(results) > 1 else [], "deleted")
+        operation = Operation(statements, parameters, self._deleted)
+
+        def outcome() -> None:
+            *holding, (deleted, _) = operation.outcome()
+            if not deleted:
+                _refuse(id, lease, holding[0] if holding else [], "deleted")
+
+        return operation, outcome
 
     def _deleted(self, operation: Operation) -> None:
         self.counters["msg-delete"] += operation.results[-1][0]
@@ -2971,8 +3071,8 @@ class Broker:
         self._settle_due()
         return self._store.run(Operation(statements, parameters, committed))
 
-    def _park(self, waiter: Waiter) -> None:
-        """Lets a waiter that found nothing wait, in its old place if it had one.
+    def _park(self, waiter: Waiter) -> bool:
+        """Lets a waiter that found nothing wait, in its old place if it had one; whether it does.
 
         Runs in the order of commits: a message added after the take that found nothing calls it.
         """
@@ -2981,11 +3081,10 @@ class Broker:
             waiter.called_by = ""
             if waiter.ended or self._stopping:
                 waiter.ended = True
-                return
+                return False
             returning = waiter.ticket
             if not returning:
                 waiter.ticket = next(self._tickets)
-                waiter.called = threading.Condition(self._lock)
             for channel in waiter.channels:
                 queue = self._waiting.get(channel)
                 if queue is None:
@@ -2997,6 +3096,7 @@ class Broker:
                     ahead = itertools.takewhile(lambda ticket: ticket < returning, list(queue))
                     for ticket in (returning, *reversed(list(ahead))):
                         queue.move_to_end(ticket, last=False)
+        return True
 
     def _call(self, channel: str, count: int) -> int:
         """Calls up to `count` waiters of a channel to take a message; returns how many.
@@ -3006,6 +3106,7 @@ class Broker:
         if channel not in self._waiting or channel in self._pauses:
             return 0
         called = 0
+        gone = []
         with self._lock:
             queue = self._waiting.get(channel)
             while queue and called < count:
@@ -3013,12 +3114,14 @@ class Broker:
                 self._leave(waiter)
                 if waiter.vanished():
                     waiter.ended = True
+                    gone.append(waiter)
                 else:
                     waiter.called_by = channel
                     waiter.operation = self._take_for(waiter)
-                    self._store.submit(waiter.operation)
+                    self._store.add(waiter.operation)
                     called += 1
-                waiter.called.notify()
+        for waiter in gone:
+            waiter.told(list)
         return called
 
     def _leave(self, waiter: Waiter) -> None:
@@ -3029,40 +3132,24 @@ class Broker:
                 self._deserted[channel] = self._clock.monotonic()
                 self._forget_deserted()
 
-    def _await_call(self, waiter: Waiter, deadline: float) -> None:
-        """Waits until a parked waiter is called and has an operation, or its wait is over."""
-        with self._lock:
-            while waiter.operation is None and not waiter.ended:
-                remaining = deadline - self._clock.monotonic()
-                if remaining <= 0:
-                    self._leave(waiter)
-                    waiter.ended = True
-                else:
-                    waiter.called.wait(remaining)
-
-    def _pass_on(self, waiter: Waiter) -> None:
-        """Calls the next one in place of a waiter whose take failed, so that all learn of it."""
-        if waiter.called_by:
-            self._call(waiter.called_by, 1)
-
     def dismiss(self, waiter: Waiter) -> None:
-        """Ends a wait: its `take` returns nothing, unless it was just called."""
+        """Ends a wait: it is told of no messages, unless it was just called."""
         with self._lock:
+            parked = bool(waiter.ticket) and waiter.operation is None and not waiter.ended
             waiter.ended = True
-            if waiter.ticket:
+            if parked:
                 self._leave(waiter)
-                waiter.called.notify()
+        if parked:
+            waiter.told(list)
 
     def stop_waiting(self) -> None:
         """Ends all waits, now and from now on."""
         with self._lock:
             self._stopping = True
-            for queue in list(self._waiting.values()):
-                for waiter in list(queue.values()):
-                    self._leave(waiter)
-                    waiter.ended = True
-                    waiter.called.notify()
             self._sooner.notify()
+            waiters = {w.ticket: w for queue in self._waiting.values() for w in queue.values()}
+        for waiter in waiters.values():
+            self.dismiss(waiter)
 
     def _forget_deserted(self) -> None:
         """Forgets the channels whose last consumer has been gone for long, or that are too many."""
@@ -3111,7 +3198,10 @@ def _each(items: Sequence[Any], shape: Callable[[Any], dict[str, Any]]) -> list[
 
 
 def _posted_once(results: list[Any]) -> Optional[Posted]:
-    """What came of POST_KEYED; None if the channel is full."""
+    """What came of POST_KEYED, or of POST_MESSAGE alone; None if the channel is full."""
+    if len(results) == 1:
+        ((added, id),) = results
+        return Posted(id) if added else None
     answers, messages, (added, id), _ = results
     if answers:
         return Posted(int(answers[0][0]), duplicate=True)
@@ -3675,7 +3765,9 @@ class Request:
         self.grant = NOBODY  # what it may do,
         self.rules: object = None  # once that was found, by these rules
         self.no_store = False  # whether its answer must not be kept
-        self.call: Optional[Callable[..., Answer]] = None  # what answers it, once that is found
+        self.call: Optional[Callable[..., Optional[Answer]]] = (
+            None  # what answers it, once that is found
+        )
         self.names: list[str] = []  # those in its path, then
         self.options: Any = None  # what the handler has read of its query
         self.body = b""
@@ -3782,6 +3874,12 @@ NO_CONTENT = Answer(204)
 def answer_json(value: object, status: int = 200, headers: str = "") -> Answer:
     """An answer in compact JSON with a newline at its end."""
     return Answer(status, TO_JSON(value).encode() + b"\n", headers=headers)
+
+
+def answer_posted(posted: Posted) -> Answer:
+    """The answer to a post."""
+    text = '{"id":%d,"duplicate":true}\n' if posted.duplicate else '{"id":%d}\n'
+    return Answer(202, (text % posted.id).encode())
 
 
 def dropped_header(channels: Sequence[str]) -> str:
@@ -4107,10 +4205,18 @@ class Tls:
         finally:
             self._flush()
 
+    def pending(self) -> bool:
+        """Whether more was received than was read."""
+        return self._tls.pending() > 0 or self._incoming.pending > 0
+
+    def wrap(self, data: bytes) -> bytes:
+        """What must be sent for it."""
+        self._tls.write(data)
+        return self._outgoing.read()
+
     def send(self, data: bytes) -> int:
         """Sends all of it."""
-        self._tls.write(data)
-        self._flush()
+        self._connection.sendall(self.wrap(data))
         return len(data)
 
     def end(self) -> None:
@@ -4131,7 +4237,13 @@ class Tls:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A connection: reads requests, calls the broker, writes answers, until it is closed."""
+    """A connection: reads requests, calls the broker, writes answers, until it is closed.
+
+    What a post, a take or a delete comes to is sent by the thread that committed it, while the
+    connection's own thread is back at reading: so it need not be woken for it, it sees at once if
+    its client hangs up, and ends the wait for messages in time.  Before it handles another
+    request it waits until the answer that is owed has been sent.
+    """
 
     server: Server
 
@@ -4149,6 +4261,11 @@ class Handler(BaseHTTPRequestHandler):
         self._known_headers: dict[bytes, dict[str, str]] = {}
         self._fresh = True  # whether its first request is not yet answered
         self._patience = 0.0
+        self._owes = False  # whether somebody else is to send, or has sent, an answer
+        self._sent = _thread.allocate_lock()  # held until then
+        self._waiter: Optional[Waiter] = None  # who waits for messages, if that is what it owes
+        self._waits_until = 0.0
+        self._began_at = self._answered_at = time.monotonic()
         self._rules: object = None  # those by which it was found what who shows
         self._shown: Optional[str] = None  # this Authorization
         self._grant = NOBODY  # may do
@@ -4176,6 +4293,8 @@ class Handler(BaseHTTPRequestHandler):
             log(traceback.format_exc())
 
     def finish(self) -> None:
+        if self._owes:
+            self._await_answer(over=True)
         self._known.clear()  # which know this handler, too
         self.server.handlers.discard(self)
         with contextlib.suppress(OSError):
@@ -4191,6 +4310,9 @@ class Handler(BaseHTTPRequestHandler):
         tls.shake_hands(lambda: self._receive(deadline))
         self.idle = False
         self._stream = tls
+
+    def _holds_more(self) -> bool:
+        return isinstance(self._stream, Tls) and self._stream.pending()
 
     def _end_tls(self) -> None:
         if isinstance(self._stream, Tls):
@@ -4212,12 +4334,12 @@ class Handler(BaseHTTPRequestHandler):
     def _serve_request(self) -> None:
         """Reads a request and answers it.  An OSError means that there is nobody to answer."""
         request = None
-        started = time.monotonic()
+        self._began_at = time.monotonic()
         try:
             head = self._read_head()
             if head is None:
                 return
-            started = time.monotonic()
+            self._began_at = time.monotonic()
             request = self._known.get(head)
             if request is None:
                 request = self._parse(head)
@@ -4228,19 +4350,19 @@ class Handler(BaseHTTPRequestHandler):
         except LingerError as error:
             self._send(request, answer_error(error), close=True)
             if self.server.log_requests:
-                self._log(request, error.status, started)
+                self._log(request, error.status)
             self._unread = True
             return
-        answer = self._answer(request)
-        self._send(request, answer, request.close)
-        if request.close:
-            self._unread = bool(self._buffer) or self._poll(select.POLLIN)
-        request.forget_body()
-        if self._fresh:
-            self._fresh = False
-            self.server.note_answered(self.connection)
-        if self.server.log_requests:
-            self._log(request, answer.status, started)
+        answer = self._guard(request, self._call, request)
+        if answer is not None:
+            if self._owes:  # it could not even be started
+                self._settle_debt()
+                self._owes = False
+            self._waiter = None
+            self._send(request, answer, request.close)
+            if request.close:
+                self._unread = bool(self._buffer) or self._poll(select.POLLIN)
+            self._note_answered(request, answer)
 
     def _parse(self, head: bytes) -> Request:
         """The request of a head that is not known; it is, from then on, if it may come again."""
@@ -4288,11 +4410,15 @@ class Handler(BaseHTTPRequestHandler):
                 guesses.late.release()
         raise Denied("a token is needed: `Authorization: Bearer <token>`", 401, CHALLENGE)
 
-    def _answer(self, request: Request) -> Answer:
-        """Calls what the request asks for; every error ends here."""
+    def _call(self, request: Request) -> Optional[Answer]:
+        """Does what a request asks for; None if who commits it sends the answer."""
+        call = request.call or self._find_call(request)
+        return call(request, *request.names)
+
+    def _guard(self, request: Request, call: Callable[..., T], *arguments: Any) -> Union[T, Answer]:
+        """What a call gives, or the answer for its error; every error ends here."""
         try:
-            call = request.call or self._find_call(request)
-            return call(request, *request.names)
+            return call(*arguments)
         except LingerError as error:
             return answer_error(error)
         except OSError:
@@ -4302,7 +4428,7 @@ class Handler(BaseHTTPRequestHandler):
             request.close = True
             return answer_error(LingerError("the server made a mistake, which is in its log"))
 
-    def _find_call(self, request: Request) -> Callable[..., Answer]:
+    def _find_call(self, request: Request) -> Callable[..., Optional[Answer]]:
         """What answers a request, by its method and path."""
         if request.method == "OPTIONS":
             return self.tell_methods
@@ -4344,6 +4470,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_head(self) -> Optional[bytes]:
         """The next head without its blank line; None when there is none and the line is closed."""
+        if self._owes and (self._buffer or self._holds_more()):
+            self._await_answer()
         if not self._buffer and not self._await_request():
             return None
         deadline = 0.0
@@ -4371,21 +4499,60 @@ class Handler(BaseHTTPRequestHandler):
             self._buffer += data
 
     def _await_request(self) -> bool:
-        """Receives the first bytes of a request; whether any came."""
+        """Receives the first bytes of a request; whether any came.
+
+        Meanwhile an answer may still be owed: this is where a wait for messages ends, in time or
+        because its client has hung up.
+        """
         self.idle = True
-        if self.server.stopping:
-            self.closing = True
-            return False
-        try:
-            self._be_patient(self.server.idle_timeout)
-            self._buffer = self._stream.recv(65_536)
-        except BlockingIOError:
-            pass
-        except ssl.SSLWantReadError:
-            self._buffer = self._receive(time.monotonic() + self.server.read_timeout)
+        patience: float = self.server.idle_timeout
+        if self._waiter is not None:
+            patience = min(max(self._waits_until - time.monotonic(), 0.001), patience)
+        while patience > 0 and not self.server.stopping:
+            try:
+                self._be_patient(patience)
+                self._buffer = self._receive_first()
+                break
+            except BlockingIOError:
+                patience = self._patience_left()
+        if self._owes:
+            self._await_answer(over=not self._buffer)
         self.idle = False
-        self.closing = not self._buffer
+        self.closing = self.closing or not self._buffer
         return not self.closing
+
+    def _receive_first(self) -> bytes:
+        if self._owes and self._stream is not self.connection:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                return b""
+            self._await_answer()  # by a thread that has the use of the TLS until then
+        try:
+            return self._stream.recv(65_536)
+        except ssl.SSLWantReadError:
+            return self._receive(time.monotonic() + self.server.read_timeout)
+
+    def _patience_left(self) -> float:
+        """Seconds to go on listening after nothing came; ends a wait for messages in time."""
+        if self._waiter is not None:
+            left = self._waits_until - time.monotonic()
+            if left > 0 and self._sent.locked():
+                return min(left, self.server.idle_timeout)
+            self._await_answer()
+        return self._answered_at + self.server.idle_timeout - time.monotonic()
+
+    def _await_answer(self, over: bool = False) -> None:
+        """Waits until the answer that is owed has been sent; a wait for messages ends before that
+        if it is `over`, or when it is."""
+        waiter = self._waiter
+        while waiter is not None and self._sent.locked():
+            left = min(self._waits_until - time.monotonic(), WATCH_INTERVAL)
+            if over or left <= 0 or self.vanished():
+                self.broker.dismiss(waiter)
+                break
+            if self._sent.acquire(timeout=left):
+                self._sent.release()
+        with self._sent:
+            self._owes, self._waiter = False, None
 
     def _check_head_so_far(self, seen: int) -> None:
         """Refuses a head that cannot become a good one, as soon as that is certain.
@@ -4515,10 +4682,10 @@ class Handler(BaseHTTPRequestHandler):
 
     # -- bytes out
 
-    def _send(self, request: Optional[Request], answer: Answer, close: bool) -> None:
-        """Sends an answer in one piece; undoes what it would have told if it cannot be sent."""
+    def _compose(self, request: Optional[Request], answer: Answer, close: bool) -> bytes:
+        """An answer in one piece, but for its file; notes if it is the last."""
         self.closing = close = close or self.server.stopping
-        status, body, content_type, headers, undo, file = answer
+        status, body, content_type, headers, _, file = answer
         if status != 204:  # which has no body (RFC 9110 8.6)
             length = len(body) if file is None else os.fstat(file.fileno()).st_size
             headers += f"Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
@@ -4529,19 +4696,82 @@ class Handler(BaseHTTPRequestHandler):
             headers += request.headers.get("for pages", "")
         head = f"{STATUS_LINES[status]}{self.server.date_line()}{no_store}{headers}\r\n"
         data = head.encode("latin-1")
-        if request is None or request.method != "HEAD":
-            data += body
+        return data if request is not None and request.method == "HEAD" else data + body
+
+    def _send(self, request: Optional[Request], answer: Answer, close: bool) -> None:
+        """Sends an answer; undoes what it would have told if it cannot be sent."""
+        data = self._compose(request, answer, close)
         try:
             send_all(self._stream, data)
-            if file is not None:
-                self._send_file(file)
+            if answer.file is not None:
+                self._send_file(answer.file)
         except OSError:
-            if undo is not None:
-                try:
-                    undo()
-                except LingerError as error:
-                    log(f"linger: a message that could not be sent stays hidden: {error}")
+            self._undo(answer)
             raise
+
+    def _later(self, request: Request, shape: Callable[[T], Answer]) -> Told[T]:
+        """Owes the answer that `shape` makes of an outcome; is to be told that."""
+        self._sent.acquire()
+        self._owes = True
+        return functools.partial(self._reply, request, shape)
+
+    def _reply(
+        self, request: Request, shape: Callable[[T], Answer], outcome: Callable[[], T]
+    ) -> None:
+        """Sends the answer that is owed.  Whose thread this is must not be held up."""
+        answer = self._guard(request, lambda: shape(outcome()))
+        data = self._compose(request, answer, request.close)
+        if isinstance(self._stream, Tls):
+            data = self._stream.wrap(data)
+        waiter = self._waiter
+        gone = waiter is not None and waiter.ticket and self.vanished()
+        sent = 0
+        if not gone:
+            with contextlib.suppress(OSError):
+                sent = self.connection.send(data, socket.MSG_DONTWAIT)
+        if sent == len(data):
+            self._note_answered(request, answer)
+            self._settle_debt()
+        else:
+            rest = b"" if gone else data[sent:]
+            _thread.start_new_thread(self._finish_reply, (request, answer, rest))
+
+    def _finish_reply(self, request: Request, answer: Answer, rest: bytes) -> None:
+        """Sends the rest of an answer, or undoes it; in a thread that can be held up."""
+        try:
+            if not rest:
+                raise ConnectionAbortedError
+            send_all(self.connection, rest)
+            self._note_answered(request, answer)
+        except OSError:
+            self.closing = True
+            self._undo(answer)
+        finally:
+            self._settle_debt()
+
+    def _settle_debt(self) -> None:
+        """Lets the connection's own thread go on."""
+        self.server.waiting.discard(self)
+        if self.closing:
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RD)
+        self._sent.release()
+
+    def _undo(self, answer: Answer) -> None:
+        if answer.undo is not None:
+            try:
+                answer.undo()
+            except LingerError as error:
+                log(f"linger: a message that could not be sent stays hidden: {error}")
+
+    def _note_answered(self, request: Request, answer: Answer) -> None:
+        self._answered_at = time.monotonic()
+        request.forget_body()
+        if self._fresh:
+            self._fresh = False
+            self.server.note_answered(self.connection)
+        if self.server.log_requests:
+            self._log(request, answer.status)
 
     def _send_file(self, file: BinaryIO) -> None:
         with file:
@@ -4558,9 +4788,9 @@ class Handler(BaseHTTPRequestHandler):
             while left > 0 and (data := self._receive(deadline)):
                 left -= len(data)
 
-    def _log(self, request: Optional[Request], status: int, started: float) -> None:
+    def _log(self, request: Optional[Request], status: int) -> None:
         """Logs a request on one line; of one that could not be read there is no more to tell."""
-        milliseconds = (time.monotonic() - started) * 1000
+        milliseconds = (time.monotonic() - self._began_at) * 1000
         asked = "- -"
         if request is not None:  # whose target has no control characters but those of latin-1
             target = request.target.encode("ascii", "backslashreplace").decode()
@@ -4625,7 +4855,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(given["dead"], str) and given["dead"]:
             request.grant.check_name("channels", given["dead"])
 
-    def take_message(self, request: Request, *channels: str) -> Answer:
+    def take_message(self, request: Request, *channels: str) -> None:
         if request.options is None:
             request.options = self._read_take(request)
         wait, n, timeout, auto, ack = request.options
@@ -4638,20 +4868,18 @@ class Handler(BaseHTTPRequestHandler):
         within = () if ack[0] is None else self._within(request, ack[0])
         if wait:
             self.server.note_answered(self.connection)
-            self.server.watch(self.connection, waiter)
-        try:
-            messages = self.broker.take(waiter, wait, *ack, *within)
-        finally:
-            if wait:
-                self.server.unwatch(self.connection)
+            self.server.let_wait(self)
+            self._waits_until = time.monotonic() + wait
+            self._waiter = waiter
+        told = self._later(request, functools.partial(self._hand_over, waiter, n is not None))
+        self.broker.start_take(told, waiter, wait > 0, *ack, *within)
+
+    def _hand_over(self, waiter: Waiter, many: bool, messages: list[Message]) -> Answer:
         if not messages:
             name = ",".join(map(encode_name, waiter.channels))
             return Answer(204, headers=f"x-linger-channel: {name}\r\n")
         undo = functools.partial(self.broker.undo_take, waiter, messages)
-        if waiter.ticket and self.vanished():
-            undo()
-            raise ConnectionAbortedError
-        if n is not None:
+        if many:
             return answer_json(list(map(message_object, messages)))._replace(undo=undo)
         message = messages[0]
         return Answer(200, message.body, message.type, message_headers(message), undo)
@@ -4668,14 +4896,13 @@ class Handler(BaseHTTPRequestHandler):
             (request.integer("ack"), request.integer("lease")),
         )
 
-    def post_message(self, request: Request, channel: str) -> Answer:
+    def post_message(self, request: Request, channel: str) -> None:
         body, content_type = request.message()
         given = request.given_with_message(ALL_PARAMETERS)
         if "dead" in given:
             self._check_dead(request, given)
-        id, duplicate = self.broker.post(channel, body, content_type, **given)
-        told = '{"id":%d,"duplicate":true}\n' if duplicate else '{"id":%d}\n'
-        return Answer(202, (told % id).encode())
+        told = self._later(request, answer_posted)
+        self.broker.start_post(told, channel, body, content_type, **given)
 
     def drain_channel(self, _: Request, channel: str) -> Answer:
         self.broker.drain(channel)
@@ -4788,10 +5015,11 @@ class Handler(BaseHTTPRequestHandler):
         headers = message_headers(message) + f"x-linger-state: {state}\r\n"
         return Answer(200, message.body, message.type, headers)
 
-    def delete_message(self, request: Request, id: str) -> Answer:
-        number = read_integer("id", id)
-        self.broker.delete(number, request.integer("lease"), *self._within(request, number))
-        return NO_CONTENT
+    def delete_message(self, request: Request, id: str) -> None:
+        number, lease = read_integer("id", id), request.integer("lease")
+        within = self._within(request, number)
+        told = self._later(request, lambda _: NO_CONTENT)
+        self.broker.start_delete(told, number, lease, *within)
 
     def delete_messages(self, request: Request, _: str) -> Answer:
         wanted = []
@@ -4895,6 +5123,7 @@ class Server(ThreadingHTTPServer):
         self.max_waiting = max_waiting or int(max_connections * WAITING_SHARE) or 1
         self.log_requests = log_requests
         self.handlers: set[Handler] = set()
+        self.waiting: set[Handler] = set()  # those whose clients wait for messages
         self.connections: set[socket.socket] = set()
         self.refused: set[socket.socket] = set()
         self._stopped = threading.Event()
@@ -4903,12 +5132,9 @@ class Server(ThreadingHTTPServer):
         self._accepting = threading.Lock()  # held by serve_forever
         self._emptied = threading.Condition()
         self._holding = threading.Lock()
-        self._watched: dict[int, Waiter] = {}
-        self._poller = select.poll()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         self._alarm, self._wake = os.pipe()
-        threading.Thread(target=self._watch, name="linger-watcher", daemon=True).start()
 
     def server_bind(self) -> None:
         """Binds without asking the name service for our name, as HTTPServer does."""
@@ -5021,29 +5247,12 @@ class Server(ThreadingHTTPServer):
             self._date = now, f"Date: {email.utils.formatdate(now, usegmt=True)}\r\n"
         return self._date[1]
 
-    # -- waiting consumers that hang up
-
-    def watch(self, connection: socket.socket, waiter: Waiter) -> None:
-        """Dismisses the waiter soon after its client has hung up, until `unwatch`.
-
-        `Unavailable` when too many wait: somebody must get in who brings them messages.
-        """
-        if len(self._watched) >= self.max_waiting:
+    def let_wait(self, handler: Handler) -> None:
+        """Counts a consumer that waits; `Unavailable` when too many do: somebody must get in who
+        brings them messages."""
+        if len(self.waiting) >= self.max_waiting:
             raise Unavailable(f"{self.max_waiting} consumers wait already: try again soon")
-        self._watched[connection.fileno()] = waiter
-        self._poller.register(connection, GONE)
-
-    def unwatch(self, connection: socket.socket) -> None:
-        """Ends what `watch` began."""
-        self._poller.unregister(connection)
-        del self._watched[connection.fileno()]
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(WATCH_INTERVAL):
-            for descriptor, _ in self._poller.poll(0) if self._watched else ():
-                waiter = self._watched.get(descriptor)
-                if waiter is not None and waiter.vanished():
-                    self.broker.dismiss(waiter)
+        self.waiting.add(handler)
 
     # -- what may change meanwhile
 
@@ -5131,7 +5340,6 @@ def serve(
 # done.  A connection that cannot be made is an error at once.
 # ---------------------------------------------------------------------------------------------
 
-T = TypeVar("T")
 Channels = Union[str, Sequence[str]]
 Delivery = tuple[int, Optional[int]]  # a message's id, and its lease or None for any
 Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]

@@ -142,18 +142,22 @@ class StoreTest(Folder):
     def run_sql(self, store, *statements, **parameters):
         return store.run(linger.Operation(statements, parameters))
 
+    def run_together(self, store, operations):
+        """Runs operations that came while somebody led."""
+        store._led = True
+        for operation in operations:
+            store.add(operation)
+        store._lead()
+
     def test_operations_share_a_transaction_and_each_gets_its_own_results(self):
         store = self.open()
-        store._led = True  # as if somebody led: what is submitted gathers
         operations = [
             linger.Operation((linger.GET_CONFIG,), {"key": k}) for k in ("server_id", "x")
         ]
-        for operation in operations:
-            store.submit(operation)
         commits = []
         store._writer.set_trace_callback(lambda sql: commits.append(sql == "commit"))
-        operations[0].turn.release()
-        results = [store.finish(operation) for operation in operations]
+        self.run_together(store, operations)
+        results = [operation.outcome() for operation in operations]
         self.assertEqual(sum(commits), 1)
         self.assertEqual(len(results[0][0]), 1)
         self.assertEqual(results[1], [[]])
@@ -162,35 +166,47 @@ class StoreTest(Folder):
         store = self.open()
         good = "insert into config (key, value) values (:key, 1)"
         bad = "insert into config (key, value) values (null, null)"
-        store._led = True
         operations = [
             linger.Operation((good,), {"key": "a"}),
             linger.Operation((good, bad), {"key": "b"}),
             linger.Operation((good,), {"key": "c"}),
         ]
-        for operation in operations:
-            store.submit(operation)
-        operations[0].turn.release()
-        store.finish(operations[0])
+        self.run_together(store, operations)
+        operations[0].outcome()
         with self.assertRaises(linger.Unavailable):
-            store.finish(operations[1])
-        store.finish(operations[2])
+            operations[1].outcome()
+        operations[2].outcome()
         (rows,) = store.read("select key from config where length(key) = 1 order by key")
         self.assertEqual(rows, [("a",), ("c",)])
+
+    def test_only_the_heir_of_who_leads_waits_for_what_was_started(self):
+        store, finished = self.open(), []
+        store._led = True  # as if somebody led
+        operations = [linger.Operation((), {}, None, finished.append) for _ in range(3)]
+        heir = self.thread(store.start, operations[0])
+        until(lambda: store._heir is operations[0])
+        for operation in operations[1:]:
+            store.start(operation)
+        self.assertEqual((heir.done(), finished), (False, []))
+        operations[0].turn.release()
+        heir.result(PATIENCE)
+        self.assertEqual(finished, operations)
+
+    def test_who_leads_goes_on_for_those_who_do_not_wait(self):
+        store, finished = self.open(), []
+        second = linger.Operation((), {}, None, finished.append)
+        store.run(linger.Operation((), {}, lambda _: store.add(second)))
+        self.assertEqual(finished, [second])
+        self.assertFalse(store._led)
 
     def test_commits_are_announced_in_their_order(self):
         store = self.open()
         order = []
-        store._led = True
         operations = [
             linger.Operation((), {"n": n}, lambda op: order.append(op.parameters["n"]))
             for n in range(5)
         ]
-        for operation in operations:
-            store.submit(operation)
-        operations[0].turn.release()
-        for operation in operations:
-            store.finish(operation)
+        self.run_together(store, operations)
         self.assertEqual(order, [0, 1, 2, 3, 4])
 
     def test_many_threads_lose_no_operation(self):
@@ -234,15 +250,12 @@ class StoreTest(Folder):
         other = sqlite3.connect(self.dbfile, isolation_level=None)
         self.addCleanup(other.close)
         other.execute("begin immediate")
-        store._led = True
         operations = [linger.Operation((), {}) for _ in range(20)]
-        for operation in operations:
-            store.submit(operation)
         start = time.monotonic()
-        operations[0].turn.release()
+        self.run_together(store, operations)
         for operation in operations:
             with self.assertRaises(linger.Unavailable):
-                store.finish(operation)
+                operation.outcome()
         self.assertLess(time.monotonic() - start, 2)
 
     def test_an_interrupted_leader_acknowledges_nothing_and_the_next_goes_on(self):
@@ -256,16 +269,13 @@ class StoreTest(Folder):
                 raise KeyboardInterrupt
 
         store._transact = interrupt
-        store._led = True
         statement = (linger.SET_CONFIG,)
         operations = [linger.Operation(statement, {"key": k, "value": ""}) for k in ("a", "b")]
-        for operation in operations:
-            store.submit(operation)
-        operations[0].turn.release()
         with self.assertRaises(KeyboardInterrupt):
-            store.finish(operations[0])
-        with self.assertRaisesRegex(linger.Unavailable, "interrupted"):
-            store.finish(operations[1])
+            self.run_together(store, operations)
+        for operation in operations:
+            with self.assertRaisesRegex(linger.Unavailable, "interrupted"):
+                operation.outcome()
         self.run_sql(store, linger.SET_CONFIG, key="c", value="")
         (rows,) = store.read("select key from config where length(key) = 1")
         self.assertEqual(rows, [("c",)])
@@ -364,12 +374,10 @@ class StoreTest(Folder):
     def test_a_read_sees_what_was_submitted_before(self):
         store = self.open()
         store._led = True
-        operation = linger.Operation((linger.SET_CONFIG,), {"key": "k", "value": "1"})
-        store.submit(operation)
+        store.add(linger.Operation((linger.SET_CONFIG,), {"key": "k", "value": "1"}))
         read = self.thread(lambda: store.read(linger.GET_CONFIG, key="k"))
         until(lambda: len(store._pending) == 2)
-        operation.turn.release()
-        store.finish(operation)
+        store._lead()
         self.assertEqual(read.result(PATIENCE), [[("1",)]])
 
     def test_reads_see_one_moment(self):
@@ -1122,11 +1130,15 @@ class WaitingTest(BrokerTest):
         self.assertEqual(len(set(taken)), total)
 
     def test_an_interrupted_consumer_leaves_no_trace(self):
-        def interrupt(*_):
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.SIG_DFL)
 
-        wait = unittest.mock.patch.object(threading.Condition, "wait", interrupt)
-        with wait, self.assertRaises(KeyboardInterrupt):
+        def interrupt():
+            until(lambda: "q" in self.broker._waiting)
+            signal.raise_signal(signal.SIGUSR1)
+
+        self.thread(interrupt)
+        with self.assertRaises(KeyboardInterrupt):
             self.broker.get("q", PATIENCE)
         self.assertEqual(self.broker._waiting, {})
         self.broker.post("q", b"x")
@@ -1765,7 +1777,7 @@ class TakingTest(BrokerTest):
         self.broker._store._led = True  # both channels become ready before anybody takes
         posts = [self.thread(self.broker.post, channel, b"x") for channel in ("b", "a")]
         until(lambda: len(self.broker._store._pending) == 2)
-        self.broker._store._pending[0].turn.release()
+        self.broker._store._heir.turn.release()
         self.assertEqual(both.result(PATIENCE)[0].channel, "a")
         self.assertEqual(only.result(PATIENCE).channel, "b")
         for post in posts:
@@ -3751,15 +3763,39 @@ class LongPollTest(ServerTest):
             if n % 2:  # reset rather than close
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             connection.close()
-        until(lambda: all(w.vanished() for w in list(self.broker._waiting["q"].values())[:20]))
         self.broker.post("q", b"x")
         answer = live.recv(1000)
         self.assertIn(b"x-linger-delivered: 1\r\n", answer)
         self.assertIn(b"x-linger-lease: 1\r\n", answer)
 
+    def test_a_client_that_hung_up_behind_a_second_request_is_let_go(self):
+        connection = self.park()
+        connection.sendall(CALL)
+        (handler,) = self.server.handlers
+        until(lambda: handler._buffer)
+        with unittest.mock.patch.object(linger, "WATCH_INTERVAL", 0.01):
+            connection.close()
+            until(lambda: not self.broker._waiting and not self.server.connections)
+
+    def test_a_large_message_goes_to_a_client_that_is_slow_to_read_it(self):
+        body = b"x" * linger.MAX_MESSAGE
+        connection = self.connect()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        until(lambda: self.server.handlers)
+        (handler,) = self.server.handlers
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.sendall(b"GET /channels/q HTTP/1.1\r\nHost: x\r\n\r\n" + CALL)
+        until(lambda: "q" in self.broker._waiting)
+        self.broker.post("q", body)
+        self.broker.post("other", b"meanwhile")
+        answers = b""
+        while not answers.endswith(b"}\n"):
+            answers += connection.recv(10_000)
+        self.assertIn(b"\r\n\r\n" + body + b"HTTP/1.1 200 OK\r\n", answers)
+
     def test_clients_that_hung_up_are_let_go_although_no_message_comes(self):
-        for _ in range(20):
-            self.park().close()
+        for connection in [self.park() for _ in range(20)]:
+            connection.close()
         until(lambda: not self.broker._waiting and not self.server.connections)
 
     def test_a_delivery_that_cannot_be_sent_is_undone(self):
@@ -4478,7 +4514,6 @@ class TlsTest(ServerTest):
             connection.sendall(get)
             until(lambda n=count: len(self.broker._waiting.get("q", ())) == n)
         gone.close()
-        until(lambda: next(iter(self.broker._waiting["q"].values())).vanished())
         self.broker.post("q", b"x")
         with waiting:
             answer = waiting.recv(1000)
