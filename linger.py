@@ -68,7 +68,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
 
 __version__ = "2.0.0"
 __all__ = [
@@ -1422,8 +1422,8 @@ class Operation:
         self.results: list[Any] = []
         self.error: Optional[Exception] = None
         self.done = False
-        self.turn = _thread.allocate_lock()  # released when it is done, or its thread's to lead
-        self.turn.acquire()
+        self.turn: Optional[_thread.LockType] = None  # if its thread waits: held until it is done,
+        # or its thread's turn to lead
 
     def outcome(self) -> list[Any]:
         """Its results once it is done, or raises its error."""
@@ -1541,20 +1541,22 @@ class Store:
             self._pending.append(operation)
             leads = not self._led
             self._led = True
-            if not leads and self._heir is None:
-                self._heir = operation
+            if not leads and (waits or self._heir is None):
+                operation.turn = turn = _thread.allocate_lock()
+                turn.acquire()
+                self._heir = self._heir or operation
                 waits = True
         if leads:
             self._lead()
         elif waits:
             try:
-                self._await_turn(operation)
+                self._await_turn(operation, turn)
             except BaseException:  # Ctrl-C, of who embeds a store: it may be the heir
-                self._await_turn(operation)
+                self._await_turn(operation, turn)
                 raise
 
-    def _await_turn(self, operation: Operation) -> None:
-        operation.turn.acquire()
+    def _await_turn(self, operation: Operation, turn: _thread.LockType) -> None:
+        turn.acquire()
         if not operation.done:
             self._lead()
 
@@ -1580,7 +1582,7 @@ class Store:
                 heir = self._heir
                 self._led = bool(self._pending)
                 leads = self._led and heir is None
-            if heir is not None:
+            if heir is not None and heir.turn is not None:
                 heir.turn.release()
         if interrupted is not None:
             raise interrupted
@@ -1847,7 +1849,8 @@ def _tell(batch: Iterable[Operation]) -> None:
                 operation.finished(operation)
             except Exception:
                 log(traceback.format_exc())
-        operation.turn.release()
+        if operation.turn is not None:
+            operation.turn.release()
 
 
 def _explain(error: Exception) -> Exception:
@@ -4353,7 +4356,11 @@ class Handler(BaseHTTPRequestHandler):
                 self._log(request, error.status)
             self._unread = True
             return
-        answer = self._guard(request, self._call, request)
+        try:
+            call = request.call or self._find_call(request)
+            answer = call(request, *request.names)
+        except Exception as error:
+            answer = self._answer_error(request, error)
         if answer is not None:
             if self._owes:  # it could not even be started
                 self._settle_debt()
@@ -4410,23 +4417,15 @@ class Handler(BaseHTTPRequestHandler):
                 guesses.late.release()
         raise Denied("a token is needed: `Authorization: Bearer <token>`", 401, CHALLENGE)
 
-    def _call(self, request: Request) -> Optional[Answer]:
-        """Does what a request asks for; None if who commits it sends the answer."""
-        call = request.call or self._find_call(request)
-        return call(request, *request.names)
-
-    def _guard(self, request: Request, call: Callable[..., T], *arguments: Any) -> Union[T, Answer]:
-        """What a call gives, or the answer for its error; every error ends here."""
-        try:
-            return call(*arguments)
-        except LingerError as error:
+    def _answer_error(self, request: Request, error: Exception) -> Answer:
+        """The answer for an error in a call; every one ends here."""
+        if isinstance(error, LingerError):
             return answer_error(error)
-        except OSError:
-            raise
-        except Exception:
-            log(traceback.format_exc())
-            request.close = True
-            return answer_error(LingerError("the server made a mistake, which is in its log"))
+        if isinstance(error, OSError):
+            raise error
+        log("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        request.close = True
+        return answer_error(LingerError("the server made a mistake, which is in its log"))
 
     def _find_call(self, request: Request) -> Callable[..., Optional[Answer]]:
         """What answers a request, by its method and path."""
@@ -4719,22 +4718,26 @@ class Handler(BaseHTTPRequestHandler):
         self, request: Request, shape: Callable[[T], Answer], outcome: Callable[[], T]
     ) -> None:
         """Sends the answer that is owed.  Whose thread this is must not be held up."""
-        answer = self._guard(request, lambda: shape(outcome()))
+        try:
+            answer = shape(outcome())
+        except Exception as error:
+            answer = self._answer_error(request, error)
         data = self._compose(request, answer, request.close)
-        if isinstance(self._stream, Tls):
-            data = self._stream.wrap(data)
+        if self._stream is not self.connection:
+            data = cast(Tls, self._stream).wrap(data)
         waiter = self._waiter
-        gone = waiter is not None and waiter.ticket and self.vanished()
-        sent = 0
-        if not gone:
-            with contextlib.suppress(OSError):
-                sent = self.connection.send(data, socket.MSG_DONTWAIT)
+        if waiter is not None and waiter.ticket and self.vanished():
+            _thread.start_new_thread(self._finish_reply, (request, answer, b""))
+            return
+        try:
+            sent = self.connection.send(data, socket.MSG_DONTWAIT)
+        except OSError:
+            sent = 0
         if sent == len(data):
             self._note_answered(request, answer)
             self._settle_debt()
         else:
-            rest = b"" if gone else data[sent:]
-            _thread.start_new_thread(self._finish_reply, (request, answer, rest))
+            _thread.start_new_thread(self._finish_reply, (request, answer, data[sent:]))
 
     def _finish_reply(self, request: Request, answer: Answer, rest: bytes) -> None:
         """Sends the rest of an answer, or undoes it; in a thread that can be held up."""
@@ -4751,7 +4754,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _settle_debt(self) -> None:
         """Lets the connection's own thread go on."""
-        self.server.waiting.discard(self)
+        if self._waiter is not None:
+            self.server.waiting.discard(self)
         if self.closing:
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RD)
