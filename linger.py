@@ -2,6 +2,8 @@
 """Linger: a message queue and pub-sub server in one file, behind a plain HTTP API, kept in SQLite.
 
     python linger.py --port 8989
+    python linger.py post jobs 'Do this!'
+    python linger.py --help
 
 Messages are posted to *channels* and shared out among the consumers of a channel; messages that
 are published on a *topic* are copied to each channel subscribed to it.  A message that was
@@ -5758,8 +5760,8 @@ class Client:
         function may itself delete, release or reject it, through this client.  While it runs the
         message is touched in time.  The server may restart meanwhile.
 
-        `stop` being set, or SIGTERM or SIGINT if this is the main thread, ends it after the
-        messages in hand.  What another try cannot mend (`Denied`, a malformed name) is raised.
+        `stop` being set, SIGTERM or SIGINT (in the main thread), or with a `wait` of 0 an empty
+        channel ends it after the messages in hand.  What another try cannot mend is raised.
         """
         stop = stop or threading.Event()
         failures: list[BaseException] = []
@@ -5795,7 +5797,7 @@ class Client:
         `break` or an exception, the message in hand is released.  The body of the loop may itself
         delete, release or reject it, through this client.  While it runs the message is touched
         in time.  The server may restart meanwhile.  Ends after the message in hand once `stop`
-        is set.
+        is set, or, with a `wait` of 0, when there is no message.
         """
         stop = stop or threading.Event()
         with contextlib.closing(_Loop(self, channels, wait, timeout, stop)) as loop:
@@ -6033,8 +6035,9 @@ class _Loop:
     def next(self) -> Optional[Message]:
         """Deletes the message in hand, unless it is settled, and takes the next one.
 
-        None when it is time to stop.  What the server cannot do now is tried again; a message
-        that is gone, or was delivered again meanwhile, needs no deletion.
+        None when it is time to stop, or, if it does not wait, when there is none.  If it waits,
+        what the server cannot do now is tried again.  A message that is gone, or was delivered
+        again meanwhile, needs no deletion.
         """
         pauses = _pauses()
         while not self._stop.is_set():
@@ -6045,6 +6048,7 @@ class _Loop:
                 if done is not None and isinstance(error, (NotFound, Conflict)):
                     self._hold(None)
                 elif error.status < 500 or self._once or self._client._closed:
+                    self.finish()
                     raise
                 else:
                     self._stop.wait(next(pauses))
@@ -6639,8 +6643,8 @@ def _show(records: Sequence[Mapping[str, object]], as_json: bool = False) -> int
         _write_lines(map(TO_JSON, records))
     elif records:
         rows = [[_cell(value) for value in record.values()] for record in records]
-        terminal = sys.stdout.isatty()
-        _write_lines(_table(list(records[0]), rows) if terminal else map("\t".join, rows))
+        tabular = sys.stdout.isatty() and len(records[0]) > 1
+        _write_lines(_table(list(records[0]), rows) if tabular else map("\t".join, rows))
     return 0 if records else 1
 
 
@@ -6788,14 +6792,15 @@ def _get(client: Client, options: argparse.Namespace) -> int:
     wait = DEFAULT_WAIT if options.follow else options.wait or 0
     channels = options.channel.split(",")
     take = functools.partial(client.get, channels, wait, options.timeout, auto=options.auto)
+    most = options.count or (sys.maxsize if options.follow else 1)
     done: Optional[Message] = None
     count = 0
     try:
-        while options.follow or count < options.count:
+        while count < most:
             message, done = _take_next(take, done, options.follow), None
             if message is not None:
                 count += 1
-                _hand_over(client, message, options)
+                _hand_over(client, message, options, b"\n" * (most > 1))
                 done = message if options.ack else None
             elif not options.follow:
                 break
@@ -6824,16 +6829,13 @@ def _take_next(
     raise AssertionError("pauses do not end")
 
 
-def _hand_over(client: Client, message: Message, options: argparse.Namespace) -> None:
+def _hand_over(client: Client, message: Message, options: argparse.Namespace, end: bytes) -> None:
     """Writes a message; one that cannot be written is given back, if it was to be deleted."""
-    if options.json:
-        data = TO_JSON(message_object(message)).encode() + b"\n"
-    elif options.follow or options.count > 1 or sys.stdout.isatty():
-        data = message.body + b"\n"
-    else:
-        data = message.body
     try:
-        _write(data)
+        if options.json:
+            _show([message_object(message)], as_json=True)
+        else:
+            _write(message.body + (end or b"\n" * sys.stdout.isatty()))
     except BaseException:
         if options.ack:
             with contextlib.suppress(LingerError):
@@ -6909,21 +6911,18 @@ def _settings(client: Client, options: argparse.Namespace) -> int:
 
 
 def _stats(client: Client, options: argparse.Namespace) -> int:
-    before: Mapping[str, Any] = {}
-    then = time.monotonic()
+    if not options.watch:
+        return _show_pairs(client.stats(), options.json)
+    names = (*COUNTERS, "current-messages-ready", "current-messages-hidden")
+    before, then = client.stats(), time.monotonic()
     while True:
-        stats, now = client.stats(), time.monotonic()
-        if options.watch and sys.stdout.isatty():
-            _write(b"\x1b[H\x1b[J")
-        if not options.watch or options.json:
-            _show_pairs(stats, options.json)
-        else:
-            rates = {n: (stats[n] - before.get(n, stats[n])) / (now - then) for n in COUNTERS}
-            _show([{"name": n, "value": stats[n], "per second": f"{rates[n]:.1f}"} for n in rates])
-        if not options.watch:
-            return 0
-        before, then = stats, now
         time.sleep(options.watch)
+        stats, now = client.stats(), time.monotonic()
+        rates = {name: round((stats[name] - before[name]) / (now - then), 1) for name in names}
+        if sys.stdout.isatty():
+            _write(b"\x1b[H\x1b[J")  # from the top of the screen
+        _show([{"name": n, "now": stats[n], "per second": rates[n]} for n in names], options.json)
+        before, then = stats, now
 
 
 # -- work: a command for each message
@@ -6945,6 +6944,7 @@ class Job:
     ) -> None:
         """Starts it; OSError if that cannot be done."""
         self.killed = ""  # why it was killed, if it was
+        self.status = 0  # once it has ended: its exit status, negative for a signal
         self._ended = False
         self._tail = b""
         self._timers: list[threading.Timer] = []
@@ -6963,20 +6963,17 @@ class Job:
         )
         self._passing.start()
 
-    def wait(self, timeout: Optional[int]) -> str:
-        """Waits until it has ended, or kills it after `timeout` seconds; its status in words."""
+    def wait(self, timeout: Optional[int]) -> None:
+        """Waits until it has ended; kills it if that is not within `timeout` seconds."""
         if timeout is not None:
             self._after(timeout, self.kill, f"it took longer than {timeout} seconds")
-        status = self._process.wait()
+        self.status = self._process.wait()
         if self.killed:
             self._signal(signal.SIGKILL)  # what it left behind
         self._ended = True
         for timer in self._timers:
             timer.cancel()
         self._passing.join(STDERR_PATIENCE)
-        if self.killed or status >= 0:
-            return self.killed or f"exit status {status}"
-        return f"killed by signal {-status}"
 
     def kill(self, why: str) -> None:
         """Ends it with its group: SIGTERM, and SIGKILL for what is still there after a while."""
@@ -6985,10 +6982,16 @@ class Job:
             self._signal(signal.SIGTERM)
             self._after(GRACE, self._signal, signal.SIGKILL)
 
-    def reason(self, status: str) -> str:
-        """Its status with the end of its standard error."""
-        tail = self._tail.decode("utf-8", "replace").strip().encode()
-        return f"{status}: {tail[-TAIL:].decode('utf-8', 'ignore')}" if tail else status
+    def failure(self) -> str:
+        """Why it has not done its work; nothing if it has."""
+        if self.killed or not self.status:
+            return self.killed
+        return f"exit status {self.status}" if self.status > 0 else f"signal {-self.status}"
+
+    def reason(self) -> str:
+        """The same with the end of its standard error."""
+        tail = self._tail.decode("utf-8", "replace").strip().encode()[-TAIL:]
+        return f"{self.failure()}: {tail.decode('utf-8', 'ignore')}" if tail else self.failure()
 
     def _after(self, seconds: float, function: Callable[[Any], None], argument: object) -> None:
         timer = threading.Timer(seconds, function, (argument,))
@@ -7093,18 +7096,17 @@ class Worker:
         self._jobs.add(job)
         if self._killing:
             job.kill(STOPPED)
-        status = job.wait(options.timeout)
+        job.wait(options.timeout)
         self._jobs.discard(job)
-        if status == "exit status 0":
+        if not job.failure():
             return
-        log(f"linger: message {message.id} of {message.channel}: {status}")
-        passing = job.killed or status == f"exit status {os.EX_TEMPFAIL}"
-        if options.reject_on_failure and not passing:
-            loop.reject(job.reason(status))
+        log(f"linger: message {message.id} of {message.channel}: {job.failure()}")
+        if options.reject_on_failure and not job.killed and job.status != os.EX_TEMPFAIL:
+            loop.reject(job.reason())
         elif job.killed == STOPPED:
-            loop.release(job.reason(status), 0)
+            loop.release(job.reason(), 0)
         else:
-            loop.release(job.reason(status), None if message.backoff else options.delay)
+            loop.release(job.reason(), None if message.backoff else options.delay)
 
 
 def _variables(message: Message) -> dict[bytes, bytes]:
@@ -7193,7 +7195,7 @@ COMMANDS = (
     Command("get", "take messages; writes their bodies",
             "linger get jobs --ack", _get, (
                 CHANNELS_ASKED, _seconds("--wait", "that it waits for a message (0)", 0, MAX_WAIT),
-                _number("--count", "N", "messages that it takes at most (1)", default=1),
+                _number("--count", "N", "messages that it takes at most (1)"),
                 _flag("--follow", "take all that come, until interrupted"),
                 _flag("--ack", "delete each once it was written"),
                 _flag("--auto", "delete each as it is delivered"), HIDDEN, JSON)),
