@@ -6026,6 +6026,7 @@ class _Loop:
         self._once = wait == 0
         self._stop = stop
         self.lost: Callable[[], None] = lambda: None  # when the message in hand is ours no more
+        self.away: Callable[[LingerError], None] = lambda _: None  # when it will try again
         self._hand: Optional[tuple[Message, float]] = None  # a message, and when it came
         self._waiting: Optional[_Line] = None  # the line on which the next one is waited for
         self._closed = threading.Event()
@@ -6051,6 +6052,7 @@ class _Loop:
                     self.finish()
                     raise
                 else:
+                    self.away(error)
                     self._stop.wait(next(pauses))
                 continue
             self._hold(message)
@@ -7030,6 +7032,7 @@ class Worker:
         self._jobs: set[Job] = set()
         self._killing = False
         self._worked = False
+        self._told = False  # that the server is away
         self._error: Optional[LingerError] = None
 
     def run(self) -> int:
@@ -7064,6 +7067,7 @@ class Worker:
         options = self._options
         wait = 0 if options.once else None
         loop = _Loop(self._client, options.channel.split(","), wait, None, self._stop)
+        loop.away = self._tell
         try:
             while self._takes.acquire(blocking=False):
                 message = loop.next()
@@ -7081,10 +7085,16 @@ class Worker:
         self._error = error
         self._stop.set()
 
+    def _tell(self, error: LingerError) -> None:
+        """Tells that the server is away, once until there is a message again."""
+        if not self._told:
+            self._told = True
+            log(f"linger: {error}; trying again")
+
     def _do(self, loop: _Loop, message: Message) -> None:
         """Runs the command for a message; unless it succeeds, releases or rejects the message."""
         options = self._options
-        self._worked = True
+        self._worked, self._told = True, False
         try:
             job = Job(options.command, message.body, {**self._environment, **_variables(message)})
         except OSError as error:
