@@ -7047,10 +7047,11 @@ class Worker:
         for n in range(threads):
             threading.Thread(target=self._work, name=f"linger-worker-{n}").start()
         while threads:
-            if self._events.get() == "signal":
-                self._stop_or_kill()
-            else:
-                threads -= 1
+            with contextlib.suppress(queue.Empty):  # a signal that another thread got wakes nobody
+                if self._events.get(timeout=LOOK_INTERVAL) == "signal":
+                    self._stop_or_kill()
+                else:
+                    threads -= 1
         if self._error is not None:
             raise self._error
         return 1 if options.once and not self._worked else 0

@@ -6158,6 +6158,13 @@ class WorkTest(CommandCase):
         self.assertEqual(self.broker.counters["delivered"], 3)
         self.assertEqual(self.counts(), (2, 0, 0))
 
+    def test_commands_run_at_the_same_time(self):
+        for _ in range(2):
+            self.broker.post("q", b"x")
+        both = f"cd {self.folder}; touch $LINGER_MESSAGE_ID; until [ -e 1 -a -e 2 ]; do :; done"
+        self.assertEqual(self.shell(both, "-j", "2", "--timeout", "10"), "")
+        self.assertEqual(self.counts(), (0, 0, 0))
+
     def test_a_job_that_succeeds_costs_one_request(self):
         for _ in range(5):
             self.broker.post("q", b"x")
@@ -6174,9 +6181,11 @@ class WorkProcessTest(CommandProcessCase):
         self.started = self.folder / "started"
         self.go = self.folder / "go"
 
-    def work(self, *arguments, script=""):
-        script = script or f"touch {self.started}; until [ -e {self.go} ]; do sleep 0.02; done"
-        return self.spawn("work", "q", *arguments, "--", "sh", "-c", script)
+    def work(self, *arguments):
+        going = f"[ -e {self.started} -a ! -e {self.go} ]"  # and not when the folder is gone
+        script = f"touch {self.started}; while {going}; do sleep 0.02; done"
+        command = ("work", "q", *arguments, "--", "sh", "-c", script)
+        return self.spawn(*command, stdout=subprocess.DEVNULL)
 
     def ended(self, process):
         """The exit status of a process that ends by itself, and its errors."""
