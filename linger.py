@@ -123,8 +123,9 @@ MAX_COPIES = 100_000  # that a batch published at once may become,
 MAX_COPIED = 256_000_000  # and their bytes: all others wait while they are written
 
 MAX_TARGET = 16_384  # bytes of a request's target (RFC 9112 3 asks for 8,000 at least)
+MAX_REQUEST_LINE = MAX_TARGET + 64  # bytes of a target with its method and version
 MAX_LINE = 8_192  # bytes of one header line
-MAX_HEAD = 65_536  # bytes of a request line with all its header lines
+MAX_HEAD = 65_536  # bytes of all header lines
 MAX_FIELDS = 200  # header lines
 KNOWN_HEADERS = 4  # sets of header lines whose meaning is remembered for a connection
 KNOWN_NAMES = 1_024  # names that need not be decoded or encoded again
@@ -4067,7 +4068,7 @@ def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
     send the same few again and again.
     """
     line, _, _ = head.partition(b"\r\n")
-    if len(line) > MAX_TARGET + 64:
+    if len(line) > MAX_REQUEST_LINE:
         raise LingerError(f"the target is too long: at most {MAX_TARGET} bytes are taken", 414)
     found = REQUEST_LINE.fullmatch(line)
     if not found:
@@ -4473,7 +4474,8 @@ class Handler(BaseHTTPRequestHandler):
         """The next head without its blank line; None when there is none and the line is closed."""
         if self._owes and (self._buffer or self._holds_more()):
             self._await_answer()
-        if not self._buffer and not self._await_request():
+        if self.closing or (not self._buffer and not self._await_request()):
+            self._unread = bool(self._buffer)
             return None
         deadline = 0.0
         seen = 0
@@ -4482,7 +4484,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._buffer = EMPTY_LINES.sub(b"", self._buffer, 1)  # RFC 9112 2.2
                 seen = 0
             end = self._buffer.find(b"\r\n\r\n", max(seen - 3, 0))
-            if 0 <= end <= MAX_HEAD + MAX_TARGET:
+            if 0 <= end <= MAX_REQUEST_LINE + MAX_HEAD:
                 head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
                 return head
             self._check_head_so_far(seen)
@@ -4562,9 +4564,10 @@ class Handler(BaseHTTPRequestHandler):
         """
         if BARE_LINE_FEED.search(self._buffer, seen):
             raise Malformed("a line must end in CR LF")
-        if self._buffer.find(b"\r\n", 0, MAX_TARGET + 64) < 0 and len(self._buffer) > MAX_TARGET:
+        end = MAX_REQUEST_LINE + 2
+        if len(self._buffer) >= end and self._buffer.find(b"\r\n", 0, end) < 0:
             raise LingerError(f"the target is too long: at most {MAX_TARGET} bytes are taken", 414)
-        if len(self._buffer) > MAX_HEAD:
+        if len(self._buffer) > MAX_REQUEST_LINE + MAX_HEAD + 3:
             raise LingerError(f"the headers are too long: at most {MAX_HEAD} bytes are taken", 431)
 
     def _read_body(self, request: Request) -> None:

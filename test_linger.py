@@ -3260,6 +3260,25 @@ class WireTest(ServerTest):
         self.assertEqual(self.statuses(*(request[i : i + 1] for i in range(len(request)))), [202])
         self.assertEqual(self.broker.get("q").body, b"abc0123456789")
 
+    def test_the_limits_of_a_head_are_the_same_however_it_comes(self):
+        setup, pieces = linger.Handler.setup, []
+
+        def set_up(handler):
+            setup(handler)
+            handler._stream = Trickle(handler._stream, lambda: pieces[0])
+
+        longest = linger.MAX_REQUEST_LINE - len("GET / HTTP/1.1")
+        headers = b"".join(b"A:%s\r\n" % (b"x" * n) for n in [8_188] * 7 + [8_179])
+        self.assertEqual(len(b"\r\nHost: x\r\n" + headers[:-2]), linger.MAX_HEAD)
+        with unittest.mock.patch.object(linger.Handler, "setup", set_up):
+            for more, statuses in ((0, (404, 404)), (1, (414, 431))):
+                line = b"GET /" + b"x" * (longest + more) + HOST
+                end = b"B" * more + headers + b"\r\n"
+                for size in (1_000, 65_536):
+                    pieces[:] = [size]
+                    self.assertEqual(self.statuses(line + b"\r\n"), [statuses[0]], size)
+                    self.assertEqual(self.statuses(b"GET /no" + HOST + end), [statuses[1]], size)
+
     def test_empty_lines_before_a_request_may_come_in_pieces(self):
         connection = self.connect()
         connection.sendall(b"\r\n\r")
@@ -3318,6 +3337,23 @@ class WireTest(ServerTest):
                 connection.sendall(GET + b"Connection: close\r\n\r\n" + CALL * 1000)
                 answer = b"".join(iter(lambda c=connection: c.recv(1), b""))  # no reset before
             self.assertEqual(answer.count(b"HTTP/1.1 200 OK"), 1)
+
+    def test_nothing_is_served_after_a_close_also_if_another_thread_sends_the_answer(self):
+        store = self.broker._store
+        for close in (POST.replace(b"/1.1", b"/1.0"), POST + b"Connection: close\r\n"):
+            store._led = True  # as if somebody led
+            heir = linger.Operation((), {})
+            waiting = self.thread(store.run, heir)
+            until(lambda h=heir: store._heir is h)
+            connection = self.connect()
+            connection.sendall(close + b"Content-Length: 1\r\n\r\nx" + CANARY)
+            until(lambda: len(store._pending) == 2)
+            heir.turn.release()
+            waiting.result()
+            answers = b"".join(iter(lambda c=connection: c.recv(1000), b""))
+            self.assertEqual(re.findall(rb"HTTP/1\.1 ([0-9]+)", answers), [b"202"])
+        until(lambda: not self.server.handlers)
+        self.assertNotIn("canary", self.broker.channels())
 
     def test_pipelined_requests_are_answered_in_order(self):
         with self.connect() as connection:
