@@ -4261,7 +4261,7 @@ class Handler(BaseHTTPRequestHandler):
         self.broker = self.server.broker
         self.idle = False  # whether it waits for the first byte of a request
         self.closing = False
-        self._unread = False  # whether the client may have sent more than was read
+        self._refused = False  # whether a client may go on sending what is not read
         self._buffer = b""  # what was received and not yet used
         self._known: dict[bytes, Request] = {}  # by their heads
         self._known_headers: dict[bytes, dict[str, str]] = {}
@@ -4288,10 +4288,10 @@ class Handler(BaseHTTPRequestHandler):
             if self.connection in self.server.refused:
                 error = Unavailable("too many connections: try again soon")
                 self._send(None, answer_error(error), close=True)
-                self._unread = True
+                self._refused = True
             while not self.closing:
                 self._serve_request()
-            if self._unread:
+            if self._refused or self._poll(select.POLLIN):
                 self._drain()
         except OSError:
             pass  # the connection is lost, or its client too slow
@@ -4357,7 +4357,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(request, answer_error(error), close=True)
             if self.server.log_requests:
                 self._log(request, error.status)
-            self._unread = True
+            self._refused = True
             return
         try:
             call = request.call or self._find_call(request)
@@ -4370,8 +4370,6 @@ class Handler(BaseHTTPRequestHandler):
                 self._owes = False
             self._waiter = None
             self._send(request, answer, request.close)
-            if request.close:
-                self._unread = bool(self._buffer) or self._poll(select.POLLIN)
             self._note_answered(request, answer)
 
     def _parse(self, head: bytes) -> Request:
@@ -4475,7 +4473,6 @@ class Handler(BaseHTTPRequestHandler):
         if self._owes and (self._buffer or self._holds_more()):
             self._await_answer()
         if self.closing or (not self._buffer and not self._await_request()):
-            self._unread = bool(self._buffer)
             return None
         deadline = 0.0
         seen = 0
