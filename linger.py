@@ -4721,6 +4721,16 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         """Sends the answer that is owed.  Whose thread this is must not be held up."""
         try:
+            self._answer_now(request, shape, outcome)
+        except Exception:  # no more threads, or a mistake of ours: nobody waits for it for ever
+            log(traceback.format_exc())
+            self.closing = True
+            self._settle_debt()
+
+    def _answer_now(
+        self, request: Request, shape: Callable[[T], Answer], outcome: Callable[[], T]
+    ) -> None:
+        try:
             answer = shape(outcome())
         except Exception as error:
             answer = self._answer_error(request, error)

@@ -2241,6 +2241,19 @@ class Trickle:
         return self._connection.recv(self._most())
 
 
+@contextlib.contextmanager
+def trickling(most=lambda: 1):
+    """Lets servers receive few bytes at a time."""
+    setup = linger.Handler.setup
+
+    def set_up(handler):
+        setup(handler)
+        handler._stream = handler.connection = Trickle(handler.connection, most)
+
+    with unittest.mock.patch.object(linger.Handler, "setup", set_up):
+        yield
+
+
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
@@ -2436,6 +2449,14 @@ class CallTest(ServerTest):
     def test_a_wait_is_0_to_3600_seconds(self):
         for wait in ("-1", "3601", "x", ""):
             self.assertEqual(self.call("GET", f"/channels/q?wait={wait}")[0], 400)
+
+    def test_a_mistake_while_an_answer_is_sent_ends_the_connection(self):
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            with unittest.mock.patch.object(linger.Handler, "_compose", side_effect=KeyError):
+                self.assertEqual(self.talk(CANARY, half_close=False), b"")
+            until(lambda: not self.server.handlers)
+        self.assertIn("KeyError", log.getvalue())
+        self.assertEqual(self.call("POST", "/channels/q", b"x")[0], 202)
 
     def test_a_mistake_of_ours_is_500_and_logged_and_the_server_goes_on(self):
         broken = unittest.mock.patch.object(linger.Broker, "topics", side_effect=ZeroDivisionError)
@@ -3198,17 +3219,11 @@ class WireTest(ServerTest):
         self.check(SERVED, closed=False)
 
     def test_it_is_all_the_same_when_every_byte_comes_by_itself(self):
-        setup = linger.Handler.setup
-
-        def set_up(handler):
-            setup(handler)
-            handler._stream = Trickle(handler._stream)
-
         def short(table):
             for statuses, sentence, requests in table:
                 yield statuses, sentence, {n: r for n, r in requests.items() if len(r) < 2_000}
 
-        with unittest.mock.patch.object(linger.Handler, "setup", set_up):
+        with trickling():
             for table, closed in ((REFUSED, True), (CLOSED, True), (SERVED, False)):
                 self.check(short(table), closed)
 
@@ -3261,16 +3276,11 @@ class WireTest(ServerTest):
         self.assertEqual(self.broker.get("q").body, b"abc0123456789")
 
     def test_the_limits_of_a_head_are_the_same_however_it_comes(self):
-        setup, pieces = linger.Handler.setup, []
-
-        def set_up(handler):
-            setup(handler)
-            handler._stream = Trickle(handler._stream, lambda: pieces[0])
-
+        pieces = []
         longest = linger.MAX_REQUEST_LINE - len("GET / HTTP/1.1")
         headers = b"".join(b"A:%s\r\n" % (b"x" * n) for n in [8_188] * 7 + [8_179])
         self.assertEqual(len(b"\r\nHost: x\r\n" + headers[:-2]), linger.MAX_HEAD)
-        with unittest.mock.patch.object(linger.Handler, "setup", set_up):
+        with trickling(lambda: pieces[0]):
             for more, statuses in ((0, (404, 404)), (1, (414, 431))):
                 line = b"GET /" + b"x" * (longest + more) + HOST
                 end = b"B" * more + headers + b"\r\n"
@@ -3499,14 +3509,8 @@ class FuzzTest(ServerTest):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1_000_000)
             client.sendall(data)
             client.shutdown(socket.SHUT_WR)
-            setup = linger.Handler.setup
-
-            def set_up(handler):
-                setup(handler)
-                handler._stream = Trickle(handler._stream, lambda: self.random.randint(1, most))
-
             start = time.monotonic()
-            with served, unittest.mock.patch.object(linger.Handler, "setup", set_up):
+            with served, trickling(lambda: self.random.randint(1, most)):
                 linger.Handler(served, address, self.server)
             self.assertLess(time.monotonic() - start, 2, data)
             found = b"".join(iter(lambda: client.recv(65_536), b""))
@@ -3568,14 +3572,8 @@ class WorstCaseTest(ServerTest):
             self.assertLess(time.monotonic() - start, 2)
 
     def test_a_long_chunk_in_small_pieces_is_not_copied_again_with_each(self):
-        setup = linger.Handler.setup
-
-        def set_up(handler):
-            setup(handler)
-            handler._stream = Trickle(handler._stream, lambda: 300)
-
         head = b"POST /channels/q/batch" + HOST + b"Content-Type: application/x-ndjson\r\n"
-        with unittest.mock.patch.object(linger.Handler, "setup", set_up):
+        with trickling(lambda: 300):
             start = time.process_time()
             self.assertEqual(
                 self.statuses(
