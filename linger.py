@@ -70,7 +70,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union
 
 __version__ = "2.0.0"
 __all__ = [
@@ -4258,6 +4258,7 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection: socket.socket = self.request
         self._stream: Union[socket.socket, Tls] = self.connection
+        self._tls: Optional[Tls] = None  # the stream, if it is that
         self.broker = self.server.broker
         self.idle = False  # whether it waits for the first byte of a request
         self.closing = False
@@ -4315,14 +4316,11 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError
         tls.shake_hands(lambda: self._receive(deadline))
         self.idle = False
-        self._stream = tls
-
-    def _holds_more(self) -> bool:
-        return isinstance(self._stream, Tls) and self._stream.pending()
+        self._stream = self._tls = tls
 
     def _end_tls(self) -> None:
-        if isinstance(self._stream, Tls):
-            self._stream.end()
+        if self._tls is not None:
+            self._tls.end()
 
     def vanished(self) -> bool:
         """Whether the client has closed its end, or the connection is broken."""
@@ -4470,7 +4468,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_head(self) -> Optional[bytes]:
         """The next head without its blank line; None when there is none and the line is closed."""
-        if self._owes and (self._buffer or self._holds_more()):
+        if self._owes and (self._buffer or (self._tls is not None and self._tls.pending())):
             self._await_answer()
         if self.closing or (not self._buffer and not self._await_request()):
             return None
@@ -4522,7 +4520,7 @@ class Handler(BaseHTTPRequestHandler):
         return not self.closing
 
     def _receive_first(self) -> bytes:
-        if self._owes and self._stream is not self.connection:
+        if self._owes and self._tls is not None:
             if not self.connection.recv(1, socket.MSG_PEEK):
                 return b""
             self._await_answer()  # by a thread that has the use of the TLS until then
@@ -4714,7 +4712,18 @@ class Handler(BaseHTTPRequestHandler):
         """Owes the answer that `shape` makes of an outcome; is to be told that."""
         self._sent.acquire()
         self._owes = True
-        return functools.partial(self._reply, request, shape)
+        return functools.partial(self._reply_or_close, request, shape)
+
+    def _reply_or_close(
+        self, request: Request, shape: Callable[[T], Answer], outcome: Callable[[], T]
+    ) -> None:
+        """`_reply`; whatever goes wrong, the connection's own thread does not wait for ever."""
+        try:
+            self._reply(request, shape, outcome)
+        except Exception:
+            self.closing = True
+            self._settle_debt()
+            raise
 
     def _reply(
         self, request: Request, shape: Callable[[T], Answer], outcome: Callable[[], T]
@@ -4735,8 +4744,8 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             answer = self._answer_error(request, error)
         data = self._compose(request, answer, request.close)
-        if self._stream is not self.connection:
-            data = cast(Tls, self._stream).wrap(data)
+        if self._tls is not None:
+            data = self._tls.wrap(data)
         waiter = self._waiter
         if waiter is not None and waiter.ticket and self.vanished():
             _thread.start_new_thread(self._finish_reply, (request, answer, b""))
