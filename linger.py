@@ -1667,12 +1667,18 @@ class Store:
 
         They see what was submitted before: a client may ask before it has its last answer.
         """
+        if self._led and self._reader is not self._writer:
+            self.run(Operation((), {}))
+        return self.read_committed(*statements, **parameters)
+
+    def read_committed(self, *statements: str, **parameters: object) -> list[list[Any]]:
+        """The same from the last commit, without waiting for what was submitted since."""
         if self._reader is self._writer:
             return self.run(Operation(statements, parameters))
-        if self._led:
-            self.run(Operation((), {}))
         try:
             with self._reading:
+                if len(statements) == 1:
+                    return [self._reader.execute(statements[0], parameters).fetchall()]
                 self._reader.execute("begin")
                 try:
                     return [self._reader.execute(s, parameters).fetchall() for s in statements]
@@ -2644,7 +2650,9 @@ class Broker:
     def _delete(
         self, id: int, lease: Optional[int], within: Optional[str]
     ) -> tuple[Operation, Callable[[], None]]:
-        statements = (DELETE_MESSAGE,) if lease is None and within is None else ACKNOWLEDGE
+        statements: tuple[str, ...] = ACKNOWLEDGE
+        if lease is None:
+            statements = (DELETE_MESSAGE,) if within is None else (DELETE_LEASED,)
         self._settle_due()
         parameters = {"id": id, "lease": lease, "within": within}
         operation = Operation(statements, parameters, self._deleted)
@@ -2877,10 +2885,13 @@ class Broker:
     # -- looking
 
     def channels_of(self, ids: Sequence[int]) -> dict[int, str]:
-        """The channel of each message that there is, by its id."""
-        statements = [CHANNEL_OF_MESSAGE] * len(ids)
-        results = self._store.run(Operation(statements, [{"id": id} for id in ids]))
-        return {id: channel for rows in results for id, channel in rows}
+        """The channel of each message that there is, by its id: who has an id was told of it after
+        the commit."""
+        channels: dict[int, str] = {}
+        for id in ids:
+            (rows,) = self._store.read_committed(CHANNEL_OF_MESSAGE, id=id)
+            channels.update(rows)
+        return channels
 
     def look(self, id: int) -> tuple[Message, str]:
         """A message and its state (of `STATES`), without taking it; `NotFound`."""
@@ -3341,7 +3352,8 @@ def read_rules(path: str) -> dict[bytes, Grant]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_mode & 0o077:
+            status = os.fstat(file.fileno())  # that of root may be there for a service's group
+            if status.st_mode & (0o077 if status.st_uid == os.geteuid() else 0o007):
                 log(f"linger: {path} is open to others than its owner: chmod 600 {path}")
             text = file.read(MAX_TOKENS_FILE + 1)
     except (OSError, UnicodeDecodeError) as error:
@@ -3524,7 +3536,7 @@ class Access:
             lines += f"Access-Control-Allow-Origin: {allowed}\r\n"
             lines += "Access-Control-Expose-Headers: *\r\n"
             return lines + (PREFLIGHT if "access-control-request-method" in headers else "")
-        same = not origin or origin.partition("://")[2] == authority
+        same = not origin or origin.endswith("://" + authority)
         if headers.get("sec-fetch-site", "none" if same else "").lower() in ("none", "same-origin"):
             return lines
         raise Denied("a web page of another site asks: allow it with --cors, if it is yours")
@@ -3635,7 +3647,7 @@ def find_route(method: str, calls: Mapping[str, Route]) -> Route:
 def check_call(route: Route, kinds: Sequence[str], names: Sequence[str], grant: Grant) -> None:
     """`Denied` if a token has not the right to a call with names of these kinds in its path."""
     if route.right not in grant.rights:
-        raise Denied(f"this token has not the right to {route.right}")
+        raise Denied(f"this token lacks the right `{route.right}`")
     if route.right == ADMIN and not names and grant.channels is not None:
         raise Denied("a token with patterns has no right to what concerns the whole server")
     for kind, name in zip(kinds, names):
@@ -4304,8 +4316,9 @@ class Handler(BaseHTTPRequestHandler):
             self._await_answer(over=True)
         self._known.clear()  # which know this handler, too
         self.server.handlers.discard(self)
-        with contextlib.suppress(OSError):
-            self._end_tls()
+        if self._tls is not None:
+            with contextlib.suppress(OSError):
+                self._tls.end()
 
     def _shake_hands(self, context: ssl.SSLContext) -> None:
         """Begins TLS, in this thread and as fast as a head must come."""
@@ -4317,10 +4330,6 @@ class Handler(BaseHTTPRequestHandler):
         tls.shake_hands(lambda: self._receive(deadline))
         self.idle = False
         self._stream = self._tls = tls
-
-    def _end_tls(self) -> None:
-        if self._tls is not None:
-            self._tls.end()
 
     def vanished(self) -> bool:
         """Whether the client has closed its end, or the connection is broken."""
@@ -4805,7 +4814,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """Lets a client that is still sending read its answer first (RFC 9112 9.6)."""
-        self._end_tls()
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + DRAIN_TIME
         left = MAX_DRAIN

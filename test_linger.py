@@ -4501,13 +4501,23 @@ class TlsTest(ServerTest):
         self.assertEqual(self.call("GET", "/channels/q")[2], body)
         self.assertEqual(self.call("GET", "/topics", None, {})[0], 401)
 
+    def test_an_error_can_be_read_while_the_body_is_still_being_sent(self):
+        with self.open() as connection:
+            connection.sendall(
+                b"POST /channels/q HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer T0ken\r\n"
+                b"Content-Length: 2000000\r\n\r\n" + b"x" * 2_000_000
+            )
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 413 "))
+
     def test_a_connection_goes_on_and_its_end_is_told(self):
         with self.open() as connection:
             for _ in range(3):
                 connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
-            connection.sendall(b"GET /topics HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 401 "))
+            connection.sendall(
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            )
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
             connection.suppress_ragged_eofs = False
             self.assertEqual(connection.recv(1000), b"")
 
