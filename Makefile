@@ -1,7 +1,7 @@
-# python3 is all that `run`, `test` and `clean` need; `check` also wants ruff and mypy.
+# python3 is all that `run`, `test`, `bench` and `clean` need; `check` also wants ruff and mypy.
 PYTHON = python3
 
-.PHONY: run test check sizes clean
+.PHONY: run test check bench sizes clean
 
 run:
 	$(PYTHON) linger.py
@@ -13,6 +13,9 @@ check: test
 	ruff check .
 	ruff format --check .
 	mypy --strict linger.py
+
+bench:
+	$(PYTHON) linger.py bench
 
 sizes:  # lines of each section of linger.py
 	@awk '/^# -----/ { banner = !banner; if (banner) { getline; sub(/:.*/, ""); name = $$0 } } \

@@ -68,7 +68,7 @@ import types
 import urllib.parse
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union
 
@@ -194,6 +194,12 @@ MAX_JOBS = 1_000  # commands that a worker runs at a time
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a command
 TAIL = 3_072  # bytes of its standard error that are kept; MAX_REASON has room for more beside
 STDERR_PATIENCE = 0.2  # seconds for it to end when the command has, or never if left to another
+BENCH_CONNECTIONS = 1_000  # that a load may have: all are looked at whenever one is ready
+BENCH_SECONDS = (0.01, 60.0)  # that a measurement may last: each time is kept, and each message
+DISK_SECONDS = 1.0  # that the disk is measured at most: more would tell no more
+BENCH_BYTES = 10_000  # of its messages, of which 100 must fit into an answer
+BENCH_BATCH = 100  # messages of a batch in it
+BENCH_TIMEOUT = MAX_WAIT  # seconds: what is taken must not come back while it is measured
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7158,6 +7164,278 @@ def _variables(message: Message) -> dict[bytes, bytes]:
     }
 
 
+# -- bench: how much the server does on this machine
+
+LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]+)")
+MESSAGE_ID = re.compile(rb"\r\n[Xx]-[Ll]inger-[Mm]sg-[Ii]d: *([0-9]+)")
+IDS = re.compile(rb'"id":([0-9]+)')
+Work = Generator[bytes, bytes, int]  # yields requests, gets answers; how many messages it was
+
+
+class _Wire:
+    """A connection under load: sends what is prepared, reads no more of an answer than it must."""
+
+    def __init__(self, client: Client) -> None:
+        self._line = _Line(client.url, client._make)
+        self.socket = self._line._open().sock
+        self.socket.settimeout(None)  # else Python polls before it reads
+        patience = struct.pack("ll", int(CLIENT_TIMEOUT), 0)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+        self.send = self.socket.sendall
+        self.close = self._line.close
+
+    def read(self) -> bytes:
+        """A whole answer, head and body; or the error that it is."""
+        answer = self._receive()
+        while (end := answer.find(b"\r\n\r\n")) < 0:
+            answer += self._receive()
+        status = int(answer[9:12])
+        found = LENGTH.search(answer, 0, end)
+        end += 4 + int(found[1] if found else 0)
+        while len(answer) < end:
+            answer += self._receive()
+        if status >= 300:
+            raise _error_of(self._line._url, status, answer.partition(b"\r\n\r\n")[2])
+        return answer
+
+    def _receive(self) -> bytes:
+        data = self.socket.recv(65_536)
+        if not data:
+            raise ConnectionError("the server has closed it")
+        return data
+
+
+class Load:
+    """What many clients ask of a server, and how long it takes.
+
+    One thread drives all connections, each with a job at a time: that costs less of the machine,
+    which is the server's too, than a thread each.  Jobs are generators.  All messages are in a
+    channel of its own, which is drained at the end.
+    """
+
+    def __init__(self, client: Client, connections: int, seconds: float, size: int) -> None:
+        """Opens the connections; `LingerError` if the server, or the token, does not let us."""
+        self._client = client
+        self._connections = connections
+        self._seconds = seconds
+        self._channel = f"linger-bench-{uuid.uuid4().hex}"
+        self._taken: list[bytes] = []  # ids of messages in flight
+        path, body, kept = f"/channels/{self._channel}", b"x" * size, {"timeout": BENCH_TIMEOUT}
+        ask, many = client._request, encode_batch([body] * BENCH_BATCH, ALL_PARAMETERS)
+        self._post = ask("POST", path, kept, body, DEFAULT_TYPE)
+        self._post_many = ask("POST", f"{path}/batch", kept, many, "application/json")
+        self._get = ask("GET", path, {"wait": 0}, b"", "")
+        self._get_many = ask("GET", path, {"wait": 0, "n": BENCH_BATCH}, b"", "")
+        self._wait = ask("GET", path, {"wait": int(CLIENT_TIMEOUT)}, b"", "")
+        self._next = ask("GET", path, {"wait": 0, "ack": "_ID_"}, b"", "").split(b"_ID_", 1)
+        self._delete = ask("DELETE", "/messages/_ID_", None, b"", "").split(b"_ID_", 1)
+        client.drain(self._channel)  # before anything is posted: may we do that?
+        self._wires = [_Wire(client) for _ in range(max(connections, 2))]
+
+    def close(self) -> None:
+        """Leaves nothing behind."""
+        for wire in self._wires:
+            wire.close()
+        self._client.drain(self._channel)
+
+    def measurements(self) -> Iterator[dict[str, Any]]:
+        """Makes the measurements, one after the other; the record of each."""
+        jobs = {"post": self._post_one, "get": self._get_one, "delete": self._delete_one,
+                "job": self._job, "ack-and-next": self._job_and_next,
+                f"batch of {BENCH_BATCH}": self._batch}  # fmt: skip
+        try:
+            for name, job in jobs.items():
+                _note(f"{name} ...")
+                yield _measured(name, *self._measure(job))
+            _note("wake-up ...")
+            times = self._wake_ups()
+            yield {**_measured("wake-up", len(times), sum(times), times), "per-second": None}
+        except OSError as error:
+            raise Unavailable(f"the connection to {self._client.url} broke: {error}") from error
+        finally:
+            _note("")
+
+    def _measure(self, job: Callable[[], Work]) -> tuple[int, float, list[float]]:
+        """Does jobs on all connections; the messages, the seconds, and those of each job."""
+        clock, count, times = time.perf_counter, 0, list[float]()
+        under_way: dict[int, tuple[_Wire, Work, float]] = {}
+        poller = select.poll()
+        start = now = clock()
+        deadline = start + self._seconds
+
+        def begin(wire: _Wire) -> None:
+            work = job()
+            request = next(work, None) if now < deadline else None
+            if request is None:
+                del under_way[wire.socket.fileno()]
+                poller.unregister(wire.socket)
+            else:
+                under_way[wire.socket.fileno()] = wire, work, now
+                wire.send(request)
+
+        for wire in self._wires[: self._connections]:
+            poller.register(wire.socket, select.POLLIN)
+            under_way[wire.socket.fileno()] = wire, job(), start
+            begin(wire)
+        while under_way:
+            for descriptor, _ in poller.poll(CLIENT_TIMEOUT * 1_000) or _too_late():
+                wire, work, began = under_way[descriptor]
+                try:
+                    wire.send(work.send(wire.read()))
+                except StopIteration as end:
+                    now = clock()
+                    if end.value:
+                        count += end.value
+                        times.append(now - began)
+                    else:  # there are no more messages
+                        deadline = now
+                    begin(wire)
+        return count, now - start, times
+
+    def _post_one(self) -> Work:
+        yield self._post
+        return 1
+
+    def _get_one(self) -> Work:
+        found = MESSAGE_ID.search((yield self._get))
+        if not found:
+            return 0
+        self._taken.append(found[1])
+        return 1
+
+    def _delete_one(self) -> Work:
+        if not self._taken:
+            return 0
+        yield self._taken.pop().join(self._delete)
+        return 1
+
+    def _job(self) -> Work:
+        yield self._post
+        yield _id_in((yield self._get)).join(self._delete)
+        return 1
+
+    def _job_and_next(self) -> Work:
+        yield self._post
+        request = self._taken.pop().join(self._next) if self._taken else self._get
+        self._taken.append(_id_in((yield request)))
+        return 1
+
+    def _batch(self) -> Work:
+        yield self._post_many
+        ids = IDS.findall((yield self._get_many))
+        body = b"[" + b",".join(ids) + b"]"
+        yield self._client._request("POST", "/messages/delete", None, body, "application/json")
+        return len(ids)
+
+    def _wake_ups(self) -> list[float]:
+        """The seconds from a POST being sent to the answer of the consumer that waited for it."""
+        consumer, poster = self._wires[:2]
+        clock, times = time.perf_counter, list[float]()
+        self._client.drain(self._channel)
+        deadline = clock() + self._seconds
+        while not times or clock() < deadline:
+            consumer.send(self._wait)
+            while not self._client.info(self._channel)["waiting"]:
+                if clock() > deadline + CLIENT_TIMEOUT:
+                    _too_late()
+            start = clock()
+            poster.send(self._post)
+            answer = consumer.read()
+            times.append(clock() - start)
+            poster.read()
+            poster.send(_id_in(answer).join(self._delete))
+            poster.read()
+        return times
+
+
+def _too_late() -> NoReturn:
+    raise TimeoutError(f"there was no answer in {CLIENT_TIMEOUT:.0f} seconds")
+
+
+def _id_in(answer: bytes) -> bytes:
+    """The id of the message that is an answer."""
+    found = MESSAGE_ID.search(answer)
+    if not found:
+        raise Unavailable("there was no message: somebody else takes or deletes what is posted")
+    return found[1]
+
+
+def _measured(name: str, count: int, seconds: float, times: list[float]) -> dict[str, Any]:
+    """The record of a measurement."""
+    times.sort()
+    p50, p99 = (round(times[len(times) * share // 100] * 1_000, 3) for share in (50, 99))
+    record = {"measurement": name, "count": count, "seconds": round(seconds, 3)}
+    return {**record, "per-second": round(count / seconds), "p50-ms": p50, "p99-ms": p99}
+
+
+def _measure_disk(folder: str, seconds: float) -> dict[str, Any]:
+    """What the disk allows: writes of a page, one synced after the other."""
+    clock, times = time.perf_counter, list[float]()
+    sync = getattr(os, "fdatasync", os.fsync)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        start = now = clock()
+        while not times or now < start + seconds:
+            os.pwrite(file.fileno(), bytes(4_096), 0)
+            sync(file.fileno())
+            times.append(clock() - now)
+            now += times[-1]
+    return _measured("disk sync", len(times), now - start, times)
+
+
+@contextlib.contextmanager
+def _own_server(folder: str, sync: str) -> Iterator[str]:
+    """The URL of a server in a process of its own, with an empty database in a folder."""
+    arguments = ("--port", "0", "--dbfile", os.path.join(folder, "linger.db"), "--sync", sync)
+    environment = {n: value for n, value in os.environ.items() if not n.startswith("LINGER_")}
+    with open(os.path.join(folder, "log"), "w+") as file, subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), *arguments],
+        stdout=subprocess.PIPE, stderr=file, env=environment, text=True,
+    ) as process:  # fmt: skip
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            found = re.search(r"listening on (\S+),", line)
+            if not found:
+                file.seek(0)
+                reason = file.read().strip().rpartition("\n")[2]
+                raise Unavailable(f"the server does not start: {reason.replace('linger: ', '')}")
+            yield found[1]
+        finally:
+            process.kill()
+
+
+def _bench(_: Client, options: argparse.Namespace) -> int:
+    """Measures a server, or one of its own; never that of LINGER_URL, which may be at work."""
+    url = options.server or options.url
+    if url:
+        if options.sync or options.folder:
+            raise Malformed("--sync and --folder are for a server of its own: give no URL then")
+        return _show_load(url, None, [], options)
+    sync = options.sync or SYNC_LEVELS[0]
+    with tempfile.TemporaryDirectory(prefix="linger-bench-", dir=options.folder or ".") as folder:
+        _note("disk sync ...")
+        disk = _measure_disk(folder, min(options.seconds, DISK_SECONDS))
+        with _own_server(folder, sync) as url:
+            return _show_load(url, sync, [disk], options)
+
+
+def _show_load(
+    url: str, sync: Optional[str], measured: list[dict[str, Any]], options: argparse.Namespace
+) -> int:
+    with Client(url, options.token, cafile=options.cafile) as client:
+        version = client.welcome()["version"]
+        load = Load(client, options.connections, options.seconds, options.bytes)
+        with contextlib.closing(load):
+            measured.extend(load.measurements())
+    if options.json:
+        record = {"url": url, "version": version, "sync": sync, "time": int(time.time()),
+                  "connections": options.connections, "bytes": options.bytes,
+                  "python": platform.python_version(), "sqlite": sqlite3.sqlite_version,
+                  "processors": os.cpu_count(), "measurements": measured}  # fmt: skip
+        return _show([record], as_json=True)
+    names = ("measurement", "per-second", "p50-ms", "p99-ms")
+    return _show([{name: record[name] for name in names} for record in measured])
+
+
 # -- the table of commands
 
 _Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -7192,6 +7470,14 @@ def _seconds(
 
 def _parameters(table: Sequence[Parameter]) -> tuple[_Argument, ...]:
     return tuple(_argument(f"--{p.name}", metavar="VALUE", help=p.meaning) for p in table)
+
+
+def _measuring_time(text: str) -> float:
+    least, most = BENCH_SECONDS
+    with contextlib.suppress(ValueError):
+        if least <= float(text) <= most:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"it must be from {least} to {most}")
 
 
 PUBLISH_PARAMETERS = tuple(p for p in KEY_PARAMETERS if p.name != "unique")
@@ -7310,6 +7596,18 @@ COMMANDS = (
     Command("backup", "copy the database of the running server to a new file",
             "linger backup copy.db", lambda client, o: client.backup(o.file),
             (_argument("file", metavar="FILE"),)),
+    Command("bench", "measure how much a server of its own does on this machine, or that at a URL",
+            "linger bench --connections 64", _bench, (
+                _argument("server", metavar="URL", nargs="?",
+                          help="of the server (one of its own, on an empty database)"),
+                _number("--connections", "N", "each with a request at a time (8)",
+                        1, BENCH_CONNECTIONS, default=8),
+                _argument("--seconds", metavar="SECONDS", type=_measuring_time, default=2.0,
+                          help="that each measurement lasts (2)"),
+                _number("--bytes", "N", "of a message (100)", 1, BENCH_BYTES, default=100),
+                _argument("--sync", choices=SYNC_LEVELS, help="of its own server (full)"),
+                _argument("--folder", help="for its database: on the disk to be measured (.)"),
+                JSON)),
 )
 # fmt: on
 

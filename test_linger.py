@@ -6307,6 +6307,101 @@ class WorkProcessTest(CommandProcessCase):
 # -- the files -----------------------------------------------------------------------------------
 
 
+class BenchTest(CommandCase):
+    NAMES = ("post", "get", "delete", "job", "ack-and-next", "batch of 100", "wake-up")
+
+    def setUp(self):
+        super().setUp()
+        self.client = linger.Client(self.server.url)
+        self.addCleanup(self.client.close)
+
+    def bench(self, *arguments, **options):
+        return self.run_command("bench", "--seconds", "0.02", "--json", *arguments, **options)
+
+    def test_it_measures_a_server_of_its_own_and_leaves_nothing_behind(self):
+        folder = ("--folder", self.folder)
+        status, output, errors = self.bench(*folder, "--connections", 2, "--sync", "off")
+        self.assertEqual((status, errors), (0, ""))
+        record = json.loads(output)
+        measured = {m["measurement"]: m for m in record["measurements"]}
+        self.assertEqual(list(measured), ["disk sync", *self.NAMES])
+        for m in measured.values():
+            self.assertGreater(m["count"], 0, m)
+            self.assertTrue(0 < m["p50-ms"] <= m["p99-ms"], m)
+        self.assertEqual((record["sync"], record["connections"], record["bytes"]), ("off", 2, 100))
+        self.assertNotEqual(record["url"], self.server.url)
+        with self.assertRaisesRegex(linger.Unavailable, "cannot connect"):
+            linger.Client(record["url"]).welcome()
+        self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
+        self.assertEqual(self.client.stats()["msg-add"], 0)
+
+    def test_it_measures_the_server_at_a_url_and_takes_its_messages_away(self):
+        self.client.post("jobs", "not to be touched")
+        status, output, errors = self.bench(self.server.url)
+        self.assertEqual((status, errors), (0, ""))
+        record = json.loads(output)
+        self.assertEqual(tuple(m["measurement"] for m in record["measurements"]), self.NAMES)
+        self.assertGreater(self.client.stats()["msg-add"], 100)
+        self.assertEqual(self.client.stats()["current-messages"], 1)
+        self.assertEqual(self.client.channel_stats("jobs")["ready"], 1)
+
+    def test_a_table_shows_it_at_a_terminal_and_a_note_how_far_it_is(self):
+        arguments = ("bench", self.server.url, "--seconds", "0.02")
+        _, output, errors = self.run_command(*arguments, terminal=True)
+        lines = output.decode().splitlines()
+        self.assertRegex(lines[0], r"measurement +per-second +p50-ms +p99-ms")
+        self.assertRegex(lines[-1], r"wake-up +- +[0-9.]+ +[0-9.]+")
+        self.assertIn("\rack-and-next ...", errors)
+        self.assertTrue(errors.endswith("\r\x1b[K"))
+
+    def test_what_keeps_it_from_measuring_is_one_line(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        for arguments, reason in (
+            ((nobody,), "cannot connect"),
+            ((self.server.url, "--sync", "off"), "own"),
+            (("--folder", self.folder / "none"), "none"),
+            (("--seconds", "nan"), "from 0.01"),
+        ):
+            with self.subTest(reason):
+                self.assertIn(reason, self.refused("bench", "--seconds", "0.02", *arguments))
+
+    def test_a_server_of_its_own_that_does_not_start_says_why(self):
+        with unittest.mock.patch.object(linger, "SYNC_LEVELS", ("hard",)):
+            errors = self.refused("bench", "--seconds", "0.02", "--folder", self.folder)
+        self.assertIn("the server does not start: --sync: it must be one of full", errors)
+        self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
+
+    def test_what_a_server_refuses_meanwhile_ends_it_and_is_told(self):
+        self.server.broker.hlm = 2
+        self.assertIn("high-level mark", self.refused("bench", self.server.url))
+        self.assertEqual(self.client.stats()["current-messages"], 0)
+
+
+class TokenBenchTest(CommandCase):
+    options = types.MappingProxyType({"token": "T0ken"})
+
+    def test_it_needs_a_token_where_the_server_does(self):
+        bench = ("bench", self.server.url, "--seconds", "0.02")
+        self.assertIn("linger: ", self.refused(*bench))
+        self.assertIn("linger: ", self.refused(*bench, "--token", "wrong"))
+        self.assertEqual(self.linger(*bench, "--token", "T0ken").count("\n"), 7)
+
+
+class BenchProcessTest(CommandProcessCase):
+    def test_an_interrupt_leaves_no_server_and_no_file_behind(self):
+        process = self.spawn("bench", "--seconds", "60", "--folder", str(self.folder))
+        until(lambda: list(self.folder.glob("linger-bench-*/linger.db-wal")))
+        table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True)
+        pairs = [line.split() for line in table.stdout.splitlines()]
+        (server,) = (int(pid) for parent, pid in pairs if parent == str(process.pid))
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+        self.assertEqual(process.returncode, 128 + signal.SIGINT)
+        self.assertFalse(is_alive(server))
+        self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
+
+
 class FileTest(unittest.TestCase):
     def setUp(self):
         self.source = (HERE / "linger.py").read_text()
