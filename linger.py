@@ -7182,7 +7182,6 @@ class _Wire:
         patience = struct.pack("ll", int(CLIENT_TIMEOUT), 0)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
         self.send = self.socket.sendall
-        self.close = self._line.close
 
     def read(self) -> bytes:
         """A whole answer, head and body; or the error that it is."""
@@ -7197,6 +7196,14 @@ class _Wire:
         if status >= 300:
             raise _error_of(self._line._url, status, answer.partition(b"\r\n\r\n")[2])
         return answer
+
+    def close(self) -> None:
+        """Closes it once the server has answered all that was sent, and so adds no more."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+            while self.socket.recv(65_536):
+                pass
+        self._line.close()
 
     def _receive(self) -> bytes:
         data = self.socket.recv(65_536)
@@ -7390,6 +7397,7 @@ def _own_server(folder: str, sync: str) -> Iterator[str]:
     with open(os.path.join(folder, "log"), "w+") as file, subprocess.Popen(
         [sys.executable, os.path.abspath(__file__), *arguments],
         stdout=subprocess.PIPE, stderr=file, env=environment, text=True,
+        start_new_session=True,  # Ctrl-C is for us: we still have to talk to it
     ) as process:  # fmt: skip
         try:
             line = process.stdout.readline() if process.stdout else ""

@@ -6389,13 +6389,22 @@ class TokenBenchTest(CommandCase):
 
 
 class BenchProcessTest(CommandProcessCase):
+    def test_an_interrupt_leaves_no_message_behind(self):
+        process = self.spawn("bench", self.url, "--seconds", "60", "--connections", "32")
+        until(lambda: self.client.stats()["msg-add"] > 100)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
+        self.assertEqual(self.client.stats()["current-messages"], 0)
+
     def test_an_interrupt_leaves_no_server_and_no_file_behind(self):
-        process = self.spawn("bench", "--seconds", "60", "--folder", str(self.folder))
-        until(lambda: list(self.folder.glob("linger-bench-*/linger.db-wal")))
+        arguments = ("bench", "--seconds", "60", "--folder", str(self.folder))
+        process = self.spawn(*arguments, start_new_session=True)
+        logs = "linger-bench-*/linger.db-wal"
+        until(lambda: any(log.stat().st_size > 300_000 for log in self.folder.glob(logs)))
         table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True)
         pairs = [line.split() for line in table.stdout.splitlines()]
         (server,) = (int(pid) for parent, pid in pairs if parent == str(process.pid))
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C at a terminal does
         self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
         self.assertEqual(process.returncode, 128 + signal.SIGINT)
         self.assertFalse(is_alive(server))
