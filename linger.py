@@ -42,6 +42,7 @@ import functools
 import hashlib
 import http
 import http.client
+import io
 import ipaddress
 import itertools
 import json
@@ -5575,8 +5576,7 @@ class Client:
         auto: bool = False,
     ) -> list[Message]:
         """Takes up to `n` messages (1 to 1,000), as many as are ready once one is; see `get`."""
-        names = [channels] if isinstance(channels, str) else channels
-        path = "/channels/" + ",".join(_quote(name) for name in names)
+        path = "/channels/" + ",".join(map(_quote, _names(channels)))
         query: dict[str, object] = {"n": n, "wait": wait, "timeout": timeout}
         if ack is not None:
             query["ack"], query["lease"] = _delivery(ack, lease)
@@ -5737,14 +5737,14 @@ class Client:
             "GET", path, query,
         )  # fmt: skip
 
-    def dump(self, channels: Optional[Iterable[str]] = None) -> Iterator[dict[str, Any]]:
+    def dump(self, channels: Optional[Channels] = None) -> Iterator[dict[str, Any]]:
         """The messages of some channels, or of all, as records for JSON and for `load`.
 
         By channel and id.  A record has `channel`, `type`, `body` (`encoding` is base64 where it
         is not text) and those parameters that are not the default; `delay` and `linger` are what
         is left of them.  A message in flight is dumped as if it was ready.  Nothing is taken.
         """
-        for channel in self.channels() if channels is None else channels:
+        for channel in self.channels() if channels is None else _names(channels):
             path = f"/channels/{_quote(channel)}/messages"
             after: Optional[int] = None
             while True:
@@ -6241,18 +6241,18 @@ def _trust(cafile: Optional[str]) -> ssl.SSLContext:
 
 def _read_answer(answer: http.client.HTTPResponse, into: Optional[BinaryIO]) -> bytes:
     """The body of an answer, whole; that of a good one goes `into` a file, if there is one."""
-    if into is not None and answer.status == 200:
-        shutil.copyfileobj(answer, into)
-        if answer.length:
-            raise http.client.IncompleteRead(b"", answer.length)
-        return b""
-    length = answer.length
-    text = answer.read() if length and length <= MAX_ANSWER else answer.read(MAX_ANSWER + 1)
-    if length is None and not text:
-        raise http.client.IncompleteRead(text)  # it broke off in its head
-    if len(text) > MAX_ANSWER:
-        raise LingerError(f"the answer has more than the {MAX_ANSWER} bytes that are taken", 502)
-    return text
+    text, size = io.BytesIO(), 0
+    filing = into if answer.status == 200 else None
+    while piece := answer.read(FILE_PIECE):
+        size += len(piece)
+        if filing is None and size > MAX_ANSWER:
+            raise LingerError(
+                f"the answer has more than the {MAX_ANSWER} bytes that are taken", 502
+            )
+        (filing or text).write(piece)
+    if answer.length or (answer.length is None and not size):  # or it broke off in its head
+        raise http.client.IncompleteRead(b"", answer.length)
+    return text.getvalue()
 
 
 def _error_of(url: str, status: int, text: bytes) -> LingerError:
@@ -6273,6 +6273,10 @@ def _delivery(message: Union[Message, int], lease: Optional[int] = None) -> Deli
     if isinstance(message, Message):
         return message.id, message.lease if lease is None else lease
     return message, lease
+
+
+def _names(channels: Channels) -> Sequence[str]:
+    return [channels] if isinstance(channels, str) else channels
 
 
 def _quote(name: str) -> str:
