@@ -5036,6 +5036,16 @@ class ConnectionTest(Folder):
             client.stats()
         self.assertEqual(len(script.requests), 1)
 
+    def test_a_loop_that_fails_has_deleted_what_was_done(self):
+        message = linger.Message(1, "q", 0, 30, 0, 1, 0, 0, "", 1, "text/plain", b"x")
+        taken = answer(200, json.dumps([linger.message_object(message)]).encode())
+        script, client = self.start(taken, None, answer(204))
+        with self.assertRaisesRegex(linger.Unavailable, "broke"):
+            for _ in client.consume("q", wait=0):
+                pass
+        self.assertIn(b"ack=1", script.requests[1])
+        self.assertTrue(script.requests[2].startswith(b"DELETE /messages/1?lease=1 "))
+
     def test_a_call_that_is_interrupted_leaves_no_answer_for_the_next(self):
         script, client = self.start(answer(200, b'{"old":1}'), answer(200, b'{"new":1}'))
         with unittest.mock.patch.object(linger, "_read_answer", side_effect=KeyboardInterrupt):
