@@ -48,7 +48,6 @@ import itertools
 import json
 import os
 import platform
-import queue
 import re
 import resource
 import select
@@ -7065,7 +7064,7 @@ class Worker:
         self._environment = {**os.environb, b"LINGER_URL": client.url.encode()}
         self._stop = threading.Event()
         self._takes = threading.Semaphore(options.count or sys.maxsize)
-        self._events: queue.SimpleQueue[str] = queue.SimpleQueue()  # signals, and threads' ends
+        self._events, self._event = os.pipe()  # a byte each: a signal's number, 0 a thread's end
         self._jobs: set[Job] = set()
         self._killing = False
         self._worked = False
@@ -7078,20 +7077,32 @@ class Worker:
         if shutil.which(options.command[0]) is None:
             raise Malformed(f"there is no command {options.command[0]}")
         self._client.welcome()  # later the server is waited for, but not from the start
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._events.put("signal"))
         threads = min(options.j, options.count or options.j)
-        for n in range(threads):
-            threading.Thread(target=self._work, name=f"linger-worker-{n}").start()
-        while threads:
-            with contextlib.suppress(queue.Empty):  # a signal that another thread got wakes nobody
-                if self._events.get(timeout=LOOK_INTERVAL) == "signal":
+        with self._signals():
+            for n in range(threads):
+                threading.Thread(target=self._work, name=f"linger-worker-{n}").start()
+            while threads:
+                if ord(os.read(self._events, 1)):
                     self._stop_or_kill()
                 else:
                     threads -= 1
         if self._error is not None:
             raise self._error
         return 1 if options.once and not self._worked else 0
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Makes events of signals: the pipe is written to at once, whichever thread gets one."""
+        os.set_blocking(self._event, False)
+        before = signal.set_wakeup_fd(self._event)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(self._events)
+            os.close(self._event)
 
     def _stop_or_kill(self) -> None:
         """The first time, takes no new messages; the second, ends the commands that run."""
@@ -7117,7 +7128,7 @@ class Worker:
         finally:
             loop.finish()
             loop.close()
-            self._events.put("end")
+            os.write(self._event, b"\0")
 
     def _fail(self, error: LingerError) -> None:
         self._error = error
