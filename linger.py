@@ -5173,7 +5173,9 @@ class Server(ThreadingHTTPServer):
         self._holding = threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
-        self._alarm, self._wake = os.pipe()
+        self._alarm, self.wake = os.pipe()  # a byte written to `wake` makes serve_forever look up
+        os.set_blocking(self._alarm, False)
+        os.set_blocking(self.wake, False)
 
     def server_bind(self) -> None:
         """Binds without asking the name service for our name, as HTTPServer does."""
@@ -5201,6 +5203,8 @@ class Server(ThreadingHTTPServer):
             poller.register(self._alarm, select.POLLIN)
             while not self.stopping:
                 poller.poll()
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._alarm, 64)
                 while not self.stopping and self._accept():
                     pass
 
@@ -5311,7 +5315,8 @@ class Server(ThreadingHTTPServer):
     def shutdown(self) -> None:
         """Makes `serve_forever` return; fit for a signal handler."""
         self.stopping = True
-        os.write(self._wake, b"!")
+        with contextlib.suppress(BlockingIOError):  # full: it looks up anyway
+            os.write(self.wake, b"!")
 
     def close(self) -> None:
         """Stops: waiting GETs get 204, requests under way finish, the database is closed."""
@@ -5323,7 +5328,7 @@ class Server(ThreadingHTTPServer):
         with self._accepting:
             self.server_close()
             os.close(self._alarm)
-            os.close(self._wake)
+            os.close(self.wake)
         self.broker.stop_waiting()
         for handler in list(self.handlers):
             if handler.idle:
@@ -6649,6 +6654,7 @@ def _serve(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGHUP, lambda *_: server.reload())
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    signal.set_wakeup_fd(server.wake)  # the system may give a signal to any thread
     if options["dbfile"] == MEMORY:
         kept = "messages kept in memory only"
     else:
@@ -6656,6 +6662,7 @@ def _serve(arguments: Sequence[str]) -> int:
     print(f"Linger {__version__} listening on {server.url}, {kept}", flush=True)
     with server:
         server.serve_forever()
+        signal.set_wakeup_fd(-1)
     return 0
 
 

@@ -5261,6 +5261,14 @@ class ProcessTest(ProcessCase):
                     self.assertTrue(waiting.recv(1000).startswith(b"HTTP/1.1 204 "))
                 self.assertFalse(os.path.exists(self.dbfile + "-wal"))
 
+    @unittest.skipUnless(sys.platform == "linux", "the threads of a process are in /proc")
+    def test_a_signal_that_another_thread_gets_stops_it_too(self):
+        server = self.start()
+        pid = server.process.pid
+        threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+        os.kill(next(thread for thread in threads if thread != pid), signal.SIGTERM)
+        self.assertEqual(server.process.wait(PATIENCE), 0)
+
     def test_options_come_from_the_command_line_then_the_environment_then_a_file(self):
         config = self.folder / "linger.conf"
         config.write_text(
