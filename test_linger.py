@@ -76,6 +76,33 @@ class FakeClock:
     monotonic = time
 
 
+class ClockAhead:
+    """The real clock, some seconds ahead."""
+
+    def __init__(self, ahead):
+        self.ahead = ahead
+
+    def time(self):
+        return time.time() + self.ahead
+
+    def monotonic(self):
+        return time.monotonic() + self.ahead
+
+
+def pass_time(broker, seconds):
+    """Puts the clock of a broker forward that began with the real one."""
+    broker._clock = ClockAhead(getattr(broker._clock, "ahead", 0) + seconds)
+    broker.settle()
+
+
+def pass_touches(broker):
+    """Lets 60 seconds pass, in which a message that stays in flight for 30 must be touched."""
+    for _ in range(3):
+        touches = broker.counters["msg-touch"]
+        until(lambda n=touches: broker.counters["msg-touch"] > n)
+        pass_time(broker, 20)
+
+
 class Folder(unittest.TestCase):
     """A test with a temporary folder."""
 
@@ -3800,8 +3827,9 @@ class LongPollTest(ServerTest):
         self.assertTrue(connection.recv(1000).endswith(b"\r\n\r\nhello"))
 
     def test_a_waiting_get_ends_with_204_and_the_connection_goes_on(self):
+        self.hasten(DEFAULT_WAIT=0.1)
         connection = self.connect()
-        connection.sendall(b"GET /channels/q?wait=1 HTTP/1.1\r\nHost: x\r\n\r\n" + CALL)
+        connection.sendall(b"GET /channels/q HTTP/1.1\r\nHost: x\r\n\r\n" + CALL)
         answers = b""
         while b"200 OK" not in answers:
             answers += connection.recv(1000)
@@ -5172,12 +5200,14 @@ class WorkerTest(ClientCase):
         self.assertEqual((self.counts(), self.counts("d")), ((0, 0, 1), (1, 0, 0)))
 
     def test_a_message_stays_its_workers_for_as_long_as_that_takes(self):
+        self.hasten(TOUCHES=300)
+
         def do(message):
-            until(lambda: self.broker.counters["msg-touch"] == 4)
+            pass_touches(self.broker)
             self.stop.set()
 
-        self.client.post("q", "x", timeout=30)
-        self.work(do, timeout=1).result(PATIENCE)
+        self.client.post("q", "x", timeout=1)
+        self.work(do, timeout=30).result(PATIENCE)
         self.assertEqual(self.counts(), (0, 0, 0))
         self.assertEqual(self.broker.counters["delivered"], 1)
 
@@ -5341,27 +5371,37 @@ class ProcessTest(ProcessCase):
         self.assertEqual(found, dict.fromkeys(files, 0o600))
 
     def test_what_cannot_start_says_why_in_one_line(self):
-        config = self.folder / "bad.conf"
-        config.write_text("import os\n")
         busy = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(busy.close)
         for arguments, reason in (
             (["--nonsense"], "--nonsense"),
-            (["--port=x"], "--port"),
-            (["--port=70000"], "65535"),
             (["--hlm=-1"], "--hlm"),
-            (["--sync=maybe"], "full, normal, off"),
             ([f"--port={busy.getsockname()[1]}"], "in use"),
             (["--host=203.0.113.1"], "cannot listen"),
-            (["--dbfile=/no/such/folder/x.db"], "No such file"),
-            ([f"--dbfile={self.folder}"], "directory"),
-            ([f"--dbfile={config}"], "not a database"),
-            ([f"--config={config}"], "line 1"),
-            (["--config=/no/such/file"], "No such file"),
         ):
             with self.subTest(arguments):
                 self.assertIn(reason, self.refused(*arguments))
         self.assertIn("LINGER_HLM", self.refused(environment={"LINGER_HLM": "x"}))
+
+    def test_options_and_files_that_cannot_be_are_refused(self):
+        """In this process, which must keep its own settings."""
+        self.hasten(_calm_threads=bool)
+        config = self.folder / "bad.conf"
+        config.write_text("import os\n")
+        for argument, reason in (
+            ("--port=x", "--port"),
+            ("--port=70000", "65535"),
+            ("--sync=maybe", "full, normal, off"),
+            ("--dbfile=/no/such/folder/x.db", "No such file"),
+            (f"--dbfile={self.folder}", "directory"),
+            (f"--dbfile={config}", "not a database"),
+            (f"--config={config}", "line 1"),
+            ("--config=/no/such/file", "No such file"),
+        ):
+            with self.subTest(argument), unittest.mock.patch.object(os, "umask"):
+                status, output, errors = run_command("", "--port=0", argument)
+                self.assertEqual((status, output, errors.count("\n")), (2, b"", 1), errors)
+                self.assertIn(reason, errors)
 
     def test_two_servers_on_one_file_are_refused(self):
         self.start()
@@ -5722,10 +5762,12 @@ print("end", flush=True)
 
     def test_a_worker_that_is_killed_leaves_its_message_to_another(self):
         with linger.serve() as server, linger.Client(server.url) as client:
-            client.post("q", "x", timeout=1)
+            client.post("q", "x", timeout=30)
             worker = self.start_worker(server)
             self.assertEqual(worker.stdout.readline(), "x 1\n")
             worker.kill()
+            worker.wait()
+            pass_time(server.broker, 30)
             message = client.get("q", 5)
             self.assertEqual((message.text, message.delivered), ("x", 2))
 
@@ -5753,6 +5795,7 @@ print("end", flush=True)
             self.assertEqual(worker.returncode, -signal.SIGTERM)
 
     def test_a_loop_goes_on_over_restarts_of_the_server_and_loses_nothing(self):
+        self.hasten(FIRST_PAUSE=0.01)
         server = self.start()
         port = f"--port={server.port}"
         client = linger.Client(f"http://127.0.0.1:{server.port}", timeout=PATIENCE)
@@ -6058,9 +6101,9 @@ class CommandTest(CommandCase):
 class CommandProcessCase(ProcessCase):
     """Commands in real processes, and a server in another."""
 
-    def spawn(self, *arguments, **options):
+    def spawn(self, *arguments, program=None, **options):
         process = subprocess.Popen(
-            [sys.executable, *STRICT, compiled, *arguments],
+            [sys.executable, *STRICT, *(program or [compiled]), *arguments],
             env={**os.environ, "LINGER_URL": self.url},
             text=True,
             **{**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), **options},
@@ -6198,14 +6241,23 @@ class WorkTest(CommandCase):
         until(lambda: not is_alive(int(pids.read_text())))
 
     def test_a_message_is_touched_while_its_command_runs(self):
-        self.broker.post("q", b"x", timeout=1)
-        self.assertEqual(self.shell("sleep 1.6"), "")
+        self.hasten(LOOK_INTERVAL=0.02, TOUCHES=300)
+        self.broker.post("q", b"x", timeout=30)
+        done = self.folder / "done"
+
+        def finish():
+            pass_touches(self.broker)
+            done.touch()
+
+        finished = self.thread(finish)
+        self.assertEqual(self.shell(f"until [ -e {done} ]; do sleep 0.02; done"), "")
+        finished.result()
         self.assertEqual(self.broker.counters["msg-timeouts"], 0)
-        self.assertGreaterEqual(self.broker.counters["msg-touch"], 2)
         self.assertEqual(self.counts(), (0, 0, 0))
 
     def test_a_command_whose_message_is_deleted_is_killed(self):
-        self.broker.post("q", b"x", timeout=1)
+        self.hasten(LOOK_INTERVAL=0.02, TOUCHES=300)
+        self.broker.post("q", b"x", timeout=30)
         started = self.folder / "started"
 
         def delete():
@@ -6314,7 +6366,7 @@ class WorkProcessTest(CommandProcessCase):
         self.assertEqual(self.client.channel_stats("q"), {"ready": 0, "hidden": 0})
 
     def test_of_many_lines_none_is_lost_by_the_death_of_worker_and_server(self):
-        count = int(os.environ.get("LINGER_TEST_LINES", "400"))
+        count = int(os.environ.get("LINGER_TEST_LINES", "200"))
         patience = PATIENCE + count / 50
         lines = [f"line {n:09}\n" for n in range(count)]
         out = self.folder / "out"
@@ -6442,7 +6494,9 @@ class BenchProcessTest(CommandProcessCase):
 
     def test_an_interrupt_leaves_no_server_and_no_file_behind(self):
         arguments = ("bench", "--seconds", "60", "--folder", str(self.folder))
-        process = self.spawn(*arguments, start_new_session=True)
+        program = ("-c", "import linger; linger.DISK_SECONDS = 0.1; exit(linger.main())")
+        folder = os.path.dirname(compiled)
+        process = self.spawn(*arguments, program=program, cwd=folder, start_new_session=True)
         logs = "linger-bench-*/linger.db-wal"
         until(lambda: any(log.stat().st_size > 300_000 for log in self.folder.glob(logs)))
         table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True)
@@ -6456,9 +6510,10 @@ class BenchProcessTest(CommandProcessCase):
 
 
 class FileTest(unittest.TestCase):
-    def setUp(self):
-        self.source = (HERE / "linger.py").read_text()
-        self.tree = ast.parse(self.source)
+    @classmethod
+    def setUpClass(cls):
+        cls.source = (HERE / "linger.py").read_text()
+        cls.tree = ast.parse(cls.source)
 
     def test_it_parses_as_python_3_9_and_imports_only_the_standard_library(self):
         ast.parse(self.source, feature_version=(3, 9))
