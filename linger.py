@@ -1408,13 +1408,16 @@ class Operation:
     `parameters` are those of all statements, or a list with those of each; where they are
     themselves a list, the statement runs once for each.  `results` holds for each statement the
     rows of a select, else `(rows changed, last id)`.
+    `ran(operation)` is called once its statements have run, before the commit: it may `add` others
+    to the same transaction.  It is called once, even if the transaction then fails.
     `committed(operation)` is called after the commit, in the order of commits, by the thread that
     committed; it must be short.  It is not called for an operation that failed.
     `finished(operation)` is called by the same thread once it is committed or has failed.
     """
 
     __slots__ = (
-        "committed", "done", "error", "finished", "parameters", "results", "statements", "turn"
+        "called", "committed", "done", "error", "finished", "parameters", "ran", "results",
+        "statements", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -1423,11 +1426,14 @@ class Operation:
         parameters: Parameters,
         committed: Optional[Callable[[Operation], None]] = None,
         finished: Optional[Callable[[Operation], None]] = None,
+        ran: Optional[Callable[[Operation], None]] = None,
     ) -> None:
         self.statements = statements
         self.parameters = parameters
         self.committed = committed
         self.finished = finished
+        self.ran = ran
+        self.called: dict[str, int] = {}  # how many consumers `ran` has called, by channel
         self.results: list[Any] = []
         self.error: Optional[Exception] = None
         self.done = False
@@ -1470,6 +1476,7 @@ class Store:
         self._led = False
         self._heir: Optional[Operation] = None  # one on the list whose thread waits to lead
         self._crowded = False  # whether the last transaction was shared
+        self._open_batch: Optional[list[Operation]] = None  # what runs in the one under way
         self._reading = threading.Lock()  # one reader at a time on the reading connection
         self._copying = threading.Lock()  # one copy at a time is made
         self._files: dict[str, tuple[int, int]] = {}
@@ -1540,7 +1547,11 @@ class Store:
         self._enter(operation, waits=False)
 
     def add(self, operation: Operation) -> None:
-        """Puts an operation on the list, for who is called by one that leads."""
+        """Puts an operation into the transaction that is being made, if one is, else into the
+        next; only for who is called by the thread that leads."""
+        if self._open_batch is not None:
+            self._open_batch.append(operation)
+            return
         with self._lock:
             self._pending.append(operation)
 
@@ -1609,9 +1620,11 @@ class Store:
             self._transact(batch)
         except Exception as error:
             self._roll_back(error)
-            for operation in batch:
+            for operation in list(batch):
                 if begun and again:
-                    self._commit([operation], again=False)
+                    alone = [operation]
+                    self._commit(alone, again=False)
+                    batch += alone[1:]  # what was added to its transaction
                 else:
                     operation.error = _explain(error)
         else:
@@ -1620,19 +1633,28 @@ class Store:
     def _transact(self, batch: list[Operation]) -> None:
         cursor = self._writer.cursor()
         execute = cursor.execute
-        for operation in batch:
-            operation.results = results = []
-            each: Any = operation.parameters
-            if type(each) is not list:
-                each = itertools.repeat(each)
-            for statement, parameters in zip(operation.statements, each):
-                if type(parameters) is list:
-                    cursor.executemany(statement, parameters)
-                else:
-                    execute(statement, parameters)
-                results.append(
-                    cursor.fetchall() if cursor.description else (cursor.rowcount, cursor.lastrowid)
-                )
+        self._open_batch = batch
+        try:
+            for operation in batch:  # which may grow
+                operation.results = results = []
+                each: Any = operation.parameters
+                if type(each) is not list:
+                    each = itertools.repeat(each)
+                for statement, parameters in zip(operation.statements, each):
+                    if type(parameters) is list:
+                        cursor.executemany(statement, parameters)
+                    else:
+                        execute(statement, parameters)
+                    results.append(
+                        cursor.fetchall()
+                        if cursor.description
+                        else (cursor.rowcount, cursor.lastrowid)
+                    )
+                if operation.ran is not None:
+                    ran, operation.ran = operation.ran, None
+                    ran(operation)
+        finally:
+            self._open_batch = None
         execute("commit")
 
     def _roll_back(self, error: BaseException) -> None:
@@ -2240,7 +2262,7 @@ class Broker:
             statements = POST_KEYED
         self._make_place(channel)
         self._settle_due()
-        operation = Operation(statements, message, self._posted)
+        operation = Operation(statements, message, self._posted, ran=self._posting)
 
         def outcome() -> Posted:
             posted = _posted_once(operation.outcome())
@@ -2275,20 +2297,37 @@ class Broker:
         message["lingers_until"] = now + linger if linger else 0
         return message
 
-    def _posted(self, operation: Operation) -> None:
-        """After POST_MESSAGE, which stands third if the message has keys."""
+    def _posting(self, operation: Operation) -> None:
         message: Any = operation.parameters
-        if operation.results[2 if len(operation.results) > 1 else 0][0]:
-            self._added(
-                message["channel"], message["state"], message["due"], message["lingers_until"]
-            )
+        if not message["state"] and _was_posted(operation):
+            self._call_early(operation, message["channel"])
 
-    def _added(self, channel: str, state: int, due: float, lingers_until: float) -> None:
+    def _call_early(self, operation: Operation, channel: str) -> None:
+        """Calls who waits for a message that is being added, to take it in the same transaction.
+
+        Who begins to wait in that transaction is called after it, by `_added`.
+        """
+        if channel in self._waiting:
+            operation.called[channel] = operation.called.get(channel, 0) + self._call(channel, 1)
+
+    def _posted(self, operation: Operation) -> None:
+        if _was_posted(operation):
+            message: Any = operation.parameters
+            self._added(
+                operation, message["channel"], message["state"], message["due"],
+                message["lingers_until"],
+            )  # fmt: skip
+
+    def _added(
+        self, operation: Operation, channel: str, state: int, due: float, lingers_until: float
+    ) -> None:
         self.counters["msg-add"] += 1
         if lingers_until:
             self._expect(lingers_until)
         if state:
             self._expect(due)
+        elif operation.called.get(channel):
+            operation.called[channel] -= 1
         elif not self._call(channel, 1):
             self.counters["msg-show"] += 1
 
@@ -2304,10 +2343,19 @@ class Broker:
         rows = _each(messages, lambda m: {**self._message(channel, *m), "batch": 1})
         self._make_place(channel)
 
-        def posted(operation: Operation) -> None:
+        def added(operation: Operation) -> Iterable[dict[str, Any]]:
             for row, outcome in zip(rows, _batch_outcome(operation.results, len(rows))):
                 if outcome and not outcome.duplicate:
-                    self._added(channel, row["state"], row["due"], row["lingers_until"])
+                    yield row
+
+        def ran(operation: Operation) -> None:
+            for row in added(operation) if channel in self._waiting else ():
+                if not row["state"]:
+                    self._call_early(operation, channel)
+
+        def posted(operation: Operation) -> None:
+            for row in added(operation):
+                self._added(operation, channel, row["state"], row["due"], row["lingers_until"])
 
         fit = {"channel": channel, "hlm": rows[0]["hlm"], "count": len(rows)}
         if any(row["dedup"] is not None or row["unique"] is not None for row in rows):
@@ -2315,9 +2363,7 @@ class Broker:
             values: list[Any] = [row for row in rows for _ in POST_KEYED]
         else:
             statements, values = (POST_MESSAGE, LAST_ID), [rows, {}]
-        results = self._run(
-            (MARK_FIT, *statements, UNMARK_FIT), [fit, *values, {}], posted
-        )  # fmt: skip
+        results = self._run((MARK_FIT, *statements, UNMARK_FIT), [fit, *values, {}], posted, ran)
         ids = [outcome.id for outcome in _batch_outcome(results, len(rows)) if outcome]
         if len(ids) < len(rows):
             raise Full(f"the batch does not fit below the high-level mark of {rows[0]['hlm']}")
@@ -2355,30 +2401,25 @@ class Broker:
             self._check_copies(topic, rows)
         keyed = any(row["dedup"] is not None for row in rows)
         statements = PUBLISH_KEYED if keyed else PUBLISH
-        place = 1 if keyed else 0
-        size = len(statements)
+
+        def copies(operation: Operation) -> Iterable[Any]:
+            return itertools.chain.from_iterable(operation.results[keyed + 2 :: len(statements)])
+
+        def ran(operation: Operation) -> None:
+            for channel, _, state, *_ in copies(operation):
+                if not state:
+                    self._call_early(operation, channel)
 
         def published(operation: Operation) -> None:
-            for i in range(place + 2, len(operation.results), size):
-                for channel, _, state, due, lingers_until in operation.results[i]:
-                    self.counters["publish"] += 1
-                    self._added(channel, state, due, lingers_until)
+            for channel, _, state, due, lingers_until in copies(operation):
+                self.counters["publish"] += 1
+                self._added(operation, channel, state, due, lingers_until)
 
         results = self._run(
             [sql for _ in rows for sql in statements], [row for row in rows for _ in statements],
-            published,
+            published, ran,
         )  # fmt: skip
-        answers, dropped, duplicates = [], [], []
-        for i in range(0, len(results), size):
-            known = results[i] if keyed else []
-            duplicates.append(bool(known))
-            if known:
-                lines = (line.partition(" ") for line in known[0][0].split("\n") if line)
-                answers.append({channel: int(id) for id, _, channel in lines})
-            else:
-                dropped += [channel for (channel,) in results[i + place]]
-                answers.append({row[0]: row[1] for row in results[i + place + 2]})
-        return answers, sorted(set(dropped)), duplicates
+        return _published(results, keyed)
 
     def _publication(
         self, topic: str, body: bytes, type: str, given: Mapping[str, object]
@@ -3090,9 +3131,10 @@ class Broker:
         statements: Sequence[str],
         parameters: Parameters,
         committed: Callable[[Operation], None],
+        ran: Optional[Callable[[Operation], None]] = None,
     ) -> list[Any]:
         self._settle_due()
-        return self._store.run(Operation(statements, parameters, committed))
+        return self._store.run(Operation(statements, parameters, committed, ran=ran))
 
     def _park(self, waiter: Waiter) -> bool:
         """Lets a waiter that found nothing wait, in its old place if it had one; whether it does.
@@ -3220,6 +3262,12 @@ def _each(items: Sequence[Any], shape: Callable[[Any], dict[str, Any]]) -> list[
     return rows
 
 
+def _was_posted(operation: Operation) -> bool:
+    """Whether POST_MESSAGE added one: it stands third if the message has keys."""
+    results = operation.results
+    return bool(results[2 if len(results) > 1 else 0][0])
+
+
 def _posted_once(results: list[Any]) -> Optional[Posted]:
     """What came of POST_KEYED, or of POST_MESSAGE alone; None if the channel is full."""
     if len(results) == 1:
@@ -3231,6 +3279,26 @@ def _posted_once(results: list[Any]) -> Optional[Posted]:
     if messages:
         return Posted(messages[0][0], duplicate=True)
     return Posted(id) if added else None
+
+
+def _published(
+    results: list[Any], keyed: bool
+) -> tuple[list[dict[str, int]], list[str], list[bool]]:
+    """What came of publications, from the results of PUBLISH or PUBLISH_KEYED of each: the ids of
+    the copies by channel, the channels left out of any, and whether it was a duplicate."""
+    answers, dropped, duplicates = [], set[str](), []
+    size = len(PUBLISH_KEYED if keyed else PUBLISH)
+    for i in range(0, len(results), size):
+        known = results[i] if keyed else []
+        duplicates.append(bool(known))
+        if known:
+            lines = (line.partition(" ") for line in known[0][0].split("\n") if line)
+            answers.append({channel: int(id) for id, _, channel in lines})
+        else:
+            left_out, _, copies = results[i + keyed : i + keyed + 3]
+            dropped.update(channel for (channel,) in left_out)
+            answers.append({row[0]: row[1] for row in copies})
+    return answers, sorted(dropped), duplicates
 
 
 def _batch_outcome(results: list[Any], count: int) -> list[Optional[Posted]]:

@@ -1129,22 +1129,87 @@ class WaitingTest(BrokerTest):
 
     def test_a_failed_take_passes_the_call_on(self):
         first, second = self.park("q"), self.park("q")
-        self.broker.post("other", b"x")
-        run, broken = self.broker._store._transact, [True]
+        take_for, broken = self.broker._take_for, [True]
 
-        def fail_takes(batch):
-            if any(o.statements == linger.TAKE for o in batch) and broken:
+        def fail_first(waiter):
+            operation = take_for(waiter)
+            if broken:
+                operation.statements = ("select * from nowhere",)
                 broken.pop()
-                raise sqlite3.OperationalError("disk I/O error")
-            run(batch)
+            return operation
 
-        # the shared transaction fails, then the take's own
-        broken *= 2
-        self.broker._store._transact = fail_takes
+        # the transaction shared with the post fails, then the take's own
+        self.broker._take_for = fail_first
         self.broker.post("q", b"x")
         with self.assertRaises(linger.Unavailable):
             first.result(PATIENCE)
         self.assertEqual(second.result(PATIENCE).body, b"x")
+
+    def commits_of(self, call):
+        """How many commits a call takes."""
+        statements = []
+        writer = self.broker._store._writer
+        writer.set_trace_callback(statements.append)
+        call()
+        writer.set_trace_callback(None)
+        return statements.count("commit")
+
+    def test_what_is_added_is_taken_in_the_same_transaction_by_who_waits_for_it(self):
+        self.broker.subscribe("a", "t")
+        self.broker.subscribe("b", "t")
+        two = [(b"1", "x/y", {}), (b"2", "x/y", {})]
+        for call, channels in (
+            (lambda: self.broker.post("a", b"1"), "a"),
+            (lambda: self.broker.post("a", b"1", unique="k"), "a"),
+            (lambda: self.broker.post_batch("a", two), "aa"),
+            (lambda: self.broker.publish("t", b"1"), "ab"),
+            (lambda: self.broker.publish_batch("t", two), "aabb"),
+        ):
+            futures = [self.park(channel) for channel in channels]
+            before = self.broker.counters["msg-show"]
+            self.assertEqual(self.commits_of(call), 1, channels)
+            for future in futures:
+                message = future.result(PATIENCE)
+                self.assertEqual(message.delivered, 1)
+                self.broker.delete(message.id)
+            self.assertEqual(self.broker.counters["msg-show"], before)
+
+    def test_who_begins_to_wait_in_the_transaction_of_a_post_is_called_after_it(self):
+        broker, outcomes = self.broker, []
+        broker._store._led = True  # as if somebody led
+        broker._store._heir = linger.Operation((), {})
+        broker.start_take(outcomes.append, broker.waiter(["q"]), waits=True)
+        broker.start_post(lambda outcome: None, "q", b"x")
+        broker._store._lead()
+        self.assertEqual([m.body for outcome in outcomes for m in outcome()], [b"x"])
+
+    def test_a_consumer_called_in_a_transaction_that_fails_is_served_in_the_next(self):
+        future = self.park("q")
+        operation, _ = self.broker._post("q", b"x", "x/y", {})
+        call, broken = operation.ran, ["select * from nowhere"]
+
+        def call_and_fail(operation):
+            call(operation)
+            self.broker._store._writer.execute(broken.pop())
+
+        operation.ran = call_and_fail
+        self.broker._store.run(operation)
+        self.assertEqual((broken, future.result(PATIENCE).body), ([], b"x"))
+
+    def test_a_consumer_called_by_a_post_that_is_undone_waits_on(self):
+        future = self.park("q")
+        bad = linger.Operation(("select * from nowhere",), {})
+        operation, _ = self.broker._post("q", b"x", "x/y", {})
+        operation.statements = (linger.ADD_MESSAGE, "select 1 from nowhere")
+        operation.ran = None
+        self.broker._store._led = True  # as if somebody led
+        for each in (operation, bad):
+            self.broker._store.add(each)
+        self.broker._call("q", 1)
+        self.broker._store._lead()
+        until(lambda: self.broker._waiting.get("q"))
+        self.broker.post("q", b"y")
+        self.assertEqual(future.result(PATIENCE).body, b"y")
 
     def test_no_wake_up_is_lost_in_a_crowd(self):
         total, taken = 2000, []
