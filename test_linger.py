@@ -4985,7 +4985,11 @@ class BackupCallTest(ClientCase):
         self.assertEqual(len(self.call("GET", "/backup")[2]) // 4_000_000, 1)
 
     def test_a_copy_that_is_cut_off_is_not_kept(self):
-        cut = unittest.mock.patch.object(linger.Handler, "_send_file", lambda *_: 1 / 0)
+        def fail(_, file):
+            with file:
+                raise ZeroDivisionError
+
+        cut = unittest.mock.patch.object(linger.Handler, "_send_file", fail)
         broken = self.assertRaisesRegex(linger.Unavailable, "broke")
         with cut, contextlib.redirect_stderr(io.StringIO()), broken:
             self.client.backup(self.dbfile)
@@ -6399,10 +6403,15 @@ class WorkProcessTest(CommandProcessCase):
         return process.returncode, errors
 
     def test_sigterm_lets_commands_finish_and_takes_no_new_message(self):
-        self.client.post_batch("q", ["a", "b"])
-        process = self.work()
-        until(self.started.exists)
+        def waiting():
+            return self.client.info("q")["waiting"]
+
+        self.client.post("q", "a")
+        process = self.work("-j", "2")
+        until(lambda: self.started.exists() and waiting() == 1)
         process.send_signal(signal.SIGTERM)
+        until(lambda: waiting() == 0)
+        self.client.post("q", "b")
         self.go.touch()
         self.assertEqual(self.ended(process), (0, ""))
         self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
