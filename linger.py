@@ -47,7 +47,6 @@ import ipaddress
 import itertools
 import json
 import os
-import platform
 import re
 import resource
 import select
@@ -66,7 +65,6 @@ import time
 import traceback
 import types
 import urllib.parse
-import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -2030,7 +2028,7 @@ def _create(
     connection.execute("begin exclusive")
     for statement in (*before, *SCHEMA, *after):
         connection.execute(statement)
-    connection.execute(ADD_CONFIG, {"key": "server_id", "value": uuid.uuid4().hex})
+    connection.execute(ADD_CONFIG, {"key": "server_id", "value": os.urandom(16).hex()})
     connection.execute(f"pragma application_id = {APPLICATION_ID}")
     connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
     connection.execute("commit")
@@ -3049,7 +3047,7 @@ class Broker:
             "msg-max-id": newest[0][0],
             "msg-max-size": self.max_message,
             "id": self.id,
-            "hostname": platform.node(),
+            "hostname": socket.gethostname(),
         }
 
     def backup(self, path: str) -> None:
@@ -4917,7 +4915,7 @@ class Handler(BaseHTTPRequestHandler):
                 "Linger": "Welcome",
                 "version": __version__,
                 "id": self.broker.id,
-                "hostname": platform.node(),
+                "hostname": socket.gethostname(),
             }
         )
 
@@ -5937,7 +5935,7 @@ class Client:
     ) -> T:
         """Posts something: with a dedup key it may be sent again."""
         if retry:
-            query.setdefault("dedup", uuid.uuid4().hex)
+            query.setdefault("dedup", os.urandom(16).hex())
         call = functools.partial(
             self._ask, shape, "POST", path, query, body, type, repeatable="dedup" in query
         )
@@ -6830,7 +6828,7 @@ def _post_lines(client: Client, options: argparse.Namespace, given: dict[str, st
     """
     if options.body not in (None, "-"):
         raise Malformed("with --lines the messages come on standard input")
-    key = given.pop("dedup", None) or uuid.uuid4().hex
+    key = given.pop("dedup", None) or os.urandom(16).hex()
     posted, last = 0, 0
     batch: list[tuple[int, bytes]] = []
     try:
@@ -7315,7 +7313,7 @@ class Load:
         self._client = client
         self._connections = connections
         self._seconds = seconds
-        self._channel = f"linger-bench-{uuid.uuid4().hex}"
+        self._channel = f"linger-bench-{os.urandom(16).hex()}"
         self._taken: list[bytes] = []  # ids of messages in flight
         path, body, kept = f"/channels/{self._channel}", b"x" * size, {"timeout": BENCH_TIMEOUT}
         ask, many = client._request, encode_batch([body] * BENCH_BATCH, ALL_PARAMETERS)
@@ -7527,7 +7525,7 @@ def _show_load(
     if options.json:
         record = {"url": url, "version": version, "sync": sync, "time": int(time.time()),
                   "connections": options.connections, "bytes": options.bytes,
-                  "python": platform.python_version(), "sqlite": sqlite3.sqlite_version,
+                  "python": sys.version.split()[0], "sqlite": sqlite3.sqlite_version,
                   "processors": os.cpu_count(), "measurements": measured}  # fmt: skip
         return _show([record], as_json=True)
     names = ("measurement", "per-second", "p50-ms", "p99-ms")

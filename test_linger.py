@@ -6602,6 +6602,15 @@ class FileTest(unittest.TestCase):
             self.skipTest("this Python does not list its modules")
         self.assertEqual(names - set(known), set())
 
+    def test_a_server_imports_nothing_that_is_large_and_of_no_use_to_it(self):
+        """Each of these takes milliseconds of its start, and most a megabyte."""
+        program = "import linger, sys; print(*sys.modules)"
+        command = (sys.executable, "-S", *STRICT, "-c", program)
+        output = subprocess.check_output(command, cwd=os.path.dirname(compiled), text=True)
+        needless = {"asyncio", "concurrent.futures", "ctypes", "inspect", "logging", "platform",
+                    "multiprocessing", "pickle", "unittest", "urllib.request", "uuid"}  # fmt: skip
+        self.assertEqual(needless & set(output.split()), set())
+
     def test_it_reads_downwards(self):
         """At module level and in functions, only what stands above is used; annotations aside."""
         places = {}
