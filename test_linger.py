@@ -6413,7 +6413,9 @@ class WorkProcessTest(CommandProcessCase):
         until(lambda: waiting() == 0)
         self.client.post("q", "b")
         self.go.touch()
-        self.assertEqual(self.ended(process), (0, ""))
+        status, errors = self.ended(process)
+        self.assertEqual(status, 0, errors)
+        self.assertRegex(errors, r"^(linger: .*; trying again\n)?$")  # of who waited
         self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
 
     def test_a_second_signal_kills_the_commands_and_releases_their_messages(self):
