@@ -5371,6 +5371,11 @@ class ProcessTest(ProcessCase):
             f" messages kept in {self.dbfile} (sync full)\n",
         )
 
+    def test_it_runs_as_a_module_of_the_folder_that_it_is_in(self):
+        command = (sys.executable, *STRICT, "-m", "linger", "--version")
+        output = subprocess.check_output(command, cwd=os.path.dirname(compiled), text=True)
+        self.assertEqual(output, f"Linger {linger.__version__}\n")
+
     def test_sigterm_and_sigint_stop_it_in_good_order_also_while_consumers_wait(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             with self.subTest(number):
