@@ -1413,36 +1413,40 @@ class Operation:
     `finished(operation)` is called by the same thread once it is committed or has failed.
     """
 
-    __slots__ = (
-        "called", "committed", "done", "error", "finished", "parameters", "ran", "results",
-        "statements", "turn",
-    )  # fmt: skip
+    committed: Optional[Callable[[Operation], None]] = None
+    finished: Optional[Callable[[Operation], None]] = None
+    ran: Optional[Callable[[Operation], None]] = None
+    means: Optional[Callable[[Operation], Any]] = None  # what `value` makes of its results
+    whose: Any = None  # for its maker to know it by
+    called = 0  # how many its maker has called from `ran`
+    error: Optional[Exception] = None
+    done = False
+    turn: Optional[_thread.LockType] = None  # if its thread waits: held until it is done, or its
+    # thread's turn to lead
 
     def __init__(
         self,
         statements: Sequence[str],
         parameters: Parameters,
         committed: Optional[Callable[[Operation], None]] = None,
-        finished: Optional[Callable[[Operation], None]] = None,
-        ran: Optional[Callable[[Operation], None]] = None,
     ) -> None:
         self.statements = statements
         self.parameters = parameters
-        self.committed = committed
-        self.finished = finished
-        self.ran = ran
-        self.called: dict[str, int] = {}  # how many consumers `ran` has called, by channel
         self.results: list[Any] = []
-        self.error: Optional[Exception] = None
-        self.done = False
-        self.turn: Optional[_thread.LockType] = None  # if its thread waits: held until it is done,
-        # or its thread's turn to lead
+        if committed is not None:
+            self.committed = committed
 
     def outcome(self) -> list[Any]:
         """Its results once it is done, or raises its error."""
         if self.error is not None:
             raise self.error
         return self.results
+
+    def value(self) -> Any:
+        """What its results mean, once it is done; or raises its error."""
+        if self.error is not None:
+            raise self.error
+        return self.results if self.means is None else self.means(self)
 
 
 class Store:
@@ -1630,7 +1634,7 @@ class Store:
 
     def _transact(self, batch: list[Operation]) -> None:
         cursor = self._writer.cursor()
-        execute = cursor.execute
+        execute, fetchall = cursor.execute, cursor.fetchall
         self._open_batch = batch
         try:
             for operation in batch:  # which may grow
@@ -1643,11 +1647,9 @@ class Store:
                         cursor.executemany(statement, parameters)
                     else:
                         execute(statement, parameters)
-                    results.append(
-                        cursor.fetchall()
-                        if cursor.description
-                        else (cursor.rowcount, cursor.lastrowid)
-                    )
+                    rows = fetchall()
+                    changed = cursor.rowcount  # -1 after a select
+                    results.append(rows if changed < 0 else (changed, cursor.lastrowid))
                 if operation.ran is not None:
                     ran, operation.ran = operation.ran, None
                     ran(operation)
@@ -2069,9 +2071,13 @@ COUNTERS = (
 )
 STATES = ("ready", "hidden", "delayed")  # by the number that SQL has for it; hidden is in flight
 
-POST_KEYED = (DEDUP_ANSWER, UNIQUE_MESSAGE, POST_MESSAGE, KEEP_DEDUP)
+POST = (ADD_MESSAGE,)
+POST_BELOW_MARK = (POST_MESSAGE,)
+POST_KEYED: tuple[str, ...] = (DEDUP_ANSWER, UNIQUE_MESSAGE, POST_MESSAGE, KEEP_DEDUP)
 PUBLISH = (PUBLISH_DROPS, PUBLISH_MESSAGE, PUBLISHED)
 PUBLISH_KEYED = (DEDUP_ANSWER, *PUBLISH, KEEP_TOPIC_DEDUP)
+DELETE = (DELETE_MESSAGE,)
+DELETE_WITHIN = (DELETE_LEASED,)
 ACKNOWLEDGE = (MESSAGE_HOLDING, DELETE_LEASED)
 TAKE = (TAKE_MESSAGE, HIDE_TAKEN)
 TAKE_PICKED_ONES = (PICK_MESSAGES, TAKE_PICKED, HIDE_PICKED)
@@ -2106,7 +2112,7 @@ SETTLE = (
 )
 
 
-Told = Callable[[Callable[[], T]], None]  # is told an outcome: that gives a value, or raises
+Told = Callable[[Operation], None]  # is told what is done: its value is what came of it
 
 
 class Clock(Protocol):
@@ -2123,8 +2129,8 @@ class Waiter:
     """A consumer that takes messages of one or several channels, and waits until it is called.
 
     `operation` is its take from the moment when it is called (or tries for the first time), None
-    while it is parked; the broker's lock guards that.  `told(outcome)` is called once, when its
-    take is over: `outcome()` gives the messages, or raises.
+    while it is parked; the broker's lock guards that.  `told(operation)` is called once, when its
+    take is over: the value of that is the messages, or it raises.
     """
 
     __slots__ = (
@@ -2132,7 +2138,7 @@ class Waiter:
         "told", "vanished",
     )  # fmt: skip
 
-    told: Told[list[Message]]
+    told: Told
 
     def __init__(
         self,
@@ -2233,42 +2239,36 @@ class Broker:
         as the channel's settings say.  Raises `Malformed` for an empty body, `TooLarge`, and
         `Full` at the channel's high-level mark.
         """
-        operation, outcome = self._post(channel, body, type, parameters)
+        operation = self._post(channel, body, type, parameters)
         self._store.run(operation)
-        return outcome()
+        return _posted_value(operation)
 
     def start_post(
         self,
-        told: Told[Posted],
+        told: Told,
         channel: str,
         body: bytes,
         type: str = DEFAULT_TYPE,
         **parameters: object,
     ) -> None:
-        """As `post`, but may return before it is done: then `told` gets the outcome."""
-        operation, outcome = self._post(channel, body, type, parameters)
-        operation.finished = lambda _: told(outcome)
+        """As `post`, but may return before it is done: `told(operation)` then gives its value."""
+        operation = self._post(channel, body, type, parameters)
+        operation.finished = told
         self._store.start(operation)
 
-    def _post(
-        self, channel: str, body: bytes, type: str, given: Mapping[str, object]
-    ) -> tuple[Operation, Callable[[], Posted]]:
+    def _post(self, channel: str, body: bytes, type: str, given: Mapping[str, object]) -> Operation:
         self._store.check_room()
         message = self._message(check_name("channel", channel), body, type, given)
-        statements: Sequence[str] = (POST_MESSAGE if message["hlm"] else ADD_MESSAGE,)
-        if message["dedup"] is not None or message["unique"] is not None:
-            statements = POST_KEYED
-        self._make_place(channel)
-        self._settle_due()
-        operation = Operation(statements, message, self._posted, ran=self._posting)
-
-        def outcome() -> Posted:
-            posted = _posted_once(operation.outcome())
-            if posted is None:
-                raise Full(f"the channel is at its high-level mark of {message['hlm']} messages")
-            return posted
-
-        return operation, outcome
+        statements = POST_KEYED
+        if message["dedup"] is None and message["unique"] is None:
+            statements = POST_BELOW_MARK if message["hlm"] else POST
+        if channel not in self._channels:
+            self._make_place(channel)
+        self._settle_due(message["now"])
+        operation = Operation(statements, message, self._posted)
+        operation.ran = self._posting
+        operation.means = _posted_value
+        return operation
 
     def _message(
         self, channel: str, body: bytes, type: str, given: Mapping[str, object]
@@ -2296,37 +2296,28 @@ class Broker:
         return message
 
     def _posting(self, operation: Operation) -> None:
-        message: Any = operation.parameters
-        if not message["state"] and _was_posted(operation):
-            self._call_early(operation, message["channel"])
-
-    def _call_early(self, operation: Operation, channel: str) -> None:
-        """Calls who waits for a message that is being added, to take it in the same transaction.
+        """Calls who waits for the message, to take it in the same transaction.
 
         Who begins to wait in that transaction is called after it, by `_added`.
         """
-        if channel in self._waiting:
-            operation.called[channel] = operation.called.get(channel, 0) + self._call(channel, 1)
+        message: Any = operation.parameters
+        channel = message["channel"]
+        if channel in self._waiting and not message["state"] and _was_posted(operation.results):
+            operation.called = self._call(channel, 1)
 
     def _posted(self, operation: Operation) -> None:
-        if _was_posted(operation):
+        if _was_posted(operation.results):
             message: Any = operation.parameters
-            self._added(
-                operation, message["channel"], message["state"], message["due"],
-                message["lingers_until"],
-            )  # fmt: skip
+            self._added(message, operation.called)
 
-    def _added(
-        self, operation: Operation, channel: str, state: int, due: float, lingers_until: float
-    ) -> None:
+    def _added(self, message: Mapping[str, Any], called: int) -> None:
+        """After a message was added, for which somebody was already `called` or not."""
         self.counters["msg-add"] += 1
-        if lingers_until:
-            self._expect(lingers_until)
-        if state:
-            self._expect(due)
-        elif operation.called.get(channel):
-            operation.called[channel] -= 1
-        elif not self._call(channel, 1):
+        if message["lingers_until"]:
+            self._expect(message["lingers_until"])
+        if message["state"]:
+            self._expect(message["due"])
+        elif not called and not self._call(message["channel"], 1):
             self.counters["msg-show"] += 1
 
     def post_batch(
@@ -2347,13 +2338,15 @@ class Broker:
                     yield row
 
         def ran(operation: Operation) -> None:
-            for row in added(operation) if channel in self._waiting else ():
-                if not row["state"]:
-                    self._call_early(operation, channel)
+            if channel in self._waiting:
+                ready = sum(not row["state"] for row in added(operation))
+                operation.called = self._call(channel, ready)
 
         def posted(operation: Operation) -> None:
+            left = operation.called
             for row in added(operation):
-                self._added(operation, channel, row["state"], row["due"], row["lingers_until"])
+                self._added(row, left)
+                left = max(left - (not row["state"]), 0)
 
         fit = {"channel": channel, "hlm": rows[0]["hlm"], "count": len(rows)}
         if any(row["dedup"] is not None or row["unique"] is not None for row in rows):
@@ -2400,18 +2393,23 @@ class Broker:
         keyed = any(row["dedup"] is not None for row in rows)
         statements = PUBLISH_KEYED if keyed else PUBLISH
 
-        def copies(operation: Operation) -> Iterable[Any]:
-            return itertools.chain.from_iterable(operation.results[keyed + 2 :: len(statements)])
+        called: collections.Counter[str] = collections.Counter()
+
+        def copies(operation: Operation) -> Iterator[dict[str, Any]]:
+            names = ("channel", "id", "state", "due", "lingers_until")
+            for published in operation.results[keyed + 2 :: len(statements)]:
+                yield from (dict(zip(names, row)) for row in published)
 
         def ran(operation: Operation) -> None:
-            for channel, _, state, *_ in copies(operation):
-                if not state:
-                    self._call_early(operation, channel)
+            for copy in copies(operation) if self._waiting else ():
+                if not copy["state"]:
+                    called[copy["channel"]] += self._call(copy["channel"], 1)
 
         def published(operation: Operation) -> None:
-            for channel, _, state, due, lingers_until in copies(operation):
+            for copy in copies(operation):
                 self.counters["publish"] += 1
-                self._added(operation, channel, state, due, lingers_until)
+                self._added(copy, called[copy["channel"]])
+                called[copy["channel"]] -= not copy["state"]
 
         results = self._run(
             [sql for _ in rows for sql in statements], [row for row in rows for _ in statements],
@@ -2515,13 +2513,13 @@ class Broker:
         """
         over = _thread.allocate_lock()
         over.acquire()
-        outcomes: list[Callable[[], list[Message]]] = []
+        told: list[Operation] = []
 
-        def told(outcome: Callable[[], list[Message]]) -> None:
-            outcomes.append(outcome)
+        def tell(operation: Operation) -> None:
+            told.append(operation)
             over.release()
 
-        self.start_take(told, waiter, wait > 0, ack, lease, within)
+        self.start_take(tell, waiter, wait > 0, ack, lease, within)
         try:
             if not over.acquire(timeout=max(wait, 0)):
                 self.dismiss(waiter)
@@ -2529,29 +2527,31 @@ class Broker:
         except BaseException:  # Ctrl-C, of who embeds a broker: nobody gets what was taken
             self.dismiss(waiter)
             over.acquire()
-            self.undo_take(waiter, outcomes[0]())
+            self.undo_take(waiter, told[0].value())
             raise
-        return outcomes[0]()
+        messages: list[Message] = told[0].value()
+        return messages
 
     def start_take(
         self,
-        told: Told[list[Message]],
+        told: Told,
         waiter: Waiter,
         waits: bool,
         ack: Optional[int] = None,
         lease: Optional[int] = None,
         within: Optional[str] = None,
     ) -> None:
-        """As `take`, but may return before it is over: then `told` gets the outcome.
+        """As `take`, but may return before it is over: `told(operation)` then gives its value.
 
         If it `waits` it does so until something comes, or it is dismissed.
         """
-        self._settle_due()
         waiter.told = told
         waiter.ended = not waits
         if waits:
             self._check_wait(waiter)
-        waiter.operation = operation = self._take_for(waiter, ack, lease, within)
+        now = self.now()
+        self._settle_due(now)
+        waiter.operation = operation = self._take_for(waiter, now, ack, lease, within)
         self._store.start(operation)
 
     def _check_wait(self, waiter: Waiter) -> None:
@@ -2565,13 +2565,14 @@ class Broker:
     def _take_for(
         self,
         waiter: Waiter,
+        now: float,
         ack: Optional[int] = None,
         lease: Optional[int] = None,
         within: Optional[str] = None,
     ) -> Operation:
         channels, n = waiter.channels, waiter.n
         parameters = {
-            "channel": channels[0], "timeout": waiter.timeout, "now": self.now(), "ack": ack,
+            "channel": channels[0], "timeout": waiter.timeout, "now": now, "ack": ack,
         }  # fmt: skip
         statements: tuple[str, ...] = TAKE
         if waiter.auto or n > 1 or len(channels) > 1 or self._pauses:
@@ -2580,46 +2581,43 @@ class Broker:
         if ack is not None:
             statements = ACKNOWLEDGE + statements
             parameters.update(id=ack, lease=lease, within=within)
-        return Operation(
-            statements,
-            parameters,
-            functools.partial(self._taken, waiter),
-            functools.partial(self._not_taken, waiter),
-        )
+        operation = Operation(statements, parameters, self._taken)
+        operation.finished = self._not_taken
+        operation.means = _messages_taken
+        operation.whose = waiter
+        return operation
 
-    def _not_taken(self, waiter: Waiter, operation: Operation) -> None:
+    def _not_taken(self, operation: Operation) -> None:
         """After a take that failed; calls the next one in its place, so that all learn of it."""
+        waiter: Waiter = operation.whose
         if waiter.called_by:
             self._call(waiter.called_by, 1)
+        waiter.told(operation)
 
-        def outcome() -> list[Message]:
-            holding = operation.outcome()[0]
-            parameters: Any = operation.parameters
-            _refuse(parameters["id"], parameters["lease"], holding, "deleted")
-
-        waiter.told(outcome)
-
-    def _taken(self, waiter: Waiter, operation: Operation) -> None:
-        self.counters["msg-get"] += not waiter.ticket
+    def _taken(self, operation: Operation) -> None:
+        waiter: Waiter = operation.whose
         parameters: Any = operation.parameters
+        counters = self.counters
+        if not waiter.ticket:
+            counters["msg-get"] += 1
         if parameters["ack"] is not None:
             if not operation.results[1][0]:
                 return
-            self.counters["msg-delete"] += 1
+            counters["msg-delete"] += 1
         rows = _taken_rows(operation)
         if not rows:
-            parked = self._park(waiter)
-            operation.finished = None if parked else lambda _: waiter.told(list)
+            operation.finished = None if self._park(waiter) else waiter.told
             return
+        operation.finished = waiter.told
+        count = len(rows)
+        counters["delivered"] += count
         if waiter.auto:
             waiter.removed = operation.results[-3]
-        operation.finished = lambda _: waiter.told(lambda: [_message_of(row) for row in rows])
-        self.counters["delivered"] += len(rows)
-        if waiter.auto:
-            self.counters["msg-delete"] += len(rows)
+            counters["msg-delete"] += count
         else:
-            self.counters["msg-hide"] += len(rows)
-            self._expect(parameters["now"] + min(row[3] for row in rows))
+            counters["msg-hide"] += count
+            timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
+            self._expect(parameters["now"] + timeout)
         if waiter.called_by and waiter.called_by != rows[0][1]:
             self._call(waiter.called_by, 1)  # what called it is still there
 
@@ -2680,34 +2678,27 @@ class Broker:
 
     def delete(self, id: int, lease: Optional[int] = None, within: Optional[str] = None) -> None:
         """Deletes a message; `lease` and `within` as for `touch`."""
-        operation, outcome = self._delete(id, lease, within)
+        operation = self._delete(id, lease, within)
         self._store.run(operation)
-        outcome()
+        _check_deleted(operation)
 
     def start_delete(
-        self, told: Told[None], id: int, lease: Optional[int] = None, within: Optional[str] = None
+        self, told: Told, id: int, lease: Optional[int] = None, within: Optional[str] = None
     ) -> None:
-        """As `delete`, but may return before it is done: then `told` gets the outcome."""
-        operation, outcome = self._delete(id, lease, within)
-        operation.finished = lambda _: told(outcome)
+        """As `delete`, but may return before it is done: `told(operation)` then gives its value."""
+        operation = self._delete(id, lease, within)
+        operation.finished = told
         self._store.start(operation)
 
-    def _delete(
-        self, id: int, lease: Optional[int], within: Optional[str]
-    ) -> tuple[Operation, Callable[[], None]]:
+    def _delete(self, id: int, lease: Optional[int], within: Optional[str]) -> Operation:
         statements: tuple[str, ...] = ACKNOWLEDGE
         if lease is None:
-            statements = (DELETE_MESSAGE,) if within is None else (DELETE_LEASED,)
+            statements = DELETE if within is None else DELETE_WITHIN
         self._settle_due()
         parameters = {"id": id, "lease": lease, "within": within}
         operation = Operation(statements, parameters, self._deleted)
-
-        def outcome() -> None:
-            *holding, (deleted, _) = operation.outcome()
-            if not deleted:
-                _refuse(id, lease, holding[0] if holding else [], "deleted")
-
-        return operation, outcome
+        operation.means = _check_deleted
+        return operation
 
     def _deleted(self, operation: Operation) -> None:
         self.counters["msg-delete"] += operation.results[-1][0]
@@ -3073,8 +3064,8 @@ class Broker:
         """Lets come back, or go, what is due by now; calls those who wait for it."""
         self._store.run(Operation(SETTLE, {"now": self.now()}, self._settled))
 
-    def _settle_due(self) -> None:
-        if self._due <= self.now():
+    def _settle_due(self, now: Optional[float] = None) -> None:
+        if self._due <= (self.now() if now is None else now):
             self.settle()
 
     def _settled(self, operation: Operation) -> None:
@@ -3132,7 +3123,9 @@ class Broker:
         ran: Optional[Callable[[Operation], None]] = None,
     ) -> list[Any]:
         self._settle_due()
-        return self._store.run(Operation(statements, parameters, committed, ran=ran))
+        operation = Operation(statements, parameters, committed)
+        operation.ran = ran
+        return self._store.run(operation)
 
     def _park(self, waiter: Waiter) -> bool:
         """Lets a waiter that found nothing wait, in its old place if it had one; whether it does.
@@ -3180,11 +3173,11 @@ class Broker:
                     gone.append(waiter)
                 else:
                     waiter.called_by = channel
-                    waiter.operation = self._take_for(waiter)
+                    waiter.operation = self._take_for(waiter, self.now())
                     self._store.add(waiter.operation)
                     called += 1
         for waiter in gone:
-            waiter.told(list)
+            waiter.told(_nothing_taken(waiter))
         return called
 
     def _leave(self, waiter: Waiter) -> None:
@@ -3203,7 +3196,7 @@ class Broker:
             if parked:
                 self._leave(waiter)
         if parked:
-            waiter.told(list)
+            waiter.told(_nothing_taken(waiter))
 
     def stop_waiting(self) -> None:
         """Ends all waits, now and from now on."""
@@ -3260,10 +3253,17 @@ def _each(items: Sequence[Any], shape: Callable[[Any], dict[str, Any]]) -> list[
     return rows
 
 
-def _was_posted(operation: Operation) -> bool:
-    """Whether POST_MESSAGE added one: it stands third if the message has keys."""
-    results = operation.results
-    return bool(results[2 if len(results) > 1 else 0][0])
+def _was_posted(results: Sequence[Any]) -> bool:
+    """Whether a message was added: that statement stands third if it has keys."""
+    return bool(results[0 if len(results) == 1 else 2][0])
+
+
+def _posted_value(operation: Operation) -> Posted:
+    posted = _posted_once(operation.results)
+    if posted is None:
+        message: Any = operation.parameters
+        raise Full(f"the channel is at its high-level mark of {message['hlm']} messages")
+    return posted
 
 
 def _posted_once(results: list[Any]) -> Optional[Posted]:
@@ -3307,6 +3307,28 @@ def _batch_outcome(results: list[Any], count: int) -> list[Optional[Posted]]:
         return [Posted(last - count + 1 + i) if added else None for i in range(count)]
     size = len(POST_KEYED)
     return [_posted_once(results[i : i + size]) for i in range(0, len(results), size)]
+
+
+def _nothing_taken(waiter: Waiter) -> Operation:
+    """For who ends to wait: its value is no messages."""
+    operation = Operation((), {})
+    operation.whose = waiter
+    return operation
+
+
+def _messages_taken(operation: Operation) -> list[Message]:
+    parameters: Any = operation.parameters
+    if parameters["ack"] is not None and not operation.results[1][0]:
+        _refuse(parameters["id"], parameters["lease"], operation.results[0], "deleted")
+    return [_message_of(row) for row in _taken_rows(operation)]
+
+
+def _check_deleted(operation: Operation) -> None:
+    *holding, (deleted, _) = operation.results
+    if not deleted:
+        parameters: Any = operation.parameters
+        holding = holding[0] if holding else []
+        _refuse(parameters["id"], parameters["lease"], holding, "deleted")
 
 
 def _taken_rows(operation: Operation) -> list[tuple[Any, ...]]:
@@ -3743,6 +3765,7 @@ def allowed_methods(calls: Mapping[str, Route]) -> str:
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+MESSAGE_HEAD = re.compile(rb"[A-Z]+ (/messages/([0-9]+)[!-~\x80-\xff]*) ")
 # One pass over all header lines: no control characters (RFC 9110 5.5), hence no bare CR or LF
 # (RFC 9112 2.2), no folded lines (5.2), no blank before the colon (5.1).
 FIELD_LINES = re.compile(rb"(?:\r\n" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*)*")
@@ -3836,8 +3859,8 @@ class Request:
 
     __slots__ = (
         "_form", "_query", "body", "call", "calls", "chunked", "close", "form_type", "grant",
-        "headers", "length", "method", "names", "no_store", "old", "options", "parts", "query",
-        "rules", "target",
+        "headers", "length", "limit", "method", "names", "old", "options", "own_headers", "parts",
+        "query", "rules", "target",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: dict[str, str], old: bool) -> None:
@@ -3854,7 +3877,8 @@ class Request:
         self.chunked = "transfer-encoding" in headers
         self.grant = NOBODY  # what it may do,
         self.rules: object = None  # once that was found, by these rules
-        self.no_store = False  # whether its answer must not be kept
+        self.own_headers = ""  # of every answer to it
+        self.limit: Optional[int] = None  # how long its body may be, once that is found
         self.call: Optional[Callable[..., Optional[Answer]]] = (
             None  # what answers it, once that is found
         )
@@ -3864,9 +3888,11 @@ class Request:
         self._query: Optional[dict[str, bytes]] = None
         self._form: Optional[dict[str, bytes]] = None
 
-    def repeats(self) -> bool:
-        """Whether the same head is likely to come again: it names no message."""
-        return self.parts[0] != "messages" and "ack=" not in self.query
+    def aim(self, target: str) -> None:
+        """Takes another target, which differs only in the id of a message."""
+        self.target = target
+        self.parts = target.partition("?")[0][1:].split("/")
+        self.names = self.parts[1::2]
 
     def fields(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The fields of the query, and those of the form."""
@@ -3966,8 +3992,15 @@ def answer_json(value: object, status: int = 200, headers: str = "") -> Answer:
     return Answer(status, TO_JSON(value).encode() + b"\n", headers=headers)
 
 
-def answer_posted(posted: Posted) -> Answer:
+def answer_done(_: Request, operation: Operation) -> Answer:
+    """The answer to what has nothing to tell but that it is done."""
+    operation.value()
+    return NO_CONTENT
+
+
+def answer_posted(_: Request, operation: Operation) -> Answer:
     """The answer to a post."""
+    posted = operation.value()
     text = '{"id":%d,"duplicate":true}\n' if posted.duplicate else '{"id":%d}\n'
     return Answer(202, (text % posted.id).encode())
 
@@ -4349,11 +4382,12 @@ class Handler(BaseHTTPRequestHandler):
         self._refused = False  # whether a client may go on sending what is not read
         self._buffer = b""  # what was received and not yet used
         self._known: dict[bytes, Request] = {}  # by their heads
+        self._known_but_id: dict[bytes, Request] = {}  # by their heads without a message's id
         self._known_headers: dict[bytes, dict[str, str]] = {}
         self._fresh = True  # whether its first request is not yet answered
         self._patience = 0.0
-        self._owes = False  # whether somebody else is to send, or has sent, an answer
-        self._sent = _thread.allocate_lock()  # held until then
+        self._owes = False  # whether somebody else is still to send an answer
+        self._sent: Optional[_thread.LockType] = None  # if this thread waits: held until then
         self._waiter: Optional[Waiter] = None  # who waits for messages, if that is what it owes
         self._waits_until = 0.0
         self._began_at = self._answered_at = time.monotonic()
@@ -4387,6 +4421,7 @@ class Handler(BaseHTTPRequestHandler):
         if self._owes:
             self._await_answer(over=True)
         self._known.clear()  # which know this handler, too
+        self._known_but_id.clear()
         self.server.handlers.discard(self)
         if self._tls is not None:
             with contextlib.suppress(OSError):
@@ -4419,12 +4454,10 @@ class Handler(BaseHTTPRequestHandler):
     def _serve_request(self) -> None:
         """Reads a request and answers it.  An OSError means that there is nobody to answer."""
         request = None
-        self._began_at = time.monotonic()
         try:
             head = self._read_head()
             if head is None:
                 return
-            self._began_at = time.monotonic()
             request = self._known.get(head)
             if request is None:
                 request = self._parse(head)
@@ -4443,21 +4476,32 @@ class Handler(BaseHTTPRequestHandler):
             answer = call(request, *request.names)
         except Exception as error:
             answer = self._answer_error(request, error)
+        if request.body or request.form_type:
+            request.forget_body()
         if answer is not None:
             if self._owes:  # it could not even be started
                 self._settle_debt()
-                self._owes = False
-            self._waiter = None
             self._send(request, answer, request.close)
-            self._note_answered(request, answer)
+            self._note_answered(request, answer.status)
 
     def _parse(self, head: bytes) -> Request:
-        """The request of a head that is not known; it is, from then on, if it may come again."""
+        """The request of a head that is not known; it is, from then on, if it may come again.
+
+        One that names a message is known by what is around the message's id.
+        """
+        known, key = self._known, head
+        found = MESSAGE_HEAD.match(head)
+        if found:
+            known, key = self._known_but_id, head[: found.start(2)] + head[found.end(2) :]
+            if key in known:
+                request = known[key]
+                request.aim(found[1].decode("latin-1"))
+                return request
         request = parse_head(head, self._known_headers)
-        if len(head) <= KNOWN_LENGTH and request.repeats():
-            if len(self._known) >= KNOWN_HEADERS:
-                self._known.clear()
-            self._known[head] = request
+        if len(head) <= KNOWN_LENGTH and "ack=" not in request.query:
+            if len(known) >= KNOWN_HEADERS:
+                known.clear()
+            known[key] = request
         return request
 
     def _admit(self, request: Request) -> None:
@@ -4469,6 +4513,7 @@ class Handler(BaseHTTPRequestHandler):
         headers, access = request.headers, self.server.access
         if "for pages" not in headers:
             headers["for pages"] = access.check_site(headers)
+        request.own_headers = headers["for pages"]
         shown, rules = headers.get("authorization"), access.rules
         if rules is not self._rules or shown != self._shown:
             grant = access.identify(shown)
@@ -4514,7 +4559,7 @@ class Handler(BaseHTTPRequestHandler):
         route = find_route(request.method, request.calls)
         if route.safe and self._fresh:
             self.server.let_others_go_first(self.connection)
-        request.no_store = not route.safe
+        request.own_headers = ("" if route.safe else NO_STORE) + request.headers["for pages"]
         parts, kinds = request.parts[1::2], request.parts[::2]
         if route.many and route.method == "GET":
             parts = parts[0].split(",")
@@ -4530,7 +4575,8 @@ class Handler(BaseHTTPRequestHandler):
     def _receive(self, deadline: float, size: int = 65_536) -> bytes:
         """What comes next; empty at the end of the stream.  TimeoutError at the deadline."""
         while (remaining := deadline - time.monotonic()) > 0:
-            self._be_patient(remaining)
+            if remaining != self._patience:
+                self._be_patient(remaining)
             try:
                 return self._stream.recv(size)
             except ssl.SSLWantReadError:
@@ -4541,11 +4587,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _be_patient(self, seconds: float) -> None:
         """Sets how long the kernel waits in recv: one system call less each than a poll before."""
-        if seconds != self._patience:
-            self._patience = seconds
-            whole = int(seconds)
-            patience = struct.pack("ll", whole, max(int((seconds - whole) * 1e6), 1))
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+        self._patience = seconds
+        whole = int(seconds)
+        patience = struct.pack("ll", whole, max(int((seconds - whole) * 1e6), 1))
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
 
     def _read_head(self) -> Optional[bytes]:
         """The next head without its blank line; None when there is none and the line is closed."""
@@ -4553,16 +4598,19 @@ class Handler(BaseHTTPRequestHandler):
             self._await_answer()
         if self.closing or (not self._buffer and not self._await_request()):
             return None
+        if self.server.log_requests:
+            self._began_at = time.monotonic()
         deadline = 0.0
         seen = 0
         while True:
-            if self._buffer.startswith(b"\r\n"):
-                self._buffer = EMPTY_LINES.sub(b"", self._buffer, 1)  # RFC 9112 2.2
+            buffer = self._buffer
+            if buffer.startswith(b"\r\n"):
+                self._buffer = buffer = EMPTY_LINES.sub(b"", buffer, 1)  # RFC 9112 2.2
                 seen = 0
-            end = self._buffer.find(b"\r\n\r\n", max(seen - 3, 0))
+            end = buffer.find(b"\r\n\r\n", seen - 3 if seen > 3 else 0)
             if 0 <= end <= MAX_REQUEST_LINE + MAX_HEAD:
-                head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
-                return head
+                self._buffer = buffer[end + 4 :]
+                return buffer[:end]
             self._check_head_so_far(seen)
             seen = len(self._buffer)
             deadline = deadline or time.monotonic() + self.server.read_timeout
@@ -4588,25 +4636,30 @@ class Handler(BaseHTTPRequestHandler):
         if self._waiter is not None:
             patience = min(max(self._waits_until - time.monotonic(), 0.001), patience)
         while patience > 0 and not self.server.stopping:
-            try:
+            if patience != self._patience:
                 self._be_patient(patience)
-                self._buffer = self._receive_first()
+            try:
+                if self._tls is None:
+                    self._buffer = self.connection.recv(65_536)
+                else:
+                    self._buffer = self._receive_tls(self._tls)
                 break
             except BlockingIOError:
                 patience = self._patience_left()
         if self._owes:
             self._await_answer(over=not self._buffer)
         self.idle = False
-        self.closing = self.closing or not self._buffer
+        if not self._buffer:
+            self.closing = True
         return not self.closing
 
-    def _receive_first(self) -> bytes:
-        if self._owes and self._tls is not None:
+    def _receive_tls(self, tls: Tls) -> bytes:
+        if self._owes:
             if not self.connection.recv(1, socket.MSG_PEEK):
                 return b""
             self._await_answer()  # by a thread that has the use of the TLS until then
         try:
-            return self._stream.recv(65_536)
+            return tls.recv(65_536)
         except ssl.SSLWantReadError:
             return self._receive(time.monotonic() + self.server.read_timeout)
 
@@ -4614,7 +4667,7 @@ class Handler(BaseHTTPRequestHandler):
         """Seconds to go on listening after nothing came; ends a wait for messages in time."""
         if self._waiter is not None:
             left = self._waits_until - time.monotonic()
-            if left > 0 and self._sent.locked():
+            if left > 0:
                 return min(left, self.server.idle_timeout)
             self._await_answer()
         return self._answered_at + self.server.idle_timeout - time.monotonic()
@@ -4622,16 +4675,21 @@ class Handler(BaseHTTPRequestHandler):
     def _await_answer(self, over: bool = False) -> None:
         """Waits until the answer that is owed has been sent; a wait for messages ends before that
         if it is `over`, or when it is."""
+        sent = _thread.allocate_lock()
+        sent.acquire()
+        self._sent = sent
         waiter = self._waiter
-        while waiter is not None and self._sent.locked():
+        while self._owes:
+            if waiter is None:
+                sent.acquire()
+                continue
             left = min(self._waits_until - time.monotonic(), WATCH_INTERVAL)
             if over or left <= 0 or self.vanished():
                 self.broker.dismiss(waiter)
-                break
-            if self._sent.acquire(timeout=left):
-                self._sent.release()
-        with self._sent:
-            self._owes, self._waiter = False, None
+                waiter = None
+            else:
+                sent.acquire(timeout=left)
+        self._sent = None
 
     def _check_head_so_far(self, seen: int) -> None:
         """Refuses a head that cannot become a good one, as soon as that is certain.
@@ -4648,16 +4706,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self, request: Request) -> None:
         """Reads the body whole, so that the next byte is the first of the next request."""
-        length = request.length
-        limit = self._body_limit(request)
+        length, limit = request.length, request.limit
+        if limit is None:
+            request.limit = limit = self._body_limit(request)
         if length > limit:
             raise TooLarge(f"the body has {length} bytes, and at most {limit} are taken")
+        if 0 < length <= len(self._buffer):  # it came with its head
+            request.body, self._buffer = self._buffer[:length], self._buffer[length:]
+            return
         deadline = time.monotonic() + self.server.read_timeout
         if "expect" in request.headers and not self._buffer and not request.old:
             send_all(self._stream, CONTINUE)
         try:
             if length:
-                request.body = self._read_bytes(length, deadline)
+                self._fill(length, deadline)
+                request.body, self._buffer = self._buffer[:length], self._buffer[length:]
             else:
                 request.body = self._read_chunks(limit, deadline)
         except TimeoutError:
@@ -4681,12 +4744,6 @@ class Handler(BaseHTTPRequestHandler):
         if request.form_type:
             return self.broker.max_message * FORM_EXPANSION + FORM_SLACK
         return self.broker.max_message
-
-    def _read_bytes(self, length: int, deadline: float) -> bytes:
-        """The next `length` bytes."""
-        self._fill(length, deadline)
-        body, self._buffer = self._buffer[:length], self._buffer[length:]
-        return body
 
     def _fill(self, length: int, deadline: float) -> None:
         """Receives until the buffer has `length` bytes or more."""
@@ -4764,19 +4821,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def _compose(self, request: Optional[Request], answer: Answer, close: bool) -> bytes:
         """An answer in one piece, but for its file; notes if it is the last."""
-        self.closing = close = close or self.server.stopping
         status, body, content_type, headers, _, file = answer
         if status != 204:  # which has no body (RFC 9110 8.6)
             length = len(body) if file is None else os.fstat(file.fileno()).st_size
-            headers += f"Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
-        if close:
+            headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
+        if close or self.server.stopping:
+            self.closing = True
             headers += "Connection: close\r\n"
-        no_store = NO_STORE if request is not None and request.no_store else ""
-        if request is not None:
-            headers += request.headers.get("for pages", "")
-        head = f"{STATUS_LINES[status]}{self.server.date_line()}{no_store}{headers}\r\n"
-        data = head.encode("latin-1")
-        return data if request is not None and request.method == "HEAD" else data + body
+        own = "" if request is None else request.own_headers
+        head = f"{STATUS_LINES[status]}{self.server.date_line()}{own}{headers}\r\n"
+        if request is not None and request.method == "HEAD":
+            return head.encode("latin-1")
+        return head.encode("latin-1") + body
 
     def _send(self, request: Optional[Request], answer: Answer, close: bool) -> None:
         """Sends an answer; undoes what it would have told if it cannot be sent."""
@@ -4789,57 +4845,44 @@ class Handler(BaseHTTPRequestHandler):
             self._undo(answer)
             raise
 
-    def _later(self, request: Request, shape: Callable[[T], Answer]) -> Told[T]:
-        """Owes the answer that `shape` makes of an outcome; is to be told that."""
-        self._sent.acquire()
+    def _later(self, request: Request, shape: Callable[[Request, Operation], Answer]) -> Told:
+        """Owes the answer that `shape` makes of what is done; is to be told that."""
         self._owes = True
-        return functools.partial(self._reply_or_close, request, shape)
+        return functools.partial(self._reply, request, shape)
 
-    def _reply_or_close(
-        self, request: Request, shape: Callable[[T], Answer], outcome: Callable[[], T]
+    def _reply(
+        self,
+        request: Request,
+        shape: Callable[[Request, Operation], Answer],
+        operation: Operation,
     ) -> None:
-        """`_reply`; whatever goes wrong, the connection's own thread does not wait for ever."""
+        """Sends the answer that is owed.  Whose thread this is must not be held up.
+
+        Whatever goes wrong, the connection's own thread does not wait for ever.
+        """
         try:
-            self._reply(request, shape, outcome)
-        except Exception:
+            try:
+                answer = shape(request, operation)
+            except Exception as error:
+                answer = self._answer_error(request, error)
+            rest = self._compose(request, answer, request.close)
+            if self._tls is not None:
+                rest = self._tls.wrap(rest)
+            waiter = self._waiter
+            if waiter is not None and waiter.ticket and self.vanished():
+                _thread.start_new_thread(self._finish_reply, (request, answer, b""))
+                return
+            with contextlib.suppress(OSError):
+                rest = rest[self.connection.send(rest, socket.MSG_DONTWAIT) :]
+            if rest:
+                _thread.start_new_thread(self._finish_reply, (request, answer, rest))
+                return
+            self._note_answered(request, answer.status)
+        except Exception:  # no more threads, or a mistake of ours
             self.closing = True
             self._settle_debt()
             raise
-
-    def _reply(
-        self, request: Request, shape: Callable[[T], Answer], outcome: Callable[[], T]
-    ) -> None:
-        """Sends the answer that is owed.  Whose thread this is must not be held up."""
-        try:
-            self._answer_now(request, shape, outcome)
-        except Exception:  # no more threads, or a mistake of ours: nobody waits for it for ever
-            log(traceback.format_exc())
-            self.closing = True
-            self._settle_debt()
-
-    def _answer_now(
-        self, request: Request, shape: Callable[[T], Answer], outcome: Callable[[], T]
-    ) -> None:
-        try:
-            answer = shape(outcome())
-        except Exception as error:
-            answer = self._answer_error(request, error)
-        data = self._compose(request, answer, request.close)
-        if self._tls is not None:
-            data = self._tls.wrap(data)
-        waiter = self._waiter
-        if waiter is not None and waiter.ticket and self.vanished():
-            _thread.start_new_thread(self._finish_reply, (request, answer, b""))
-            return
-        try:
-            sent = self.connection.send(data, socket.MSG_DONTWAIT)
-        except OSError:
-            sent = 0
-        if sent == len(data):
-            self._note_answered(request, answer)
-            self._settle_debt()
-        else:
-            _thread.start_new_thread(self._finish_reply, (request, answer, data[sent:]))
+        self._settle_debt()
 
     def _finish_reply(self, request: Request, answer: Answer, rest: bytes) -> None:
         """Sends the rest of an answer, or undoes it; in a thread that can be held up."""
@@ -4847,7 +4890,7 @@ class Handler(BaseHTTPRequestHandler):
             if not rest:
                 raise ConnectionAbortedError
             send_all(self.connection, rest)
-            self._note_answered(request, answer)
+            self._note_answered(request, answer.status)
         except OSError:
             self.closing = True
             self._undo(answer)
@@ -4858,10 +4901,13 @@ class Handler(BaseHTTPRequestHandler):
         """Lets the connection's own thread go on."""
         if self._waiter is not None:
             self.server.waiting.discard(self)
+            self._waiter = None
         if self.closing:
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RD)
-        self._sent.release()
+        self._owes = False
+        if self._sent is not None:
+            self._sent.release()
 
     def _undo(self, answer: Answer) -> None:
         if answer.undo is not None:
@@ -4870,14 +4916,13 @@ class Handler(BaseHTTPRequestHandler):
             except LingerError as error:
                 log(f"linger: a message that could not be sent stays hidden: {error}")
 
-    def _note_answered(self, request: Request, answer: Answer) -> None:
+    def _note_answered(self, request: Request, status: int) -> None:
         self._answered_at = time.monotonic()
-        request.forget_body()
         if self._fresh:
             self._fresh = False
             self.server.note_answered(self.connection)
         if self.server.log_requests:
-            self._log(request, answer.status)
+            self._log(request, status)
 
     def _send_file(self, file: BinaryIO) -> None:
         with file:
@@ -4961,14 +5006,13 @@ class Handler(BaseHTTPRequestHandler):
             request.grant.check_name("channels", given["dead"])
 
     def take_message(self, request: Request, *channels: str) -> None:
-        if request.options is None:
+        if request.options is None or request.form_type:  # which may hold some of them
             request.options = self._read_take(request)
         wait, n, timeout, auto, ack = request.options
         if not wait and self._fresh:
             self.server.let_others_go_first(self.connection)
         waiter = self.broker.waiter(channels, n or 1, timeout, auto, self.vanished)
         if request.body:
-            request.options = None  # it may have held some of them
             request.forget_body()
         within = () if ack[0] is None else self._within(request, ack[0])
         if wait:
@@ -4976,15 +5020,17 @@ class Handler(BaseHTTPRequestHandler):
             self.server.let_wait(self)
             self._waits_until = time.monotonic() + wait
             self._waiter = waiter
-        told = self._later(request, functools.partial(self._hand_over, waiter, n is not None))
-        self.broker.start_take(told, waiter, wait > 0, *ack, *within)
+        self.broker.start_take(
+            self._later(request, self._hand_over), waiter, wait > 0, *ack, *within
+        )
 
-    def _hand_over(self, waiter: Waiter, many: bool, messages: list[Message]) -> Answer:
+    def _hand_over(self, request: Request, operation: Operation) -> Answer:
+        messages, waiter = operation.value(), operation.whose
         if not messages:
             name = ",".join(map(encode_name, waiter.channels))
             return Answer(204, headers=f"x-linger-channel: {name}\r\n")
         undo = functools.partial(self.broker.undo_take, waiter, messages)
-        if many:
+        if request.options[1] is not None:
             return answer_json(list(map(message_object, messages)))._replace(undo=undo)
         message = messages[0]
         return Answer(200, message.body, message.type, message_headers(message), undo)
@@ -5006,8 +5052,9 @@ class Handler(BaseHTTPRequestHandler):
         given = request.given_with_message(ALL_PARAMETERS)
         if "dead" in given:
             self._check_dead(request, given)
-        told = self._later(request, answer_posted)
-        self.broker.start_post(told, channel, body, content_type, **given)
+        self.broker.start_post(
+            self._later(request, answer_posted), channel, body, content_type, **given
+        )
 
     def drain_channel(self, _: Request, channel: str) -> Answer:
         self.broker.drain(channel)
@@ -5123,8 +5170,7 @@ class Handler(BaseHTTPRequestHandler):
     def delete_message(self, request: Request, id: str) -> None:
         number, lease = read_integer("id", id), request.integer("lease")
         within = self._within(request, number)
-        told = self._later(request, lambda _: NO_CONTENT)
-        self.broker.start_delete(told, number, lease, *within)
+        self.broker.start_delete(self._later(request, answer_done), number, lease, *within)
 
     def delete_messages(self, request: Request, _: str) -> Answer:
         wanted = []

@@ -221,7 +221,9 @@ class StoreTest(Folder):
     def test_only_the_heir_of_who_leads_waits_for_what_was_started(self):
         store, finished = self.open(), []
         store._led = True  # as if somebody led
-        operations = [linger.Operation((), {}, None, finished.append) for _ in range(3)]
+        operations = [linger.Operation((), {}) for _ in range(3)]
+        for operation in operations:
+            operation.finished = finished.append
         heir = self.thread(store.start, operations[0])
         until(lambda: store._heir is operations[0])
         for operation in operations[1:]:
@@ -233,7 +235,8 @@ class StoreTest(Folder):
 
     def test_who_leads_goes_on_for_those_who_do_not_wait(self):
         store, finished = self.open(), []
-        second = linger.Operation((), {}, None, finished.append)
+        second = linger.Operation((), {})
+        second.finished = finished.append
         store.run(linger.Operation((), {}, lambda _: store.add(second)))
         self.assertEqual(finished, [second])
         self.assertFalse(store._led)
@@ -1131,8 +1134,8 @@ class WaitingTest(BrokerTest):
         first, second = self.park("q"), self.park("q")
         take_for, broken = self.broker._take_for, [True]
 
-        def fail_first(waiter):
-            operation = take_for(waiter)
+        def fail_first(*arguments):
+            operation = take_for(*arguments)
             if broken:
                 operation.statements = ("select * from nowhere",)
                 broken.pop()
@@ -1175,17 +1178,17 @@ class WaitingTest(BrokerTest):
             self.assertEqual(self.broker.counters["msg-show"], before)
 
     def test_who_begins_to_wait_in_the_transaction_of_a_post_is_called_after_it(self):
-        broker, outcomes = self.broker, []
+        broker, told = self.broker, []
         broker._store._led = True  # as if somebody led
         broker._store._heir = linger.Operation((), {})
-        broker.start_take(outcomes.append, broker.waiter(["q"]), waits=True)
-        broker.start_post(lambda outcome: None, "q", b"x")
+        broker.start_take(told.append, broker.waiter(["q"]), waits=True)
+        broker.start_post(lambda _: None, "q", b"x")
         broker._store._lead()
-        self.assertEqual([m.body for outcome in outcomes for m in outcome()], [b"x"])
+        self.assertEqual([m.body for operation in told for m in operation.value()], [b"x"])
 
     def test_a_consumer_called_in_a_transaction_that_fails_is_served_in_the_next(self):
         future = self.park("q")
-        operation, _ = self.broker._post("q", b"x", "x/y", {})
+        operation = self.broker._post("q", b"x", "x/y", {})
         call, broken = operation.ran, ["select * from nowhere"]
 
         def call_and_fail(operation):
@@ -1199,7 +1202,7 @@ class WaitingTest(BrokerTest):
     def test_a_consumer_called_by_a_post_that_is_undone_waits_on(self):
         future = self.park("q")
         bad = linger.Operation(("select * from nowhere",), {})
-        operation, _ = self.broker._post("q", b"x", "x/y", {})
+        operation = self.broker._post("q", b"x", "x/y", {})
         operation.statements = (linger.ADD_MESSAGE, "select 1 from nowhere")
         operation.ran = None
         self.broker._store._led = True  # as if somebody led
