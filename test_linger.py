@@ -3928,6 +3928,7 @@ class LongPollTest(ServerTest):
         body = b"x" * linger.MAX_MESSAGE
         connection = socket.socket()
         self.addCleanup(connection.close)
+        connection.settimeout(PATIENCE)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # later TCP stutters
         connection.connect(self.address)
         until(lambda: self.server.handlers)
@@ -5280,6 +5281,7 @@ class WorkerTest(ClientCase):
 
         self.client.post("q", "x", timeout=1)
         self.work(do, timeout=30).result(PATIENCE)
+        self.assertEqual(self.broker.counters["msg-timeouts"], 0)
         self.assertEqual(self.counts(), (0, 0, 0))
         self.assertEqual(self.broker.counters["delivered"], 1)
 
@@ -6323,8 +6325,10 @@ class WorkTest(CommandCase):
         done = self.folder / "done"
 
         def finish():
-            pass_touches(self.broker)
-            done.touch()
+            try:
+                pass_touches(self.broker)
+            finally:
+                done.touch()
 
         finished = self.thread(finish)
         self.assertEqual(self.shell(f"until [ -e {done} ]; do sleep 0.02; done"), "")
