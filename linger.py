@@ -445,7 +445,7 @@ SCHEMA = (
         value text not null
     ) without rowid
     """,
-    # state: 0 ready, 1 in flight, 2 delayed; only within a transaction 3 given up, 4 picked.
+    # state: 0 ready, 1 in flight, 2 delayed; only within a transaction 3 given up.
     # due: when what is in flight or delayed becomes ready; when what is ready became so.
     # held: 1 from the delivery on until a release or an undo: until the next delivery, also after
     # the timeout, its worker may still touch, release or delete it.
@@ -477,7 +477,7 @@ SCHEMA = (
         body blob not null
     )
     """,
-    # for TAKE_MESSAGE and PICK_MESSAGES: the first ready messages of a channel
+    # for TAKE_MESSAGE and PICKED: the first ready messages of a channel
     """
     create index ready_messages on messages (channel, priority, id)
     where state = 0
@@ -492,7 +492,7 @@ SCHEMA = (
     create index lingering_messages on messages (lingers_until)
     where lingers_until > 0 and state <> 1
     """,
-    # for GIVE_UP and PICKED: what a statement before has marked, in the order of delivery
+    # for GIVE_UP: what a statement before has marked
     """
     create index marked_messages on messages (state, priority, id)
     where state > 2
@@ -904,20 +904,17 @@ where id = (
 """
 
 # For all else: several messages, several channels (:channels are lines), to delete them at once,
-# or while anything is paused.  What is to be taken is picked first, from the first channel that
-# has a message and is not paused.
-PICK_MESSAGES = """
-with recursive wanted (place, name, rest) as (
-    select 0, '', :channels || char(10)
-    union all
-    select place + 1, substr(rest, 1, instr(rest, char(10)) - 1),
-        substr(rest, instr(rest, char(10)) + 1)
-    from wanted
-    where rest <> ''
-)
-update messages
-set state = 4
-where id in (
+# or while anything is paused.  They are the first of the first channel that has a message and is
+# not paused.
+PICKED = """
+    with recursive wanted (place, name, rest) as (
+        select 0, '', :channels || char(10)
+        union all
+        select place + 1, substr(rest, 1, instr(rest, char(10)) - 1),
+            substr(rest, instr(rest, char(10)) + 1)
+        from wanted
+        where rest <> ''
+    )
     select id
     from (
         select id, sum(size) over (order by priority, id) - size as size_before
@@ -938,37 +935,36 @@ where id in (
         )
     )
     where size_before < :most
-)
 """
 
-TAKE_PICKED = """
+TAKE_PICKED = f"""
 select id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
     dead_from, dead_reason, error, backoff
 from messages
-where state = 4 and state > 2
+where id in ({PICKED})
 order by priority, id
 """
 
-HIDE_PICKED = """
+HIDE_PICKED = f"""
 update messages
 set state = 1, due = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
     lease = lease + 1, held = 1
-where state = 4 and state > 2
+where id in ({PICKED})
 """
 
 # The whole rows, for RESTORE_MESSAGE.
-PICKED_ROWS = """
+PICKED_ROWS = f"""
 select id, channel, priority, timeout, deliver, delivered, lease, received, linger,
     lingers_until, topic, type, dead, backoff, unique_key, dead_from, dead_reason, error, body
 from messages
-where state = 4 and state > 2
+where id in ({PICKED})
 order by priority, id
 """
 
-DELETE_PICKED = """
+DELETE_PICKED = f"""
 delete from messages
-where state = 4 and state > 2
+where id in ({PICKED})
 """
 
 RESTORE_MESSAGE = """
@@ -2080,8 +2076,8 @@ DELETE = (DELETE_MESSAGE,)
 DELETE_WITHIN = (DELETE_LEASED,)
 ACKNOWLEDGE = (MESSAGE_HOLDING, DELETE_LEASED)
 TAKE = (TAKE_MESSAGE, HIDE_TAKEN)
-TAKE_PICKED_ONES = (PICK_MESSAGES, TAKE_PICKED, HIDE_PICKED)
-TAKE_AND_DELETE = (PICK_MESSAGES, PICKED_ROWS, TAKE_PICKED, DELETE_PICKED)
+TAKE_PICKED_ONES = (TAKE_PICKED, HIDE_PICKED)
+TAKE_AND_DELETE = (PICKED_ROWS, TAKE_PICKED, DELETE_PICKED)
 GIVE_UP = (DEAD_COUNTS, MOVE_DEAD, DELETE_GIVEN_UP)
 TOUCH = (MESSAGE_HOLDING, TOUCH_MESSAGE, MESSAGE_DUE)
 RELEASE = (
@@ -2353,7 +2349,8 @@ class Broker:
             statements = POST_KEYED * len(rows)
             values: list[Any] = [row for row in rows for _ in POST_KEYED]
         else:
-            statements, values = (POST_MESSAGE, LAST_ID), [rows, {}]
+            add = POST_MESSAGE if rows[0]["hlm"] else ADD_MESSAGE
+            statements, values = (add, LAST_ID), [rows, {}]
         results = self._run((MARK_FIT, *statements, UNMARK_FIT), [fit, *values, {}], posted, ran)
         ids = [outcome.id for outcome in _batch_outcome(results, len(rows)) if outcome]
         if len(ids) < len(rows):
@@ -2716,12 +2713,22 @@ class Broker:
         rows = [
             {"id": id, "lease": lease, "within": within.get(id)} for id, lease in wanted.items()
         ]
+        kept: list[Operation] = []  # what tells of those that were not deleted
 
-        statements = [MESSAGE_HOLDING] * len(rows) + [DELETE_LEASED]
-        results = self._run(statements, [*rows, rows], self._deleted)
+        def ran(operation: Operation) -> None:
+            left = [row for row, (deleted, _) in zip(rows, operation.results) if not deleted]
+            if left:
+                kept.append(Operation([MESSAGE_HOLDING] * len(left), left))
+                self._store.add(kept[0])
+
+        def deleted(operation: Operation) -> None:
+            self.counters["msg-delete"] += sum(deleted for deleted, _ in operation.results)
+
+        results = self._run([DELETE_LEASED] * len(rows), rows, deleted, ran)
+        holdings = iter(kept[0].outcome() if kept else ())
         outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
-        for (id, lease), holding in zip(wanted.items(), results):
-            place = 2 if not holding else int(lease not in (None, holding[0][0]))
+        for id, (gone, _) in zip(wanted, results):
+            place = 0 if gone else 1 if next(holdings) else 2
             outcome[place].append(id)
         return outcome
 
@@ -3778,6 +3785,7 @@ BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 HEADER_VALUE = re.compile("[!-~\xa1-\xff](?:[ -~\xa1-\xff]{0,253}[!-~\xa1-\xff])?")
 PART_NAME = re.compile(rb';[ \t]*name=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE)
 ONCE = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
+ITEM_KEYS = frozenset(("body", "type", "encoding"))  # of a message in JSON, but its parameters
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
@@ -4058,14 +4066,17 @@ def message_headers(message: Message) -> str:
     return headers
 
 
+MESSAGE_KEYS = Message._fields[: Message._fields.index("body")]
+RARE_KEYS = tuple(name.replace("_", "-") for name in Message._fields[len(MESSAGE_KEYS) + 1 :])
+
+
 def message_object(message: Message) -> dict[str, object]:
     """A message as an object of JSON; `body` is text, or base64 where it is not UTF-8."""
-    value: dict[str, object] = message._asdict()
-    for name in ("dead_from", "dead_reason", "error", "backoff", "dead", "delay", "unique"):
-        field = value.pop(name)
-        if field:
-            value[name.replace("_", "-")] = field
-    return {**value, **body_object(message.body)}
+    value: dict[str, object] = dict(zip(MESSAGE_KEYS, message))
+    value.update(body_object(message.body))
+    rare = zip(RARE_KEYS, message[len(MESSAGE_KEYS) + 1 :])
+    value.update({name: field for name, field in rare if field})
+    return value
 
 
 def listed_object(message: Message, state: str, cut: Optional[int]) -> dict[str, object]:
@@ -4080,7 +4091,9 @@ def listed_object(message: Message, state: str, cut: Optional[int]) -> dict[str,
 def body_object(body: bytes, cut: bool = False) -> dict[str, object]:
     """A body in JSON; if it was cut, then without the piece of a character at its end."""
     try:
-        return {"body": codecs.getincrementaldecoder("utf-8")().decode(body, not cut)}
+        if cut:
+            return {"body": codecs.getincrementaldecoder("utf-8")().decode(body)}
+        return {"body": body.decode("utf-8")}
     except UnicodeDecodeError:
         return {"body": base64.b64encode(body).decode("ascii"), "encoding": "base64"}
 
@@ -4174,8 +4187,8 @@ def parse_item(
     except Malformed as error:
         error.index = index
         raise
-    own = {name: value for name, value in item.items() if value is not None}
-    return body, content_type, {**common, **own}
+    given = item.keys() - ITEM_KEYS
+    return body, content_type, {**common, **{k: item[k] for k in given if item[k] is not None}}
 
 
 def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
