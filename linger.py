@@ -331,6 +331,7 @@ def read_integer(
     return number
 
 
+@functools.lru_cache(KNOWN_NAMES)
 def check_name(kind: str, name: object) -> str:
     """The name of a channel or topic (`kind`) itself; `Malformed` if it cannot be one."""
     if not isinstance(name, str):
@@ -905,7 +906,7 @@ where id = (
 
 # For all else: several messages, several channels (:channels are lines), to delete them at once,
 # or while anything is paused.  They are the first of the first channel that has a message and is
-# not paused.
+# not paused; sorted later, without their bodies being copied for that.
 PICKED = """
     with recursive wanted (place, name, rest) as (
         select 0, '', :channels || char(10)
@@ -943,7 +944,7 @@ select id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 
     dead_from, dead_reason, error, backoff
 from messages
 where id in ({PICKED})
-order by priority, id
+order by id
 """
 
 HIDE_PICKED = f"""
@@ -959,7 +960,7 @@ select id, channel, priority, timeout, deliver, delivered, lease, received, ling
     lingers_until, topic, type, dead, backoff, unique_key, dead_from, dead_reason, error, body
 from messages
 where id in ({PICKED})
-order by priority, id
+order by id
 """
 
 DELETE_PICKED = f"""
@@ -1415,6 +1416,7 @@ class Operation:
     means: Optional[Callable[[Operation], Any]] = None  # what `value` makes of its results
     whose: Any = None  # for its maker to know it by
     called = 0  # how many its maker has called from `ran`
+    added: Optional[Operation] = None  # what `ran` has added to its transaction
     error: Optional[Exception] = None
     done = False
     turn: Optional[_thread.LockType] = None  # if its thread waits: held until it is done, or its
@@ -1537,24 +1539,15 @@ class Store:
 
     def run(self, operation: Operation) -> list[Any]:
         """Runs an operation and returns its results; when it returns they are committed."""
-        self._enter(operation, waits=True)
+        self.start(operation, waits=True)
         return operation.outcome()
 
-    def start(self, operation: Operation) -> None:
-        """Runs an operation, and may return before it is done: its `finished` tells of that."""
-        self._enter(operation, waits=False)
+    def start(self, operation: Operation, waits: bool = False) -> None:
+        """Runs an operation, and may return before it is done, unless it `waits`: the operation's
+        `finished` tells of that.
 
-    def add(self, operation: Operation) -> None:
-        """Puts an operation into the transaction that is being made, if one is, else into the
-        next; only for who is called by the thread that leads."""
-        if self._open_batch is not None:
-            self._open_batch.append(operation)
-            return
-        with self._lock:
-            self._pending.append(operation)
-
-    def _enter(self, operation: Operation, waits: bool) -> None:
-        """Puts an operation on the list, and leads if nobody else does or will."""
+        Puts it on the list, and leads if nobody else does or will.
+        """
         with self._lock:
             self._pending.append(operation)
             leads = not self._led
@@ -1572,6 +1565,15 @@ class Store:
             except BaseException:  # Ctrl-C, of who embeds a store: it may be the heir
                 self._await_turn(operation, turn)
                 raise
+
+    def add(self, operation: Operation) -> None:
+        """Puts an operation into the transaction that is being made, if one is, else into the
+        next; only for who is called by the thread that leads."""
+        if self._open_batch is not None:
+            self._open_batch.append(operation)
+            return
+        with self._lock:
+            self._pending.append(operation)
 
     def _await_turn(self, operation: Operation, turn: _thread.LockType) -> None:
         turn.acquire()
@@ -1634,24 +1636,34 @@ class Store:
         self._open_batch = batch
         try:
             for operation in batch:  # which may grow
-                operation.results = results = []
-                each: Any = operation.parameters
-                if type(each) is not list:
-                    each = itertools.repeat(each)
-                for statement, parameters in zip(operation.statements, each):
-                    if type(parameters) is list:
-                        cursor.executemany(statement, parameters)
-                    else:
+                parameters: Any = operation.parameters
+                if type(parameters) is list:
+                    self._execute_each(cursor, operation)
+                else:
+                    operation.results = results = []
+                    for statement in operation.statements:
                         execute(statement, parameters)
-                    rows = fetchall()
-                    changed = cursor.rowcount  # -1 after a select
-                    results.append(rows if changed < 0 else (changed, cursor.lastrowid))
+                        rows = fetchall()
+                        changed = cursor.rowcount  # -1 after a select
+                        results.append(rows if changed < 0 else (changed, cursor.lastrowid))
                 if operation.ran is not None:
                     ran, operation.ran = operation.ran, None
                     ran(operation)
         finally:
             self._open_batch = None
         execute("commit")
+
+    def _execute_each(self, cursor: sqlite3.Cursor, operation: Operation) -> None:
+        """Runs statements that each have their own parameters, or a list of them."""
+        operation.results = []
+        for statement, parameters in zip(operation.statements, operation.parameters):
+            if type(parameters) is list:
+                cursor.executemany(statement, parameters)
+            else:
+                cursor.execute(statement, parameters)
+            rows = cursor.fetchall()
+            changed = cursor.rowcount
+            operation.results.append(rows if changed < 0 else (changed, cursor.lastrowid))
 
     def _roll_back(self, error: BaseException) -> None:
         """Ends a failed transaction; when space is short, makes that of the log free for reuse."""
@@ -2067,14 +2079,14 @@ COUNTERS = (
 )
 STATES = ("ready", "hidden", "delayed")  # by the number that SQL has for it; hidden is in flight
 
+NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0}  # for POST_MESSAGE
 POST = (ADD_MESSAGE,)
 POST_BELOW_MARK = (POST_MESSAGE,)
 POST_KEYED: tuple[str, ...] = (DEDUP_ANSWER, UNIQUE_MESSAGE, POST_MESSAGE, KEEP_DEDUP)
 PUBLISH = (PUBLISH_DROPS, PUBLISH_MESSAGE, PUBLISHED)
 PUBLISH_KEYED = (DEDUP_ANSWER, *PUBLISH, KEEP_TOPIC_DEDUP)
 DELETE = (DELETE_MESSAGE,)
-DELETE_WITHIN = (DELETE_LEASED,)
-ACKNOWLEDGE = (MESSAGE_HOLDING, DELETE_LEASED)
+ACKNOWLEDGE = (DELETE_LEASED,)
 TAKE = (TAKE_MESSAGE, HIDE_TAKEN)
 TAKE_PICKED_ONES = (TAKE_PICKED, HIDE_PICKED)
 TAKE_AND_DELETE = (PICKED_ROWS, TAKE_PICKED, DELETE_PICKED)
@@ -2217,11 +2229,11 @@ class Broker:
         where it was: nothing hidden stays hidden for longer than its timeout.
         """
         now: float = self._clock.time() + self._offset
-        if now < self._latest - 1:  # a step, not two threads that overtake each other
+        if now > self._latest:
+            self._latest = now
+        elif now < self._latest - 1:  # a step, not two threads that overtake each other
             self._offset += self._latest - now
             now = self._latest
-        elif now > self._latest:
-            self._latest = now
         return now
 
     # -- adding messages
@@ -2271,18 +2283,19 @@ class Broker:
     ) -> dict[str, Any]:
         """The parameters of POST_MESSAGE."""
         _check_body(body, self.max_message)
-        message = DEFAULTS.copy()
+        message = NEW_MESSAGE.copy()
         message["hlm"] = self.hlm
         if channel in self._settings:
             message.update(self._settings[channel])
         if given:
             message.update(check_parameters(given, ALL_PARAMETERS))
-        check_lingering(message)
         delay, linger = message["delay"], message["linger"]
+        if linger:
+            check_lingering(message)
+        if message["dedup"] is not None:
+            message["scope"] = f"channel {channel}"
+            message["dedup_for"] = message["dedup-for"]
         message["channel"] = channel
-        message["scope"] = f"channel {channel}"
-        message["dedup_for"] = message["dedup-for"]
-        message["batch"] = 0
         message["body"] = body
         message["type"] = type
         message["now"] = now = self.now()
@@ -2579,6 +2592,8 @@ class Broker:
             statements = ACKNOWLEDGE + statements
             parameters.update(id=ack, lease=lease, within=within)
         operation = Operation(statements, parameters, self._taken)
+        if ack is not None:
+            operation.ran = self._look_at_kept
         operation.finished = self._not_taken
         operation.means = _messages_taken
         operation.whose = waiter
@@ -2598,10 +2613,10 @@ class Broker:
         if not waiter.ticket:
             counters["msg-get"] += 1
         if parameters["ack"] is not None:
-            if not operation.results[1][0]:
+            if not operation.results[0][0]:
                 return
             counters["msg-delete"] += 1
-        rows = _taken_rows(operation)
+        rows = operation.results[-2]  # in each kind of take
         if not rows:
             operation.finished = None if self._park(waiter) else waiter.told
             return
@@ -2688,14 +2703,22 @@ class Broker:
         self._store.start(operation)
 
     def _delete(self, id: int, lease: Optional[int], within: Optional[str]) -> Operation:
-        statements: tuple[str, ...] = ACKNOWLEDGE
-        if lease is None:
-            statements = DELETE if within is None else DELETE_WITHIN
         self._settle_due()
+        statements = DELETE if lease is None and within is None else ACKNOWLEDGE
         parameters = {"id": id, "lease": lease, "within": within}
         operation = Operation(statements, parameters, self._deleted)
+        operation.ran = self._look_at_kept
         operation.means = _check_deleted
         return operation
+
+    def _look_at_kept(self, operation: Operation) -> None:
+        """Adds what tells of a message that was not deleted, to the transaction of that."""
+        if not operation.results[0][0]:
+            self._look_at(operation, [operation.parameters])
+
+    def _look_at(self, operation: Operation, rows: list[Any]) -> None:
+        operation.added = Operation((MESSAGE_HOLDING,) * len(rows), rows)
+        self._store.add(operation.added)
 
     def _deleted(self, operation: Operation) -> None:
         self.counters["msg-delete"] += operation.results[-1][0]
@@ -2713,22 +2736,23 @@ class Broker:
         rows = [
             {"id": id, "lease": lease, "within": within.get(id)} for id, lease in wanted.items()
         ]
-        kept: list[Operation] = []  # what tells of those that were not deleted
-
-        def ran(operation: Operation) -> None:
-            left = [row for row, (deleted, _) in zip(rows, operation.results) if not deleted]
-            if left:
-                kept.append(Operation([MESSAGE_HOLDING] * len(left), left))
-                self._store.add(kept[0])
 
         def deleted(operation: Operation) -> None:
             self.counters["msg-delete"] += sum(deleted for deleted, _ in operation.results)
 
-        results = self._run([DELETE_LEASED] * len(rows), rows, deleted, ran)
-        holdings = iter(kept[0].outcome() if kept else ())
+        def ran(operation: Operation) -> None:
+            kept = [row for row, (deleted, _) in zip(rows, operation.results) if not deleted]
+            if kept:
+                self._look_at(operation, kept)
+
+        operation = Operation([DELETE_LEASED] * len(rows), rows, deleted)
+        operation.ran = ran
+        self._settle_due()
+        results = self._store.run(operation)
+        holdings = iter(operation.added.outcome() if operation.added else ())
         outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
         for id, (gone, _) in zip(wanted, results):
-            place = 0 if gone else 1 if next(holdings) else 2
+            place = 0 if gone else 1 if next(holdings, None) else 2
             outcome[place].append(id)
         return outcome
 
@@ -3325,23 +3349,19 @@ def _nothing_taken(waiter: Waiter) -> Operation:
 
 def _messages_taken(operation: Operation) -> list[Message]:
     parameters: Any = operation.parameters
-    if parameters["ack"] is not None and not operation.results[1][0]:
-        _refuse(parameters["id"], parameters["lease"], operation.results[0], "deleted")
-    return [_message_of(row) for row in _taken_rows(operation)]
+    if parameters["ack"] is not None:
+        _check_deleted(operation)
+    messages = [_message_of(row) for row in operation.results[-2]]
+    if len(messages) > 1:
+        messages.sort(key=lambda message: message.priority)  # they are sorted by id
+    return messages
 
 
 def _check_deleted(operation: Operation) -> None:
-    *holding, (deleted, _) = operation.results
-    if not deleted:
+    if not operation.results[0][0]:
         parameters: Any = operation.parameters
-        holding = holding[0] if holding else []
+        holding = operation.added.outcome()[0] if operation.added else ()
         _refuse(parameters["id"], parameters["lease"], holding, "deleted")
-
-
-def _taken_rows(operation: Operation) -> list[tuple[Any, ...]]:
-    """The messages that a take has found: the result before the last in each kind of take."""
-    rows: list[tuple[Any, ...]] = operation.results[-2]
-    return rows
 
 
 def _message_of(row: Sequence[Any]) -> Message:
@@ -3772,7 +3792,10 @@ def allowed_methods(calls: Mapping[str, Route]) -> str:
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
-MESSAGE_HEAD = re.compile(rb"[A-Z]+ (/messages/([0-9]+)[!-~\x80-\xff]*) ")
+MESSAGE_HEAD = re.compile(
+    rb"[A-Z]+ (/(?:messages/|channels/[^?&= ]+\?(?:[^ ]*&)?ack=)([0-9]+)(?![^&/? ])"
+    rb"[!-~\x80-\xff]*) "
+)
 # One pass over all header lines: no control characters (RFC 9110 5.5), hence no bare CR or LF
 # (RFC 9112 2.2), no folded lines (5.2), no blank before the colon (5.1).
 FIELD_LINES = re.compile(rb"(?:\r\n" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*)*")
@@ -3896,11 +3919,15 @@ class Request:
         self._query: Optional[dict[str, bytes]] = None
         self._form: Optional[dict[str, bytes]] = None
 
-    def aim(self, target: str) -> None:
-        """Takes another target, which differs only in the id of a message."""
+    def aim(self, target: str, id: bytes) -> None:
+        """Takes another target, which differs only in the id of a message, in path or query."""
         self.target = target
-        self.parts = target.partition("?")[0][1:].split("/")
-        self.names = self.parts[1::2]
+        path, _, self.query = target.partition("?")
+        if self.parts[0] == "messages":
+            self.parts = path[1:].split("/")
+            self.names = self.parts[1::2]
+        elif self._query is not None:
+            self._query["ack"] = id
 
     def fields(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The fields of the query, and those of the form."""
@@ -4508,10 +4535,10 @@ class Handler(BaseHTTPRequestHandler):
             known, key = self._known_but_id, head[: found.start(2)] + head[found.end(2) :]
             if key in known:
                 request = known[key]
-                request.aim(found[1].decode("latin-1"))
+                request.aim(found[1].decode("latin-1"), found[2])
                 return request
         request = parse_head(head, self._known_headers)
-        if len(head) <= KNOWN_LENGTH and "ack=" not in request.query:
+        if len(head) <= KNOWN_LENGTH and (found or "ack=" not in request.query):
             if len(known) >= KNOWN_HEADERS:
                 known.clear()
             known[key] = request
@@ -5021,20 +5048,21 @@ class Handler(BaseHTTPRequestHandler):
     def take_message(self, request: Request, *channels: str) -> None:
         if request.options is None or request.form_type:  # which may hold some of them
             request.options = self._read_take(request)
-        wait, n, timeout, auto, ack = request.options
+        wait, n, timeout, auto, acks, lease = request.options
+        ack = request.integer("ack") if acks else None
         if not wait and self._fresh:
             self.server.let_others_go_first(self.connection)
         waiter = self.broker.waiter(channels, n or 1, timeout, auto, self.vanished)
         if request.body:
             request.forget_body()
-        within = () if ack[0] is None else self._within(request, ack[0])
+        within = () if ack is None else self._within(request, ack)
         if wait:
             self.server.note_answered(self.connection)
             self.server.let_wait(self)
             self._waits_until = time.monotonic() + wait
             self._waiter = waiter
         self.broker.start_take(
-            self._later(request, self._hand_over), waiter, wait > 0, *ack, *within
+            self._later(request, self._hand_over), waiter, wait > 0, ack, lease, *within
         )
 
     def _hand_over(self, request: Request, operation: Operation) -> Answer:
@@ -5057,7 +5085,8 @@ class Handler(BaseHTTPRequestHandler):
             request.integer("n", 1, MAX_BATCH),
             request.integer("timeout", 1),
             request.parameter("auto") is not None,
-            (request.integer("ack"), request.integer("lease")),
+            request.parameter("ack") is not None,
+            request.integer("lease"),
         )
 
     def post_message(self, request: Request, channel: str) -> None:
