@@ -153,7 +153,7 @@ ARRIVAL_CROWD = 1  # others to wait for at most: among more, all would wait for 
 MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 20 kB
 WAITING_SHARE = 0.75  # of the connections that may wait, so that who brings messages gets in
 REFUSALS = 64  # connections beyond the limit that are told so, rather than just closed
-BACKLOG = 1_024  # connections that the kernel may hold until they are accepted
+BACKLOG = 4_096  # connections that the kernel may hold until they are accepted
 SWITCH_INTERVAL = 1.0  # seconds that a thread may compute while others wait
 STACK_SIZE = 256 * 1024  # bytes of stack for a thread of the command-line server
 SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard streams and refusals
@@ -4673,14 +4673,16 @@ class Handler(BaseHTTPRequestHandler):
         """
         self.idle = True
         patience: float = self.server.idle_timeout
+        size = 65_536
         if self._waiter is not None:
+            size = 1_024  # thousands may wait
             patience = min(max(self._waits_until - time.monotonic(), 0.001), patience)
         while patience > 0 and not self.server.stopping:
             if patience != self._patience:
                 self._be_patient(patience)
             try:
                 if self._tls is None:
-                    self._buffer = self.connection.recv(65_536)
+                    self._buffer = self.connection.recv(size)
                 else:
                     self._buffer = self._receive_tls(self._tls)
                 break
@@ -5972,8 +5974,11 @@ class Client:
                 worker.start()
             for worker in workers:
                 worker.join()
-        if failures:
-            raise failures[0]
+        try:
+            if failures:
+                raise failures[0]
+        finally:
+            failures.clear()  # an error, its traceback and this list would hold each other
 
     def consume(
         self,
@@ -6181,8 +6186,8 @@ class _Line:
         return connection
 
     def shut(self, how: int) -> None:
-        """For another thread: tells the server that there is nothing to come (SHUT_WR), which
-        makes it answer who waits, or ends also what it says (SHUT_RDWR)."""
+        """For another thread: ends what is sent (SHUT_WR), so that the server gives who waits no
+        message any more, or also what comes (SHUT_RDWR)."""
         connection = self._connection
         if connection is not None and self.process == os.getpid():
             with contextlib.suppress(OSError, AttributeError):  # closed just now
@@ -6242,7 +6247,7 @@ class _Loop:
                 elif error.status < 500 or self._once or self._client._closed:
                     self.finish()
                     raise
-                else:
+                elif not self._stop.is_set():
                     self.away(error)
                     self._stop.wait(next(pauses))
                 continue

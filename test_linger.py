@@ -9,6 +9,7 @@ import base64
 import contextlib
 import doctest
 import errno
+import gc
 import hashlib
 import http.client
 import io
@@ -5347,6 +5348,18 @@ class WorkerTest(ClientCase):
             self.client.work("q", lambda _: sys.exit())
         self.assertEqual(self.counts()[1:], (0, 1))
 
+    def test_an_error_of_a_loop_holds_no_connection(self):
+        def lines():
+            return sum(isinstance(thing, linger._Line) for thing in gc.get_objects())
+
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.client.post("q", "x")
+        before = lines()
+        with contextlib.suppress(SystemExit):  # assertRaises would clear its frames
+            self.client.work("q", lambda _: sys.exit(), threads=2)
+        self.assertEqual(lines(), before)
+
     def test_closing_the_client_ends_a_loop(self):
         work = self.work(print)
         until(lambda: self.broker._waiting.get("q"))
@@ -6460,8 +6473,7 @@ class WorkProcessTest(CommandProcessCase):
         self.client.post("q", "b")
         self.go.touch()
         status, errors = self.ended(process)
-        self.assertEqual(status, 0, errors)
-        self.assertRegex(errors, r"^(linger: .*; trying again\n)?$")  # of who waited
+        self.assertEqual((status, errors), (0, ""))
         self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
 
     def test_a_second_signal_kills_the_commands_and_releases_their_messages(self):
