@@ -124,6 +124,7 @@ MAX_TARGET = 16_384  # bytes of a request's target (RFC 9112 3 asks for 8,000 at
 MAX_REQUEST_LINE = MAX_TARGET + 64  # bytes of a target with its method and version
 MAX_LINE = 8_192  # bytes of one header line
 MAX_HEAD = 65_536  # bytes of all header lines
+LONGEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD
 MAX_FIELDS = 200  # header lines
 KNOWN_HEADERS = 4  # sets of header lines whose meaning is remembered for a connection
 KNOWN_NAMES = 1_024  # names that need not be decoded or encoded again
@@ -4640,6 +4641,14 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if self.server.log_requests:
             self._began_at = time.monotonic()
+        head, blank, rest = self._buffer.partition(b"\r\n\r\n")
+        if blank and head[:1] > b"\r" and len(head) <= LONGEST_HEAD:  # it came whole, as most do
+            self._buffer = rest
+            return head
+        return self._read_pieces()
+
+    def _read_pieces(self) -> Optional[bytes]:
+        """A head that comes in several pieces, or after empty lines."""
         deadline = 0.0
         seen = 0
         while True:
@@ -4648,7 +4657,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._buffer = buffer = EMPTY_LINES.sub(b"", buffer, 1)  # RFC 9112 2.2
                 seen = 0
             end = buffer.find(b"\r\n\r\n", seen - 3 if seen > 3 else 0)
-            if 0 <= end <= MAX_REQUEST_LINE + MAX_HEAD:
+            if 0 <= end <= LONGEST_HEAD:
                 self._buffer = buffer[end + 4 :]
                 return buffer[:end]
             self._check_head_so_far(seen)
@@ -4743,7 +4752,7 @@ class Handler(BaseHTTPRequestHandler):
         end = MAX_REQUEST_LINE + 2
         if len(self._buffer) >= end and self._buffer.find(b"\r\n", 0, end) < 0:
             raise LingerError(f"the target is too long: at most {MAX_TARGET} bytes are taken", 414)
-        if len(self._buffer) > MAX_REQUEST_LINE + MAX_HEAD + 3:
+        if len(self._buffer) > LONGEST_HEAD + 3:
             raise LingerError(f"the headers are too long: at most {MAX_HEAD} bytes are taken", 431)
 
     def _read_body(self, request: Request) -> None:
@@ -4914,9 +4923,12 @@ class Handler(BaseHTTPRequestHandler):
             if waiter is not None and waiter.ticket and self.vanished():
                 _thread.start_new_thread(self._finish_reply, (request, answer, b""))
                 return
-            with contextlib.suppress(OSError):
-                rest = rest[self.connection.send(rest, socket.MSG_DONTWAIT) :]
-            if rest:
+            try:
+                sent = self.connection.send(rest, socket.MSG_DONTWAIT)
+            except OSError:
+                sent = 0
+            if sent < len(rest):
+                rest = rest[sent:]
                 _thread.start_new_thread(self._finish_reply, (request, answer, rest))
                 return
             self._note_answered(request, answer.status)
