@@ -5977,7 +5977,7 @@ class Client:
                     while (message := loop.next()) is not None:
                         loop.call(function, message, delay)
             except BaseException as error:
-                failures.append(error)
+                failures[:] = [error]
                 stop.set()
 
         workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
@@ -5986,11 +5986,8 @@ class Client:
                 worker.start()
             for worker in workers:
                 worker.join()
-        try:
-            if failures:
-                raise failures[0]
-        finally:
-            failures.clear()  # an error, its traceback and this list would hold each other
+        if failures:
+            raise failures.pop()  # else it, its traceback and this list would hold each other
 
     def consume(
         self,
