@@ -126,7 +126,8 @@ MAX_LINE = 8_192  # bytes of one header line
 MAX_HEAD = 65_536  # bytes of all header lines
 LONGEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD
 MAX_FIELDS = 200  # header lines
-KNOWN_HEADERS = 4  # sets of header lines whose meaning is remembered for a connection
+KNOWN_HEADS = 4  # heads whose meaning is remembered for a connection
+KNOWN_HEADERS = 256  # sets of header lines whose meaning is remembered for all connections
 KNOWN_NAMES = 1_024  # names that need not be decoded or encoded again
 KNOWN_LENGTH = 2_048  # bytes that such a set may have
 MAX_CHUNKS = 16_384  # chunks of a body: more are a way to keep the server busy
@@ -3810,6 +3811,7 @@ HEADER_VALUE = re.compile("[!-~\xa1-\xff](?:[ -~\xa1-\xff]{0,253}[!-~\xa1-\xff])
 PART_NAME = re.compile(rb';[ \t]*name=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE)
 ONCE = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
 ITEM_KEYS = frozenset(("body", "type", "encoding"))  # of a message in JSON, but its parameters
+NOT_KNOWN = frozenset(("authorization", "idempotency-key"))
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
@@ -4222,8 +4224,8 @@ def parse_item(
 def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
     """The request that a head (without the blank line at its end) asks for.
 
-    `known` keeps header lines parsed before on the connection, with what they gave: most clients
-    send the same few again and again.
+    `known` keeps header lines parsed before, with what they gave: most clients send the same few
+    again and again, on each of their connections.  What is secret or new each time is not kept.
     """
     line, _, _ = head.partition(b"\r\n")
     if len(line) > MAX_REQUEST_LINE:
@@ -4238,9 +4240,9 @@ def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
     headers = known.get(lines)
     if headers is None:
         headers = parse_fields(lines)
-        if len(known) >= KNOWN_HEADERS:
-            known.clear()
-        if len(lines) <= KNOWN_LENGTH:
+        if len(lines) <= KNOWN_LENGTH and NOT_KNOWN.isdisjoint(headers):
+            if len(known) >= KNOWN_HEADERS:
+                known.clear()
             known[lines] = headers
     old = minor == b"0"
     if old and "transfer-encoding" in headers:
@@ -4424,7 +4426,6 @@ class Handler(BaseHTTPRequestHandler):
         self._buffer = b""  # what was received and not yet used
         self._known: dict[bytes, Request] = {}  # by their heads
         self._known_but_id: dict[bytes, Request] = {}  # by their heads without a message's id
-        self._known_headers: dict[bytes, dict[str, str]] = {}
         self._fresh = True  # whether its first request is not yet answered
         self._patience = 0.0
         self._owes = False  # whether somebody else is still to send an answer
@@ -4538,9 +4539,9 @@ class Handler(BaseHTTPRequestHandler):
                 request = known[key]
                 request.aim(found[1].decode("latin-1"), found[2])
                 return request
-        request = parse_head(head, self._known_headers)
+        request = parse_head(head, self.server.known_headers)
         if len(head) <= KNOWN_LENGTH and (found or "ack=" not in request.query):
-            if len(known) >= KNOWN_HEADERS:
+            if len(known) >= KNOWN_HEADS:
                 known.clear()
             known[key] = request
         return request
@@ -5329,6 +5330,7 @@ class Server(ThreadingHTTPServer):
         self.clients = Clients(max_connections_per_address)
         self.max_waiting = max_waiting or int(max_connections * WAITING_SHARE) or 1
         self.log_requests = log_requests
+        self.known_headers: dict[bytes, dict[str, str]] = {}  # what header lines have meant
         self.handlers: set[Handler] = set()
         self.waiting: set[Handler] = set()  # those whose clients wait for messages
         self.connections: set[socket.socket] = set()

@@ -3415,7 +3415,17 @@ class WireTest(ServerTest):
             connection.sendall(CALL[:-2] + b"A: %d" % n + b"x" * 5_000 + b"\r\n\r\n")
             connection.recv(1000)
         (handler,) = self.server.handlers
-        self.assertEqual((handler._known, handler._known_headers), ({}, {}))
+        self.assertEqual((handler._known, self.server.known_headers), ({}, {}))
+
+    def test_headers_are_remembered_for_all_connections_but_not_what_is_secret(self):
+        for line in (b"A: b", b"Authorization: Bearer x", b"Idempotency-Key: x", b"A: b"):
+            self.talk(CALL[:-2] + line + b"\r\n\r\n")
+        self.assertEqual(
+            list(self.server.known_headers), [CALL[CALL.index(b"\r\n") : -2] + b"A: b"]
+        )
+        for n in range(2 * linger.KNOWN_HEADERS):
+            self.talk(CALL[:-2] + b"A: %d\r\n\r\n" % n)
+        self.assertLessEqual(len(self.server.known_headers), linger.KNOWN_HEADERS)
 
     def test_heads_that_come_again_are_remembered_but_not_their_bodies(self):
         connection = self.connect()
