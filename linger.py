@@ -124,7 +124,7 @@ MAX_TARGET = 16_384  # bytes of a request's target (RFC 9112 3 asks for 8,000 at
 MAX_REQUEST_LINE = MAX_TARGET + 64  # bytes of a target with its method and version
 MAX_LINE = 8_192  # bytes of one header line
 MAX_HEAD = 65_536  # bytes of all header lines
-LONGEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD
+LONGEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD  # bytes of both
 MAX_FIELDS = 200  # header lines
 KNOWN_HEADS = 4  # heads whose meaning is remembered for a connection
 KNOWN_HEADERS = 256  # sets of header lines whose meaning is remembered for all connections
@@ -152,7 +152,7 @@ RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refu
 
 ARRIVAL_GAP = 0.01  # seconds in which requests on two new connections count as sent together
 ARRIVAL_CROWD = 1  # others to wait for at most: among more, all would wait for each other
-MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 20 kB
+MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 28 kB
 WAITING_SHARE = 0.75  # of the connections that may wait, so that who brings messages gets in
 REFUSALS = 64  # connections beyond the limit that are told so, rather than just closed
 BACKLOG = 4_096  # connections that the kernel may hold until they are accepted
@@ -2421,7 +2421,8 @@ class Broker:
             for copy in copies(operation):
                 self.counters["publish"] += 1
                 self._added(copy, called[copy["channel"]])
-                called[copy["channel"]] -= not copy["state"]
+                if called[copy["channel"]] and not copy["state"]:
+                    called[copy["channel"]] -= 1
 
         results = self._run(
             [sql for _ in rows for sql in statements], [row for row in rows for _ in statements],
@@ -4961,8 +4962,10 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RD)
         self._owes = False
-        if self._sent is not None:
-            self._sent.release()
+        sent = self._sent
+        if sent is not None:
+            with contextlib.suppress(RuntimeError):  # it is that of the next answer, sent already
+                sent.release()
 
     def _undo(self, answer: Answer) -> None:
         if answer.undo is not None:

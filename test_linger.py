@@ -1188,6 +1188,34 @@ class WaitingTest(BrokerTest):
         broker._store._lead()
         self.assertEqual([m.body for operation in told for m in operation.value()], [b"x"])
 
+    def test_all_who_begin_to_wait_in_the_transaction_of_a_batch_are_called_after_it(self):
+        two = [(b"1", "x/y", {}), (b"2", "x/y", {})]
+        for add in (self.broker.post_batch, self.broker.publish_batch):
+            self.broker.subscribe("q", "q")
+            broker, told = self.broker, []
+            broker._check_copies = lambda *_: None  # which reads, and so waits for who leads
+            broker._store._led = True  # as if somebody led
+            broker._store._heir = linger.Operation((), {})
+            for _ in two:
+                broker.start_take(told.append, broker.waiter(["q"]), waits=True)
+            adding = self.thread(add, "q", two)
+            until(lambda s=broker._store: len(s._pending) == 3)
+            broker._store._lead()
+            adding.result(PATIENCE)
+            messages = [m for operation in told for m in operation.value()]
+            self.assertEqual([m.body for m in messages], [b"1", b"2"])
+            for message in messages:
+                broker.delete(message.id)
+
+    def test_what_nobody_waits_for_is_counted_as_shown(self):
+        two = [(b"1", "x/y", {}), (b"2", "x/y", {})]
+        self.broker.subscribe("q", "t")
+        self.broker.post("q", b"0")
+        self.broker.post_batch("q", two)
+        self.broker.publish_batch("t", two)
+        self.assertEqual(self.broker.counters["msg-show"], 5)
+        self.assertEqual(self.broker.counters["publish"], 2)
+
     def test_a_consumer_called_in_a_transaction_that_fails_is_served_in_the_next(self):
         future = self.park("q")
         operation = self.broker._post("q", b"x", "x/y", {})
