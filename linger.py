@@ -3923,15 +3923,15 @@ class Request:
         self._query: Optional[dict[str, bytes]] = None
         self._form: Optional[dict[str, bytes]] = None
 
-    def aim(self, target: str, id: bytes) -> None:
+    def aim(self, target: str) -> None:
         """Takes another target, which differs only in the id of a message, in path or query."""
         self.target = target
         path, _, self.query = target.partition("?")
         if self.parts[0] == "messages":
             self.parts = path[1:].split("/")
             self.names = self.parts[1::2]
-        elif self._query is not None:
-            self._query["ack"] = id
+        else:
+            self._query = None
 
     def fields(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The fields of the query, and those of the form."""
@@ -4538,7 +4538,7 @@ class Handler(BaseHTTPRequestHandler):
             known, key = self._known_but_id, head[: found.start(2)] + head[found.end(2) :]
             if key in known:
                 request = known[key]
-                request.aim(found[1].decode("latin-1"), found[2])
+                request.aim(found[1].decode("latin-1"))
                 return request
         request = parse_head(head, self.server.known_headers)
         if len(head) <= KNOWN_LENGTH and (found or "ack=" not in request.query):

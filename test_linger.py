@@ -3583,6 +3583,7 @@ class WireTest(ServerTest):
             *(f"GET /channels/a%20b,c?ack={id}&nowait" for id in (4, "5x", "+5", 5, "%36", 7)),
             *(f"GET /channels/a%20b?nowait&ack=9&ack={id}" for id in (6, 1, "", 8)),
             *(f"GET /channels/a%20b?n=1&nowait&ack={id}" for id in (9, 10)),
+            *(f"GET /channels/a%20b?nowait&ack={id}&%61ck=17" for id in (1, 18)),
             *(f"GET /channels/a%20b?nowait&lease={id}&ack=11" for id in (7, 1)),
             *(f"POST /messages/{id}/touch" for id in (12, 1, 13)),
             *(f"DELETE /messages/{id}?lease=1" for id in (12, 13, "13x", "", "+14", "%31")),
