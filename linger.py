@@ -152,7 +152,7 @@ RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refu
 
 ARRIVAL_GAP = 0.01  # seconds in which requests on two new connections count as sent together
 ARRIVAL_CROWD = 1  # others to wait for at most: among more, all would wait for each other
-MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 28 kB
+MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 26 kB
 WAITING_SHARE = 0.75  # of the connections that may wait, so that who brings messages gets in
 REFUSALS = 64  # connections beyond the limit that are told so, rather than just closed
 BACKLOG = 4_096  # connections that the kernel may hold until they are accepted
@@ -4685,8 +4685,9 @@ class Handler(BaseHTTPRequestHandler):
         self.idle = True
         patience: float = self.server.idle_timeout
         size = 65_536
+        if self._fresh or self._waiter is not None:  # of which there may be thousands
+            size = 512
         if self._waiter is not None:
-            size = 1_024  # thousands may wait
             patience = min(max(self._waits_until - time.monotonic(), 0.001), patience)
         while patience > 0 and not self.server.stopping:
             if patience != self._patience:
