@@ -73,16 +73,16 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, Type
 __version__ = "2.0.0"
 __all__ = [
     "Access",
+    "AccessDenied",
+    "BadRequest",
     "Broker",
     "Client",
     "Conflict",
-    "Denied",
     "Full",
     "LingerError",
-    "Malformed",
     "Message",
     "NotFound",
-    "Posted",
+    "PostResult",
     "Server",
     "Store",
     "TooLarge",
@@ -99,62 +99,70 @@ MIN_INTEGER = -(2**63)  # SQLite's INTEGER, and so every number of the API
 MAX_INTEGER = 2**63 - 1
 MAX_NAME = 255  # bytes of a channel's or topic's name in UTF-8
 MAX_MESSAGE = 256_000  # bytes of a message's body, unless --max-message says otherwise; as 1.0.1
-LONGEST_MESSAGE = 100_000_000  # bytes that --max-message may allow
+MAX_MESSAGE_OPTION = 100_000_000  # bytes that --max-message may allow
 MAX_BATCH = 1_000  # messages taken, posted or deleted at once
 MAX_BATCH_BYTES = 8_000_000  # of a request with many messages
 MAX_BATCH_LINES = 4_000  # of such a request, empty ones too
-MAX_COMMAS = 32_000  # in the JSON of such a request: 32 fields for each,
-MAX_BARE = 2_000_000  # and about 64 characters for each of these beside its texts
+MAX_JSON_COMMAS = 32_000  # in the JSON of such a request: 32 fields for each,
+MAX_JSON_STRUCTURE = 2_000_000  # and about 64 characters for each of these beside its texts
 MAX_REASON = 4_096  # bytes of the reason for a release or rejection
-MAX_CUT = 1_024  # bytes of a body that a listing shows
+PREVIEW_BYTES = 1_024  # bytes of a body that a listing shows
 MAX_CHANNELS_AT_ONCE = 100  # channels that one GET may wait at
 MAX_BACKOFF = 32  # steps of a message's backoff,
 BACKOFF_WIDTH = 10  # each kept in as many characters, so that SQL can find the n-th
 MAX_WAIT = 3_600  # seconds that a GET may ask to wait
 DEFAULT_WAIT = 120  # seconds that a GET waits when it does not say; as 1.0.1
 CHANNEL_TTL = 180.0  # seconds that a channel is listed after its last consumer has gone; as 1.0.1
-MAX_DESERTED = 10_000  # channels that are listed only for that reason
+MAX_IDLE_CHANNELS = 10_000  # channels that are listed only for that reason
 MAX_CHANNELS = 100_000  # channels that hold anything: their names are kept in memory,
-COUNT_INTERVAL = 1.0  # and are counted anew when there seem to be too many, after as many seconds
+RECOUNT_INTERVAL = 1.0  # and are counted anew when there seem to be too many, after as many seconds
 MAX_SUBSCRIBERS = 10_000  # channels subscribed to a topic: each publication is copied to all
-MAX_COPIES = 100_000  # that a batch published at once may become,
-MAX_COPIED = 256_000_000  # and their bytes: all others wait while they are written
+MAX_BATCH_COPIES = 100_000  # that a batch published at once may become,
+MAX_BATCH_COPY_BYTES = 256_000_000  # and their bytes: all others wait while they are written
 
 MAX_TARGET = 16_384  # bytes of a request's target (RFC 9112 3 asks for 8,000 at least)
 MAX_REQUEST_LINE = MAX_TARGET + 64  # bytes of a target with its method and version
 MAX_LINE = 8_192  # bytes of one header line
 MAX_HEAD = 65_536  # bytes of all header lines
-LONGEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD  # bytes of both
+MAX_REQUEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD  # bytes of both
 MAX_FIELDS = 200  # header lines
-KNOWN_HEADS = 4  # heads whose meaning is remembered for a connection
-KNOWN_HEADERS = 256  # sets of header lines whose meaning is remembered for all connections
-KNOWN_NAMES = 1_024  # names that need not be decoded or encoded again
-KNOWN_LENGTH = 2_048  # bytes that such a set may have
+REQUEST_CACHE = 4  # heads whose meaning is remembered for a connection
+HEADER_CACHE = 256  # sets of header lines whose meaning is remembered for all connections
+NAME_CACHE = 1_024  # names that need not be decoded or encoded again
+MAX_CACHED_HEAD = 2_048  # bytes that such a set may have
 MAX_CHUNKS = 16_384  # chunks of a body: more are a way to keep the server busy
 MAX_PARAMETERS = 100  # fields in a query string or a form
 MAX_CHUNK_LINE = 256  # bytes of a chunk's size with its extensions
 FORM_EXPANSION = 3  # bytes that a percent-encoded form may need for one byte of its message
 FORM_SLACK = 65_536  # bytes that a form may hold beside its message
-MAX_HELD = 134_217_728  # bytes of bodies that are being received, all together,
+MAX_BUFFERED = 134_217_728  # bytes of bodies that are being received, all together,
 SMALL_BODY = 65_536  # before one that has more than these gets 503
-MAX_DRAIN = 16_777_216  # bytes read and thrown away so that a client that still sends can see its
-DRAIN_TIME = 2.0  # error (RFC 9112 9.6), and the seconds that this may take
+LINGERING_CLOSE_BYTES = (
+    16_777_216  # bytes read and thrown away so that a client that still sends can see its
+)
+LINGERING_CLOSE_TIMEOUT = 2.0  # error (RFC 9112 9.6), and the seconds that this may take
 
 READ_TIMEOUT = 30  # seconds for a whole head, and again for a whole body, however they trickle in
 IDLE_TIMEOUT = 75  # seconds that a kept-alive connection may be silent, as nginx
 SEND_TIMEOUT = 30  # seconds in which a client must take each piece of an answer,
-SEND_PIECE = 1_048_576  # bytes of such a piece
+SEND_CHUNK = 1_048_576  # bytes of such a piece
 STOP_TIMEOUT = 2.0  # seconds that requests under way get to finish when the server stops
-WATCH_INTERVAL = 2.0  # seconds between looks whether one who waits and sends more has hung up
+DISCONNECT_CHECK_INTERVAL = (
+    2.0  # seconds between looks whether one who waits and sends more has hung up
+)
 BUSY_TIMEOUT = 5.0  # seconds to wait for another program's lock on the database
 RETRY_AFTER = 1  # seconds after which a client may try again what was answered with 503
-RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refused
+TICKER_RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refused
 
-ARRIVAL_GAP = 0.01  # seconds in which requests on two new connections count as sent together
-ARRIVAL_CROWD = 1  # others to wait for at most: among more, all would wait for each other
+SIMULTANEOUS_WINDOW = (
+    0.01  # seconds in which requests on two new connections count as sent together
+)
+MAX_SIMULTANEOUS = 1  # others to wait for at most: among more, all would wait for each other
 MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 26 kB
 WAITING_SHARE = 0.75  # of the connections that may wait, so that who brings messages gets in
-REFUSALS = 64  # connections beyond the limit that are told so, rather than just closed
+MAX_REFUSED_CONNECTIONS = (
+    64  # connections beyond the limit that are told so, rather than just closed
+)
 BACKLOG = 4_096  # connections that the kernel may hold until they are accepted
 SWITCH_INTERVAL = 1.0  # seconds that a thread may compute while others wait
 STACK_SIZE = 256 * 1024  # bytes of stack for a thread of the command-line server
@@ -163,40 +171,44 @@ SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard strea
 MAX_TOKEN = 1_024  # characters of a token
 MAX_TOKENS_FILE = 4_194_304  # characters of a file of tokens: some ten thousand of them
 MAX_PATTERNS = 100  # patterns of a token, each tried for each name
-FREE_GUESSES = 10  # wrong tokens that an address may show
-GUESS_TIME = 60.0  # within so many seconds; the answer to each further one
-GUESS_DELAY = 1.0  # comes so many seconds late,
-MAX_LATE = 32  # to as many at a time: each has a thread that waits; others get 429
-MAX_GUESSERS = 4_096  # addresses whose wrong tokens are counted
-PREFLIGHT_AGE = 600  # seconds for which a browser may remember what a web page may do
+FREE_AUTH_FAILURES = 10  # wrong tokens that an address may show
+AUTH_FAILURE_WINDOW = 60.0  # within so many seconds; the answer to each further one
+AUTH_FAILURE_DELAY = 1.0  # comes so many seconds late,
+MAX_DELAYED_FAILURES = 32  # to as many at a time: each has a thread that waits; others get 429
+MAX_FAILING_ADDRESSES = 4_096  # addresses whose wrong tokens are counted
+CORS_MAX_AGE = 600  # seconds for which a browser may remember what a web page may do
 
-HEAD_ROOM = 32 * 1024 * 1024  # bytes kept free on the disk so that takes and deletes still work,
-HEAD_ROOM_SHARE = 10  # but no more than one part in this many of a small disk
-ROOM_INTERVAL = 0.02  # seconds between looks at it, in which no disk writes as much
-CACHED_STATEMENTS = 256  # prepared statements kept for each connection; more than there are
-WAL_KEPT = 64 * 1024 * 1024  # bytes to which SQLite cuts its log after a checkpoint
+DISK_RESERVE = 32 * 1024 * 1024  # bytes kept free on the disk so that takes and deletes still work,
+DISK_RESERVE_SHARE = 10  # but no more than one part in this many of a small disk
+SPACE_CHECK_INTERVAL = 0.02  # seconds between looks at it, in which no disk writes as much
+STATEMENT_CACHE = 256  # prepared statements kept for each connection; more than there are
+WAL_SIZE_LIMIT = 64 * 1024 * 1024  # bytes to which SQLite cuts its log after a checkpoint
 MAX_BLOB = 1_000_000_000  # bytes that SQLite keeps in one place at most
-COPY_PAGES = 1_024  # pages of the database that a backup copies at a time
-FILE_PIECE = 262_144  # bytes of it that are sent at a time
+BACKUP_PAGES = 1_024  # pages of the database that a backup copies at a time
+FILE_CHUNK = 262_144  # bytes of it that are sent at a time
 
 CLIENT_TIMEOUT = 30.0  # seconds that connecting may take, and a server be silent
-KEPT_TIMEOUT = 60.0  # seconds that a client keeps a silent connection: less than IDLE_TIMEOUT
-MAX_ANSWER = 256_000_000  # bytes: MAX_BATCH_BYTES of control characters take 6 times that in JSON
-FIRST_PAUSE = 0.1  # seconds until what failed is tried again, doubled each time
-LONGEST_PAUSE = 5.0  # up to this
+KEEPALIVE_TIMEOUT = 60.0  # seconds that a client keeps a silent connection: less than IDLE_TIMEOUT
+MAX_RESPONSE = 256_000_000  # bytes: MAX_BATCH_BYTES of control characters take 6 times that in JSON
+MIN_RETRY_DELAY = 0.1  # seconds until what failed is tried again, doubled each time
+MAX_RETRY_DELAY = 5.0  # up to this
 FAILURE_DELAY = 10  # seconds until a message that a worker failed on comes back
-TOUCHES = 3  # touches of a message in hand within its timeout
-LOOK_INTERVAL = 0.3  # seconds between looks whether that is due: less than 1/TOUCHES, the least
+TOUCHES_PER_TIMEOUT = 3  # touches of a message in hand within its timeout
+HEARTBEAT_INTERVAL = (
+    0.3  # seconds between looks whether that is due: less than 1/TOUCHES_PER_TIMEOUT, the least
+)
 
-LINES_AT_ONCE = 1_000_000  # bytes of lines in a batch: in JSON less than MAX_BATCH_BYTES
-MAX_PAUSE = 1_000_000  # seconds: more is more than a timer can take
+MAX_LINES_BYTES = 1_000_000  # bytes of lines in a batch: in JSON less than MAX_BATCH_BYTES
+MAX_TIMER = 1_000_000  # seconds: more is more than a timer can take
 MAX_JOBS = 1_000  # commands that a worker runs at a time
-GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a command
-TAIL = 3_072  # bytes of its standard error that are kept; MAX_REASON has room for more beside
-STDERR_PATIENCE = 0.2  # seconds for it to end when the command has, or never if left to another
+KILL_GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a command
+STDERR_TAIL = (
+    3_072  # bytes of its standard error that are kept; MAX_REASON has room for more beside
+)
+STDERR_TIMEOUT = 0.2  # seconds for it to end when the command has, or never if left to another
 BENCH_CONNECTIONS = 1_000  # that a load may have: all are looked at whenever one is ready
 BENCH_SECONDS = (0.01, 60.0)  # that a measurement may last: each time is kept, and each message
-DISK_SECONDS = 1.0  # that the disk is measured at most: more would tell no more
+DISK_TEST_SECONDS = 1.0  # that the disk is measured at most: more would tell no more
 BENCH_BYTES = 10_000  # of its messages, of which 100 must fit into an answer
 BENCH_BATCH = 100  # messages of a batch in it
 BENCH_TIMEOUT = MAX_WAIT  # seconds: what is taken must not come back while it is measured
@@ -220,13 +232,13 @@ class LingerError(Exception):
         self.headers = headers
 
 
-class Malformed(LingerError):
+class BadRequest(LingerError):
     """A name, number or body that is not of the form that it must have."""
 
     status = 400
 
 
-class Denied(LingerError):
+class AccessDenied(LingerError):
     """Who asks has not the right to do so (403), or has not shown who they are (401)."""
 
     status = 403
@@ -309,7 +321,7 @@ class Message(NamedTuple):
         return json.loads(self.body)
 
 
-class Posted(NamedTuple):
+class PostResult(NamedTuple):
     """What came of a post: the message's id, or that of the message that was there already."""
 
     id: int
@@ -321,59 +333,59 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 VISIBLE = re.compile("[!-~]*")
 
 
-def read_integer(
+def parse_integer(
     name: str, value: object, least: int = MIN_INTEGER, most: int = MAX_INTEGER
 ) -> int:
-    """The integer that a text or number gives for a parameter; `Malformed` unless in its range."""
+    """The integer that a text or number gives for a parameter; `BadRequest` unless in its range."""
     number = value if isinstance(value, int) and not isinstance(value, bool) else None
     if isinstance(value, str) and INTEGER.fullmatch(value):
         number = int(value)
     if number is None or not least <= number <= most:
-        raise Malformed(f"{name} must be an integer from {least} to {most}")
+        raise BadRequest(f"{name} must be an integer from {least} to {most}")
     return number
 
 
-@functools.lru_cache(KNOWN_NAMES)
+@functools.lru_cache(NAME_CACHE)
 def check_name(kind: str, name: object) -> str:
-    """The name of a channel or topic (`kind`) itself; `Malformed` if it cannot be one."""
+    """The name of a channel or topic (`kind`) itself; `BadRequest` if it cannot be one."""
     if not isinstance(name, str):
-        raise Malformed(f"a {kind}'s name must be text")
+        raise BadRequest(f"a {kind}'s name must be text")
     if name.isascii() and name.isprintable() and 1 <= len(name) <= MAX_NAME:
         return name
     if CONTROL.search(name):
-        raise Malformed(f"a {kind}'s name must be Unicode text without control characters")
+        raise BadRequest(f"a {kind}'s name must be Unicode text without control characters")
     if not 1 <= len(name.encode()) <= MAX_NAME:
-        raise Malformed(f"a {kind}'s name must have 1 to {MAX_NAME} bytes in UTF-8")
+        raise BadRequest(f"a {kind}'s name must have 1 to {MAX_NAME} bytes in UTF-8")
     return name
 
 
 def _integer_from(least: int) -> Callable[[str, object], object]:
-    return lambda name, value: read_integer(name, value, least)
+    return lambda name, value: parse_integer(name, value, least)
 
 
-def _read_dead(_: str, value: object) -> str:
+def _parse_dead_channel(_: str, value: object) -> str:
     """The name of a channel, or nothing: then there is no dead channel."""
     return "" if value == "" else check_name("dead channel", value)
 
 
-def _read_backoff(name: str, value: object) -> str:
+def _parse_backoff(name: str, value: object) -> str:
     """Seconds after the 1st, 2nd, ... failed delivery, each in a field of BACKOFF_WIDTH digits."""
     if value == "":
         return ""
     steps = value.split(",") if isinstance(value, str) else []
     if not 1 <= len(steps) <= MAX_BACKOFF or not all(s.isascii() and s.isdigit() for s in steps):
-        raise Malformed(f"{name} must be 1 to {MAX_BACKOFF} numbers of seconds, as 10,60,600")
+        raise BadRequest(f"{name} must be 1 to {MAX_BACKOFF} numbers of seconds, as 10,60,600")
     if max(map(len, steps)) >= BACKOFF_WIDTH:
-        raise Malformed(f"the seconds of {name} must have fewer than {BACKOFF_WIDTH} digits")
+        raise BadRequest(f"the seconds of {name} must have fewer than {BACKOFF_WIDTH} digits")
     return "".join(step.rjust(BACKOFF_WIDTH) for step in steps)
 
 
-def _read_key(name: str, value: object) -> str:
+def _parse_key(name: str, value: object) -> str:
     if isinstance(value, str):
         with contextlib.suppress(UnicodeEncodeError):
             if 1 <= len(value.encode()) <= MAX_NAME:
                 return value
-    raise Malformed(f"{name} must be a text of 1 to {MAX_NAME} bytes in UTF-8")
+    raise BadRequest(f"{name} must be a text of 1 to {MAX_NAME} bytes in UTF-8")
 
 
 class Parameter(NamedTuple):
@@ -392,27 +404,27 @@ MESSAGE_PARAMETERS = (
     Parameter("deliver", 0, _integer_from(0), "deliver at most that many times; 0 without end"),
     Parameter("linger", 0, _integer_from(0), "keep at most that many seconds; 0 for ever"),
     Parameter("delay", 0, _integer_from(0), "seconds before it is first ready"),
-    Parameter("dead", "", _read_dead, "channel that gets it when it is given up"),
-    Parameter("backoff", "", _read_backoff, "seconds hidden after the 1st, 2nd, ... failure"),
+    Parameter("dead", "", _parse_dead_channel, "channel that gets it when it is given up"),
+    Parameter("backoff", "", _parse_backoff, "seconds hidden after the 1st, 2nd, ... failure"),
 )
 # Of one message only.
-KEY_PARAMETERS = (
-    Parameter("dedup", None, _read_key, "a second one with the key is not added"),
+DEDUP_PARAMETERS = (
+    Parameter("dedup", None, _parse_key, "a second one with the key is not added"),
     Parameter("dedup-for", 300, _integer_from(1), "seconds that the key is remembered"),
-    Parameter("unique", None, _read_key, "not added while there is a message with the key"),
+    Parameter("unique", None, _parse_key, "not added while there is a message with the key"),
 )
 CHANNEL_PARAMETERS = (
     *MESSAGE_PARAMETERS,
     Parameter("hlm", None, _integer_from(0), "high-level mark of the channel; 0 none"),
 )
-ALL_PARAMETERS = MESSAGE_PARAMETERS + KEY_PARAMETERS
+ALL_PARAMETERS = MESSAGE_PARAMETERS + DEDUP_PARAMETERS
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
 
 
-def check_parameters(
+def parse_parameters(
     given: Mapping[str, object], table: Sequence[Parameter] = MESSAGE_PARAMETERS
 ) -> dict[str, Any]:
-    """The parameters of a table that are given, by name; `Malformed` tells which is not right."""
+    """The parameters of a table that are given, by name; `BadRequest` tells which is not right."""
     if not given:
         return {}
     values: dict[str, Any] = {}
@@ -420,15 +432,15 @@ def check_parameters(
         value = given.get(name, given.get(name.replace("-", "_")))
         if value is not None:
             values[name] = read(name, value)
-    check_lingering(values)
+    validate_linger(values)
     return values
 
 
-def check_lingering(values: Mapping[str, Any]) -> None:
-    """`Malformed` if a message with these parameters would be gone before it is ready."""
+def validate_linger(values: Mapping[str, Any]) -> None:
+    """`BadRequest` if a message with these parameters would be gone before it is ready."""
     linger = values.get("linger")
     if linger and values.get("delay", 0) >= linger:
-        raise Malformed("linger is counted from the post, so it must be longer than delay")
+        raise BadRequest("linger is counted from the post, so it must be longer than delay")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -990,11 +1002,11 @@ where id = :id and lease = :lease and held = 1
 
 # -- the end of a delivery
 
-# Where :within is given, only if the message is in that channel: then its id alone is not enough.
+# With :expected_channel, only if the message is in that channel: its id alone is not enough.
 MESSAGE_HOLDING = """
 select lease, held, channel
 from messages
-where id = :id and channel = coalesce(:within, channel)
+where id = :id and channel = coalesce(:expected_channel, channel)
 """
 
 CHANNEL_OF_MESSAGE = """
@@ -1013,7 +1025,7 @@ TOUCH_MESSAGE = """
 update messages
 set state = 1, due = :now + coalesce(:timeout, timeout)
 where id = :id and held = 1 and lease = coalesce(:lease, lease)
-    and channel = coalesce(:within, channel)
+    and channel = coalesce(:expected_channel, channel)
 """
 
 DELETE_MESSAGE = """
@@ -1023,7 +1035,8 @@ where id = :id
 
 DELETE_LEASED = """
 delete from messages
-where id = :id and lease = coalesce(:lease, lease) and channel = coalesce(:within, channel)
+where id = :id and lease = coalesce(:lease, lease)
+    and channel = coalesce(:expected_channel, channel)
 """
 
 # The n-th step of a backoff is in its n-th 10 characters, the last one repeats.
@@ -1037,20 +1050,21 @@ set held = 0,
     due = :now + coalesce(:delay, cast(substr(backoff, 10 * min(max(delivered, 1),
         length(backoff) / 10) - 9, 10) as integer))
 where id = :id and held = 1 and lease = coalesce(:lease, lease)
-    and channel = coalesce(:within, channel) and (deliver = 0 or delivered < deliver)
+    and channel = coalesce(:expected_channel, channel) and (deliver = 0 or delivered < deliver)
 """
 
 REJECT_USED_UP = """
 update messages
 set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
 where id = :id and held = 1 and lease = coalesce(:lease, lease)
-    and channel = coalesce(:within, channel) and deliver > 0 and delivered >= deliver
+    and channel = coalesce(:expected_channel, channel) and deliver > 0 and delivered >= deliver
 """
 
 REJECT_MESSAGE = """
 update messages
 set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
-where id = :id and lease = coalesce(:lease, lease) and channel = coalesce(:within, channel)
+where id = :id and lease = coalesce(:lease, lease)
+    and channel = coalesce(:expected_channel, channel)
     and (:lease is null or held = 1)
 """
 
@@ -1416,7 +1430,7 @@ class Operation:
     finished: Optional[Callable[[Operation], None]] = None
     ran: Optional[Callable[[Operation], None]] = None
     means: Optional[Callable[[Operation], Any]] = None  # what `value` makes of its results
-    whose: Any = None  # for its maker to know it by
+    owner: Any = None  # for its maker to know it by
     called = 0  # how many its maker has called from `ran`
     added: Optional[Operation] = None  # what `ran` has added to its transaction
     error: Optional[Exception] = None
@@ -1436,13 +1450,13 @@ class Operation:
         if committed is not None:
             self.committed = committed
 
-    def outcome(self) -> list[Any]:
+    def rows(self) -> list[Any]:
         """Its results once it is done, or raises its error."""
         if self.error is not None:
             raise self.error
         return self.results
 
-    def value(self) -> Any:
+    def result(self) -> Any:
         """What its results mean, once it is done; or raises its error."""
         if self.error is not None:
             raise self.error
@@ -1468,7 +1482,7 @@ class Store:
         the process dies.  `max_size`: bytes that the database may have, 0 for any number.
         """
         if sync not in SYNC_LEVELS:
-            raise Malformed(f"sync must be one of {', '.join(SYNC_LEVELS)}")
+            raise BadRequest(f"sync must be one of {', '.join(SYNC_LEVELS)}")
         self.path = path if path == MEMORY else os.path.realpath(path)
         self.sync = sync
         self.max_size = max_size
@@ -1528,13 +1542,13 @@ class Store:
             timeout=BUSY_TIMEOUT,
             isolation_level=None,
             check_same_thread=False,
-            cached_statements=CACHED_STATEMENTS,
+            cached_statements=STATEMENT_CACHE,
         )
         connection.execute(f"pragma synchronous = {self.sync}")
         connection.execute("pragma fullfsync = on")  # macOS: through the drive's own cache as well
         connection.execute("pragma temp_store = memory")
         connection.execute("pragma secure_delete = off")  # some builds write zeros over what goes
-        connection.execute(f"pragma journal_size_limit = {WAL_KEPT}")
+        connection.execute(f"pragma journal_size_limit = {WAL_SIZE_LIMIT}")
         connection.execute("pragma journal_mode = wal").fetchall()
         connection.execute("select count(*) from sqlite_master").fetchall()  # makes -wal and -shm
         return connection
@@ -1542,7 +1556,7 @@ class Store:
     def run(self, operation: Operation) -> list[Any]:
         """Runs an operation and returns its results; when it returns they are committed."""
         self.start(operation, waits=True)
-        return operation.outcome()
+        return operation.rows()
 
     def start(self, operation: Operation, waits: bool = False) -> None:
         """Runs an operation, and may return before it is done, unless it `waits`: the operation's
@@ -1744,7 +1758,7 @@ class Store:
         free, kept = _room(disk)
         if free < log + kept and (free < kept or free + self._measure()[1] < log + kept):
             raise Full("the disk is full: messages can be taken and deleted, but none added")
-        self._roomy_until = time.monotonic() + ROOM_INTERVAL
+        self._roomy_until = time.monotonic() + SPACE_CHECK_INTERVAL
 
     def _check_size(self) -> None:
         """`Full` when the database is nearly as large as it may be, but for what is free in it."""
@@ -1796,7 +1810,7 @@ class Store:
             free, kept = _room(os.statvfs(path))
             if free < size + kept:
                 raise Full(f"there is no room on the disk for a copy of {size} bytes")
-            source.backup(copy, pages=COPY_PAGES, progress=self._check_open)
+            source.backup(copy, pages=BACKUP_PAGES, progress=self._check_open)
 
     def _check_open(self, *_: int) -> None:
         if self._closed:
@@ -1864,7 +1878,7 @@ class Store:
 
 def _head_room(total: int) -> int:
     """Bytes out of `total` that are kept for takes and deletes."""
-    return min(HEAD_ROOM, total // HEAD_ROOM_SHARE)
+    return min(DISK_RESERVE, total // DISK_RESERVE_SHARE)
 
 
 def _room(disk: os.statvfs_result) -> tuple[int, int]:
@@ -2122,7 +2136,7 @@ SETTLE = (
 )
 
 
-Told = Callable[[Operation], None]  # is told what is done: its value is what came of it
+DoneCallback = Callable[[Operation], None]  # is told what is done: its value is what came of it
 
 
 class Clock(Protocol):
@@ -2135,7 +2149,7 @@ class Clock(Protocol):
         """Seconds that never step back."""
 
 
-class Waiter:
+class Consumer:
     """A consumer that takes messages of one or several channels, and waits until it is called.
 
     `operation` is its take from the moment when it is called (or tries for the first time), None
@@ -2144,11 +2158,20 @@ class Waiter:
     """
 
     __slots__ = (
-        "auto", "called_by", "channels", "ended", "n", "operation", "removed", "ticket", "timeout",
-        "told", "vanished",
+        "auto",
+        "called_by",
+        "channels",
+        "ended",
+        "is_disconnected",
+        "n",
+        "operation",
+        "removed",
+        "ticket",
+        "timeout",
+        "told",
     )  # fmt: skip
 
-    told: Told
+    told: DoneCallback
 
     def __init__(
         self,
@@ -2156,13 +2179,13 @@ class Waiter:
         n: int,
         timeout: Optional[int],
         auto: bool,
-        vanished: Callable[[], bool],
+        is_disconnected: Callable[[], bool],
     ) -> None:
         self.channels = channels
         self.n = n
         self.timeout = timeout
         self.auto = auto
-        self.vanished = vanished
+        self.is_disconnected = is_disconnected
         self.operation: Optional[Operation] = None
         self.removed: list[tuple[Any, ...]] = []  # whole rows of what was taken with `auto`
         self.called_by = ""  # the channel that called it last
@@ -2171,7 +2194,7 @@ class Waiter:
 
 
 class Broker:
-    """Channels, topics and messages over a `Store`; usable from any thread, without HTTP.
+    """ChannelNames, topics and messages over a `Store`; usable from any thread, without HTTP.
 
     What has come due is settled before an operation runs, so that limits hold at that moment; a
     ticker does the same for those who wait.  Who waits, the counters, the time of the next thing
@@ -2203,24 +2226,24 @@ class Broker:
         self._lock = threading.Lock()
         self._sooner = threading.Condition(self._lock)  # something is due earlier than it was
         self._tickets = itertools.count(1)
-        self._waiting: dict[str, collections.OrderedDict[int, Waiter]] = {}
+        self._waiting: dict[str, collections.OrderedDict[int, Consumer]] = {}
         self._deserted: collections.OrderedDict[str, float] = collections.OrderedDict()
         self._stopping = False
         self._due = 0.0
         ids, settings, pauses = store.read(GET_CONFIG, ALL_SETTINGS, ALL_PAUSES, key="server_id")
         self.id: str = ids[0][0]
         self._settings = {row[0]: _settings_of(row[1:]) for row in settings}
-        self._pauses: dict[str, float] = dict(pauses)
+        self._retry_delays: dict[str, float] = dict(pauses)
         self._counting = threading.Lock()
         self._channels: set[str] = set()  # all channels that hold something, and some that did
         self._count_channels()
-        self.settle()
+        self.process_due()
         self._ticker = threading.Thread(target=self._tick, name="linger-ticker", daemon=True)
         self._ticker.start()
 
     def close(self) -> None:
         """Ends all waits and closes the store."""
-        self.stop_waiting()
+        self.cancel_all()
         self._ticker.join()
         self._store.close()
 
@@ -2242,20 +2265,20 @@ class Broker:
 
     def post(
         self, channel: str, body: bytes, type: str = DEFAULT_TYPE, **parameters: object
-    ) -> Posted:
+    ) -> PostResult:
         """Adds a message to a channel; when it returns the message is on disk.
 
-        `parameters` are those of `MESSAGE_PARAMETERS` and `KEY_PARAMETERS`; what is not given is
-        as the channel's settings say.  Raises `Malformed` for an empty body, `TooLarge`, and
+        `parameters` are those of `MESSAGE_PARAMETERS` and `DEDUP_PARAMETERS`; what is not given is
+        as the channel's settings say.  Raises `BadRequest` for an empty body, `TooLarge`, and
         `Full` at the channel's high-level mark.
         """
         operation = self._post(channel, body, type, parameters)
         self._store.run(operation)
         return _posted_value(operation)
 
-    def start_post(
+    def post_async(
         self,
-        told: Told,
+        told: DoneCallback,
         channel: str,
         body: bytes,
         type: str = DEFAULT_TYPE,
@@ -2274,7 +2297,7 @@ class Broker:
             statements = POST_BELOW_MARK if message["hlm"] else POST
         if channel not in self._channels:
             self._make_place(channel)
-        self._settle_due(message["now"])
+        self._process_due_now(message["now"])
         operation = Operation(statements, message, self._posted)
         operation.ran = self._posting
         operation.means = _posted_value
@@ -2290,10 +2313,10 @@ class Broker:
         if channel in self._settings:
             message.update(self._settings[channel])
         if given:
-            message.update(check_parameters(given, ALL_PARAMETERS))
+            message.update(parse_parameters(given, ALL_PARAMETERS))
         delay, linger = message["delay"], message["linger"]
         if linger:
-            check_lingering(message)
+            validate_linger(message)
         if message["dedup"] is not None:
             message["scope"] = f"channel {channel}"
             message["dedup_for"] = message["dedup-for"]
@@ -2325,9 +2348,9 @@ class Broker:
         """After a message was added, for which somebody was already `called` or not."""
         self.counters["msg-add"] += 1
         if message["lingers_until"]:
-            self._expect(message["lingers_until"])
+            self._schedule(message["lingers_until"])
         if message["state"]:
-            self._expect(message["due"])
+            self._schedule(message["due"])
         elif not called and not self._call(message["channel"], 1):
             self.counters["msg-show"] += 1
 
@@ -2435,8 +2458,8 @@ class Broker:
     ) -> dict[str, Any]:
         _check_body(body, self.max_message)
         if given.get("unique") is not None:
-            raise Malformed("unique belongs to a channel, and cannot be given with a publication")
-        keys = {"dedup": None, "dedup-for": 300, **check_parameters(given, KEY_PARAMETERS)}
+            raise BadRequest("unique belongs to a channel, and cannot be given with a publication")
+        keys = {"dedup": None, "dedup-for": 300, **parse_parameters(given, DEDUP_PARAMETERS)}
         return {
             "topic": topic,
             "body": body,
@@ -2452,10 +2475,10 @@ class Broker:
         """`TooLarge` if a batch of publications would become too much at once."""
         copies = len(self.subscribers(topic))
         size = sum(len(row["body"]) for row in rows)
-        if copies * len(rows) > MAX_COPIES or copies * size > MAX_COPIED:
+        if copies * len(rows) > MAX_BATCH_COPIES or copies * size > MAX_BATCH_COPY_BYTES:
             raise TooLarge(
-                f"copied to {copies} channels this batch would be more than {MAX_COPIES} messages"
-                f" or {MAX_COPIED} bytes: publish fewer at once"
+                f"copied to {copies} channels this batch would be more than {MAX_BATCH_COPIES}"
+                f" messages or {MAX_BATCH_COPY_BYTES} bytes: publish fewer at once"
             )
 
     def _make_place(self, channel: str) -> None:
@@ -2468,7 +2491,7 @@ class Broker:
             return
         with self._counting:
             if len(self._channels) >= self.max_channels:
-                if self._clock.monotonic() - self._counted >= COUNT_INTERVAL:
+                if self._clock.monotonic() - self._counted >= RECOUNT_INTERVAL:
                     self._count_channels()
                 if len(self._channels) >= self.max_channels and channel not in self._channels:
                     raise Full(f"there are {self.max_channels} channels, and no more can be made")
@@ -2476,7 +2499,7 @@ class Broker:
 
     def _count_channels(self) -> None:
         (rows,) = self._store.read(CHANNELS)
-        self._channels = {name for (name,) in rows}.union(self._settings, self._pauses)
+        self._channels = {name for (name,) in rows}.union(self._settings, self._retry_delays)
         self._counted = self._clock.monotonic()
 
     # -- taking messages
@@ -2486,43 +2509,43 @@ class Broker:
 
         `options` are those of `waiter`.
         """
-        messages = self.take(self.waiter([channel], **options), wait)
+        messages = self.take(self.consumer([channel], **options), wait)
         return messages[0] if messages else None
 
-    def waiter(
+    def consumer(
         self,
         channels: Sequence[str],
         n: int = 1,
         timeout: Optional[int] = None,
         auto: bool = False,
-        vanished: Callable[[], bool] = bool,
-    ) -> Waiter:
-        """A consumer for `take`, which another thread may `dismiss`.
+        is_disconnected: Callable[[], bool] = bool,
+    ) -> Consumer:
+        """A consumer for `take`, which another thread may `cancel`.
 
         It takes up to `n` messages, from the first of the channels that has any.  `timeout`:
         seconds that they stay hidden, in place of their own; `auto`: they are deleted as they are
-        delivered.  `vanished()` tells whether it has gone away while it waited: then it is passed
+        delivered.  `is_disconnected()` tells whether its client has gone away: then it is passed
         over.
         """
         names = [check_name("channel", channel) for channel in channels]
         if len(names) > 1:
             names = list(dict.fromkeys(names))
         if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
-            raise Malformed(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
-        return Waiter(names, n, timeout, auto, vanished)
+            raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
+        return Consumer(names, n, timeout, auto, is_disconnected)
 
     def take(
         self,
-        waiter: Waiter,
+        waiter: Consumer,
         wait: float = 0,
         ack: Optional[int] = None,
         lease: Optional[int] = None,
-        within: Optional[str] = None,
+        expected_channel: Optional[str] = None,
     ) -> list[Message]:
         """Takes messages for a waiter, who waits up to `wait` seconds; none if none came.
 
-        `ack`, with its `lease` and `within`, deletes that message in the same transaction; if that
-        cannot be done nothing is taken, and it raises as `delete` does.
+        `ack`, with its `lease` and `expected_channel`, deletes that message in the same
+        transaction; if that cannot be done nothing is taken, and it raises as `delete` does.
         """
         over = _thread.allocate_lock()
         over.acquire()
@@ -2532,27 +2555,27 @@ class Broker:
             told.append(operation)
             over.release()
 
-        self.start_take(tell, waiter, wait > 0, ack, lease, within)
+        self.take_async(tell, waiter, wait > 0, ack, lease, expected_channel)
         try:
             if not over.acquire(timeout=max(wait, 0)):
-                self.dismiss(waiter)
+                self.cancel(waiter)
                 over.acquire()
         except BaseException:  # Ctrl-C, of who embeds a broker: nobody gets what was taken
-            self.dismiss(waiter)
+            self.cancel(waiter)
             over.acquire()
-            self.undo_take(waiter, told[0].value())
+            self.undo_take(waiter, told[0].result())
             raise
-        messages: list[Message] = told[0].value()
+        messages: list[Message] = told[0].result()
         return messages
 
-    def start_take(
+    def take_async(
         self,
-        told: Told,
-        waiter: Waiter,
+        told: DoneCallback,
+        waiter: Consumer,
         waits: bool,
         ack: Optional[int] = None,
         lease: Optional[int] = None,
-        within: Optional[str] = None,
+        expected_channel: Optional[str] = None,
     ) -> None:
         """As `take`, but may return before it is over: `told(operation)` then gives its value.
 
@@ -2563,11 +2586,11 @@ class Broker:
         if waits:
             self._check_wait(waiter)
         now = self.now()
-        self._settle_due(now)
-        waiter.operation = operation = self._take_for(waiter, now, ack, lease, within)
+        self._process_due_now(now)
+        waiter.operation = operation = self._take_for(waiter, now, ack, lease, expected_channel)
         self._store.start(operation)
 
-    def _check_wait(self, waiter: Waiter) -> None:
+    def _check_wait(self, waiter: Consumer) -> None:
         """`Unavailable` if consumers wait at too many channels for a wait at others."""
         free = self.max_channels - len(self._waiting)
         if free < len(waiter.channels) and free < sum(
@@ -2577,40 +2600,40 @@ class Broker:
 
     def _take_for(
         self,
-        waiter: Waiter,
+        waiter: Consumer,
         now: float,
         ack: Optional[int] = None,
         lease: Optional[int] = None,
-        within: Optional[str] = None,
+        expected_channel: Optional[str] = None,
     ) -> Operation:
         channels, n = waiter.channels, waiter.n
         parameters = {
             "channel": channels[0], "timeout": waiter.timeout, "now": now, "ack": ack,
         }  # fmt: skip
         statements: tuple[str, ...] = TAKE
-        if waiter.auto or n > 1 or len(channels) > 1 or self._pauses:
+        if waiter.auto or n > 1 or len(channels) > 1 or self._retry_delays:
             statements = TAKE_AND_DELETE if waiter.auto else TAKE_PICKED_ONES
             parameters.update(channels="\n".join(channels), n=n, most=MAX_BATCH_BYTES)
         if ack is not None:
             statements = ACKNOWLEDGE + statements
-            parameters.update(id=ack, lease=lease, within=within)
+            parameters.update(id=ack, lease=lease, expected_channel=expected_channel)
         operation = Operation(statements, parameters, self._taken)
         if ack is not None:
             operation.ran = self._look_at_kept
         operation.finished = self._not_taken
         operation.means = _messages_taken
-        operation.whose = waiter
+        operation.owner = waiter
         return operation
 
     def _not_taken(self, operation: Operation) -> None:
         """After a take that failed; calls the next one in its place, so that all learn of it."""
-        waiter: Waiter = operation.whose
+        waiter: Consumer = operation.owner
         if waiter.called_by:
             self._call(waiter.called_by, 1)
         waiter.told(operation)
 
     def _taken(self, operation: Operation) -> None:
-        waiter: Waiter = operation.whose
+        waiter: Consumer = operation.owner
         parameters: Any = operation.parameters
         counters = self.counters
         if not waiter.ticket:
@@ -2632,11 +2655,11 @@ class Broker:
         else:
             counters["msg-hide"] += count
             timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
-            self._expect(parameters["now"] + timeout)
+            self._schedule(parameters["now"] + timeout)
         if waiter.called_by and waiter.called_by != rows[0][1]:
             self._call(waiter.called_by, 1)  # what called it is still there
 
-    def undo_take(self, waiter: Waiter, messages: Sequence[Message]) -> None:
+    def undo_take(self, waiter: Consumer, messages: Sequence[Message]) -> None:
         """Puts back what could not be handed over; those deliveries are not counted."""
         if not messages:
             return
@@ -2658,7 +2681,7 @@ class Broker:
             self.counters["msg-delete" if waiter.auto else "msg-hide"] -= count
             self.counters["msg-retention"] += lingered
             self._given_up(dead, removed)
-            self._expect(now)  # their lingering may end
+            self._schedule(now)  # their lingering may end
             self._call(messages[0].channel, count)
 
         statements = [statement] * len(rows) + [GIVE_UP_LINGERED, *GIVE_UP]
@@ -2671,44 +2694,55 @@ class Broker:
         id: int,
         lease: Optional[int] = None,
         timeout: Optional[int] = None,
-        within: Optional[str] = None,
+        expected_channel: Optional[str] = None,
     ) -> None:
         """Starts the visibility timeout of a message in flight anew, from now.
 
         `timeout`: seconds for this delivery, in place of the message's own.  With `lease`, only
-        if that delivery is the latest; for a message that is not in the channel `within`, if that
-        is given, as if there were none.  `NotFound`, or `Conflict` when it is not in flight or the
+        if that delivery is the latest; with `expected_channel`, only if the message is in that
+        channel.  `NotFound`, or `Conflict` when it is not in flight or the
         lease has been overtaken.
         """
 
         def touched(operation: Operation) -> None:
             if operation.results[1][0]:
                 self.counters["msg-touch"] += 1
-                self._expect(operation.results[2][0][1])
+                self._schedule(operation.results[2][0][1])
 
-        parameters = {"id": id, "lease": lease, "timeout": timeout, "within": within}
+        parameters = {
+            "id": id,
+            "lease": lease,
+            "timeout": timeout,
+            "expected_channel": expected_channel,
+        }
         holding, (changed, _), _ = self._run(TOUCH, {**parameters, "now": self.now()}, touched)
         if not changed:
             _refuse(id, lease, holding, "touched")
 
-    def delete(self, id: int, lease: Optional[int] = None, within: Optional[str] = None) -> None:
-        """Deletes a message; `lease` and `within` as for `touch`."""
-        operation = self._delete(id, lease, within)
+    def delete(
+        self, id: int, lease: Optional[int] = None, expected_channel: Optional[str] = None
+    ) -> None:
+        """Deletes a message; `lease` and `expected_channel` as for `touch`."""
+        operation = self._delete(id, lease, expected_channel)
         self._store.run(operation)
         _check_deleted(operation)
 
-    def start_delete(
-        self, told: Told, id: int, lease: Optional[int] = None, within: Optional[str] = None
+    def delete_async(
+        self,
+        told: DoneCallback,
+        id: int,
+        lease: Optional[int] = None,
+        expected_channel: Optional[str] = None,
     ) -> None:
         """As `delete`, but may return before it is done: `told(operation)` then gives its value."""
-        operation = self._delete(id, lease, within)
+        operation = self._delete(id, lease, expected_channel)
         operation.finished = told
         self._store.start(operation)
 
-    def _delete(self, id: int, lease: Optional[int], within: Optional[str]) -> Operation:
-        self._settle_due()
-        statements = DELETE if lease is None and within is None else ACKNOWLEDGE
-        parameters = {"id": id, "lease": lease, "within": within}
+    def _delete(self, id: int, lease: Optional[int], expected_channel: Optional[str]) -> Operation:
+        self._process_due_now()
+        statements = DELETE if lease is None and expected_channel is None else ACKNOWLEDGE
+        parameters = {"id": id, "lease": lease, "expected_channel": expected_channel}
         operation = Operation(statements, parameters, self._deleted)
         operation.ran = self._look_at_kept
         operation.means = _check_deleted
@@ -2729,15 +2763,16 @@ class Broker:
     def delete_batch(
         self,
         messages: Sequence[tuple[int, Optional[int]]],
-        within: Mapping[int, Optional[str]] = types.MappingProxyType({}),
+        expected_channel: Mapping[int, Optional[str]] = types.MappingProxyType({}),
     ) -> tuple[list[int], list[int], list[int]]:
         """Deletes messages (id, lease or None); the ids deleted, in conflict, and missing.
 
-        `within` may tell for an id the channel in which the message must be.
+        `expected_channel` may tell for an id the channel in which the message must be.
         """
         wanted = dict(messages)
         rows = [
-            {"id": id, "lease": lease, "within": within.get(id)} for id, lease in wanted.items()
+            {"id": id, "lease": lease, "expected_channel": expected_channel.get(id)}
+            for id, lease in wanted.items()
         ]
 
         def deleted(operation: Operation) -> None:
@@ -2750,9 +2785,9 @@ class Broker:
 
         operation = Operation([DELETE_LEASED] * len(rows), rows, deleted)
         operation.ran = ran
-        self._settle_due()
+        self._process_due_now()
         results = self._store.run(operation)
-        holdings = iter(operation.added.outcome() if operation.added else ())
+        holdings = iter(operation.added.rows() if operation.added else ())
         outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
         for id, (gone, _) in zip(wanted, results):
             place = 0 if gone else 1 if next(holdings, None) else 2
@@ -2765,7 +2800,7 @@ class Broker:
         lease: Optional[int] = None,
         delay: Optional[int] = None,
         reason: str = "",
-        within: Optional[str] = None,
+        expected_channel: Optional[str] = None,
     ) -> None:
         """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
 
@@ -2783,13 +2818,19 @@ class Broker:
             self.counters["msg-retention"] += lingered
             self._given_up(given_up[0], given_up[2])
             for delayed, due, lingers_until in state if changed else ():
-                self._expect(lingers_until or due)
+                self._schedule(lingers_until or due)
                 if delayed:
-                    self._expect(due)
+                    self._schedule(due)
                 else:
                     self._call(holding[0][2], 1)
 
-        parameters = {"id": id, "lease": lease, "within": within, "delay": delay, "now": now}
+        parameters = {
+            "id": id,
+            "lease": lease,
+            "expected_channel": expected_channel,
+            "delay": delay,
+            "now": now,
+        }
         results = self._run(RELEASE, {**parameters, "reason": _check_reason(reason)}, released)
         if not (results[1][0] or results[2][0]):
             _refuse(id, lease, results[0], "released")
@@ -2799,7 +2840,7 @@ class Broker:
         id: int,
         lease: Optional[int] = None,
         reason: str = "",
-        within: Optional[str] = None,
+        expected_channel: Optional[str] = None,
     ) -> None:
         """Gives a message up: it goes to its dead channel, or away.
 
@@ -2811,7 +2852,12 @@ class Broker:
             self.counters["msg-reject"] += changed
             self._given_up(dead, removed)
 
-        parameters = {"id": id, "lease": lease, "within": within, "now": self.now()}
+        parameters = {
+            "id": id,
+            "lease": lease,
+            "expected_channel": expected_channel,
+            "now": self.now(),
+        }
         parameters["reason"] = _check_reason(reason)
         holding, (changed, _), *_ = self._run(REJECT, parameters, rejected)
         if not changed:
@@ -2828,7 +2874,7 @@ class Broker:
         """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
         came from, or all to the channel `to`; returns how many."""
         if to is not None and check_name("channel", to) == channel:
-            raise Malformed("to must be another channel than the one that is emptied")
+            raise BadRequest("to must be another channel than the one that is emptied")
         if to is not None:
             self._make_place(to)
 
@@ -2861,8 +2907,8 @@ class Broker:
 
         _check_no_keys(parameters)
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
-        given = check_parameters(parameters)
-        check_lingering({**self._settings.get(channel, {}), **given})
+        given = parse_parameters(parameters)
+        validate_linger({**self._settings.get(channel, {}), **given})
         unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
         values = {**unset, **given, **names, "now": self.now(), "most": MAX_SUBSCRIBERS}
         self._store.check_room()
@@ -2885,7 +2931,7 @@ class Broker:
         own `hlm`; replaces what was set."""
         _check_no_keys(parameters)
         check_name("channel", channel)
-        settings = check_parameters(parameters, CHANNEL_PARAMETERS)
+        settings = parse_parameters(parameters, CHANNEL_PARAMETERS)
         self._make_place(channel)
 
         def set(_: Operation) -> None:
@@ -2915,8 +2961,8 @@ class Broker:
         until = float("inf") if seconds is None else self.now() + seconds
 
         def paused(_: Operation) -> None:
-            self._pauses[channel] = until
-            self._expect(until)
+            self._retry_delays[channel] = until
+            self._schedule(until)
 
         self._run((PAUSE,), {"channel": channel, "until": until}, paused)
 
@@ -2924,7 +2970,7 @@ class Broker:
         """Ends a pause; it is no error if there is none."""
 
         def resumed(operation: Operation) -> None:
-            self._pauses.pop(channel, None)
+            self._retry_delays.pop(channel, None)
             self._call(channel, sum(row[0] for row in operation.results[1]))
 
         parameters = {"channel": check_name("channel", channel)}
@@ -2933,7 +2979,7 @@ class Broker:
     def channels(self) -> list[str]:
         """The names, sorted, of channels with messages, subscriptions, or consumers who wait or
         have been gone for less than three minutes."""
-        self._settle_due()
+        self._process_due_now()
         (rows,) = self._store.read(CHANNELS)
         with self._lock:
             self._forget_deserted()
@@ -2963,9 +3009,9 @@ class Broker:
             channels.update(rows)
         return channels
 
-    def look(self, id: int) -> tuple[Message, str]:
+    def read_message(self, id: int) -> tuple[Message, str]:
         """A message and its state (of `STATES`), without taking it; `NotFound`."""
-        self._settle_due()
+        self._process_due_now()
         (rows,) = self._store.read(LOOK_AT_MESSAGE, id=id, now=self.now())
         if not rows:
             raise NotFound(f"there is no message {id}")
@@ -2977,18 +3023,18 @@ class Broker:
         state: Optional[str] = None,
         n: int = 50,
         after: Optional[int] = None,
-        cut: int = MAX_CUT,
+        cut: int = PREVIEW_BYTES,
     ) -> list[tuple[Message, str]]:
         """Up to `n` messages of a channel and their states, those after the message `after`.
 
         In the order of delivery for the state `ready`, else by id.  Bodies are cut to one byte
         more than `cut`.
         """
-        self._settle_due()
+        self._process_due_now()
         if state is not None and state not in STATES:
-            raise Malformed(f"state must be one of {', '.join(STATES)}")
+            raise BadRequest(f"state must be one of {', '.join(STATES)}")
         if state == "ready" and after is not None:
-            self.look(after)  # its place in the order is known only while it exists
+            self.read_message(after)  # its place in the order is known only while it exists
         statement = {None: LIST_ALL, "ready": LIST_READY}.get(state, LIST_HIDDEN)
         (rows,) = self._store.read(
             statement, channel=check_name("channel", channel), n=n, after=after, cut=cut,
@@ -3017,7 +3063,7 @@ class Broker:
 
     def info(self, channel: str) -> dict[str, Any]:
         """What there is to know of a channel."""
-        self._settle_due()
+        self._process_due_now()
         counts, oldest, topics = self._store.read(
             CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, channel=check_name("channel", channel)
         )
@@ -3031,20 +3077,20 @@ class Broker:
             "oldest": None if posted is None else max(int(self.now() - posted), 0),
             "waiting": len(self._waiting.get(channel, ())),
             "topics": [topic for (topic,) in topics],
-            "paused": channel in self._pauses,
+            "paused": channel in self._retry_delays,
             "settings": self.settings(channel),
         }
 
     def channel_stats(self, channel: str) -> dict[str, int]:
         """How many messages of a channel are `ready`, and how many `hidden`."""
-        self._settle_due()
+        self._process_due_now()
         (rows,) = self._store.read(CHANNEL_COUNTS, channel=check_name("channel", channel))
         ready, in_flight, delayed = rows[0] if rows else (0, 0, 0)
         return {"ready": ready, "hidden": in_flight + delayed}
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and what there is now."""
-        self._settle_due()
+        self._process_due_now()
         totals, subscriptions, newest = self._store.read(
             MESSAGE_TOTALS, SUBSCRIPTION_TOTALS, NEWEST_MESSAGE
         )
@@ -3094,15 +3140,15 @@ class Broker:
 
     # -- what comes due
 
-    def settle(self) -> None:
+    def process_due(self) -> None:
         """Lets come back, or go, what is due by now; calls those who wait for it."""
-        self._store.run(Operation(SETTLE, {"now": self.now()}, self._settled))
+        self._store.run(Operation(SETTLE, {"now": self.now()}, self._on_due_processed))
 
-    def _settle_due(self, now: Optional[float] = None) -> None:
+    def _process_due_now(self, now: Optional[float] = None) -> None:
         if self._due <= (self.now() if now is None else now):
-            self.settle()
+            self.process_due()
 
-    def _settled(self, operation: Operation) -> None:
+    def _on_due_processed(self, operation: Operation) -> None:
         (
             (lingered, _), (lingered_in_flight, _), (used_up, _), dead, _, removed,
             (delayed, _), shown, _, pauses, _, _, *next_due,
@@ -3116,10 +3162,10 @@ class Broker:
         for channel, count, _ in shown:
             self.counters["msg-show"] += count - self._call(channel, count)
         for channel, ready in pauses:
-            self._pauses.pop(channel, None)
+            self._retry_delays.pop(channel, None)
             self._call(channel, ready)
 
-    def _expect(self, moment: float) -> None:
+    def _schedule(self, moment: float) -> None:
         """Notes, after a commit, that something comes due at a moment."""
         if moment < self._due:
             with self._lock:
@@ -3141,11 +3187,11 @@ class Broker:
                     continue
             idle_since = self._clock.monotonic()
             try:
-                self.settle()
+                self.process_due()
             except Exception as error:
                 log(f"linger: what is due is tried again: {error!r}")
                 with self._lock:
-                    self._sooner.wait_for(lambda: self._stopping, RETRY_DELAY)
+                    self._sooner.wait_for(lambda: self._stopping, TICKER_RETRY_DELAY)
 
     # -- who waits
 
@@ -3156,12 +3202,12 @@ class Broker:
         committed: Callable[[Operation], None],
         ran: Optional[Callable[[Operation], None]] = None,
     ) -> list[Any]:
-        self._settle_due()
+        self._process_due_now()
         operation = Operation(statements, parameters, committed)
         operation.ran = ran
         return self._store.run(operation)
 
-    def _park(self, waiter: Waiter) -> bool:
+    def _park(self, waiter: Consumer) -> bool:
         """Lets a waiter that found nothing wait, in its old place if it had one; whether it does.
 
         Runs in the order of commits: a message added after the take that found nothing calls it.
@@ -3193,7 +3239,7 @@ class Broker:
 
         Each gets its place in the next transaction here, so that they are served in order.
         """
-        if channel not in self._waiting or channel in self._pauses:
+        if channel not in self._waiting or channel in self._retry_delays:
             return 0
         called = 0
         gone = []
@@ -3202,7 +3248,7 @@ class Broker:
             while queue and called < count:
                 waiter = next(iter(queue.values()))
                 self._leave(waiter)
-                if waiter.vanished():
+                if waiter.is_disconnected():
                     waiter.ended = True
                     gone.append(waiter)
                 else:
@@ -3214,7 +3260,7 @@ class Broker:
             waiter.told(_nothing_taken(waiter))
         return called
 
-    def _leave(self, waiter: Waiter) -> None:
+    def _leave(self, waiter: Consumer) -> None:
         for channel in waiter.channels:
             queue = self._waiting.get(channel)
             if queue and queue.pop(waiter.ticket, None) and not queue:
@@ -3222,7 +3268,7 @@ class Broker:
                 self._deserted[channel] = self._clock.monotonic()
                 self._forget_deserted()
 
-    def dismiss(self, waiter: Waiter) -> None:
+    def cancel(self, waiter: Consumer) -> None:
         """Ends a wait: it is told of no messages, unless it was just called."""
         with self._lock:
             parked = bool(waiter.ticket) and waiter.operation is None and not waiter.ended
@@ -3232,27 +3278,29 @@ class Broker:
         if parked:
             waiter.told(_nothing_taken(waiter))
 
-    def stop_waiting(self) -> None:
+    def cancel_all(self) -> None:
         """Ends all waits, now and from now on."""
         with self._lock:
             self._stopping = True
             self._sooner.notify()
             waiters = {w.ticket: w for queue in self._waiting.values() for w in queue.values()}
         for waiter in waiters.values():
-            self.dismiss(waiter)
+            self.cancel(waiter)
 
     def _forget_deserted(self) -> None:
         """Forgets the channels whose last consumer has been gone for long, or that are too many."""
         limit = self._clock.monotonic() - CHANNEL_TTL
         deserted = self._deserted
-        while deserted and (len(deserted) > MAX_DESERTED or next(iter(deserted.values())) <= limit):
+        while deserted and (
+            len(deserted) > MAX_IDLE_CHANNELS or next(iter(deserted.values())) <= limit
+        ):
             deserted.popitem(last=False)
             self.counters["channel-remove"] += 1
 
 
 def _check_body(body: bytes, most: int) -> None:
     if not body:
-        raise Malformed("the message is empty: send 1 byte or more as the body, or as msg")
+        raise BadRequest("the message is empty: send 1 byte or more as the body, or as msg")
     if len(body) > most:
         raise TooLarge(f"the message has {len(body)} bytes, and at most {most} are taken")
 
@@ -3260,7 +3308,7 @@ def _check_body(body: bytes, most: int) -> None:
 def _check_no_keys(parameters: Mapping[str, object]) -> None:
     for name in ("dedup", "unique"):
         if parameters.get(name) is not None:
-            raise Malformed(f"{name} can be given only with a message")
+            raise BadRequest(f"{name} can be given only with a message")
 
 
 def _check_reason(reason: str) -> str:
@@ -3292,7 +3340,7 @@ def _was_posted(results: Sequence[Any]) -> bool:
     return bool(results[0 if len(results) == 1 else 2][0])
 
 
-def _posted_value(operation: Operation) -> Posted:
+def _posted_value(operation: Operation) -> PostResult:
     posted = _posted_once(operation.results)
     if posted is None:
         message: Any = operation.parameters
@@ -3300,17 +3348,17 @@ def _posted_value(operation: Operation) -> Posted:
     return posted
 
 
-def _posted_once(results: list[Any]) -> Optional[Posted]:
+def _posted_once(results: list[Any]) -> Optional[PostResult]:
     """What came of POST_KEYED, or of POST_MESSAGE alone; None if the channel is full."""
     if len(results) == 1:
         ((added, id),) = results
-        return Posted(id) if added else None
+        return PostResult(id) if added else None
     answers, messages, (added, id), _ = results
     if answers:
-        return Posted(int(answers[0][0]), duplicate=True)
+        return PostResult(int(answers[0][0]), duplicate=True)
     if messages:
-        return Posted(messages[0][0], duplicate=True)
-    return Posted(id) if added else None
+        return PostResult(messages[0][0], duplicate=True)
+    return PostResult(id) if added else None
 
 
 def _published(
@@ -3333,20 +3381,20 @@ def _published(
     return answers, sorted(dropped), duplicates
 
 
-def _batch_outcome(results: list[Any], count: int) -> list[Optional[Posted]]:
+def _batch_outcome(results: list[Any], count: int) -> list[Optional[PostResult]]:
     """What came of each message of a batch, from the results of its operation."""
     results = results[1:-1]  # without those of MARK_FIT and UNMARK_FIT
     if len(results) == 2:
         (added, _), ((last,),) = results
-        return [Posted(last - count + 1 + i) if added else None for i in range(count)]
+        return [PostResult(last - count + 1 + i) if added else None for i in range(count)]
     size = len(POST_KEYED)
     return [_posted_once(results[i : i + size]) for i in range(0, len(results), size)]
 
 
-def _nothing_taken(waiter: Waiter) -> Operation:
+def _nothing_taken(waiter: Consumer) -> Operation:
     """For who ends to wait: its value is no messages."""
     operation = Operation((), {})
-    operation.whose = waiter
+    operation.owner = waiter
     return operation
 
 
@@ -3363,7 +3411,7 @@ def _messages_taken(operation: Operation) -> list[Message]:
 def _check_deleted(operation: Operation) -> None:
     if not operation.results[0][0]:
         parameters: Any = operation.parameters
-        holding = operation.added.outcome()[0] if operation.added else ()
+        holding = operation.added.rows()[0] if operation.added else ()
         _refuse(parameters["id"], parameters["lease"], holding, "deleted")
 
 
@@ -3395,8 +3443,8 @@ def _refuse(
 
 READ, WRITE, ADMIN = "read", "write", "admin"
 RIGHTS = (READ, WRITE, ADMIN)
-ANYBODY = ""  # the right to what needs no token,
-ANY_TOKEN = "any token"  # and to what needs no more than one
+PUBLIC = ""  # the right to what needs no token,
+AUTHENTICATED = "any token"  # and to what needs no more than one
 
 CHALLENGE = (
     'WWW-Authenticate: Bearer realm="Linger"\r\n'
@@ -3405,7 +3453,7 @@ CHALLENGE = (
 PREFLIGHT = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE\r\n"
     "Access-Control-Allow-Headers: Authorization, Content-Type, Idempotency-Key\r\n"
-    f"Access-Control-Max-Age: {PREFLIGHT_AGE}\r\n"
+    f"Access-Control-Max-Age: {CORS_MAX_AGE}\r\n"
 )
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 HOST_NAME = re.compile(r"[a-z0-9._-]+")
@@ -3428,13 +3476,13 @@ class Grant(NamedTuple):
         return [name for name in names if self.covers(kind, name)]
 
     def check_name(self, kind: str, name: str) -> None:
-        """`Denied` if it does not hold for a channel or topic, be there such a one or not."""
+        """`AccessDenied` if it does not hold for a channel or topic, be there such a one or not."""
         if not self.covers(kind, name):
-            raise Denied(f"this name is not among the {kind} for which the token has rights")
+            raise AccessDenied(f"this name is not among the {kind} for which the token has rights")
 
 
-NOBODY = Grant(frozenset((ANYBODY,)), (), ())
-FULL = Grant(frozenset((ANYBODY, ANY_TOKEN, *RIGHTS)))
+NO_ACCESS = Grant(frozenset((PUBLIC,)), (), ())
+FULL_ACCESS = Grant(frozenset((PUBLIC, AUTHENTICATED, *RIGHTS)))
 
 
 def read_token(text: str) -> bytes:
@@ -3442,10 +3490,10 @@ def read_token(text: str) -> bytes:
     kind, _, digest = text.partition(":")
     if kind == "sha256":
         if not re.fullmatch("[0-9a-fA-F]{64}", digest):
-            raise Malformed("sha256: must be followed by 64 hexadecimal digits")
+            raise BadRequest("sha256: must be followed by 64 hexadecimal digits")
         return bytes.fromhex(digest)
     if not re.fullmatch(f"[!-~]{{1,{MAX_TOKEN}}}", text):
-        raise Malformed(f"a token must be 1 to {MAX_TOKEN} visible ASCII characters")
+        raise BadRequest(f"a token must be 1 to {MAX_TOKEN} visible ASCII characters")
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -3453,11 +3501,11 @@ def read_grant(rights: str, patterns: Sequence[str]) -> Grant:
     """What the words behind a token in a file give."""
     named = frozenset(rights.split(","))
     if not named.issubset(RIGHTS):
-        raise Malformed(f"the rights must be out of {', '.join(RIGHTS)}, with commas between")
+        raise BadRequest(f"the rights must be out of {', '.join(RIGHTS)}, with commas between")
     if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_NAME for pattern in patterns):
-        raise Malformed(f"at most {MAX_PATTERNS} patterns of {MAX_NAME} characters are taken")
+        raise BadRequest(f"at most {MAX_PATTERNS} patterns of {MAX_NAME} characters are taken")
     if not patterns:
-        return FULL if named.issuperset(RIGHTS) else Grant(named | {ANYBODY, ANY_TOKEN})
+        return FULL_ACCESS if named.issuperset(RIGHTS) else Grant(named | {PUBLIC, AUTHENTICATED})
     channels: list[re.Pattern[str]] = []
     topics: list[re.Pattern[str]] = []
     for pattern in patterns:
@@ -3465,10 +3513,10 @@ def read_grant(rights: str, patterns: Sequence[str]) -> Grant:
         of_topics = bool(colon) and kind == "topic"
         compiled = re.compile(fnmatch.translate(rest if of_topics else pattern))
         (topics if of_topics else channels).append(compiled)
-    return Grant(named | {ANYBODY, ANY_TOKEN}, tuple(channels), tuple(topics))
+    return Grant(named | {PUBLIC, AUTHENTICATED}, tuple(channels), tuple(topics))
 
 
-def read_rules(path: str) -> dict[bytes, Grant]:
+def load_tokens(path: str) -> dict[bytes, Grant]:
     """What each token in a file gives, by the token's SHA-256.
 
     A line is `name token rights [pattern ...]`; # comments.  An error tells the line, and nothing
@@ -3482,18 +3530,18 @@ def read_rules(path: str) -> dict[bytes, Grant]:
             text = file.read(MAX_TOKENS_FILE + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise Malformed(f"cannot read {path}: {reason}") from None
+        raise BadRequest(f"cannot read {path}: {reason}") from None
     if len(text) > MAX_TOKENS_FILE:
-        raise Malformed(f"{path} is too long: at most {MAX_TOKENS_FILE} characters are taken")
+        raise BadRequest(f"{path} is too long: at most {MAX_TOKENS_FILE} characters are taken")
     rules: dict[bytes, Grant] = {}
     names: set[str] = set()
     for number, line in enumerate(text.split("\n"), 1):
         try:
             _read_rule(re.sub(r"(^|\s)#.*", "", line).split(), rules, names)
-        except Malformed as error:
-            raise Malformed(f"{path}, line {number}: {error}") from None
+        except BadRequest as error:
+            raise BadRequest(f"{path}, line {number}: {error}") from None
     if not rules:
-        raise Malformed(f"{path} has no token in it: nobody could come in")
+        raise BadRequest(f"{path} has no token in it: nobody could come in")
     return rules
 
 
@@ -3501,16 +3549,16 @@ def _read_rule(words: Sequence[str], rules: dict[bytes, Grant], names: set[str])
     if not words:
         return
     if len(words) < 3:
-        raise Malformed("it must be `name token rights [pattern ...]`")
+        raise BadRequest("it must be `name token rights [pattern ...]`")
     name, token, rights, *patterns = words
     digest = read_token(token)
     if name in names or digest in rules:
-        raise Malformed("its name or its token stands in an earlier line")
+        raise BadRequest("its name or its token stands in an earlier line")
     names.add(name)
     rules[digest] = read_grant(rights, patterns)
 
 
-def shown_token(authorization: str) -> bytes:
+def token_from_header(authorization: str) -> bytes:
     """The token in a header Authorization (RFC 6750 2.1, RFC 7617 2); empty if there is none."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() == "bearer":
@@ -3524,12 +3572,12 @@ def shown_token(authorization: str) -> bytes:
 def _listed(name: str, text: str, form: re.Pattern[str], meaning: str) -> frozenset[str]:
     items = [item.strip(" ").lower() for item in text.split(",")] if text else []
     if not all(form.fullmatch(item) for item in items):
-        raise Malformed(f"{name} must be {meaning}, with commas between")
+        raise BadRequest(f"{name} must be {meaning}, with commas between")
     return frozenset(items)
 
 
 def read_certificate(cert: str, key: Optional[str]) -> ssl.SSLContext:
-    """The context for TLS of a server with a certificate; `Malformed` if that cannot be used."""
+    """The context for TLS of a server with a certificate; `BadRequest` if that cannot be used."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -3539,7 +3587,7 @@ def read_certificate(cert: str, key: Optional[str]) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         files = cert if key is None else f"{cert} and {key}"
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise Malformed(f"cannot use the certificate in {files}: {reason}") from None
+        raise BadRequest(f"cannot use the certificate in {files}: {reason}") from None
     return context
 
 
@@ -3551,7 +3599,7 @@ def client_of(address: str) -> str:
     return address
 
 
-class Guesses:
+class AuthThrottle:
     """The wrong tokens that were shown, counted by address: too many, and answers come late.
 
     A right token is never late, also from the same address: there may be others behind it.
@@ -3561,7 +3609,9 @@ class Guesses:
         self._clock = clock
         self._lock = threading.Lock()
         self._counts: collections.OrderedDict[str, tuple[float, int]] = collections.OrderedDict()
-        self.late = threading.BoundedSemaphore(MAX_LATE)  # held for each answer that is late
+        self.late = threading.BoundedSemaphore(
+            MAX_DELAYED_FAILURES
+        )  # held for each answer that is late
 
     def note(self, address: str) -> float:
         """Counts one; the seconds by which its answer must be late."""
@@ -3569,12 +3619,12 @@ class Guesses:
         now = self._clock.monotonic()
         with self._lock:
             since, count = self._counts.pop(address, (now, 0))
-            if now - since >= GUESS_TIME:
+            if now - since >= AUTH_FAILURE_WINDOW:
                 since, count = now, 0
             self._counts[address] = since, count + 1
-            if len(self._counts) > MAX_GUESSERS:
+            if len(self._counts) > MAX_FAILING_ADDRESSES:
                 self._counts.popitem(last=False)
-        return GUESS_DELAY if count >= FREE_GUESSES else 0.0
+        return AUTH_FAILURE_DELAY if count >= FREE_AUTH_FAILURES else 0.0
 
 
 class Access:
@@ -3596,38 +3646,38 @@ class Access:
         key: Optional[str] = None,
         clock: Clock = time,
     ) -> None:
-        """The options of the command line, as in README.md; `Malformed` if they cannot be."""
+        """The options of the command line, as in README.md; `BadRequest` if they cannot be."""
         self._guarded = token is not None or tokens is not None
         if no_auth and self._guarded:
-            raise Malformed("no-auth lets everybody in, and cannot be given with a token")
+            raise BadRequest("no-auth lets everybody in, and cannot be given with a token")
         if key is not None and cert is None:
-            raise Malformed("a key is of use only with a cert")
+            raise BadRequest("a key is of use only with a cert")
         self._no_auth = no_auth
         self._token, self._tokens = token, tokens
         self._cert, self._key = cert, key
         self._origins = _listed("cors", cors, ORIGIN, "origins as https://a.example:8443, or *")
         self._hosts = _listed("allow-host", allow_host, HOST_NAME, "names without a port")
         self._checks_host = True
-        self.guesses = Guesses(clock)
+        self.guesses = AuthThrottle(clock)
         self.reload()
 
     def reload(self) -> None:
         """Reads the files of tokens and certificate anew; if one is broken all stays as it was."""
-        rules = {} if self._tokens is None else read_rules(self._tokens)
+        rules = {} if self._tokens is None else load_tokens(self._tokens)
         if self._token is not None:
-            rules[read_token(self._token)] = FULL
+            rules[read_token(self._token)] = FULL_ACCESS
         self.tls = None if self._cert is None else read_certificate(self._cert, self._key)
         self.rules = rules
 
     def listen(self, address: str) -> None:
-        """Notes the address that is listened on; `Malformed` if it would let everybody in.
+        """Notes the address that is listened on; `BadRequest` if it would let everybody in.
 
         On a loopback address the Host of a request is checked: a web page could reach it by a
         name of its own that it lets point here (DNS rebinding), and would be taken for ours.
         """
         loopback = ipaddress.ip_address(address).is_loopback
         if not (loopback or self._guarded or self._no_auth):
-            raise Malformed(
+            raise BadRequest(
                 f"listening on {address} would let everybody in: give tokens (--tokens FILE, or"
                 " LINGER_TOKEN in the environment), or --no-auth if that is what you want"
             )
@@ -3640,12 +3690,12 @@ class Access:
         step by step, so the time of the look-up tells nothing, and is the same for all that fail.
         """
         if not self._guarded:
-            return FULL
-        token = shown_token(authorization or "")
+            return FULL_ACCESS
+        token = token_from_header(authorization or "")
         return self.rules.get(hashlib.sha256(token).digest()) if token else None
 
-    def check_site(self, headers: Mapping[str, str]) -> str:
-        """The header lines that the answer has for web pages; `Denied` if a foreign one asks.
+    def check_origin(self, headers: Mapping[str, str]) -> str:
+        """The header lines that the answer has for web pages; `AccessDenied` if a foreign one asks.
 
         For every method: a GET takes a message.  Who is no browser sends neither Origin nor
         Sec-Fetch-Site, and passes.
@@ -3663,7 +3713,7 @@ class Access:
         same = not origin or origin.endswith("://" + authority)
         if headers.get("sec-fetch-site", "none" if same else "").lower() in ("none", "same-origin"):
             return lines
-        raise Denied("a web page of another site asks: allow it with --cors, if it is yours")
+        raise AccessDenied("a web page of another site asks: allow it with --cors, if it is yours")
 
     def _check_host(self, name: str) -> None:
         if name in self._hosts or name == "localhost" or name.endswith(".localhost"):
@@ -3671,7 +3721,7 @@ class Access:
         try:
             ipaddress.ip_address(name.strip("[]"))
         except ValueError:
-            raise Denied(
+            raise AccessDenied(
                 "the Host is neither localhost nor an address: allow it with --allow-host"
             ) from None
 
@@ -3699,8 +3749,8 @@ class Route(NamedTuple):
 
 
 ROUTES = (
-    Route("GET", "/", "welcome", True, ANY_TOKEN, "who answers"),
-    Route("GET", "/health", "check_health", True, ANYBODY, "whether a message could be stored now"),
+    Route("GET", "/", "server_info", True, AUTHENTICATED, "who answers"),
+    Route("GET", "/health", "check_health", True, PUBLIC, "whether a message could be stored now"),
     Route("GET", "/stats", "get_stats", True, ADMIN, "counters of the server, and what there is"),
     Route("GET", "/backup", "open_backup", False, ADMIN, "a copy of the database"),
     Route("GET", "/channels", "list_channels", True, READ, "list channels"),
@@ -3724,7 +3774,7 @@ ROUTES = (
     Route("POST", "/topics/<topic>", "publish_message", False, WRITE, "publish a message"),
     Route("POST", "/topics/<topic>/batch", "publish_batch", False, WRITE, "publish many", True),
     Route("GET", "/topics/<topic>/channels", "list_subscribers", True, READ, "its channels"),
-    Route("GET", "/messages/<id>", "look_at_message", True, READ, "look at a message"),
+    Route("GET", "/messages/<id>", "read_message", True, READ, "look at a message"),
     Route("DELETE", "/messages/<id>", "delete_message", False, READ, "delete a message"),
     Route("POST", "/messages/delete", "delete_messages", False, READ, "delete many messages", True),
     Route("POST", "/messages/<id>/touch", "touch_message", False, READ, "start its timeout anew"),
@@ -3749,12 +3799,12 @@ def _calls_by_path() -> dict[tuple[object, ...], dict[str, Route]]:
     return calls
 
 
-CALLS = _calls_by_path()
+ROUTES_BY_PATH = _calls_by_path()
 
 
-def find_calls(parts: Sequence[str]) -> dict[str, Route]:
+def routes_for(parts: Sequence[str]) -> dict[str, Route]:
     """The routes by method of a path, given in its parts; empty if there is no such path."""
-    return CALLS.get(tuple(parts)) or CALLS.get(_shape(parts), {})
+    return ROUTES_BY_PATH.get(tuple(parts)) or ROUTES_BY_PATH.get(_shape(parts), {})
 
 
 def find_route(method: str, calls: Mapping[str, Route]) -> Route:
@@ -3768,12 +3818,12 @@ def find_route(method: str, calls: Mapping[str, Route]) -> Route:
     raise LingerError(f"this path takes {allowed}", 405, f"Allow: {allowed}\r\n")
 
 
-def check_call(route: Route, kinds: Sequence[str], names: Sequence[str], grant: Grant) -> None:
-    """`Denied` if a token has not the right to a call with names of these kinds in its path."""
+def authorize(route: Route, kinds: Sequence[str], names: Sequence[str], grant: Grant) -> None:
+    """`AccessDenied` if a token lacks the right to a call with these names in its path."""
     if route.right not in grant.rights:
-        raise Denied(f"this token lacks the right `{route.right}`")
+        raise AccessDenied(f"this token lacks the right `{route.right}`")
     if route.right == ADMIN and not names and grant.channels is not None:
-        raise Denied("a token with patterns has no right to what concerns the whole server")
+        raise AccessDenied("a token with patterns has no right to what concerns the whole server")
     for kind, name in zip(kinds, names):
         if kind in ("channels", "topics"):
             grant.check_name(kind, name)
@@ -3793,15 +3843,15 @@ def allowed_methods(calls: Mapping[str, Route]) -> str:
 # doubt is answered and the connection closed, so that no byte is ever taken for another request.
 # ---------------------------------------------------------------------------------------------
 
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rb"(" + TCHAR + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 MESSAGE_HEAD = re.compile(
     rb"[A-Z]+ (/(?:messages/|channels/[^?&= ]+\?(?:[^ ]*&)?ack=)([0-9]+)(?![^&/? ])"
     rb"[!-~\x80-\xff]*) "
 )
 # One pass over all header lines: no control characters (RFC 9110 5.5), hence no bare CR or LF
 # (RFC 9112 2.2), no folded lines (5.2), no blank before the colon (5.1).
-FIELD_LINES = re.compile(rb"(?:\r\n" + TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*)*")
+FIELD_LINES = re.compile(rb"(?:\r\n" + TCHAR + rb":[^\x00-\x08\x0a-\x1f\x7f]*)*")
 AUTHORITY = re.compile(r"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
@@ -3810,12 +3860,14 @@ ENCODED = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 HEADER_VALUE = re.compile("[!-~\xa1-\xff](?:[ -~\xa1-\xff]{0,253}[!-~\xa1-\xff])?")
 PART_NAME = re.compile(rb';[ \t]*name=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE)
-ONCE = frozenset(("authorization", "content-length", "content-type", "host", "transfer-encoding"))
+SINGLETON_HEADERS = frozenset(
+    ("authorization", "content-length", "content-type", "host", "transfer-encoding")
+)
 ITEM_KEYS = frozenset(("body", "type", "encoding"))  # of a message in JSON, but its parameters
-NOT_KNOWN = frozenset(("authorization", "idempotency-key"))
+UNCACHED_HEADERS = frozenset(("authorization", "idempotency-key"))
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 
-GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+DISCONNECT_EVENTS = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 NO_STORE = "Cache-Control: no-store\r\n"
@@ -3826,20 +3878,20 @@ STATUS_LINES = {
 }
 
 
-@functools.lru_cache(KNOWN_NAMES)
+@functools.lru_cache(NAME_CACHE)
 def decode_name(part: str) -> str:
     """The text of a part of a path, which is percent-encoded UTF-8."""
     if part.isascii() and "%" not in part:
         return part
     if BAD_PERCENT.search(part):
-        raise Malformed("a % in the path must be followed by two hexadecimal digits")
+        raise BadRequest("a % in the path must be followed by two hexadecimal digits")
     try:
         return urllib.parse.unquote_to_bytes(part.encode("latin-1")).decode("utf-8")
     except UnicodeDecodeError:
-        raise Malformed("the path must be UTF-8, percent-encoded") from None
+        raise BadRequest("the path must be UTF-8, percent-encoded") from None
 
 
-@functools.lru_cache(KNOWN_NAMES)
+@functools.lru_cache(NAME_CACHE)
 def encode_name(name: str) -> str:
     """A name as it may stand in a header: itself if it is visible ASCII, else percent-encoded."""
     return name if VISIBLE.fullmatch(name) else urllib.parse.quote(name, safe="")
@@ -3853,7 +3905,7 @@ def _decode(found: re.Match[bytes]) -> bytes:
 def parse_pairs(text: bytes) -> dict[str, bytes]:
     """The fields of a query string or an urlencoded form; of two with one name the last."""
     if text.count(b"&") >= MAX_PARAMETERS:
-        raise Malformed(f"at most {MAX_PARAMETERS} parameters are taken")
+        raise BadRequest(f"at most {MAX_PARAMETERS} parameters are taken")
     fields = {}
     for pair in text.split(b"&"):
         name, _, value = pair.replace(b"+", b" ").partition(b"=")
@@ -3868,11 +3920,11 @@ def parse_multipart(body: bytes, content_type: str) -> dict[str, bytes]:
     """The fields of a multipart/form-data body (RFC 7578, RFC 2046 5.1), files among them."""
     found = re.search(r';[ \t]*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', content_type, re.I)
     if not found:
-        raise Malformed("multipart/form-data needs a boundary of 1 to 70 characters")
+        raise BadRequest("multipart/form-data needs a boundary of 1 to 70 characters")
     boundary = (found[1] or found[2]).encode("latin-1")
     parts = (b"\r\n" + body).split(b"\r\n--" + boundary, MAX_PARAMETERS + 1)
     if len(parts) < 2 or not parts[-1].startswith(b"--"):
-        raise Malformed(
+        raise BadRequest(
             f"the multipart body must end in its boundary and have at most {MAX_PARAMETERS} parts"
         )
     fields = {}
@@ -3880,7 +3932,9 @@ def parse_multipart(body: bytes, content_type: str) -> dict[str, bytes]:
         head, blank, value = part.partition(b"\r\n\r\n")
         name = PART_NAME.search(head)
         if not blank or not name:
-            raise Malformed("each part of a multipart body needs a Content-Disposition with a name")
+            raise BadRequest(
+                "each part of a multipart body needs a Content-Disposition with a name"
+            )
         fields[(name[1] or name[2] or b"").decode("utf-8", "replace")] = value
     return fields
 
@@ -3906,15 +3960,15 @@ class Request:
         self.close = old or headers["connection"] == "close"  # whether to close after the answer
         path, _, self.query = target.partition("?")
         self.parts = path[1:].split("/")
-        self.calls = find_calls(self.parts)  # the routes of its path by method
+        self.calls = routes_for(self.parts)  # the routes of its path by method
         self.form_type = headers["form type"]  # of the form that its body is, or empty
         self.length = int(headers.get("content-length", 0))
         self.chunked = "transfer-encoding" in headers
-        self.grant = NOBODY  # what it may do,
+        self.grant = NO_ACCESS  # what it may do,
         self.rules: object = None  # once that was found, by these rules
         self.own_headers = ""  # of every answer to it
         self.limit: Optional[int] = None  # how long its body may be, once that is found
-        self.call: Optional[Callable[..., Optional[Answer]]] = (
+        self.call: Optional[Callable[..., Optional[Response]]] = (
             None  # what answers it, once that is found
         )
         self.names: list[str] = []  # those in its path, then
@@ -3956,14 +4010,14 @@ class Request:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            raise Malformed(f"{name} must be UTF-8, percent-encoded") from None
+            raise BadRequest(f"{name} must be UTF-8, percent-encoded") from None
 
     def integer(
         self, name: str, least: int = MIN_INTEGER, most: int = MAX_INTEGER
     ) -> Optional[int]:
         """A parameter that is an integer; None if it was not given."""
         text = self.parameter(name)
-        return None if text is None else read_integer(name, text, least, most)
+        return None if text is None else parse_integer(name, text, least, most)
 
     def given(self, table: Sequence[Parameter]) -> dict[str, str]:
         """The texts of those parameters of a table that were given."""
@@ -3980,7 +4034,7 @@ class Request:
             try:
                 given.setdefault("dedup", key.decode("utf-8"))
             except UnicodeDecodeError:
-                raise Malformed("Idempotency-Key must be text in UTF-8") from None
+                raise BadRequest("Idempotency-Key must be text in UTF-8") from None
         return given
 
     def forget_body(self) -> None:
@@ -3999,7 +4053,7 @@ class Request:
         try:
             return reason.decode("utf-8")
         except UnicodeDecodeError:
-            raise Malformed("the reason must be text in UTF-8") from None
+            raise BadRequest("the reason must be text in UTF-8") from None
 
     def message(self) -> tuple[bytes, str]:
         """The message that is posted, and its type."""
@@ -4012,7 +4066,7 @@ class Request:
         return self.body, self.headers.get("content-type") or DEFAULT_TYPE
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What goes out.  `undo` is called if it cannot be sent."""
 
     status: int
@@ -4023,25 +4077,25 @@ class Answer(NamedTuple):
     file: Optional[BinaryIO] = None  # goes out in place of the body, and is closed
 
 
-NO_CONTENT = Answer(204)
+NO_CONTENT = Response(204)
 
 
-def answer_json(value: object, status: int = 200, headers: str = "") -> Answer:
+def json_response(value: object, status: int = 200, headers: str = "") -> Response:
     """An answer in compact JSON with a newline at its end."""
-    return Answer(status, TO_JSON(value).encode() + b"\n", headers=headers)
+    return Response(status, TO_JSON(value).encode() + b"\n", headers=headers)
 
 
-def answer_done(_: Request, operation: Operation) -> Answer:
+def done_response(_: Request, operation: Operation) -> Response:
     """The answer to what has nothing to tell but that it is done."""
-    operation.value()
+    operation.result()
     return NO_CONTENT
 
 
-def answer_posted(_: Request, operation: Operation) -> Answer:
+def posted_response(_: Request, operation: Operation) -> Response:
     """The answer to a post."""
-    posted = operation.value()
+    posted = operation.result()
     text = '{"id":%d,"duplicate":true}\n' if posted.duplicate else '{"id":%d}\n'
-    return Answer(202, (text % posted.id).encode())
+    return Response(202, (text % posted.id).encode())
 
 
 def dropped_header(channels: Sequence[str]) -> str:
@@ -4052,7 +4106,7 @@ def dropped_header(channels: Sequence[str]) -> str:
     return f"x-linger-dropped: {names}\r\n"
 
 
-def answer_error(error: LingerError) -> Answer:
+def error_response(error: LingerError) -> Response:
     """The answer for an error, the same in all cases."""
     headers = error.headers
     if error.status == 503:
@@ -4060,7 +4114,7 @@ def answer_error(error: LingerError) -> Answer:
     value: dict[str, object] = {"error": str(error)}
     if error.index is not None:
         value["index"] = error.index
-    return answer_json(value, error.status, headers)
+    return json_response(value, error.status, headers)
 
 
 def message_headers(message: Message) -> str:
@@ -4098,14 +4152,14 @@ def message_headers(message: Message) -> str:
 
 
 MESSAGE_KEYS = Message._fields[: Message._fields.index("body")]
-RARE_KEYS = tuple(name.replace("_", "-") for name in Message._fields[len(MESSAGE_KEYS) + 1 :])
+OPTIONAL_KEYS = tuple(name.replace("_", "-") for name in Message._fields[len(MESSAGE_KEYS) + 1 :])
 
 
 def message_object(message: Message) -> dict[str, object]:
     """A message as an object of JSON; `body` is text, or base64 where it is not UTF-8."""
     value: dict[str, object] = dict(zip(MESSAGE_KEYS, message))
     value.update(body_object(message.body))
-    rare = zip(RARE_KEYS, message[len(MESSAGE_KEYS) + 1 :])
+    rare = zip(OPTIONAL_KEYS, message[len(MESSAGE_KEYS) + 1 :])
     value.update({name: field for name, field in rare if field})
     return value
 
@@ -4140,10 +4194,14 @@ FLAT_ARRAY = re.compile(r"\s*\[[^{}\[\]]*(?:\{[^{}\[\]]*\}[^{}\[\]]*)*\]\s*")
 def is_flat(text: str) -> bool:
     """Whether a text, if it is JSON, is an array that can be parsed safely, and soon."""
     bare = text.replace("\\\\", "").replace('\\"', "")
-    if bare.count('"') > 4 * (MAX_COMMAS + MAX_BATCH):  # those of a field's name and value
+    if bare.count('"') > 4 * (MAX_JSON_COMMAS + MAX_BATCH):  # those of a field's name and value
         return False
     bare = TEXT.sub('""', bare)
-    if len(bare) > MAX_BARE or bare.count("{") > MAX_BATCH or bare.count(",") > MAX_COMMAS:
+    if (
+        len(bare) > MAX_JSON_STRUCTURE
+        or bare.count("{") > MAX_BATCH
+        or bare.count(",") > MAX_JSON_COMMAS
+    ):
         return False
     return FLAT_ARRAY.fullmatch(bare) is not None and not LONG_NUMBER.search(bare)
 
@@ -4156,7 +4214,7 @@ def parse_array(body: bytes) -> list[Any]:
     except ValueError:
         items = None
     if not isinstance(items, list):
-        raise Malformed(
+        raise BadRequest(
             f"the body must be a JSON array of 1 to {MAX_BATCH} flat objects or numbers, in UTF-8"
         )
     return check_count(items)
@@ -4165,7 +4223,7 @@ def parse_array(body: bytes) -> list[Any]:
 def check_count(items: list[Any]) -> list[Any]:
     """The items of a batch themselves, if it has neither none nor too many."""
     if not items:
-        raise Malformed("the batch is empty")
+        raise BadRequest("the batch is empty")
     if len(items) > MAX_BATCH:
         raise TooLarge(f"at most {MAX_BATCH} items are taken at once, not {len(items)}")
     return items
@@ -4200,22 +4258,22 @@ def parse_item(
     """One message of a batch in JSON."""
     try:
         if not isinstance(item, dict) or not isinstance(item.get("body"), str):
-            raise Malformed("an item must be an object with a text `body`")
+            raise BadRequest("an item must be an object with a text `body`")
         content_type = item.get("type", DEFAULT_TYPE)
         if not isinstance(content_type, str) or not HEADER_VALUE.fullmatch(content_type):
-            raise Malformed("type must be a text fit for a header")
+            raise BadRequest("type must be a text fit for a header")
         encoding = item.get("encoding")
         if encoding is None:
             body = item["body"].encode("utf-8")
         elif encoding == "base64":
             body = base64.b64decode(item["body"], validate=True)
         else:
-            raise Malformed("encoding must be base64, if it is given")
+            raise BadRequest("encoding must be base64, if it is given")
     except ValueError:
-        error = Malformed("body must be Unicode text, or base64 if encoding says so")
+        error = BadRequest("body must be Unicode text, or base64 if encoding says so")
         error.index = index
         raise error from None
-    except Malformed as error:
+    except BadRequest as error:
         error.index = index
         raise
     given = item.keys() - ITEM_KEYS
@@ -4233,7 +4291,7 @@ def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
         raise LingerError(f"the target is too long: at most {MAX_TARGET} bytes are taken", 414)
     found = REQUEST_LINE.fullmatch(line)
     if not found:
-        raise Malformed("the request line must be: method, blank, target, blank, HTTP/1.1")
+        raise BadRequest("the request line must be: method, blank, target, blank, HTTP/1.1")
     method, target, major, minor = found.groups()
     if major != b"1":
         raise LingerError("only HTTP/1.1 and HTTP/1.0 are spoken here", 505)
@@ -4241,15 +4299,15 @@ def parse_head(head: bytes, known: dict[bytes, dict[str, str]]) -> Request:
     headers = known.get(lines)
     if headers is None:
         headers = parse_fields(lines)
-        if len(lines) <= KNOWN_LENGTH and NOT_KNOWN.isdisjoint(headers):
-            if len(known) >= KNOWN_HEADERS:
+        if len(lines) <= MAX_CACHED_HEAD and UNCACHED_HEADERS.isdisjoint(headers):
+            if len(known) >= HEADER_CACHE:
                 known.clear()
             known[lines] = headers
     old = minor == b"0"
     if old and "transfer-encoding" in headers:
-        raise Malformed("HTTP/1.0 has no Transfer-Encoding")
+        raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
     if not old and "host" not in headers:
-        raise Malformed("a request needs a Host header")
+        raise BadRequest("a request needs a Host header")
     host, path = parse_target(method, target.decode("latin-1"))
     if host:
         headers = {**headers, "host": host}  # RFC 9112 3.2.2
@@ -4266,7 +4324,7 @@ def parse_fields(lines: bytes) -> dict[str, str]:
     if len(lines) > MAX_HEAD or lines.count(b"\r\n") > MAX_FIELDS:
         raise LingerError(f"at most {MAX_FIELDS} headers of {MAX_HEAD} bytes are taken", 431)
     if not FIELD_LINES.fullmatch(lines):
-        raise Malformed(
+        raise BadRequest(
             "a header must be `Name: value` on one line, without control characters"
             " or a blank before the colon"
         )
@@ -4278,8 +4336,8 @@ def parse_fields(lines: bytes) -> dict[str, str]:
         name, value = name.lower(), value.strip(" \t")
         if name not in headers:
             headers[name] = value
-        elif name in ONCE:
-            raise Malformed(f"there may be only one {name} header")
+        elif name in SINGLETON_HEADERS:
+            raise BadRequest(f"there may be only one {name} header")
         else:
             headers[name] += ", " + value
     options = headers.get("connection", "").lower().replace("\t", " ").split(",")
@@ -4287,7 +4345,7 @@ def parse_fields(lines: bytes) -> dict[str, str]:
     content_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
     headers["form type"] = content_type if content_type in FORM_TYPES else ""
     if not AUTHORITY.fullmatch(headers.get("host", "localhost")):
-        raise Malformed("the Host header must be a name or address, and a port if there is one")
+        raise BadRequest("the Host header must be a name or address, and a port if there is one")
     check_framing(headers)
     return headers
 
@@ -4298,13 +4356,13 @@ def check_framing(headers: Mapping[str, str]) -> None:
     length = headers.get("content-length")
     if coding is not None:
         if length is not None:
-            raise Malformed("a request has either Transfer-Encoding or Content-Length")
+            raise BadRequest("a request has either Transfer-Encoding or Content-Length")
         if coding.lower() != "chunked":
             known = "chunked" in coding.lower()
             raise LingerError("the only transfer coding known is chunked", 400 if known else 501)
     elif length is not None:
         if not (length.isascii() and length.isdigit()):
-            raise Malformed("Content-Length must be a number of bytes in decimal digits")
+            raise BadRequest("Content-Length must be a number of bytes in decimal digits")
         if len(length) > 15:
             raise TooLarge("the Content-Length is far beyond what is taken")
     if headers.get("content-encoding", "identity").lower() != "identity":
@@ -4325,15 +4383,15 @@ def parse_target(method: bytes, target: str) -> tuple[str, str]:
         authority, _, query = rest.partition("?")
         slash, path = "/", "?" + query
     if scheme.lower() not in ("http", "https") or not AUTHORITY.fullmatch(authority) or "#" in path:
-        raise Malformed("the target must be a path that starts with /, or a URL with http://")
+        raise BadRequest("the target must be a path that starts with /, or a URL with http://")
     return authority, (slash or "/") + path
 
 
 def send_all(connection: Union[socket.socket, Tls], data: bytes) -> None:
     """Sends bytes, of which each piece must go in SEND_TIMEOUT: it is up when the kernel, which
     keeps that time, has sent only a part."""
-    for start in range(0, len(data), SEND_PIECE):
-        piece = data[start : start + SEND_PIECE]
+    for start in range(0, len(data), SEND_CHUNK):
+        piece = data[start : start + SEND_CHUNK]
         if connection.send(piece) < len(piece):
             raise TimeoutError
 
@@ -4431,12 +4489,12 @@ class Handler(BaseHTTPRequestHandler):
         self._patience = 0.0
         self._owes = False  # whether somebody else is still to send an answer
         self._sent: Optional[_thread.LockType] = None  # if this thread waits: held until then
-        self._waiter: Optional[Waiter] = None  # who waits for messages, if that is what it owes
+        self._waiter: Optional[Consumer] = None  # who waits for messages, if that is what it owes
         self._waits_until = 0.0
         self._began_at = self._answered_at = time.monotonic()
         self._rules: object = None  # those by which it was found what who shows
         self._shown: Optional[str] = None  # this Authorization
-        self._grant = NOBODY  # may do
+        self._grant = NO_ACCESS  # may do
         self._held = 0  # bytes of the body that is being received
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         patience = struct.pack("ll", SEND_TIMEOUT, 0)
@@ -4449,7 +4507,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._shake_hands(self.server.access.tls)
             if self.connection in self.server.refused:
                 error = Unavailable("too many connections: try again soon")
-                self._send(None, answer_error(error), close=True)
+                self._send(None, error_response(error), close=True)
                 self._refused = True
             while not self.closing:
                 self._serve_request()
@@ -4481,9 +4539,9 @@ class Handler(BaseHTTPRequestHandler):
         self.idle = False
         self._stream = self._tls = tls
 
-    def vanished(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Whether the client has closed its end, or the connection is broken."""
-        return self._poll(GONE)
+        return self._poll(DISCONNECT_EVENTS)
 
     def _poll(self, events: int) -> bool:
         """Whether any of the events has come to pass on the connection."""
@@ -4509,7 +4567,7 @@ class Handler(BaseHTTPRequestHandler):
             if request.length or request.chunked:
                 self._read_body(request)
         except LingerError as error:
-            self._send(request, answer_error(error), close=True)
+            self._send(request, error_response(error), close=True)
             if self.server.log_requests:
                 self._log(request, error.status)
             self._refused = True
@@ -4541,21 +4599,21 @@ class Handler(BaseHTTPRequestHandler):
                 request.aim(found[1].decode("latin-1"))
                 return request
         request = parse_head(head, self.server.known_headers)
-        if len(head) <= KNOWN_LENGTH and (found or "ack=" not in request.query):
-            if len(known) >= KNOWN_HEADS:
+        if len(head) <= MAX_CACHED_HEAD and (found or "ack=" not in request.query):
+            if len(known) >= REQUEST_CACHE:
                 known.clear()
             known[key] = request
         return request
 
     def _admit(self, request: Request) -> None:
-        """Finds out what a request may do, before its body is looked at; `Denied` if nothing.
+        """Finds out what a request may do, before its body is looked at; `AccessDenied` if nothing.
 
         What was found is kept as long as the rules are the same: with a request whose head comes
         again, for the headers that it has, and for the token that is shown.
         """
         headers, access = request.headers, self.server.access
         if "for pages" not in headers:
-            headers["for pages"] = access.check_site(headers)
+            headers["for pages"] = access.check_origin(headers)
         request.own_headers = headers["for pages"]
         shown, rules = headers.get("authorization"), access.rules
         if rules is not self._rules or shown != self._shown:
@@ -4567,49 +4625,49 @@ class Handler(BaseHTTPRequestHandler):
         request.grant, request.rules, request.call = self._grant, rules, None
 
     def _meet_stranger(self, request: Request, shown: Optional[str]) -> None:
-        """Lets pass what needs no token; else `Denied`, late for who shows many wrong ones."""
-        request.grant, request.call = NOBODY, None
+        """Lets pass what needs no token; else `AccessDenied`, late after many wrong ones."""
+        request.grant, request.call = NO_ACCESS, None
         route = request.calls.get("GET" if request.method == "HEAD" else request.method)
         preflight = request.method == "OPTIONS" and PREFLIGHT in request.headers["for pages"]
-        if preflight or (route is not None and route.right == ANYBODY):
+        if preflight or (route is not None and route.right == PUBLIC):
             return
         guesses = self.server.access.guesses
         delay = guesses.note(self.client_address[0]) if shown else 0
         if delay:
             if not guesses.late.acquire(blocking=False):
-                wait = f"Retry-After: {GUESS_TIME:.0f}\r\n"
+                wait = f"Retry-After: {AUTH_FAILURE_WINDOW:.0f}\r\n"
                 raise LingerError("too many wrong tokens come from this address", 429, wait)
             try:
                 self.server.await_stop(delay)
             finally:
                 guesses.late.release()
-        raise Denied("a token is needed: `Authorization: Bearer <token>`", 401, CHALLENGE)
+        raise AccessDenied("a token is needed: `Authorization: Bearer <token>`", 401, CHALLENGE)
 
-    def _answer_error(self, request: Request, error: Exception) -> Answer:
+    def _answer_error(self, request: Request, error: Exception) -> Response:
         """The answer for an error in a call; every one ends here."""
         if isinstance(error, LingerError):
-            return answer_error(error)
+            return error_response(error)
         if isinstance(error, OSError):
             raise error
         log("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         request.close = True
-        return answer_error(LingerError("the server made a mistake, which is in its log"))
+        return error_response(LingerError("the server made a mistake, which is in its log"))
 
-    def _find_call(self, request: Request) -> Callable[..., Optional[Answer]]:
+    def _find_call(self, request: Request) -> Callable[..., Optional[Response]]:
         """What answers a request, by its method and path."""
         if request.method == "OPTIONS":
             return self.tell_methods
         route = find_route(request.method, request.calls)
         if route.safe and self._fresh:
-            self.server.let_others_go_first(self.connection)
+            self.server.yield_to_simultaneous(self.connection)
         request.own_headers = ("" if route.safe else NO_STORE) + request.headers["for pages"]
         parts, kinds = request.parts[1::2], request.parts[::2]
         if route.many and route.method == "GET":
             parts = parts[0].split(",")
             kinds *= len(parts)
         request.names = [decode_name(part) for part in parts]
-        if request.grant is not FULL:
-            check_call(route, kinds, request.names, request.grant)
+        if request.grant is not FULL_ACCESS:
+            authorize(route, kinds, request.names, request.grant)
         request.call = getattr(self, route.handler)
         return request.call
 
@@ -4644,7 +4702,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.log_requests:
             self._began_at = time.monotonic()
         head, blank, rest = self._buffer.partition(b"\r\n\r\n")
-        if blank and head[:1] > b"\r" and len(head) <= LONGEST_HEAD:  # it came whole, as most do
+        if (
+            blank and head[:1] > b"\r" and len(head) <= MAX_REQUEST_HEAD
+        ):  # it came whole, as most do
             self._buffer = rest
             return head
         return self._read_pieces()
@@ -4659,7 +4719,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._buffer = buffer = EMPTY_LINES.sub(b"", buffer, 1)  # RFC 9112 2.2
                 seen = 0
             end = buffer.find(b"\r\n\r\n", seen - 3 if seen > 3 else 0)
-            if 0 <= end <= LONGEST_HEAD:
+            if 0 <= end <= MAX_REQUEST_HEAD:
                 self._buffer = buffer[end + 4 :]
                 return buffer[:end]
             self._check_head_so_far(seen)
@@ -4672,7 +4732,7 @@ class Handler(BaseHTTPRequestHandler):
             if not data:
                 self.closing = True
                 if self._buffer:
-                    raise Malformed("the request ended in its head")
+                    raise BadRequest("the request ended in its head")
                 return None
             self._buffer += data
 
@@ -4737,9 +4797,9 @@ class Handler(BaseHTTPRequestHandler):
             if waiter is None:
                 sent.acquire()
                 continue
-            left = min(self._waits_until - time.monotonic(), WATCH_INTERVAL)
-            if over or left <= 0 or self.vanished():
-                self.broker.dismiss(waiter)
+            left = min(self._waits_until - time.monotonic(), DISCONNECT_CHECK_INTERVAL)
+            if over or left <= 0 or self.is_disconnected():
+                self.broker.cancel(waiter)
                 waiter = None
             else:
                 sent.acquire(timeout=left)
@@ -4751,11 +4811,11 @@ class Handler(BaseHTTPRequestHandler):
         What was `seen` before is not searched again: it may come byte by byte.
         """
         if BARE_LINE_FEED.search(self._buffer, seen):
-            raise Malformed("a line must end in CR LF")
+            raise BadRequest("a line must end in CR LF")
         end = MAX_REQUEST_LINE + 2
         if len(self._buffer) >= end and self._buffer.find(b"\r\n", 0, end) < 0:
             raise LingerError(f"the target is too long: at most {MAX_TARGET} bytes are taken", 414)
-        if len(self._buffer) > LONGEST_HEAD + 3:
+        if len(self._buffer) > MAX_REQUEST_HEAD + 3:
             raise LingerError(f"the headers are too long: at most {MAX_HEAD} bytes are taken", 431)
 
     def _read_body(self, request: Request) -> None:
@@ -4786,7 +4846,7 @@ class Handler(BaseHTTPRequestHandler):
     def _hold(self, count: int) -> None:
         """Counts what is received of a body, so that slow clients cannot fill the memory."""
         self._held += count
-        if self.server.hold(count) > MAX_HELD and self._held > SMALL_BODY:
+        if self.server.hold(count) > MAX_BUFFERED and self._held > SMALL_BODY:
             raise Unavailable("too many large requests are under way: try again soon")
 
     def _body_limit(self, request: Request) -> int:
@@ -4807,7 +4867,7 @@ class Handler(BaseHTTPRequestHandler):
         while len(data) < length:
             piece = self._receive(deadline, min(max(length - len(data), 65_536), 1_048_576))
             if not piece:
-                raise Malformed("the request ended in its body")
+                raise BadRequest("the request ended in its body")
             data += piece
             self._hold(len(piece))
         self._buffer = bytes(data)
@@ -4817,7 +4877,7 @@ class Handler(BaseHTTPRequestHandler):
         while True:
             end = self._buffer.find(b"\r\n", start)
             if end - start > limit or (end < 0 and len(self._buffer) - start > limit):
-                raise Malformed(f"a line of a chunked body may have at most {limit} bytes")
+                raise BadRequest(f"a line of a chunked body may have at most {limit} bytes")
             if end >= 0:
                 return start, end
             self._receive_more(start, deadline)
@@ -4827,7 +4887,7 @@ class Handler(BaseHTTPRequestHandler):
         """Lets go of the buffer before `start`, and receives more behind it."""
         data = self._receive(deadline)
         if not data:
-            raise Malformed("the request ended in its body")
+            raise BadRequest("the request ended in its body")
         self._buffer = self._buffer[start:] + data
         self._hold(len(data))
 
@@ -4839,7 +4899,7 @@ class Handler(BaseHTTPRequestHandler):
             start, end = self._read_line(end, MAX_CHUNK_LINE, deadline)
             found = CHUNK_LINE.fullmatch(self._buffer, start, end)
             if not found:
-                raise Malformed("a chunk must start with its size in hexadecimal digits")
+                raise BadRequest("a chunk must start with its size in hexadecimal digits")
             size = int(found[1], 16)
             total += size
             if total > limit:
@@ -4854,7 +4914,7 @@ class Handler(BaseHTTPRequestHandler):
                 start = 0
             end = start + size + 2
             if self._buffer[end - 2 : end] != b"\r\n":
-                raise Malformed("a chunk must end in CR LF after as many bytes as it announced")
+                raise BadRequest("a chunk must end in CR LF after as many bytes as it announced")
             pieces.append(self._buffer[start : end - 2])
         raise TooLarge(f"the body has more than the {MAX_CHUNKS} chunks that are taken")
 
@@ -4868,12 +4928,12 @@ class Handler(BaseHTTPRequestHandler):
                 break
             trailer += b"\r\n" + line
         if line or not FIELD_LINES.fullmatch(trailer):
-            raise Malformed(f"a trailer must be headers of at most {MAX_LINE} bytes")
+            raise BadRequest(f"a trailer must be headers of at most {MAX_LINE} bytes")
         self._buffer = self._buffer[end:]
 
     # -- bytes out
 
-    def _compose(self, request: Optional[Request], answer: Answer, close: bool) -> bytes:
+    def _compose(self, request: Optional[Request], answer: Response, close: bool) -> bytes:
         """An answer in one piece, but for its file; notes if it is the last."""
         status, body, content_type, headers, _, file = answer
         if status != 204:  # which has no body (RFC 9110 8.6)
@@ -4888,7 +4948,7 @@ class Handler(BaseHTTPRequestHandler):
             return head.encode("latin-1")
         return head.encode("latin-1") + body
 
-    def _send(self, request: Optional[Request], answer: Answer, close: bool) -> None:
+    def _send(self, request: Optional[Request], answer: Response, close: bool) -> None:
         """Sends an answer; undoes what it would have told if it cannot be sent."""
         data = self._compose(request, answer, close)
         try:
@@ -4899,7 +4959,9 @@ class Handler(BaseHTTPRequestHandler):
             self._undo(answer)
             raise
 
-    def _later(self, request: Request, shape: Callable[[Request, Operation], Answer]) -> Told:
+    def _later(
+        self, request: Request, shape: Callable[[Request, Operation], Response]
+    ) -> DoneCallback:
         """Owes the answer that `shape` makes of what is done; is to be told that."""
         self._owes = True
         return functools.partial(self._reply, request, shape)
@@ -4907,7 +4969,7 @@ class Handler(BaseHTTPRequestHandler):
     def _reply(
         self,
         request: Request,
-        shape: Callable[[Request, Operation], Answer],
+        shape: Callable[[Request, Operation], Response],
         operation: Operation,
     ) -> None:
         """Sends the answer that is owed.  Whose thread this is must not be held up.
@@ -4923,7 +4985,7 @@ class Handler(BaseHTTPRequestHandler):
             if self._tls is not None:
                 rest = self._tls.wrap(rest)
             waiter = self._waiter
-            if waiter is not None and waiter.ticket and self.vanished():
+            if waiter is not None and waiter.ticket and self.is_disconnected():
                 _thread.start_new_thread(self._finish_reply, (request, answer, b""))
                 return
             try:
@@ -4941,7 +5003,7 @@ class Handler(BaseHTTPRequestHandler):
             raise
         self._settle_debt()
 
-    def _finish_reply(self, request: Request, answer: Answer, rest: bytes) -> None:
+    def _finish_reply(self, request: Request, answer: Response, rest: bytes) -> None:
         """Sends the rest of an answer, or undoes it; in a thread that can be held up."""
         try:
             if not rest:
@@ -4968,7 +5030,7 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(RuntimeError):  # it is that of the next answer, sent already
                 sent.release()
 
-    def _undo(self, answer: Answer) -> None:
+    def _undo(self, answer: Response) -> None:
         if answer.undo is not None:
             try:
                 answer.undo()
@@ -4985,14 +5047,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, file: BinaryIO) -> None:
         with file:
-            while piece := file.read(FILE_PIECE):
+            while piece := file.read(FILE_CHUNK):
                 send_all(self._stream, piece)
 
     def _drain(self) -> None:
         """Lets a client that is still sending read its answer first (RFC 9112 9.6)."""
         self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + DRAIN_TIME
-        left = MAX_DRAIN
+        deadline = time.monotonic() + LINGERING_CLOSE_TIMEOUT
+        left = LINGERING_CLOSE_BYTES
         with contextlib.suppress(TimeoutError):
             while left > 0 and (data := self._receive(deadline)):
                 left -= len(data)
@@ -5008,13 +5070,13 @@ class Handler(BaseHTTPRequestHandler):
 
     # -- the calls, in the order of ROUTES
 
-    def tell_methods(self, request: Request) -> Answer:
+    def tell_methods(self, request: Request) -> Response:
         all_calls = request.target == "*"
         allowed = ", ".join(METHODS[:6]) if all_calls else allowed_methods(request.calls)
-        return Answer(204, headers=f"Allow: {allowed}\r\n")
+        return Response(204, headers=f"Allow: {allowed}\r\n")
 
-    def welcome(self, _: Request, *__: str) -> Answer:
-        return answer_json(
+    def server_info(self, _: Request, *__: str) -> Response:
+        return json_response(
             {
                 "Linger": "Welcome",
                 "version": __version__,
@@ -5023,25 +5085,25 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def check_health(self, _: Request) -> Answer:
+    def check_health(self, _: Request) -> Response:
         try:
             self.broker.check_health()
         except Full as error:
             raise Unavailable(str(error)) from error
-        return answer_json({"healthy": True})
+        return json_response({"healthy": True})
 
-    def get_stats(self, _: Request) -> Answer:
-        return answer_json(self.broker.stats())
+    def get_stats(self, _: Request) -> Response:
+        return json_response(self.broker.stats())
 
-    def open_backup(self, _: Request) -> Answer:
+    def open_backup(self, _: Request) -> Response:
         copy = self.broker.open_copy()
-        return Answer(200, type="application/vnd.sqlite3", undo=copy.close, file=copy)
+        return Response(200, type="application/vnd.sqlite3", undo=copy.close, file=copy)
 
-    def list_channels(self, request: Request) -> Answer:
+    def list_channels(self, request: Request) -> Response:
         channels = request.grant.visible("channels", self.broker.channels())
         if request.parameter("info") is None:
-            return answer_json({"channels": channels})
-        return answer_json({"channels": [self._info(request, channel) for channel in channels]})
+            return json_response({"channels": channels})
+        return json_response({"channels": [self._info(request, channel) for channel in channels]})
 
     def _info(self, request: Request, channel: str) -> dict[str, Any]:
         info = self.broker.info(channel)
@@ -5070,30 +5132,30 @@ class Handler(BaseHTTPRequestHandler):
         wait, n, timeout, auto, acks, lease = request.options
         ack = request.integer("ack") if acks else None
         if not wait and self._fresh:
-            self.server.let_others_go_first(self.connection)
-        waiter = self.broker.waiter(channels, n or 1, timeout, auto, self.vanished)
+            self.server.yield_to_simultaneous(self.connection)
+        waiter = self.broker.consumer(channels, n or 1, timeout, auto, self.is_disconnected)
         if request.body:
             request.forget_body()
-        within = () if ack is None else self._within(request, ack)
+        expected_channel = () if ack is None else self._within(request, ack)
         if wait:
             self.server.note_answered(self.connection)
-            self.server.let_wait(self)
+            self.server.admit_consumer(self)
             self._waits_until = time.monotonic() + wait
             self._waiter = waiter
-        self.broker.start_take(
-            self._later(request, self._hand_over), waiter, wait > 0, ack, lease, *within
+        self.broker.take_async(
+            self._later(request, self._hand_over), waiter, wait > 0, ack, lease, *expected_channel
         )
 
-    def _hand_over(self, request: Request, operation: Operation) -> Answer:
-        messages, waiter = operation.value(), operation.whose
+    def _hand_over(self, request: Request, operation: Operation) -> Response:
+        messages, waiter = operation.result(), operation.owner
         if not messages:
             name = ",".join(map(encode_name, waiter.channels))
-            return Answer(204, headers=f"x-linger-channel: {name}\r\n")
+            return Response(204, headers=f"x-linger-channel: {name}\r\n")
         undo = functools.partial(self.broker.undo_take, waiter, messages)
         if request.options[1] is not None:
-            return answer_json(list(map(message_object, messages)))._replace(undo=undo)
+            return json_response(list(map(message_object, messages)))._replace(undo=undo)
         message = messages[0]
-        return Answer(200, message.body, message.type, message_headers(message), undo)
+        return Response(200, message.body, message.type, message_headers(message), undo)
 
     def _read_take(self, request: Request) -> tuple[Any, ...]:
         wait = request.integer("wait", 0, MAX_WAIT)
@@ -5113,22 +5175,22 @@ class Handler(BaseHTTPRequestHandler):
         given = request.given_with_message(ALL_PARAMETERS)
         if "dead" in given:
             self._check_dead(request, given)
-        self.broker.start_post(
-            self._later(request, answer_posted), channel, body, content_type, **given
+        self.broker.post_async(
+            self._later(request, posted_response), channel, body, content_type, **given
         )
 
-    def drain_channel(self, _: Request, channel: str) -> Answer:
+    def drain_channel(self, _: Request, channel: str) -> Response:
         self.broker.drain(channel)
         return NO_CONTENT
 
-    def post_batch(self, request: Request, channel: str) -> Answer:
+    def post_batch(self, request: Request, channel: str) -> Response:
         messages = parse_batch(request, ALL_PARAMETERS)
         for _, _, given in messages:
             if "dead" in given:
                 self._check_dead(request, given)
-        return answer_json({"ids": self.broker.post_batch(channel, messages)}, 202)
+        return json_response({"ids": self.broker.post_batch(channel, messages)}, 202)
 
-    def list_messages(self, request: Request, channel: str) -> Answer:
+    def list_messages(self, request: Request, channel: str) -> Response:
         whole = request.parameter("whole") is not None
         state, after = request.parameter("state") or None, request.integer("after")
         if state == "ready" and after is not None and "" in self._within(request, after):
@@ -5136,128 +5198,130 @@ class Handler(BaseHTTPRequestHandler):
         listed = (self.broker.list_whole if whole else self.broker.list_messages)(
             channel, state, request.integer("n", 1, MAX_BATCH) or 50, after
         )
-        cut = None if whole else MAX_CUT
-        return answer_json([listed_object(message, state, cut) for message, state in listed])
+        cut = None if whole else PREVIEW_BYTES
+        return json_response([listed_object(message, state, cut) for message, state in listed])
 
-    def get_channel_stats(self, _: Request, channel: str) -> Answer:
-        return answer_json(self.broker.channel_stats(channel))
+    def get_channel_stats(self, _: Request, channel: str) -> Response:
+        return json_response(self.broker.channel_stats(channel))
 
-    def get_info(self, request: Request, channel: str) -> Answer:
-        return answer_json(self._info(request, channel))
+    def get_info(self, request: Request, channel: str) -> Response:
+        return json_response(self._info(request, channel))
 
-    def get_settings(self, _: Request, channel: str) -> Answer:
-        return answer_json(self.broker.settings(channel))
+    def get_settings(self, _: Request, channel: str) -> Response:
+        return json_response(self.broker.settings(channel))
 
-    def set_settings(self, request: Request, channel: str) -> Answer:
-        given = request.given(CHANNEL_PARAMETERS + KEY_PARAMETERS)
+    def set_settings(self, request: Request, channel: str) -> Response:
+        given = request.given(CHANNEL_PARAMETERS + DEDUP_PARAMETERS)
         if "dead" in given:
             self._check_dead(request, given)
         self.broker.set_settings(channel, **given)
         return NO_CONTENT
 
-    def clear_settings(self, _: Request, channel: str) -> Answer:
+    def clear_settings(self, _: Request, channel: str) -> Response:
         self.broker.clear_settings(channel)
         return NO_CONTENT
 
-    def pause_channel(self, request: Request, channel: str) -> Answer:
+    def pause_channel(self, request: Request, channel: str) -> Response:
         self.broker.pause(channel, request.integer("for", 1))
         return NO_CONTENT
 
-    def resume_channel(self, _: Request, channel: str) -> Answer:
+    def resume_channel(self, _: Request, channel: str) -> Response:
         self.broker.resume(channel)
         return NO_CONTENT
 
-    def redrive(self, request: Request, channel: str) -> Answer:
+    def redrive(self, request: Request, channel: str) -> Response:
         to = request.parameter("to")
         if request.grant.channels is not None:
             if to is None:
-                raise Denied("a token with patterns must say where to, with to=<channel>")
+                raise AccessDenied("a token with patterns must say where to, with to=<channel>")
             request.grant.check_name("channels", to)
         moved = self.broker.redrive(channel, request.integer("n", 1), to)
-        return answer_json({"moved": moved})
+        return json_response({"moved": moved})
 
-    def list_channel_topics(self, request: Request, channel: str) -> Answer:
+    def list_channel_topics(self, request: Request, channel: str) -> Response:
         topics = self.broker.topics(channel)
-        return answer_json({"topics": request.grant.visible("topics", topics)})
+        return json_response({"topics": request.grant.visible("topics", topics)})
 
-    def subscribe(self, request: Request, channel: str, topic: str) -> Answer:
+    def subscribe(self, request: Request, channel: str, topic: str) -> Response:
         given = request.given(ALL_PARAMETERS)
         if "dead" in given:
             self._check_dead(request, given)
         self.broker.subscribe(channel, topic, **given)
         return NO_CONTENT
 
-    def unsubscribe(self, _: Request, channel: str, topic: str) -> Answer:
+    def unsubscribe(self, _: Request, channel: str, topic: str) -> Response:
         self.broker.unsubscribe(channel, topic)
         return NO_CONTENT
 
-    def list_topics(self, request: Request) -> Answer:
-        return answer_json({"topics": request.grant.visible("topics", self.broker.topics())})
+    def list_topics(self, request: Request) -> Response:
+        return json_response({"topics": request.grant.visible("topics", self.broker.topics())})
 
-    def publish_message(self, request: Request, topic: str) -> Answer:
-        given = request.given_with_message(KEY_PARAMETERS)
+    def publish_message(self, request: Request, topic: str) -> Response:
+        given = request.given_with_message(DEDUP_PARAMETERS)
         body, content_type = request.message()
         published, dropped, duplicate = self.broker.publish(topic, body, content_type, **given)
         if duplicate:
-            return answer_json({**self._known_to(request, published), "duplicate": True}, 202)
+            return json_response({**self._known_to(request, published), "duplicate": True}, 202)
         return self._answer_published(request, published, dropped)
 
     def _answer_published(
         self, request: Request, published: Mapping[str, object], dropped: Sequence[str]
-    ) -> Answer:
+    ) -> Response:
         visible = request.grant.visible("channels", dropped)
-        return answer_json(self._known_to(request, published), 202, dropped_header(visible))
+        return json_response(self._known_to(request, published), 202, dropped_header(visible))
 
     def _known_to(self, request: Request, published: Mapping[str, object]) -> Mapping[str, object]:
         """The copies of a message in those channels that the token may know."""
         visible = request.grant.visible("channels", published)
         return {channel: published[channel] for channel in visible}
 
-    def publish_batch(self, request: Request, topic: str) -> Answer:
-        messages = parse_batch(request, KEY_PARAMETERS)
+    def publish_batch(self, request: Request, topic: str) -> Response:
+        messages = parse_batch(request, DEDUP_PARAMETERS)
         return self._answer_published(request, *self.broker.publish_batch(topic, messages))
 
-    def list_subscribers(self, request: Request, topic: str) -> Answer:
+    def list_subscribers(self, request: Request, topic: str) -> Response:
         channels = self.broker.subscribers(topic)
-        return answer_json({"channels": request.grant.visible("channels", channels)})
+        return json_response({"channels": request.grant.visible("channels", channels)})
 
-    def look_at_message(self, request: Request, id: str) -> Answer:
-        message, state = self.broker.look(read_integer("id", id))
+    def read_message(self, request: Request, id: str) -> Response:
+        message, state = self.broker.read_message(parse_integer("id", id))
         if not request.grant.covers("channels", message.channel):
             raise NotFound(f"there is no message {message.id}")
         headers = message_headers(message) + f"x-linger-state: {state}\r\n"
-        return Answer(200, message.body, message.type, headers)
+        return Response(200, message.body, message.type, headers)
 
     def delete_message(self, request: Request, id: str) -> None:
-        number, lease = read_integer("id", id), request.integer("lease")
-        within = self._within(request, number)
-        self.broker.start_delete(self._later(request, answer_done), number, lease, *within)
+        number, lease = parse_integer("id", id), request.integer("lease")
+        expected_channel = self._within(request, number)
+        self.broker.delete_async(
+            self._later(request, done_response), number, lease, *expected_channel
+        )
 
-    def delete_messages(self, request: Request, _: str) -> Answer:
+    def delete_messages(self, request: Request, _: str) -> Response:
         wanted = []
         for item in parse_array(request.body):
             pair = (item.get("id"), item.get("lease")) if isinstance(item, dict) else (item, None)
-            lease = None if pair[1] is None else read_integer("lease", pair[1])
-            wanted.append((read_integer("id", pair[0]), lease))
+            lease = None if pair[1] is None else parse_integer("lease", pair[1])
+            wanted.append((parse_integer("id", pair[0]), lease))
         ids = [id for id, _ in wanted]
-        within = dict(zip(ids, self._within(request, *ids)))
+        expected_channel = dict(zip(ids, self._within(request, *ids)))
         names = ("deleted", "conflict", "missing")
-        return answer_json(dict(zip(names, self.broker.delete_batch(wanted, within))))
+        return json_response(dict(zip(names, self.broker.delete_batch(wanted, expected_channel))))
 
-    def touch_message(self, request: Request, id: str) -> Answer:
-        number, lease = read_integer("id", id), request.integer("lease")
+    def touch_message(self, request: Request, id: str) -> Response:
+        number, lease = parse_integer("id", id), request.integer("lease")
         timeout = request.integer("timeout", 1)
         self.broker.touch(number, lease, timeout, *self._within(request, number))
         return NO_CONTENT
 
-    def release_message(self, request: Request, id: str) -> Answer:
-        number, lease = read_integer("id", id), request.integer("lease")
+    def release_message(self, request: Request, id: str) -> Response:
+        number, lease = parse_integer("id", id), request.integer("lease")
         delay, reason = request.integer("delay", 0), request.reason()
         self.broker.release(number, lease, delay, reason, *self._within(request, number))
         return NO_CONTENT
 
-    def reject_message(self, request: Request, id: str) -> Answer:
-        number, lease = read_integer("id", id), request.integer("lease")
+    def reject_message(self, request: Request, id: str) -> Response:
+        number, lease = parse_integer("id", id), request.integer("lease")
         self.broker.reject(number, lease, request.reason(), *self._within(request, number))
         return NO_CONTENT
 
@@ -5267,7 +5331,7 @@ class Handler(BaseHTTPRequestHandler):
 # ---------------------------------------------------------------------------------------------
 
 
-class Clients:
+class AddressLimiter:
     """Counts the connections of each client, which has `most` of them; 0: nothing is counted."""
 
     def __init__(self, most: int) -> None:
@@ -5325,13 +5389,13 @@ class Server(ThreadingHTTPServer):
         access: Optional[Access] = None,
     ) -> None:
         """Binds the address (port 0: a free one) for those whom `access` lets in: without one, all
-        on this machine.  OSError if that cannot be done, `Malformed` if `access` forbids it."""
+        on this machine.  OSError if that cannot be done, `BadRequest` if `access` forbids it."""
         self.broker = broker
         self.access = access or Access()
         self.read_timeout = read_timeout
         self.idle_timeout = idle_timeout
         self.max_connections = max_connections
-        self.clients = Clients(max_connections_per_address)
+        self.clients = AddressLimiter(max_connections_per_address)
         self.max_waiting = max_waiting or int(max_connections * WAITING_SHARE) or 1
         self.log_requests = log_requests
         self.known_headers: dict[bytes, dict[str, str]] = {}  # what header lines have meant
@@ -5396,7 +5460,7 @@ class Server(ThreadingHTTPServer):
         excess = max(
             len(self.connections) - self.max_connections, self.clients.enter(connection, address[0])
         )
-        if excess >= REFUSALS:
+        if excess >= MAX_REFUSED_CONNECTIONS:
             self.shutdown_request(connection)
             return True
         if excess >= 0:
@@ -5433,7 +5497,7 @@ class Server(ThreadingHTTPServer):
             self._held += count
             return self._held
 
-    def let_others_go_first(self, connection: socket.socket) -> None:
+    def yield_to_simultaneous(self, connection: socket.socket) -> None:
         """Before a first request that looks: lets those go first that were sent together with it.
 
         A client may post on one connection and look on another without waiting for an answer, as
@@ -5441,12 +5505,12 @@ class Server(ThreadingHTTPServer):
         """
         if not self.note_answered(connection):
             return
-        limit = time.monotonic() - ARRIVAL_GAP
+        limit = time.monotonic() - SIMULTANEOUS_WINDOW
         others = [other for other, since in list(self._unanswered.items()) if since > limit]
-        if 0 < len(others) <= ARRIVAL_CROWD:
+        if 0 < len(others) <= MAX_SIMULTANEOUS:
             with self._answered:
                 self._answered.wait_for(
-                    lambda: self._unanswered.keys().isdisjoint(others), ARRIVAL_GAP
+                    lambda: self._unanswered.keys().isdisjoint(others), SIMULTANEOUS_WINDOW
                 )
 
     def note_answered(self, connection: socket.socket) -> bool:
@@ -5464,7 +5528,7 @@ class Server(ThreadingHTTPServer):
             self._date = now, f"Date: {email.utils.formatdate(now, usegmt=True)}\r\n"
         return self._date[1]
 
-    def let_wait(self, handler: Handler) -> None:
+    def admit_consumer(self, handler: Handler) -> None:
         """Counts a consumer that waits; `Unavailable` when too many do: somebody must get in who
         brings them messages."""
         if len(self.waiting) >= self.max_waiting:
@@ -5503,7 +5567,7 @@ class Server(ThreadingHTTPServer):
             self.server_close()
             os.close(self._alarm)
             os.close(self.wake)
-        self.broker.stop_waiting()
+        self.broker.cancel_all()
         for handler in list(self.handlers):
             if handler.idle:
                 with contextlib.suppress(OSError):
@@ -5558,16 +5622,16 @@ def serve(
 # done.  A connection that cannot be made is an error at once.
 # ---------------------------------------------------------------------------------------------
 
-Channels = Union[str, Sequence[str]]
+ChannelNames = Union[str, Sequence[str]]
 Delivery = tuple[int, Optional[int]]  # a message's id, and its lease or None for any
 Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]
 
 DEFAULT_URL = "http://127.0.0.1:8989"
 ERRORS = {
     error.status: error
-    for error in (Malformed, Denied, NotFound, Conflict, TooLarge, Unavailable, Full)
+    for error in (BadRequest, AccessDenied, NotFound, Conflict, TooLarge, Unavailable, Full)
 }
-PASSING = (502, 503, 504)  # statuses that may be others soon: the server, or its proxy, restarts
+RETRYABLE = (502, 503, 504)  # statuses that may be others soon: the server, or its proxy, restarts
 NUMBERS = ("id", "priority", "timeout", "deliver", "delivered", "received", "linger", "lease",
            "delay")  # fields of a message  # fmt: skip
 
@@ -5599,7 +5663,7 @@ class Client:
         self.timeout = timeout
         token = token or os.environ.get("LINGER_TOKEN") or ""
         if not VISIBLE.fullmatch(token):
-            raise Malformed("a token must be visible ASCII without blanks")
+            raise BadRequest("a token must be visible ASCII without blanks")
         scheme, place, host, port = _split_url(self.url)
         self._head = f"Host: {place}\r\n"
         if token:
@@ -5611,8 +5675,8 @@ class Client:
         self._make = functools.partial(kind, host, port, **options)
         self._lock = threading.Lock()  # guards the lines
         self._own = threading.local()  # each thread's line
-        self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
-        self._in_hand: set[Delivery] = set()  # what a loop of ours has still to settle
+        self._lines: weakref.WeakSet[_HTTPConnection] = weakref.WeakSet()
+        self._unacknowledged: set[Delivery] = set()  # what a loop of ours has still to settle
         self._closed = False
 
     def close(self) -> None:
@@ -5632,7 +5696,7 @@ class Client:
 
     # -- the server
 
-    def welcome(self) -> dict[str, Any]:
+    def server_info(self) -> dict[str, Any]:
         """Who answers: `Linger`, `version`, `id`, `hostname`."""
         return self._ask(dict, "GET", "/")
 
@@ -5664,7 +5728,7 @@ class Client:
         type: Optional[str] = None,
         retry: bool = False,
         **parameters: object,
-    ) -> Posted:
+    ) -> PostResult:
         """Adds a message to a channel; when it returns the message is on disk.
 
         `body`: bytes as they are or a str in UTF-8, both text/plain unless `type` says otherwise;
@@ -5675,8 +5739,9 @@ class Client:
         path = f"/channels/{_quote(channel)}"
         keyed = "dedup" in parameters or "unique" in parameters  # not only by `retry`
         return self._add(
-            lambda value: Posted(value["id"], keyed and value.get("duplicate", False)),
-            path, *encode_message(body, type), retry, _texts(ALL_PARAMETERS, parameters),
+            lambda value: PostResult(value["id"], keyed and value.get("duplicate", False)),
+            path, *encode_message(body, type), retry,
+            _encode_parameters(ALL_PARAMETERS, parameters),
         )  # fmt: skip
 
     def post_batch(
@@ -5692,7 +5757,7 @@ class Client:
         items = encode_batch(bodies, ALL_PARAMETERS)
         return self._add(
             lambda value: list(value["ids"]),
-            path, items, "application/json", retry, _texts(ALL_PARAMETERS, parameters),
+            path, items, "application/json", retry, _encode_parameters(ALL_PARAMETERS, parameters),
         )  # fmt: skip
 
     def publish(
@@ -5711,22 +5776,24 @@ class Client:
         return self._add(
             lambda value: {channel: id for channel, id in value.items() if id is not True},
             f"/topics/{_quote(topic)}", *encode_message(body, type), retry,
-            _texts(KEY_PARAMETERS, keys),
+            _encode_parameters(DEDUP_PARAMETERS, keys),
         )  # fmt: skip
 
     def publish_batch(
         self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: object
     ) -> dict[str, list[int]]:
         """Publishes up to 1,000 messages, given as for `post_batch`; the copies' ids by channel."""
-        items = encode_batch(bodies, KEY_PARAMETERS)
+        items = encode_batch(bodies, DEDUP_PARAMETERS)
         path = f"/topics/{_quote(topic)}/batch"
-        return self._add(dict, path, items, "application/json", retry, _texts(KEY_PARAMETERS, keys))
+        return self._add(
+            dict, path, items, "application/json", retry, _encode_parameters(DEDUP_PARAMETERS, keys)
+        )
 
     # -- taking messages
 
     def get(
         self,
-        channels: Channels,
+        channels: ChannelNames,
         wait: Optional[int] = None,
         timeout: Optional[int] = None,
         ack: Union[Message, int, None] = None,
@@ -5745,7 +5812,7 @@ class Client:
 
     def get_batch(
         self,
-        channels: Channels,
+        channels: ChannelNames,
         n: int,
         wait: Optional[int] = None,
         timeout: Optional[int] = None,
@@ -5782,7 +5849,7 @@ class Client:
             lambda value: (value["deleted"], value["conflict"], value["missing"]),
             "POST", "/messages/delete", body=body, type="application/json",
         )  # fmt: skip
-        self._in_hand.difference_update(d for d in deliveries if d[0] not in outcome[1])
+        self._unacknowledged.difference_update(d for d in deliveries if d[0] not in outcome[1])
         return outcome
 
     def touch(
@@ -5835,7 +5902,7 @@ class Client:
         """The names, sorted, of channels with messages, subscriptions, or consumers."""
         return self._ask(lambda value: list(value["channels"]), "GET", "/channels")
 
-    def infos(self) -> list[dict[str, Any]]:
+    def channel_infos(self) -> list[dict[str, Any]]:
         """What there is to know of each channel: a list of `info`."""
         return self._ask(lambda value: list(value["channels"]), "GET", "/channels", {"info": 1})
 
@@ -5860,7 +5927,7 @@ class Client:
     def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
         """Subscribes a channel to a topic: copies get `parameters`; replaces what was there."""
         path = f"/channels/{_quote(channel)}/topics/{_quote(topic)}"
-        self._call("PUT", path, _texts(MESSAGE_PARAMETERS, parameters))
+        self._call("PUT", path, _encode_parameters(MESSAGE_PARAMETERS, parameters))
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; it is no error if there is none."""
@@ -5875,7 +5942,7 @@ class Client:
         """Sets what holds for messages posted to a channel that do not say otherwise, and its
         own `hlm`; replaces what was set."""
         path = f"/channels/{_quote(channel)}/settings"
-        self._call("PUT", path, _texts(CHANNEL_PARAMETERS, parameters))
+        self._call("PUT", path, _encode_parameters(CHANNEL_PARAMETERS, parameters))
 
     def clear_settings(self, channel: str) -> None:
         """Clears the settings of a channel; it is no error if there are none."""
@@ -5891,10 +5958,10 @@ class Client:
 
     # -- looking
 
-    def look(self, id: int) -> tuple[Message, str]:
+    def read_message(self, id: int) -> tuple[Message, str]:
         """A message and its state (of `STATES`), without taking it; `NotFound`."""
         _, headers, body = self._call("GET", f"/messages/{id}")
-        return self._understand(lambda: parse_headers(headers, body))
+        return self._decode_response(lambda: parse_headers(headers, body))
 
     def list_messages(
         self,
@@ -5905,7 +5972,7 @@ class Client:
     ) -> list[tuple[Message, str]]:
         """Up to `n` messages of a channel and their states, those after the message `after`.
 
-        In the order of delivery for the state `ready`, else by id.  Bodies are cut to MAX_CUT
+        In the order of delivery for the state `ready`, else by id.  Bodies are cut to PREVIEW_BYTES
         bytes, or a character less.
         """
         path = f"/channels/{_quote(channel)}/messages"
@@ -5915,7 +5982,7 @@ class Client:
             "GET", path, query,
         )  # fmt: skip
 
-    def dump(self, channels: Optional[Channels] = None) -> Iterator[dict[str, Any]]:
+    def dump(self, channels: Optional[ChannelNames] = None) -> Iterator[dict[str, Any]]:
         """The messages of some channels, or of all, as records for JSON and for `load`.
 
         By channel and id.  A record has `channel`, `type`, `body` (`encoding` is base64 where it
@@ -5956,7 +6023,7 @@ class Client:
 
     def work(
         self,
-        channels: Channels,
+        channels: ChannelNames,
         function: Callable[[Message], object],
         threads: int = 1,
         wait: Optional[int] = None,
@@ -5979,7 +6046,7 @@ class Client:
 
         def run() -> None:
             try:
-                with contextlib.closing(_Loop(self, channels, wait, timeout, stop)) as loop:
+                with contextlib.closing(_Consumer(self, channels, wait, timeout, stop)) as loop:
                     while (message := loop.next()) is not None:
                         loop.call(function, message, delay)
             except BaseException as error:
@@ -5997,7 +6064,7 @@ class Client:
 
     def consume(
         self,
-        channels: Channels,
+        channels: ChannelNames,
         wait: Optional[int] = None,
         timeout: Optional[int] = None,
         stop: Optional[threading.Event] = None,
@@ -6011,7 +6078,7 @@ class Client:
         is set, or, with a `wait` of 0, when there is no message.
         """
         stop = stop or threading.Event()
-        with contextlib.closing(_Loop(self, channels, wait, timeout, stop)) as loop:
+        with contextlib.closing(_Consumer(self, channels, wait, timeout, stop)) as loop:
             while (message := loop.next()) is not None:
                 try:
                     yield message
@@ -6024,9 +6091,9 @@ class Client:
     def _ask(self, shape: Callable[[Any], T], *call: Any, **options: Any) -> T:
         """Makes a call; the shape of the JSON that answers it."""
         _, _, text = self._call(*call, **options)
-        return self._understand(lambda: shape(json.loads(text or b"null")))
+        return self._decode_response(lambda: shape(json.loads(text or b"null")))
 
-    def _understand(self, read: Callable[[], T]) -> T:
+    def _decode_response(self, read: Callable[[], T]) -> T:
         try:
             return read()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -6047,7 +6114,7 @@ class Client:
         call = functools.partial(
             self._ask, shape, "POST", path, query, body, type, repeatable="dedup" in query
         )
-        return self._insist(call) if retry else call()
+        return self._retry(call) if retry else call()
 
     def _settle(
         self,
@@ -6069,17 +6136,17 @@ class Client:
             encode_text(reason), DEFAULT_TYPE,
             repeatable=lease is not None or method == "DELETE", done=done,
         )  # fmt: skip
-        settled = [d for d in self._in_hand.copy() if d[0] == id and lease in (None, d[1])]
-        self._in_hand.difference_update(settled)
+        settled = [d for d in self._unacknowledged.copy() if d[0] == id and lease in (None, d[1])]
+        self._unacknowledged.difference_update(settled)
 
-    def _insist(self, call: Callable[[], T]) -> T:
+    def _retry(self, call: Callable[[], T]) -> T:
         """Calls until it is answered, for up to `timeout` seconds: over a restart of the server."""
         deadline = time.monotonic() + self.timeout
-        for pause in _pauses():
+        for pause in _retry_delays():
             try:
                 return call()
             except LingerError as error:
-                if error.status not in PASSING or self._closed:
+                if error.status not in RETRYABLE or self._closed:
                     raise
                 if time.monotonic() + pause > deadline:
                     raise
@@ -6138,11 +6205,11 @@ class Client:
             head += f"Content-Length: {len(body)}\r\n"
         return head.encode("latin-1") + b"\r\n" + body
 
-    def _line(self) -> _Line:
+    def _line(self) -> _HTTPConnection:
         """This thread's line, in this process: a fork must not talk on its parent's."""
-        line: Optional[_Line] = getattr(self._own, "line", None)
+        line: Optional[_HTTPConnection] = getattr(self._own, "line", None)
         if line is None or line.process != os.getpid():
-            line = self._own.line = _Line(self.url, self._make)
+            line = self._own.line = _HTTPConnection(self.url, self._make)
         with self._lock:
             if self._closed:
                 raise Unavailable("the client is closed")
@@ -6150,7 +6217,7 @@ class Client:
         return line
 
 
-class _Line:
+class _HTTPConnection:
     """A thread's connection: opened when it is needed, kept until it fails or the thread ends."""
 
     def __init__(self, url: str, make: Callable[[], http.client.HTTPConnection]) -> None:
@@ -6187,8 +6254,8 @@ class _Line:
         """The connection, made anew if the server has closed it; `Unavailable` if it cannot be."""
         if self._connection is not None:
             poller = select.poll()
-            poller.register(self._connection.sock, select.POLLIN | GONE)
-            if time.monotonic() - self._used < KEPT_TIMEOUT and not poller.poll(0):
+            poller.register(self._connection.sock, select.POLLIN | DISCONNECT_EVENTS)
+            if time.monotonic() - self._used < KEEPALIVE_TIMEOUT and not poller.poll(0):
                 return self._connection
             self.close()
         connection = self._make()
@@ -6217,7 +6284,7 @@ class _Line:
     __del__ = close
 
 
-class _Loop:
+class _Consumer:
     """Takes messages one after the other; each is done when the next is taken.
 
     A thread of its own, the keeper, touches the message in hand before its timeout, and ends the
@@ -6227,7 +6294,7 @@ class _Loop:
     def __init__(
         self,
         client: Client,
-        channels: Channels,
+        channels: ChannelNames,
         wait: Optional[int],
         timeout: Optional[int],
         stop: threading.Event,
@@ -6239,7 +6306,9 @@ class _Loop:
         self.lost: Callable[[], None] = lambda: None  # when the message in hand is ours no more
         self.away: Callable[[LingerError], None] = lambda _: None  # when it will try again
         self._hand: Optional[tuple[Message, float]] = None  # a message, and when it came
-        self._waiting: Optional[_Line] = None  # the line on which the next one is waited for
+        self._waiting: Optional[_HTTPConnection] = (
+            None  # the line on which the next one is waited for
+        )
         self._closed = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="linger-keeper", daemon=True)
         self._keeper.start()
@@ -6251,7 +6320,7 @@ class _Loop:
         what the server cannot do now is tried again.  A message that is gone, or was delivered
         again meanwhile, needs no deletion.
         """
-        pauses = _pauses()
+        pauses = _retry_delays()
         while not self._stop.is_set():
             done = self._unsettled()
             try:
@@ -6267,7 +6336,7 @@ class _Loop:
                     self._stop.wait(next(pauses))
                 continue
             self._hold(message)
-            pauses = _pauses()
+            pauses = _retry_delays()
             if message is not None or self._once:
                 return message
         self.finish()
@@ -6310,15 +6379,15 @@ class _Loop:
     def _unsettled(self) -> Optional[Message]:
         """The message in hand, unless who works on it has deleted, released or rejected it."""
         hand = self._hand
-        if hand is not None and _delivery(hand[0]) in self._client._in_hand:
+        if hand is not None and _delivery(hand[0]) in self._client._unacknowledged:
             return hand[0]
         return None
 
     def _hold(self, message: Optional[Message]) -> None:
         if self._hand is not None:
-            self._client._in_hand.discard(_delivery(self._hand[0]))
+            self._client._unacknowledged.discard(_delivery(self._hand[0]))
         if message is not None:
-            self._client._in_hand.add(_delivery(message))
+            self._client._unacknowledged.add(_delivery(message))
         self._hand = None if message is None else (message, time.monotonic())
 
     def _await_next(self, done: Optional[Message]) -> Optional[Message]:
@@ -6331,18 +6400,18 @@ class _Loop:
     def _settle(self, settle: Callable[[], None]) -> None:
         """Ends the delivery in hand; if that fails the message comes back after its timeout."""
         with contextlib.suppress(LingerError):
-            self._client._insist(settle)
+            self._client._retry(settle)
         self._hold(None)
 
     def _keep(self) -> None:
         hand, due = None, 0.0
-        while not self._closed.wait(LOOK_INTERVAL):
+        while not self._closed.wait(HEARTBEAT_INTERVAL):
             waiting = self._waiting
             if waiting is not None and self._stop.is_set():
                 waiting.shut(socket.SHUT_WR)
             if hand is not self._hand:
                 hand = self._hand
-                due = hand[1] + hand[0].timeout / TOUCHES if hand else 0.0
+                due = hand[1] + hand[0].timeout / TOUCHES_PER_TIMEOUT if hand else 0.0
             if hand and due <= time.monotonic() and self._unsettled():
                 due = time.monotonic() + self._touch(hand[0])
 
@@ -6355,7 +6424,7 @@ class _Loop:
             return float("inf")  # it is done, or another's now
         except LingerError:
             return 0.0
-        return message.timeout / TOUCHES
+        return message.timeout / TOUCHES_PER_TIMEOUT
 
 
 @contextlib.contextmanager
@@ -6383,12 +6452,12 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
         restore()
 
 
-def _pauses() -> Iterator[float]:
+def _retry_delays() -> Iterator[float]:
     """Seconds to wait before something is tried again: longer and longer."""
-    pause = FIRST_PAUSE
+    pause = MIN_RETRY_DELAY
     while True:
         yield pause
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, MAX_RETRY_DELAY)
 
 
 def _split_url(url: str) -> tuple[str, str, str, Optional[int]]:
@@ -6405,7 +6474,7 @@ def _split_url(url: str) -> tuple[str, str, str, Optional[int]]:
         or not AUTHORITY.fullmatch(place)
         or not VISIBLE.fullmatch(url)
     ):
-        raise Malformed(f"a server's URL must be as {DEFAULT_URL} or https://host, not {url}")
+        raise BadRequest(f"a server's URL must be as {DEFAULT_URL} or https://host, not {url}")
     return scheme, place, parts.hostname or "", port
 
 
@@ -6414,18 +6483,18 @@ def _trust(cafile: Optional[str]) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=cafile)
     except OSError as error:
-        raise Malformed(f"cannot read the certificates in {cafile}: {error}") from error
+        raise BadRequest(f"cannot read the certificates in {cafile}: {error}") from error
 
 
 def _read_answer(answer: http.client.HTTPResponse, into: Optional[BinaryIO]) -> bytes:
     """The body of an answer, whole; that of a good one goes `into` a file, if there is one."""
     text, size = io.BytesIO(), 0
     filing = into if answer.status == 200 else None
-    while piece := answer.read(FILE_PIECE):
+    while piece := answer.read(FILE_CHUNK):
         size += len(piece)
-        if filing is None and size > MAX_ANSWER:
+        if filing is None and size > MAX_RESPONSE:
             raise LingerError(
-                f"the answer has more than the {MAX_ANSWER} bytes that are taken", 502
+                f"the answer has more than the {MAX_RESPONSE} bytes that are taken", 502
             )
         (filing or text).write(piece)
     if answer.length or (answer.length is None and not size):  # or it broke off in its head
@@ -6453,7 +6522,7 @@ def _delivery(message: Union[Message, int], lease: Optional[int] = None) -> Deli
     return message, lease
 
 
-def _names(channels: Channels) -> Sequence[str]:
+def _names(channels: ChannelNames) -> Sequence[str]:
     return [channels] if isinstance(channels, str) else channels
 
 
@@ -6462,29 +6531,31 @@ def _quote(name: str) -> str:
     return urllib.parse.quote(encode_text(name), safe="")
 
 
-def _texts(table: Sequence[Parameter], given: Mapping[str, object]) -> dict[str, object]:
-    """The parameters that are given, as HTTP names them; `Malformed` for one that is not right."""
+def _encode_parameters(
+    table: Sequence[Parameter], given: Mapping[str, object]
+) -> dict[str, object]:
+    """The parameters that are given, as HTTP names them; `BadRequest` for one that is not right."""
     named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
     unknown = named.keys() - {p.name for p in table}
     if unknown:
         names = ", ".join(p.name.replace("-", "_") for p in table)
-        raise Malformed(f"there is no parameter {min(unknown)} here, but {names}")
-    check_parameters(named, table)
+        raise BadRequest(f"there is no parameter {min(unknown)} here, but {names}")
+    parse_parameters(named, table)
     return named
 
 
 def encode_text(text: str) -> bytes:
-    """A text in UTF-8; `Malformed` if it has half a character."""
+    """A text in UTF-8; `BadRequest` if it has half a character."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        raise Malformed("the text must be Unicode, without surrogates") from None
+        raise BadRequest("the text must be Unicode, without surrogates") from None
 
 
 def encode_message(body: object, type: Optional[str] = None) -> tuple[bytes, str]:
     """The bytes and type of a message: bytes and str are text/plain, anything else is JSON."""
     if type is not None and not HEADER_VALUE.fullmatch(type):
-        raise Malformed("type must be a text fit for a header")
+        raise BadRequest("type must be a text fit for a header")
     if isinstance(body, (bytes, bytearray, memoryview)):
         return bytes(body), type or DEFAULT_TYPE
     if isinstance(body, str):
@@ -6496,7 +6567,7 @@ def encode_item(table: Sequence[Parameter], item: Item) -> dict[str, object]:
     """A message of a batch, a body or `(body, type, parameters)`, as an object for JSON."""
     body, type, parameters = item if isinstance(item, tuple) else (item, None, {})
     data, type = encode_message(body, type)
-    return {**_texts(table, parameters), **body_object(data), "type": type}
+    return {**_encode_parameters(table, parameters), **body_object(data), "type": type}
 
 
 def encode_batch(items: Iterable[Item], table: Sequence[Parameter]) -> bytes:
@@ -6545,7 +6616,7 @@ def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list
     channel, items, size = "", list[bytes](), 0
     for record in records:
         if not isinstance(record, Mapping) or not isinstance(record.get("channel"), str):
-            error = Malformed("a record must be an object with a text `channel`")
+            error = BadRequest("a record must be an object with a text `channel`")
             error.index = len(items)
             raise error
         item = encode_text(TO_JSON(record))
@@ -6569,18 +6640,18 @@ def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list
 
 
 def _whole_number(least: int, most: int) -> Callable[[str], int]:
-    return lambda text: read_integer("it", text, least, most)
+    return lambda text: parse_integer("it", text, least, most)
 
 
 def _sync_level(text: str) -> str:
     if text not in SYNC_LEVELS:
-        raise Malformed(f"it must be one of {', '.join(SYNC_LEVELS)}")
+        raise BadRequest(f"it must be one of {', '.join(SYNC_LEVELS)}")
     return text
 
 
 def _truth(text: str) -> bool:
     if text.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-        raise Malformed("it must be true or false")
+        raise BadRequest("it must be true or false")
     return text.lower() in ("true", "yes", "on", "1")
 
 
@@ -6614,7 +6685,7 @@ OPTIONS = (
         "high-level mark: messages that a channel may hold; 0 for any number",
     ),
     Option(
-        "max-message", MAX_MESSAGE, _whole_number(1, LONGEST_MESSAGE), "BYTES", "longest message"
+        "max-message", MAX_MESSAGE, _whole_number(1, MAX_MESSAGE_OPTION), "BYTES", "longest message"
     ),
     Option(
         "max-connections",
@@ -6713,7 +6784,7 @@ def read_config(path: str) -> dict[str, str]:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise Malformed(f"cannot read {path}: {error}") from error
+        raise BadRequest(f"cannot read {path}: {error}") from error
     options = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -6722,16 +6793,16 @@ def read_config(path: str) -> dict[str, str]:
         name, equals, value = (piece.strip() for piece in line.partition("="))
         name = name.replace("_", "-")
         if not equals or name not in {option.name for option in OPTIONS}:
-            raise Malformed(f"{path}, line {number}: it must be `name = value` of an option")
+            raise BadRequest(f"{path}, line {number}: it must be `name = value` of an option")
         quoted = re.fullmatch(r"""(["'])(.*?)\1\s*(?:#.*)?|([^#]*?)\s*(?:\s#.*)?""", value)
         if not quoted:
-            raise Malformed(f"{path}, line {number}: the quotes of the value do not match")
+            raise BadRequest(f"{path}, line {number}: the quotes of the value do not match")
         options[name] = quoted[2] if quoted[1] else quoted[3]
     return options
 
 
 def read_options(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """The value of each option by name; `Malformed` tells what is wrong with one."""
+    """The value of each option by name; `BadRequest` tells what is wrong with one."""
     given = vars(_make_parser().parse_args(arguments))
     config = given["config"] or environment.get("LINGER_CONFIG")
     in_file = read_config(config) if config else {}
@@ -6749,8 +6820,8 @@ def read_options(arguments: Sequence[str], environment: Mapping[str, str]) -> di
             if text is not None:
                 try:
                     options[key] = read(text)
-                except Malformed as error:
-                    raise Malformed(f"{source}: {error}") from error
+                except BadRequest as error:
+                    raise BadRequest(f"{source}: {error}") from error
                 break
     return options
 
@@ -6758,14 +6829,14 @@ def read_options(arguments: Sequence[str], environment: Mapping[str, str]) -> di
 def _raise_descriptors(wanted: int) -> int:
     """Lets the process open as many files as `wanted` needs; how many connections it may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + REFUSALS + SPARE_DESCRIPTORS
+    needed = wanted + MAX_REFUSED_CONNECTIONS + SPARE_DESCRIPTORS
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
     soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == needed:
         return wanted
-    allowed = soft - min(REFUSALS + SPARE_DESCRIPTORS, soft // 2)
+    allowed = soft - min(MAX_REFUSED_CONNECTIONS + SPARE_DESCRIPTORS, soft // 2)
     log(f"linger: only {allowed} connections, since only {soft} files may be open (ulimit -n)")
     return allowed
 
@@ -6798,7 +6869,7 @@ def _start(options: Mapping[str, Any]) -> Server:
         raise Unavailable(f"cannot listen on {place}: {error.strerror or error}") from error
 
 
-def _calm_threads() -> None:
+def _tune_threads() -> None:
     """Sets up the process for many threads, of which one can run.
 
     A thread that is woken could only wait for the interpreter's lock: it must not push aside the
@@ -6814,7 +6885,7 @@ def _calm_threads() -> None:
 
 def _serve(arguments: Sequence[str]) -> int:
     """Runs the server until SIGTERM or SIGINT; returns the exit status."""
-    _calm_threads()
+    _tune_threads()
     os.umask(0o077)  # what this process makes is for its owner only
     options = read_options(arguments, os.environ)
     server = _start(options)
@@ -6916,7 +6987,7 @@ def _given(options: argparse.Namespace, table: Sequence[Parameter]) -> dict[str,
 def _body(options: argparse.Namespace) -> bytes:
     """The message that is an argument, else what comes on standard input."""
     if options.body in (None, "-"):
-        return sys.stdin.buffer.read(LONGEST_MESSAGE + 1)
+        return sys.stdin.buffer.read(MAX_MESSAGE_OPTION + 1)
     return os.fsencode(options.body)
 
 
@@ -6935,7 +7006,7 @@ def _post_lines(client: Client, options: argparse.Namespace, given: dict[str, st
     can the whole input if its `--dedup` is the same.
     """
     if options.body not in (None, "-"):
-        raise Malformed("with --lines the messages come on standard input")
+        raise BadRequest("with --lines the messages come on standard input")
     key = given.pop("dedup", None) or os.urandom(16).hex()
     posted, last = 0, 0
     batch: list[tuple[int, bytes]] = []
@@ -6963,7 +7034,7 @@ def _batches(file: Any) -> Iterator[list[tuple[int, bytes]]]:
     as many as a batch may have."""
     number, rest = 0, b""
     while True:
-        chunk = file.read1(LINES_AT_ONCE)
+        chunk = file.read1(MAX_LINES_BYTES)
         *lines, rest = (rest + chunk).split(b"\n")
         if not chunk:
             lines, rest = [rest], b""
@@ -6998,7 +7069,7 @@ def _records(lines: Iterable[bytes]) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except ValueError:
-            raise Malformed(f"line {number} is no JSON") from None
+            raise BadRequest(f"line {number} is no JSON") from None
 
 
 # -- messages out
@@ -7007,7 +7078,7 @@ def _records(lines: Iterable[bytes]) -> Iterator[Any]:
 def _get(client: Client, options: argparse.Namespace) -> int:
     """Writes messages; what is to be acknowledged is deleted once it was written, not before."""
     if options.ack and options.auto:
-        raise Malformed("a message is deleted once: either with --ack or with --auto")
+        raise BadRequest("a message is deleted once: either with --ack or with --auto")
     wait = DEFAULT_WAIT if options.follow else options.wait or 0
     channels = options.channel.split(",")
     take = functools.partial(client.get, channels, wait, options.timeout, auto=options.auto)
@@ -7034,7 +7105,7 @@ def _take_next(
     take: Callable[..., Optional[Message]], done: Optional[Message], follow: bool
 ) -> Optional[Message]:
     """The next message, once that which is done is deleted; to `follow`, over restarts."""
-    for pause in _pauses():
+    for pause in _retry_delays():
         try:
             return take(ack=done)
         except (NotFound, Conflict):
@@ -7042,7 +7113,7 @@ def _take_next(
                 raise
             done = None  # deleted already, or with another now
         except LingerError as error:
-            if not follow or error.status not in PASSING:
+            if not follow or error.status not in RETRYABLE:
                 raise
             time.sleep(pause)
     raise AssertionError("pauses do not end")
@@ -7063,7 +7134,7 @@ def _hand_over(client: Client, message: Message, options: argparse.Namespace, en
 
 
 def _look(client: Client, options: argparse.Namespace) -> int:
-    message, state = client.look(options.id)
+    message, state = client.read_message(options.id)
     if options.json:
         return _show([{**message_object(message), "state": state}], as_json=True)
     _write(message.body + b"\n" * sys.stdout.isatty())
@@ -7095,7 +7166,7 @@ def _dump(client: Client, options: argparse.Namespace) -> int:
 def _drain(client: Client, options: argparse.Namespace) -> int:
     if not options.yes:
         if not sys.stdin.isatty():
-            raise Malformed("drain deletes all messages of a channel: say --yes if it shall")
+            raise BadRequest("drain deletes all messages of a channel: say --yes if it shall")
         count = sum(client.channel_stats(options.channel).values())
         _note(f"Delete all {count} messages of {options.channel}? [y/N] ")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -7111,11 +7182,11 @@ def _redrive(client: Client, options: argparse.Namespace) -> int:
 
 
 def _channels(client: Client, options: argparse.Namespace) -> int:
-    infos = client.infos()
+    channel_infos = client.channel_infos()
     if not options.json:
         names = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
-        infos = [{name: info[name] for name in names} for info in infos]
-    return _show(infos, options.json)
+        channel_infos = [{name: info[name] for name in names} for info in channel_infos]
+    return _show(channel_infos, options.json)
 
 
 def _settings(client: Client, options: argparse.Namespace) -> int:
@@ -7183,7 +7254,7 @@ class Job:
         self._passing.start()
 
     def wait(self, timeout: Optional[int]) -> None:
-        """Waits until it has ended; kills it if that is not within `timeout` seconds."""
+        """Waits until it has ended; kills it if that is not expected_channel `timeout` seconds."""
         if timeout is not None:
             self._after(timeout, self.kill, f"it took longer than {timeout} seconds")
         self.status = self._process.wait()
@@ -7192,14 +7263,14 @@ class Job:
         self._ended = True
         for timer in self._timers:
             timer.cancel()
-        self._passing.join(STDERR_PATIENCE)
+        self._passing.join(STDERR_TIMEOUT)
 
     def kill(self, why: str) -> None:
         """Ends it with its group: SIGTERM, and SIGKILL for what is still there after a while."""
         if not self.killed and not self._ended:
             self.killed = why
             self._signal(signal.SIGTERM)
-            self._after(GRACE, self._signal, signal.SIGKILL)
+            self._after(KILL_GRACE, self._signal, signal.SIGKILL)
 
     def failure(self) -> str:
         """Why it has not done its work; nothing if it has."""
@@ -7209,7 +7280,7 @@ class Job:
 
     def reason(self) -> str:
         """The same with the end of its standard error."""
-        tail = self._tail.decode("utf-8", "replace").strip().encode()[-TAIL:]
+        tail = self._tail.decode("utf-8", "replace").strip().encode()[-STDERR_TAIL:]
         return f"{self.failure()}: {tail.decode('utf-8', 'ignore')}" if tail else self.failure()
 
     def _after(self, seconds: float, function: Callable[[Any], None], argument: object) -> None:
@@ -7225,8 +7296,8 @@ class Job:
 
     def _pass_on(self, stderr: Any) -> None:
         with stderr:
-            while data := stderr.read1(TAIL):
-                self._tail = (self._tail + data)[-TAIL:]
+            while data := stderr.read1(STDERR_TAIL):
+                self._tail = (self._tail + data)[-STDERR_TAIL:]
                 with contextlib.suppress(OSError, ValueError):
                     sys.stderr.buffer.write(data)
                     sys.stderr.buffer.flush()
@@ -7256,8 +7327,8 @@ class Worker:
         """Works; returns the exit status, or raises what keeps it from working."""
         options = self._options
         if shutil.which(options.command[0]) is None:
-            raise Malformed(f"there is no command {options.command[0]}")
-        self._client.welcome()  # later the server is waited for, but not from the start
+            raise BadRequest(f"there is no command {options.command[0]}")
+        self._client.server_info()  # later the server is waited for, but not from the start
         threads = min(options.j, options.count or options.j)
         with self._signals():
             for n in range(threads):
@@ -7296,7 +7367,7 @@ class Worker:
     def _work(self) -> None:
         options = self._options
         wait = 0 if options.once else None
-        loop = _Loop(self._client, options.channel.split(","), wait, None, self._stop)
+        loop = _Consumer(self._client, options.channel.split(","), wait, None, self._stop)
         loop.away = self._tell
         try:
             while self._takes.acquire(blocking=False):
@@ -7321,7 +7392,7 @@ class Worker:
             self._told = True
             log(f"linger: {error}; trying again")
 
-    def _do(self, loop: _Loop, message: Message) -> None:
+    def _do(self, loop: _Consumer, message: Message) -> None:
         """Runs the command for a message; unless it succeeds, releases or rejects the message."""
         options = self._options
         self._worked, self._told = True, False
@@ -7368,11 +7439,11 @@ IDS = re.compile(rb'"id":([0-9]+)')
 Work = Generator[bytes, bytes, int]  # yields requests, gets answers; how many messages it was
 
 
-class _Wire:
+class _BenchConnection:
     """A connection under load: sends what is prepared, reads no more of an answer than it must."""
 
     def __init__(self, client: Client) -> None:
-        self._line = _Line(client.url, client._make)
+        self._line = _HTTPConnection(client.url, client._make)
         self.socket = self._line._open().sock
         self.socket.settimeout(None)  # else Python polls before it reads
         patience = struct.pack("ll", int(CLIENT_TIMEOUT), 0)
@@ -7408,7 +7479,7 @@ class _Wire:
         return data
 
 
-class Load:
+class Benchmark:
     """What many clients ask of a server, and how long it takes.
 
     One thread drives all connections, each with a job at a time: that costs less of the machine,
@@ -7433,7 +7504,7 @@ class Load:
         self._next = ask("GET", path, {"wait": 0, "ack": "_ID_"}, b"", "").split(b"_ID_", 1)
         self._delete = ask("DELETE", "/messages/_ID_", None, b"", "").split(b"_ID_", 1)
         client.drain(self._channel)  # before anything is posted: may we do that?
-        self._wires = [_Wire(client) for _ in range(max(connections, 2))]
+        self._wires = [_BenchConnection(client) for _ in range(max(connections, 2))]
 
     def close(self) -> None:
         """Leaves nothing behind."""
@@ -7461,12 +7532,12 @@ class Load:
     def _measure(self, job: Callable[[], Work]) -> tuple[int, float, list[float]]:
         """Does jobs on all connections; the messages, the seconds, and those of each job."""
         clock, count, times = time.perf_counter, 0, list[float]()
-        under_way: dict[int, tuple[_Wire, Work, float]] = {}
+        under_way: dict[int, tuple[_BenchConnection, Work, float]] = {}
         poller = select.poll()
         start = now = clock()
         deadline = start + self._seconds
 
-        def begin(wire: _Wire) -> None:
+        def begin(wire: _BenchConnection) -> None:
             work = job()
             request = next(work, None) if now < deadline else None
             if request is None:
@@ -7612,12 +7683,12 @@ def _bench(_: Client, options: argparse.Namespace) -> int:
     url = options.server or options.url
     if url:
         if options.sync or options.folder:
-            raise Malformed("--sync and --folder are for a server of its own: give no URL then")
+            raise BadRequest("--sync and --folder are for a server of its own: give no URL then")
         return _show_load(url, None, [], options)
     sync = options.sync or SYNC_LEVELS[0]
     with tempfile.TemporaryDirectory(prefix="linger-bench-", dir=options.folder or ".") as folder:
         _note("disk sync ...")
-        disk = _measure_disk(folder, min(options.seconds, DISK_SECONDS))
+        disk = _measure_disk(folder, min(options.seconds, DISK_TEST_SECONDS))
         with _own_server(folder, sync) as url:
             return _show_load(url, sync, [disk], options)
 
@@ -7626,8 +7697,8 @@ def _show_load(
     url: str, sync: Optional[str], measured: list[dict[str, Any]], options: argparse.Namespace
 ) -> int:
     with Client(url, options.token, cafile=options.cafile) as client:
-        version = client.welcome()["version"]
-        load = Load(client, options.connections, options.seconds, options.bytes)
+        version = client.server_info()["version"]
+        load = Benchmark(client, options.connections, options.seconds, options.bytes)
         with contextlib.closing(load):
             measured.extend(load.measurements())
     if options.json:
@@ -7659,8 +7730,8 @@ def _number(
 ) -> _Argument:
     def read(text: str) -> int:
         try:
-            return read_integer("it", text, least, most)
-        except Malformed as error:
+            return parse_integer("it", text, least, most)
+        except BadRequest as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return _argument(flag, metavar=metavar, type=read, help=help, **settings)
@@ -7684,7 +7755,7 @@ def _measuring_time(text: str) -> float:
     raise argparse.ArgumentTypeError(f"it must be from {least} to {most}")
 
 
-PUBLISH_PARAMETERS = tuple(p for p in KEY_PARAMETERS if p.name != "unique")
+PUBLISH_PARAMETERS = tuple(p for p in DEDUP_PARAMETERS if p.name != "unique")
 CHANNEL = _argument("channel", metavar="CHANNEL")
 CHANNELS_ASKED = _argument("channel", metavar="CHANNEL[,...]", help="the first with a message")
 TOPIC = _argument("topic", metavar="TOPIC")
@@ -7734,7 +7805,7 @@ COMMANDS = (
                 _flag("--once", "stop when there is no message"),
                 _number("--count", "N", "stop after so many messages"),
                 _seconds("--timeout", "that a command may take; its message is released then",
-                         1, MAX_PAUSE),
+                         1, MAX_TIMER),
                 _seconds("--delay", "that a message without backoff is hidden after a failure"
                          f" ({FAILURE_DELAY})", 0, default=FAILURE_DELAY),
                 _flag("--reject-on-failure", "give a message up after a failure"))),
@@ -7781,7 +7852,7 @@ COMMANDS = (
             lambda client, o: _show([{"channel": c} for c in client.subscribers(o.topic)], o.json),
             (TOPIC, JSON)),
     Command("stats", "show what the server counts", "linger stats", _stats,
-            (_seconds("--watch", "between looks, with rates (2)", 1, MAX_PAUSE,
+            (_seconds("--watch", "between looks, with rates (2)", 1, MAX_TIMER,
                       nargs="?", const=2), JSON)),
     Command("settings", "show the settings of a channel, or replace all of them",
             "linger settings jobs --deliver 5 --dead failed", _settings,
@@ -7844,7 +7915,7 @@ def _run(arguments: Sequence[str]) -> int:
     name, *rest = arguments if named else ("serve", *arguments)
     command = {command.name: command for command in COMMANDS}.get(name)
     if command is None:
-        raise Malformed(f"there is no command {name}: linger --help lists them")
+        raise BadRequest(f"there is no command {name}: linger --help lists them")
     if command.run is None:
         return _serve(rest)
     options = _parse(command, rest)
