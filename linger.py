@@ -92,178 +92,170 @@ __all__ = [
 
 
 # ---------------------------------------------------------------------------------------------
-# Limits: every bound of the file, with its unit and its reason.
+# Limits: every bound in this file, with its unit and its reason.
 # ---------------------------------------------------------------------------------------------
 
-MIN_INTEGER = -(2**63)  # SQLite's INTEGER, and so every number of the API
+# Messages and channels
+MIN_INTEGER = -(2**63)  # range of SQLite's INTEGER, and so of every number in the API
 MAX_INTEGER = 2**63 - 1
-MAX_NAME = 255  # bytes of a channel's or topic's name in UTF-8
-MAX_MESSAGE = 256_000  # bytes of a message's body, unless --max-message says otherwise; as 1.0.1
-MAX_MESSAGE_OPTION = 100_000_000  # bytes that --max-message may allow
-MAX_BATCH = 1_000  # messages taken, posted or deleted at once
-MAX_BATCH_BYTES = 8_000_000  # of a request with many messages
-MAX_BATCH_LINES = 4_000  # of such a request, empty ones too
-MAX_JSON_COMMAS = 32_000  # in the JSON of such a request: 32 fields for each,
-MAX_JSON_STRUCTURE = 2_000_000  # and about 64 characters for each of these beside its texts
-MAX_REASON = 4_096  # bytes of the reason for a release or rejection
-PREVIEW_BYTES = 1_024  # bytes of a body that a listing shows
-MAX_CHANNELS_AT_ONCE = 100  # channels that one GET may wait at
-MAX_BACKOFF = 32  # steps of a message's backoff,
-BACKOFF_WIDTH = 10  # each kept in as many characters, so that SQL can find the n-th
-MAX_WAIT = 3_600  # seconds that a GET may ask to wait
-DEFAULT_WAIT = 120  # seconds that a GET waits when it does not say; as 1.0.1
-CHANNEL_TTL = 180.0  # seconds that a channel is listed after its last consumer has gone; as 1.0.1
-MAX_IDLE_CHANNELS = 10_000  # channels that are listed only for that reason
-MAX_CHANNELS = 100_000  # channels that hold anything: their names are kept in memory,
-RECOUNT_INTERVAL = 1.0  # and are counted anew when there seem to be too many, after as many seconds
-MAX_SUBSCRIBERS = 10_000  # channels subscribed to a topic: each publication is copied to all
-MAX_BATCH_COPIES = 100_000  # that a batch published at once may become,
-MAX_BATCH_COPY_BYTES = 256_000_000  # and their bytes: all others wait while they are written
+MAX_NAME = 255  # longest name of a channel or topic, bytes of UTF-8
+MAX_MESSAGE = 256_000  # default of --max-message, bytes; as Linger 1.0.1
+MAX_MESSAGE_OPTION = 100_000_000  # largest --max-message, bytes
+MAX_BATCH = 1_000  # messages per batch
+MAX_BATCH_BYTES = 8_000_000  # size of a batch request, bytes
+MAX_BATCH_LINES = 4_000  # lines of a batch in NDJSON, empty lines included
+MAX_JSON_COMMAS = 32_000  # commas in a JSON batch: 32 fields per message
+MAX_JSON_STRUCTURE = 2_000_000  # characters in a JSON batch outside of its strings
+MAX_REASON = 4_096  # reason for a release or rejection, bytes
+PREVIEW_BYTES = 1_024  # part of a body that a listing shows, bytes
+MAX_CHANNELS_AT_ONCE = 100  # channels in one GET
+MAX_BACKOFF = 32  # steps of a message's backoff
+BACKOFF_WIDTH = 10  # characters per stored step: a fixed width lets SQL find step n
+MAX_WAIT = 3_600  # longest wait of a GET, seconds
+DEFAULT_WAIT = 120  # wait of a GET without `wait`, seconds; as Linger 1.0.1
+CHANNEL_TTL = 180.0  # time that a channel stays listed without consumers, seconds; as 1.0.1
+MAX_IDLE_CHANNELS = 10_000  # channels listed for that reason only
+MAX_CHANNELS = 100_000  # default of --max-channels: their names are kept in memory
+RECOUNT_INTERVAL = 1.0  # shortest time between two counts of the channels, seconds
+MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to all of them
+MAX_BATCH_COPIES = 100_000  # copies that one published batch may create,
+MAX_BATCH_COPY_BYTES = 256_000_000  # and their bytes: other calls wait while they are written
 
-MAX_TARGET = 16_384  # bytes of a request's target (RFC 9112 3 asks for 8,000 at least)
-MAX_REQUEST_LINE = MAX_TARGET + 64  # bytes of a target with its method and version
-MAX_LINE = 8_192  # bytes of one header line
-MAX_HEAD = 65_536  # bytes of all header lines
-MAX_REQUEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD  # bytes of both
-MAX_FIELDS = 200  # header lines
-REQUEST_CACHE = 4  # heads whose meaning is remembered for a connection
-HEADER_CACHE = 256  # sets of header lines whose meaning is remembered for all connections
-NAME_CACHE = 1_024  # names that need not be decoded or encoded again
-MAX_CACHED_HEAD = 2_048  # bytes that such a set may have
-MAX_CHUNKS = 16_384  # chunks of a body: more are a way to keep the server busy
-MAX_PARAMETERS = 100  # fields in a query string or a form
-MAX_CHUNK_LINE = 256  # bytes of a chunk's size with its extensions
-FORM_EXPANSION = 3  # bytes that a percent-encoded form may need for one byte of its message
-FORM_SLACK = 65_536  # bytes that a form may hold beside its message
-MAX_BUFFERED = 134_217_728  # bytes of bodies that are being received, all together,
-SMALL_BODY = 65_536  # before one that has more than these gets 503
-LINGERING_CLOSE_BYTES = (
-    16_777_216  # bytes read and thrown away so that a client that still sends can see its
-)
-LINGERING_CLOSE_TIMEOUT = 2.0  # error (RFC 9112 9.6), and the seconds that this may take
+# Requests
+MAX_TARGET = 16_384  # longest request target, bytes (RFC 9112 3 asks for 8,000 at least)
+MAX_REQUEST_LINE = MAX_TARGET + 64  # the target with method and version, bytes
+MAX_LINE = 8_192  # longest header line, bytes
+MAX_HEAD = 65_536  # all header lines together, bytes
+MAX_REQUEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD  # request line and header lines, bytes
+MAX_FIELDS = 200  # header lines per request
+MAX_CHUNKS = 16_384  # chunks of a body: more of them only keep the server busy
+MAX_CHUNK_LINE = 256  # size of a chunk with its extensions, bytes
+MAX_PARAMETERS = 100  # fields of a query string or form
+FORM_EXPANSION = 3  # bytes of percent-encoding per byte of a message
+FORM_SLACK = 65_536  # other fields of a form, bytes
+MAX_BUFFERED = 134_217_728  # unfinished bodies of all connections together, bytes
+SMALL_BODY = 65_536  # a body up to this size is received even beyond MAX_BUFFERED, bytes
+REQUEST_CACHE = 4  # parsed request heads kept per connection
+HEADER_CACHE = 256  # parsed sets of header lines kept for all connections
+MAX_CACHED_HEAD = 2_048  # longest head or set of header lines kept, bytes
+NAME_CACHE = 1_024  # checked, encoded and decoded names kept
 
-READ_TIMEOUT = 30  # seconds for a whole head, and again for a whole body, however they trickle in
-IDLE_TIMEOUT = 75  # seconds that a kept-alive connection may be silent, as nginx
-SEND_TIMEOUT = 30  # seconds in which a client must take each piece of an answer,
-SEND_CHUNK = 1_048_576  # bytes of such a piece
-STOP_TIMEOUT = 2.0  # seconds that requests under way get to finish when the server stops
-DISCONNECT_CHECK_INTERVAL = (
-    2.0  # seconds between looks whether one who waits and sends more has hung up
-)
-BUSY_TIMEOUT = 5.0  # seconds to wait for another program's lock on the database
-RETRY_AFTER = 1  # seconds after which a client may try again what was answered with 503
-TICKER_RETRY_DELAY = 1.0  # seconds until the ticker tries again what the database refused
-
-SIMULTANEOUS_WINDOW = (
-    0.01  # seconds in which requests on two new connections count as sent together
-)
-MAX_SIMULTANEOUS = 1  # others to wait for at most: among more, all would wait for each other
+# Connections
+READ_TIMEOUT = 30  # time for a whole head, and again for a whole body, seconds
+IDLE_TIMEOUT = 75  # silence allowed on a kept-alive connection, seconds; as nginx
+SEND_TIMEOUT = 30  # time in which a client must accept SEND_CHUNK bytes, seconds
+SEND_CHUNK = 1_048_576  # bytes sent per call
+FILE_CHUNK = 262_144  # bytes of a backup sent at a time
+LINGERING_CLOSE_BYTES = 16_777_216  # bytes discarded so that a client that still sends can read
+LINGERING_CLOSE_TIMEOUT = 2.0  # its error response (RFC 9112 9.6); and the time for it, seconds
+DISCONNECT_CHECK_INTERVAL = 2.0  # seconds between checks of a waiting client that pipelines
+STOP_TIMEOUT = 2.0  # time for running requests to finish when the server stops, seconds
+RETRY_AFTER = 1  # seconds in the Retry-After header of a 503
+SIMULTANEOUS_WINDOW = 0.01  # requests on two new connections this close count as simultaneous, s
+MAX_SIMULTANEOUS = 1  # connections that a first request waits for: with more, each would wait
 MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 26 kB
-WAITING_SHARE = 0.75  # of the connections that may wait, so that who brings messages gets in
-MAX_REFUSED_CONNECTIONS = (
-    64  # connections beyond the limit that are told so, rather than just closed
-)
-BACKLOG = 4_096  # connections that the kernel may hold until they are accepted
-SWITCH_INTERVAL = 1.0  # seconds that a thread may compute while others wait
-STACK_SIZE = 256 * 1024  # bytes of stack for a thread of the command-line server
-SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard streams and refusals
+WAITING_SHARE = 0.75  # part of the connections that may wait, so that producers get in
+MAX_REFUSED_CONNECTIONS = 64  # connections beyond the limit that still receive a 503
+BACKLOG = 4_096  # connections that the kernel queues until they are accepted
+SWITCH_INTERVAL = 1.0  # seconds that a thread computes before others get the interpreter
+STACK_SIZE = 256 * 1024  # stack of a thread of the command-line server, bytes
+SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard streams, refusals
 
-MAX_TOKEN = 1_024  # characters of a token
-MAX_TOKENS_FILE = 4_194_304  # characters of a file of tokens: some ten thousand of them
-MAX_PATTERNS = 100  # patterns of a token, each tried for each name
-FREE_AUTH_FAILURES = 10  # wrong tokens that an address may show
-AUTH_FAILURE_WINDOW = 60.0  # within so many seconds; the answer to each further one
-AUTH_FAILURE_DELAY = 1.0  # comes so many seconds late,
-MAX_DELAYED_FAILURES = 32  # to as many at a time: each has a thread that waits; others get 429
+# Access
+MAX_TOKEN = 1_024  # longest token, characters
+MAX_TOKENS_FILE = 4_194_304  # size of a token file, characters: about ten thousand tokens
+MAX_PATTERNS = 100  # patterns per token, each tried for each name
+FREE_AUTH_FAILURES = 10  # wrong tokens per address and window that are answered at once
+AUTH_FAILURE_WINDOW = 60.0  # seconds
+AUTH_FAILURE_DELAY = 1.0  # delay of each further answer, seconds
+MAX_DELAYED_FAILURES = 32  # answers delayed at the same time, a thread each; others get 429
 MAX_FAILING_ADDRESSES = 4_096  # addresses whose wrong tokens are counted
-CORS_MAX_AGE = 600  # seconds for which a browser may remember what a web page may do
+CORS_MAX_AGE = 600  # time that a browser may cache a preflight response, seconds
 
-DISK_RESERVE = 32 * 1024 * 1024  # bytes kept free on the disk so that takes and deletes still work,
-DISK_RESERVE_SHARE = 10  # but no more than one part in this many of a small disk
-SPACE_CHECK_INTERVAL = 0.02  # seconds between looks at it, in which no disk writes as much
-STATEMENT_CACHE = 256  # prepared statements kept for each connection; more than there are
-WAL_SIZE_LIMIT = 64 * 1024 * 1024  # bytes to which SQLite cuts its log after a checkpoint
-MAX_BLOB = 1_000_000_000  # bytes that SQLite keeps in one place at most
-BACKUP_PAGES = 1_024  # pages of the database that a backup copies at a time
-FILE_CHUNK = 262_144  # bytes of it that are sent at a time
+# Database
+DISK_RESERVE = 32 * 1024 * 1024  # free disk space kept for takes and deletes, bytes,
+DISK_RESERVE_SHARE = 10  # but at most one part in this many of a small disk
+SPACE_CHECK_INTERVAL = 0.02  # seconds between two looks at the free space
+BUSY_TIMEOUT = 5.0  # wait for another program's lock on the database, seconds
+TICKER_RETRY_DELAY = 1.0  # pause of the ticker after an error of the database, seconds
+STATEMENT_CACHE = 256  # prepared statements kept per connection: more than there are
+WAL_SIZE_LIMIT = 64 * 1024 * 1024  # size to which SQLite truncates its log, bytes
+MAX_BLOB = 1_000_000_000  # SQLite's largest value, bytes (sqlite.org/limits.html 1)
+BACKUP_PAGES = 1_024  # pages that a backup copies at a time
 
-CLIENT_TIMEOUT = 30.0  # seconds that connecting may take, and a server be silent
-KEEPALIVE_TIMEOUT = 60.0  # seconds that a client keeps a silent connection: less than IDLE_TIMEOUT
-MAX_RESPONSE = 256_000_000  # bytes: MAX_BATCH_BYTES of control characters take 6 times that in JSON
-MIN_RETRY_DELAY = 0.1  # seconds until what failed is tried again, doubled each time
+# Client and commands
+CLIENT_TIMEOUT = 30.0  # time to connect, and longest silence of a server, seconds
+KEEPALIVE_TIMEOUT = 60.0  # age at which a client drops an idle connection: below IDLE_TIMEOUT, s
+MAX_RESPONSE = 256_000_000  # bytes: in JSON, control characters take six times MAX_BATCH_BYTES
+MIN_RETRY_DELAY = 0.1  # pause before the first retry, seconds; doubled each time
 MAX_RETRY_DELAY = 5.0  # up to this
-FAILURE_DELAY = 10  # seconds until a message that a worker failed on comes back
-TOUCHES_PER_TIMEOUT = 3  # touches of a message in hand within its timeout
-HEARTBEAT_INTERVAL = (
-    0.3  # seconds between looks whether that is due: less than 1/TOUCHES_PER_TIMEOUT, the least
-)
-
-MAX_LINES_BYTES = 1_000_000  # bytes of lines in a batch: in JSON less than MAX_BATCH_BYTES
-MAX_TIMER = 1_000_000  # seconds: more is more than a timer can take
-MAX_JOBS = 1_000  # commands that a worker runs at a time
+FAILURE_DELAY = 10  # seconds until a message that a worker failed on is ready again
+TOUCHES_PER_TIMEOUT = 3  # heartbeats of a worker within a message's timeout
+HEARTBEAT_INTERVAL = 0.3  # seconds between checks whether one is due: below the shortest timeout/3
+MAX_LINES_BYTES = 1_000_000  # lines per batch, bytes: in JSON less than MAX_BATCH_BYTES
+MAX_TIMER = 1_000_000  # longest time limit of a command, seconds: a timer accepts no more
+MAX_JOBS = 1_000  # commands that a worker runs at the same time
 KILL_GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a command
-STDERR_TAIL = (
-    3_072  # bytes of its standard error that are kept; MAX_REASON has room for more beside
-)
-STDERR_TIMEOUT = 0.2  # seconds for it to end when the command has, or never if left to another
-BENCH_CONNECTIONS = 1_000  # that a load may have: all are looked at whenever one is ready
-BENCH_SECONDS = (0.01, 60.0)  # that a measurement may last: each time is kept, and each message
-DISK_TEST_SECONDS = 1.0  # that the disk is measured at most: more would tell no more
-BENCH_BYTES = 10_000  # of its messages, of which 100 must fit into an answer
-BENCH_BATCH = 100  # messages of a batch in it
-BENCH_TIMEOUT = MAX_WAIT  # seconds: what is taken must not come back while it is measured
+STDERR_TAIL = 3_072  # end of a command's standard error kept as the reason, bytes
+STDERR_TIMEOUT = 0.2  # wait for the end of standard error after the command's end, seconds
+BENCH_CONNECTIONS = 1_000  # connections of `bench`
+BENCH_SECONDS = (0.01, 60.0)  # length of one measurement, seconds: every time is kept in memory
+DISK_TEST_SECONDS = 1.0  # longest measurement of the disk, seconds
+BENCH_BYTES = 10_000  # body of a message: 100 of them must fit into a response
+BENCH_BATCH = 100  # messages per batch
+BENCH_TIMEOUT = MAX_WAIT  # visibility timeout, seconds: no message may return while measuring
 
 
 # ---------------------------------------------------------------------------------------------
-# Errors: raised anywhere below, rendered in one place (Handler), with a sentence for the client.
+# Errors: raised by every section below; the HTTP sections render them as responses.
 # ---------------------------------------------------------------------------------------------
 
 
 class LingerError(Exception):
-    """Something that was asked for and cannot be done; `str()` is one sentence for the client."""
+    """A request that cannot be fulfilled; `str()` is one sentence for the client."""
 
     status = 500
-    index: Optional[int] = None  # which item of a batch was wrong, counted from 0
+    index: Optional[int] = None  # position of the bad item in a batch, from 0
 
-    def __init__(self, sentence: str, status: int = 0, headers: str = "") -> None:
-        """`headers` are ready-made header lines that go out with the answer."""
-        super().__init__(sentence)
+    def __init__(self, message: str, status: int = 0, headers: str = "") -> None:
+        """`headers` are complete header lines for the response."""
+        super().__init__(message)
         self.status = status or self.status
         self.headers = headers
 
 
 class BadRequest(LingerError):
-    """A name, number or body that is not of the form that it must have."""
+    """A name, number or body is malformed."""
 
     status = 400
 
 
 class AccessDenied(LingerError):
-    """Who asks has not the right to do so (403), or has not shown who they are (401)."""
+    """The token is missing or wrong (401), or lacks the right (403)."""
 
     status = 403
 
 
 class NotFound(LingerError):
-    """There is no such thing."""
+    """The message, path or channel does not exist."""
 
     status = 404
 
 
 class Conflict(LingerError):
-    """The thing is not in the state that the call needs."""
+    """The message is not in the state that the call needs, or the lease was lost."""
 
     status = 409
 
 
 class TooLarge(LingerError):
-    """More bytes than are taken."""
+    """The body or batch exceeds a limit."""
 
     status = 413
 
 
 class Unavailable(LingerError):
-    """It cannot be done now, and may be later."""
+    """Not possible now; the same call may succeed later."""
 
     status = 503
 
@@ -275,54 +267,55 @@ class Full(LingerError):
 
 
 def log(text: str) -> None:
-    """Writes to standard error; a log that cannot be written stops nothing."""
+    """Writes a line to standard error; a failing log stops nothing."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
-# Messages: the record that a consumer gets, the table of parameters, and the reading of names
-# and numbers.  Knows nothing of where they come from: HTTP gives text, JSON and Python values.
+# Messages: the record that a consumer receives, the table of message parameters, and the parsing
+# of names and numbers.  Values may come from HTTP (text), JSON or Python: nothing here knows which.
 # ---------------------------------------------------------------------------------------------
 
 DEFAULT_TYPE = "text/plain"
 
 
 class Message(NamedTuple):
-    """A message as it is delivered."""
+    """A message as delivered to a consumer.  Times are in seconds."""
 
     id: int
     channel: str
-    priority: int
-    timeout: int  # seconds that this delivery stays hidden
-    deliver: int  # deliveries at most; 0 without end
-    delivered: int  # deliveries so far, this one included
-    received: int  # seconds since it was posted
-    linger: int  # seconds that it is kept; 0 for ever
-    topic: str  # the topic that it was published on, or empty
-    lease: int  # the number of this delivery, never used twice for this message
-    type: str  # of the body, as a Content-Type
+    priority: int  # a lower number is delivered first
+    timeout: int  # how long this delivery stays hidden
+    deliver: int  # limit of deliveries, 0 = unlimited
+    delivered: int  # deliveries so far, including this one
+    received: int  # age since the post
+    linger: int  # lifetime since the post, 0 = unlimited
+    topic: str  # topic of the publication, or empty
+    lease: int  # number of this delivery, never used twice for this message
+    type: str  # Content-Type of the body
     body: bytes
-    dead_from: str = ""  # the channel that it was in, if this is its dead channel
-    dead_reason: str = ""  # why it is here then: deliver, linger or reject
-    error: str = ""  # the reason given with its last release or rejection
-    backoff: str = ""  # seconds hidden after the 1st, 2nd, ... failure, as 10,60,600
-    dead: str = ""  # the channel that gets it when it is given up; this and what follows is told
-    delay: int = 0  # seconds until it is ready, where a message is looked at
-    unique: str = ""  # its unique key
+    dead_from: str = ""  # for a dead letter: the channel that it came from,
+    dead_reason: str = ""  # and why: deliver, linger or reject
+    error: str = ""  # reason given with the last release or rejection
+    backoff: str = ""  # time hidden after the 1st, 2nd, ... failed delivery, as 10,60,600
+    # Only in listings and read_message:
+    dead: str = ""  # channel for the message when it becomes a dead letter
+    delay: int = 0  # time until a delayed message is ready
+    unique: str = ""  # unique key
 
     @property
     def text(self) -> str:
-        """The body as text in UTF-8; UnicodeDecodeError if it is none."""
+        """The body decoded as UTF-8; raises UnicodeDecodeError."""
         return self.body.decode("utf-8")
 
     def json(self) -> Any:
-        """The value of a body in JSON; ValueError if it is none."""
+        """The body parsed as JSON; raises ValueError."""
         return json.loads(self.body)
 
 
 class PostResult(NamedTuple):
-    """What came of a post: the message's id, or that of the message that was there already."""
+    """The id of the posted message; for a duplicate, the id of the message posted before."""
 
     id: int
     duplicate: bool = False
@@ -334,20 +327,20 @@ VISIBLE = re.compile("[!-~]*")
 
 
 def parse_integer(
-    name: str, value: object, least: int = MIN_INTEGER, most: int = MAX_INTEGER
+    name: str, value: object, minimum: int = MIN_INTEGER, maximum: int = MAX_INTEGER
 ) -> int:
-    """The integer that a text or number gives for a parameter; `BadRequest` unless in its range."""
+    """Returns the integer in a text or number; `BadRequest` names the parameter and its range."""
     number = value if isinstance(value, int) and not isinstance(value, bool) else None
     if isinstance(value, str) and INTEGER.fullmatch(value):
         number = int(value)
-    if number is None or not least <= number <= most:
-        raise BadRequest(f"{name} must be an integer from {least} to {most}")
+    if number is None or not minimum <= number <= maximum:
+        raise BadRequest(f"{name} must be an integer from {minimum} to {maximum}")
     return number
 
 
 @functools.lru_cache(NAME_CACHE)
 def check_name(kind: str, name: object) -> str:
-    """The name of a channel or topic (`kind`) itself; `BadRequest` if it cannot be one."""
+    """Returns the name of a channel or topic (`kind`) unchanged; `BadRequest` if it is invalid."""
     if not isinstance(name, str):
         raise BadRequest(f"a {kind}'s name must be text")
     if name.isascii() and name.isprintable() and 1 <= len(name) <= MAX_NAME:
@@ -359,17 +352,17 @@ def check_name(kind: str, name: object) -> str:
     return name
 
 
-def _integer_from(least: int) -> Callable[[str, object], object]:
-    return lambda name, value: parse_integer(name, value, least)
+def _integer_from(minimum: int) -> Callable[[str, object], object]:
+    return lambda name, value: parse_integer(name, value, minimum)
 
 
 def _parse_dead_channel(_: str, value: object) -> str:
-    """The name of a channel, or nothing: then there is no dead channel."""
+    """Returns the name of a channel, or an empty text for none."""
     return "" if value == "" else check_name("dead channel", value)
 
 
 def _parse_backoff(name: str, value: object) -> str:
-    """Seconds after the 1st, 2nd, ... failed delivery, each in a field of BACKOFF_WIDTH digits."""
+    """Returns the steps of a backoff, each padded to BACKOFF_WIDTH characters."""
     if value == "":
         return ""
     steps = value.split(",") if isinstance(value, str) else []
@@ -389,57 +382,60 @@ def _parse_key(name: str, value: object) -> str:
 
 
 class Parameter(NamedTuple):
-    """Something that may be given with a message.  In Python `-` in its name is `_`."""
+    """A parameter of a message.  In Python its name has `_` in place of `-`."""
 
     name: str
     default: object
-    read: Callable[[str, object], object]
-    meaning: str
+    parse: Callable[[str, object], object]  # (name, value) to the stored value, or BadRequest
+    help: str
 
 
-# Of a message, of all messages of a subscription, and by default of all messages of a channel.
+# For one message, for all messages of a subscription, or as a channel's setting.
 MESSAGE_PARAMETERS = (
-    Parameter("priority", 0, _integer_from(MIN_INTEGER), "lower goes first"),
+    Parameter("priority", 0, _integer_from(MIN_INTEGER), "lower numbers are delivered first"),
     Parameter("timeout", 30, _integer_from(1), "seconds that a delivered message stays hidden"),
-    Parameter("deliver", 0, _integer_from(0), "deliver at most that many times; 0 without end"),
-    Parameter("linger", 0, _integer_from(0), "keep at most that many seconds; 0 for ever"),
-    Parameter("delay", 0, _integer_from(0), "seconds before it is first ready"),
-    Parameter("dead", "", _parse_dead_channel, "channel that gets it when it is given up"),
+    Parameter("deliver", 0, _integer_from(0), "limit of deliveries, 0 = unlimited"),
+    Parameter("linger", 0, _integer_from(0), "lifetime in seconds, 0 = unlimited"),
+    Parameter("delay", 0, _integer_from(0), "seconds until the message is first ready"),
+    Parameter("dead", "", _parse_dead_channel, "channel for dead letters"),
     Parameter("backoff", "", _parse_backoff, "seconds hidden after the 1st, 2nd, ... failure"),
 )
-# Of one message only.
+# For one message only.
 DEDUP_PARAMETERS = (
-    Parameter("dedup", None, _parse_key, "a second one with the key is not added"),
-    Parameter("dedup-for", 300, _integer_from(1), "seconds that the key is remembered"),
-    Parameter("unique", None, _parse_key, "not added while there is a message with the key"),
+    Parameter("dedup", None, _parse_key, "key that makes a repeated post a duplicate"),
+    Parameter("dedup-for", 300, _integer_from(1), "seconds that the dedup key is remembered"),
+    Parameter("unique", None, _parse_key, "key that only one message of the channel may have"),
 )
 CHANNEL_PARAMETERS = (
     *MESSAGE_PARAMETERS,
-    Parameter("hlm", None, _integer_from(0), "high-level mark of the channel; 0 none"),
+    Parameter("hlm", None, _integer_from(0), "high-level mark of the channel, 0 = unlimited"),
 )
 ALL_PARAMETERS = MESSAGE_PARAMETERS + DEDUP_PARAMETERS
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
 
 
 def parse_parameters(
-    given: Mapping[str, object], table: Sequence[Parameter] = MESSAGE_PARAMETERS
+    values: Mapping[str, object], table: Sequence[Parameter] = MESSAGE_PARAMETERS
 ) -> dict[str, Any]:
-    """The parameters of a table that are given, by name; `BadRequest` tells which is not right."""
-    if not given:
+    """Returns the given parameters of a table, parsed, by name; ignores all others.
+
+    `BadRequest` names the parameter that is invalid.
+    """
+    if not values:
         return {}
-    values: dict[str, Any] = {}
-    for name, _, read, _ in table:
-        value = given.get(name, given.get(name.replace("-", "_")))
+    parsed: dict[str, Any] = {}
+    for name, _, parse, _ in table:
+        value = values.get(name, values.get(name.replace("-", "_")))
         if value is not None:
-            values[name] = read(name, value)
-    validate_linger(values)
-    return values
+            parsed[name] = parse(name, value)
+    validate_linger(parsed)
+    return parsed
 
 
-def validate_linger(values: Mapping[str, Any]) -> None:
-    """`BadRequest` if a message with these parameters would be gone before it is ready."""
-    linger = values.get("linger")
-    if linger and values.get("delay", 0) >= linger:
+def validate_linger(parameters: Mapping[str, Any]) -> None:
+    """Raises `BadRequest` if a message with these parameters would expire before it is ready."""
+    linger = parameters.get("linger")
+    if linger and parameters.get("delay", 0) >= linger:
         raise BadRequest("linger is counted from the post, so it must be longer than delay")
 
 
@@ -7744,7 +7740,7 @@ def _seconds(
 
 
 def _parameters(table: Sequence[Parameter]) -> tuple[_Argument, ...]:
-    return tuple(_argument(f"--{p.name}", metavar="VALUE", help=p.meaning) for p in table)
+    return tuple(_argument(f"--{p.name}", metavar="VALUE", help=p.help) for p in table)
 
 
 def _measuring_time(text: str) -> float:
