@@ -3452,7 +3452,12 @@ PREFLIGHT = (
     f"Access-Control-Max-Age: {CORS_MAX_AGE}\r\n"
 )
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
-HOST_NAME = re.compile(r"[a-z0-9._-]+")
+HOST_NAME = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
+NUMERIC_END = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")  # what a browser takes for an address
+SUBRESOURCE_TYPES = re.compile(  # at the start of Accept, where only a browser asks for them
+    r"(?:image|video|audio|font)/|application/(?:x-)?font|text/css|(?:text|application)/javascript",
+    re.IGNORECASE,
+)
 
 
 class Grant(NamedTuple):
@@ -3653,7 +3658,7 @@ class Access:
         self._cert, self._key = cert, key
         self._origins = _listed("cors", cors, ORIGIN, "origins as https://a.example:8443, or *")
         self._hosts = _listed("allow-host", allow_host, HOST_NAME, "names without a port")
-        self._checks_host = True
+        self._listens_on_loopback = True
         self.guesses = AuthThrottle(clock)
         self.reload()
 
@@ -3671,13 +3676,12 @@ class Access:
         On a loopback address the Host of a request is checked: a web page could reach it by a
         name of its own that it lets point here (DNS rebinding), and would be taken for ours.
         """
-        loopback = ipaddress.ip_address(address).is_loopback
+        loopback = self._listens_on_loopback = ipaddress.ip_address(address).is_loopback
         if not (loopback or self._guarded or self._no_auth):
             raise BadRequest(
                 f"listening on {address} would let everybody in: give tokens (--tokens FILE, or"
                 " LINGER_TOKEN in the environment), or --no-auth if that is what you want"
             )
-        self._checks_host = loopback or bool(self._hosts)
 
     def identify(self, authorization: Optional[str]) -> Optional[Grant]:
         """What a header Authorization gives; None if there is no such token.
@@ -3697,8 +3701,8 @@ class Access:
         Sec-Fetch-Site, and passes.
         """
         authority = headers.get("host", "").lower()
-        if self._checks_host and authority:
-            self._check_host(re.sub(r":[0-9]*$", "", authority).rstrip("."))
+        if authority:
+            self._check_host(re.sub(r":[0-9]*$", "", authority))
         origin = headers.get("origin", "").lower()
         lines = "Vary: Origin\r\n" if self._origins and "*" not in self._origins else ""
         if origin and not self._origins.isdisjoint((origin, "*")):
@@ -3711,15 +3715,64 @@ class Access:
             return lines
         raise AccessDenied("a web page of another site asks: allow it with --cors, if it is yours")
 
-    def _check_host(self, name: str) -> None:
+    def check_browser(self, headers: Mapping[str, str]) -> None:
+        """`AccessDenied` if a browser sends this, and not for a page of this server.
+
+        For requests that take or change something, in addition to `check_origin`.  To an address
+        without TLS that is not loopback, browsers send neither Sec-Fetch-Site nor, with a GET for
+        an <img> or <script>, Origin.  Then the Referer must be a page of this server.  A foreign
+        page can suppress the Referer, so a request without one must not look like a browser's.
+        """
+        destination = headers.get("sec-fetch-dest", "").lower()
+        if destination in ("", "empty", "document") and not SUBRESOURCE_TYPES.match(
+            headers.get("accept", "")
+        ):
+            if headers.get("origin") or headers.get("sec-fetch-site"):
+                return  # check_origin has accepted them
+            referer = headers.get("referer", "").lower()
+            if referer:
+                authority = referer.partition("://")[2].partition("/")[0]
+                if authority and authority == headers.get("host", "").lower():
+                    return
+            elif not ("accept-language" in headers and _is_browser(headers.get("user-agent", ""))):
+                return
+        raise AccessDenied(
+            "a browser sent this for another page, or without saying for which one: only a program,"
+            " or a page of this server, may take or change something"
+        )
+
+    def _check_host(self, host: str) -> None:
+        """`AccessDenied` unless a Host, without its port, may be a name or address of this server.
+
+        Addresses count only as browsers write them: what else a browser would take for an address
+        is refused.  So are 0.0.0.0, :: and IPv4-mapped addresses, on any server: they lead to
+        loopback, but browsers omit the headers by which a foreign page is recognized.
+        """
+        name = host.removesuffix(".")
+        address: Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None] = None
+        with contextlib.suppress(ValueError):
+            address = ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        if address is not None and (
+            address.is_unspecified
+            or (isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped)
+            or (address.version == 4 and name != str(address))  # [127.0.0.1], 127.0.0.01
+        ):
+            raise AccessDenied(f"{name} is not the address of a server: use localhost")
         if name in self._hosts or name == "localhost" or name.endswith(".localhost"):
             return
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
+        if self._listens_on_loopback and not (address is not None and address.is_loopback):
+            raise AccessDenied(
+                "the Host is neither localhost nor a loopback address: allow it with --allow-host"
+            )
+        if address is None and (self._hosts or "%" in name or NUMERIC_END.fullmatch(name)):
             raise AccessDenied(
                 "the Host is neither localhost nor an address: allow it with --allow-host"
-            ) from None
+            )
+
+
+def _is_browser(user_agent: str) -> bool:
+    """Whether this is what all browsers begin with; PowerShell does, too, but names itself."""
+    return user_agent.lower().startswith("mozilla/") and "powershell/" not in user_agent.lower()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4654,7 +4707,9 @@ class Handler(BaseHTTPRequestHandler):
         if request.method == "OPTIONS":
             return self.tell_methods
         route = find_route(request.method, request.calls)
-        if route.safe and self._fresh:
+        if not route.safe:
+            self.server.access.check_browser(request.headers)
+        elif self._fresh:
             self.server.yield_to_simultaneous(self.connection)
         request.own_headers = ("" if route.safe else NO_STORE) + request.headers["for pages"]
         parts, kinds = request.parts[1::2], request.parts[::2]
@@ -5420,8 +5475,9 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it listens, as `http://127.0.0.1:8989`."""
-        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
+        """Where this machine reaches it, as `http://127.0.0.1:8989`."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self.access.tls else 'http'}://{host}:{self.server_port}"
 
     # -- accepting
@@ -6900,7 +6956,8 @@ def _serve(arguments: Sequence[str]) -> int:
         kept = "messages kept in memory only"
     else:
         kept = f"messages kept in {options['dbfile']} (sync {options['sync']})"
-    print(f"Linger {__version__} listening on {server.url}, {kept}", flush=True)
+    others = " (all addresses)" if server.server_name in ("0.0.0.0", "::") else ""
+    print(f"Linger {__version__} listening on {server.url}{others}, {kept}", flush=True)
     with server:
         server.serve_forever()
         signal.set_wakeup_fd(-1)
@@ -7664,7 +7721,7 @@ def _own_server(folder: str, sync: str) -> Iterator[str]:
     ) as process:  # fmt: skip
         try:
             line = process.stdout.readline() if process.stdout else ""
-            found = re.search(r"listening on (\S+),", line)
+            found = re.search(r"listening on ([^\s,]+)", line)
             if not found:
                 file.seek(0)
                 reason = file.read().strip().rpartition("\n")[2]

@@ -4527,17 +4527,21 @@ class OneTokenTest(ServerTest):
 class SiteTest(ServerTest):
     """Web pages, and names that somebody lets point here."""
 
-    options = types.MappingProxyType({"allow_host": "queue.example,other.example"})
+    options = types.MappingProxyType(
+        {"allow_host": "queue.example,other.example,[2001:db8::1],0.0.0.0"}
+    )
 
     def status_of(self, *lines, method="GET", target="/topics"):
         head = "".join(f"{line}\r\n" for line in (f"{method} {target} HTTP/1.1", *lines))
         return self.statuses(head.encode() + b"\r\n")
 
-    def test_on_loopback_the_host_is_an_address_localhost_or_one_that_is_allowed(self):
+    def test_on_loopback_the_host_is_a_loopback_address_localhost_or_one_that_is_allowed(self):
         for host, status in (
-            ("127.0.0.1", 200), ("127.0.0.1:8989", 200), ("[::1]:8989", 200), ("192.0.2.7", 200),
+            ("127.0.0.1", 200), ("127.0.0.1:8989", 200), ("[::1]:8989", 200), ("127.9.8.7", 200),
             ("localhost", 200), ("LOCALHOST:1", 200), ("a.localhost", 200), ("localhost.", 200),
-            ("queue.example", 200), ("Other.Example:99", 200),
+            ("queue.example", 200), ("Other.Example:99", 200), ("[2001:DB8::1]:80", 200),
+            ("[0:0:0:0:0:0:0:1]", 200), ("127.0.0.1.", 200),
+            ("192.0.2.7", 403), ("10.0.0.1", 403), ("[2001:db8::2]", 403), ("[fe80::1]", 403),
             ("evil.example", 403), ("queue.example.evil", 403), ("xlocalhost", 403),
             ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("127.1", 403),
             ("evil.queue.example", 403), ("[::g]", 400),
@@ -4595,12 +4599,134 @@ class SiteTest(ServerTest):
     def test_elsewhere_the_host_counts_only_if_names_are_listed(self):
         open_to_all = linger.Access(no_auth=True)
         open_to_all.listen("192.0.2.1")
-        open_to_all.check_origin({"host": "any.example"})
+        for host in ("any.example", "any.example:80", "192.0.2.7", "[2001:db8::2]", "a-1"):
+            open_to_all.check_origin({"host": host})
         named = linger.Access(no_auth=True, allow_host="queue.example")
         named.listen("192.0.2.1")
-        named.check_origin({"host": "queue.example"})
+        for host in ("queue.example", "192.0.2.1:80", "[2001:db8::1]"):
+            named.check_origin({"host": host})
         with self.assertRaises(linger.AccessDenied):
             named.check_origin({"host": "any.example"})
+
+    def test_no_server_is_called_by_an_unspecified_or_mapped_address(self):
+        everywhere = linger.Access(no_auth=True, allow_host="0.0.0.0,[::]")
+        everywhere.listen("0.0.0.0")
+        anywhere = linger.Access(no_auth=True)
+        anywhere.listen("192.0.2.1")
+        for host in (
+            "0.0.0.0", "0.0.0.0:8989", "0.0.0.0.", "[::]", "[0:0:0:0:0:0:0:0]:1", "[::0.0.0.0]",
+            "[::ffff:127.0.0.1]", "[::FFFF:7f00:1]:8989", "[0::ffff:0:0]", "[::ffff:192.0.2.1]",
+            "0", "0.", "0x0", "0X", "00.0.0.0", "0.0", "127.1", "2130706433", "0x7f.1",
+            "0177.0.0.1", "127.0.0.01", "[127.0.0.1]", "a.0", "1.2.3.4.5", "0.0.0.%30", "%30",
+        ):  # fmt: skip
+            for access in (everywhere, anywhere):
+                with self.subTest(host), self.assertRaises(linger.AccessDenied):
+                    access.check_origin({"host": host})
+            self.assertEqual(self.status_of(f"Host: {host}"), [403], host)
+
+
+class PageTest(ServerTest):
+    """What web pages can make a browser send to a server that has no TLS and is not on loopback:
+    there it sends no Sec-Fetch-Site."""
+
+    options = types.MappingProxyType({"host": "0.0.0.0", "no_auth": True, "allow_host": "x"})
+    HOST = "192.168.7.9:8989"
+    # As Chromium sends them, in its order.
+    BROWSER = types.MappingProxyType(
+        {
+            "Connection": "keep-alive",
+            "User-Agent": "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko)"
+            " Chrome/156.0.0.0 Safari/537.36",
+            "Accept-Encoding": "gzip, deflate",
+            "Accept-Language": "en-US,en;q=0.9",
+        }
+    )
+    IMAGE = "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"
+    PAGE = (
+        "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,image/apng,"
+        "*/*;q=0.8,application/signed-exchange;v=b3;q=0.7"
+    )
+
+    def setUp(self):
+        super().setUp()
+        self.broker.post("q", b"x")
+
+    def take(self, headers, path="/channels/q?nowait", method="GET"):
+        return self.call(method, path, None, {"Host": self.HOST, **headers})[0]
+
+    def test_subresources_of_foreign_pages_take_nothing(self):
+        referers = ({"Referer": "https://evil.example/"}, {"Referer": "http://192.168.7.9/"}, {})
+        for accept in (
+            self.IMAGE,  # <img>
+            "*/*",  # <script>, <video>
+            "text/css,*/*;q=0.1",  # <link rel=stylesheet>
+            self.PAGE,  # <iframe>, a link, a form with method=get
+            "image/webp,image/avif,image/jxl,video/*;q=0.8,image/png,*/*;q=0.5",  # Safari
+            "video/webm,video/ogg,video/*;q=0.9,*/*;q=0.5",  # Firefox
+        ):
+            for referer in referers:  # none: Referrer-Policy: no-referrer
+                with self.subTest(accept=accept, referer=referer):
+                    browser = {**self.BROWSER, "Accept": accept, **referer}
+                    self.assertEqual(self.take(browser), 403)
+                    self.assertEqual(self.take(browser, "/backup"), 403)
+                    self.assertEqual(self.take(browser, "/messages/1", "DELETE"), 403)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_one_mark_of_a_browser_is_enough(self):
+        for headers in (
+            {"Accept": self.IMAGE},
+            {"Accept": "application/javascript, */*;q=0.8"},
+            {"Referer": "https://evil.example/"},
+            {"Referer": f"http://evil.example/{self.HOST}/"},
+            {"Referer": "about:blank"},
+            {"Sec-Fetch-Dest": "script"},
+            {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Dest": "image"},
+            {"Sec-Fetch-Site": "none", "Sec-Fetch-Dest": "iframe"},
+        ):
+            self.assertEqual(self.take(headers), 403, headers)
+        _, _, body = self.call("DELETE", "/channels/q", None, {"Host": "x", "Accept": self.IMAGE})
+        self.assertIn("a browser sent this for another page", json.loads(body)["error"])
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_pages_of_the_server_itself_may_take(self):
+        for headers in (
+            {**self.BROWSER, "Accept": "*/*", "Referer": f"http://{self.HOST}/"},
+            {**self.BROWSER, "Accept": "*/*", "Referer": f"HTTPS://{self.HOST}/a?b"},
+            {**self.BROWSER, "Accept": "*/*", "Origin": f"http://{self.HOST}"},
+            {**self.BROWSER, "Accept": "application/json", "Sec-Fetch-Site": "same-origin",
+             "Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"},
+            {**self.BROWSER, "Accept": self.PAGE, "Sec-Fetch-Site": "none",
+             "Sec-Fetch-Mode": "navigate", "Sec-Fetch-User": "?1", "Sec-Fetch-Dest": "document"},
+        ):  # fmt: skip
+            self.broker.post("q", b"x")
+            self.assertEqual(self.take(headers), 200, headers)
+
+    def test_programs_are_not_mistaken_for_browsers(self):
+        for headers in (
+            {},  # Tornado and lingerclient, http.client, LWP
+            {"User-Agent": "curl/8.5.0", "Accept": "*/*"},
+            {"User-Agent": "python-requests/2.31.0", "Accept-Encoding": "gzip, deflate",
+             "Accept": "*/*", "Connection": "keep-alive"},
+            {"User-Agent": "Wget/1.21.3", "Accept": "*/*", "Accept-Encoding": "identity"},
+            {"User-Agent": "node", "Accept": "*/*", "Accept-Language": "*",
+             "Sec-Fetch-Mode": "cors", "Accept-Encoding": "gzip, deflate"},
+            {"User-Agent": "Java/17.0.1", "Accept": "text/html, image/gif, image/jpeg, */*; q=.2"},
+            {"User-Agent": "Mozilla/5.0 (Windows NT; Windows NT 10.0; en-US)"
+             " WindowsPowerShell/5.1.19041.1"},
+            {"User-Agent": "Mozilla/5.0 (Linux; en-US) PowerShell/7.4.1", "Accept-Language": "en"},
+            {"User-Agent": "Mozilla/5.0 (compatible; Hook/1.0)", "Accept": "*/*"},
+        ):  # fmt: skip
+            self.broker.post("q", b"x")
+            self.assertEqual(self.take(headers), 200, headers)
+
+    def test_a_browser_may_look(self):
+        for headers in ({**self.BROWSER, "Accept": self.PAGE}, {"Accept": self.IMAGE}):
+            self.assertEqual(self.take(headers, "/channels/q/messages"), 200)
+
+    def test_its_url_is_one_by_which_it_can_be_called(self):
+        self.assertEqual(self.server.url, f"http://127.0.0.1:{self.address[1]}")
+        with linger.Client(self.server.url) as client:
+            self.assertEqual(client.get("q").body, b"x")
 
 
 class CorsTest(ServerTest):
