@@ -4,9 +4,11 @@ The layers, each over the one above it: Store, Broker (with a clock of its own),
 (real sockets), the client, the process (`python linger.py`, killed by its pid), the files.
 """
 
+import _sqlite3
 import ast
 import base64
 import contextlib
+import ctypes
 import doctest
 import errno
 import gc
@@ -5541,10 +5543,10 @@ class WorkerTest(ClientCase):
 class Process:
     """A real `python linger.py` on a port of its own choice."""
 
-    def __init__(self, *arguments, environment=None, before=None, strict=True):
+    def __init__(self, *arguments, program=(), environment=None, before=None, strict=True):
         strictly = STRICT if strict else ()
         self.process = subprocess.Popen(
-            [sys.executable, *strictly, compiled, *arguments],
+            [sys.executable, *strictly, *(program or [compiled]), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **(environment or {})},
@@ -6812,6 +6814,158 @@ class BenchProcessTest(CommandProcessCase):
         self.assertEqual(process.returncode, 128 + signal.SIGINT)
         self.assertFalse(is_alive(server))
         self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
+
+
+# SQLite's sqlite3_vfs up to xOpen, and the functions of its sqlite3_io_methods that are traced
+# (sqlite.org/c3ref/vfs.html, sqlite.org/c3ref/io_methods.html)
+OPEN = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
+)
+WRITE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+)
+SYNC = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+OPEN_WAL = 0x80000  # SQLITE_OPEN_WAL
+
+
+class Vfs(ctypes.Structure):
+    _fields_ = [("numbers", ctypes.c_int * 3)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("next", "name", "data", "open")]
+
+
+class FileMethods(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_int)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("close", "read", "write", "truncate", "sync")]
+    _fields_ += [("others", ctypes.c_void_p * 13)]
+
+
+class Trace:
+    """Records, in order, each write to SQLite's log, each sync of it, and each response sent.
+
+    It puts itself between SQLite and its file system, in the process that it traces.
+    """
+
+    def __init__(self, path):
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.kept = []  # what SQLite holds pointers to
+        find = ctypes.CDLL(getattr(_sqlite3, "__file__", None)).sqlite3_vfs_find
+        find.restype = ctypes.POINTER(Vfs)
+        self.vfs = find(None).contents
+        self.open_file = OPEN(self.vfs.open)
+        self.vfs.open = self.pointer(OPEN(self.open))
+        for name in ("send", "sendall", "sendmsg"):
+            setattr(socket.socket, name, self.sender(getattr(socket.socket, name)))
+
+    def record(self, event):
+        os.write(self.file, event.encode() + b"\n")
+
+    def pointer(self, function):
+        self.kept.append(function)
+        return ctypes.cast(function, ctypes.c_void_p).value
+
+    def open(self, vfs, name, file, flags, flags_out):
+        status = self.open_file(vfs, name, file, flags, flags_out)
+        if status == 0 and flags & OPEN_WAL:
+            methods = ctypes.c_void_p.from_address(file)  # the first member of a sqlite3_file
+            methods.value = self.traced(methods.value)
+        return status
+
+    def traced(self, address):
+        """The address of a file's methods that record what is written and synced."""
+        methods = FileMethods.from_buffer_copy(FileMethods.from_address(address))
+        write, sync = WRITE(methods.write), SYNC(methods.sync)
+
+        def traced_write(file, data, size, offset):
+            self.record("write")
+            return write(file, data, size, offset)
+
+        def traced_sync(file, flags):
+            status = sync(file, flags)
+            self.record("sync" if status == 0 else "failed sync")
+            return status
+
+        methods.write = self.pointer(WRITE(traced_write))
+        methods.sync = self.pointer(SYNC(traced_sync))
+        self.kept.append(methods)
+        return ctypes.addressof(methods)
+
+    def sender(self, send):
+        def traced_send(connection, data, *arguments):
+            head = bytes(data[0] if isinstance(data, (list, tuple)) else data)[:12]
+            if head.startswith(b"HTTP/1.1 "):
+                self.record(f"send {head[9:].decode()}")
+            return send(connection, data, *arguments)
+
+        return traced_send
+
+
+class SyncTest(ProcessCase):
+    """What a response promises is synced before the response is sent."""
+
+    CHANGES = (
+        ("POST", "/channels/q", 202),
+        ("GET", "/channels/q?auto", 200),
+        ("POST", "/channels/q", 202),
+        ("DELETE", "/messages/2", 204),
+        ("POST", "/channels/q/batch", 202),
+        ("GET", "/channels/q?ack=3&nowait", 200),
+        ("POST", "/messages/4/release", 204),
+        ("PUT", "/channels/q/topics/t", 204),
+        ("POST", "/topics/t", 202),
+        ("PUT", "/channels/q/settings?timeout=60", 204),
+        ("DELETE", "/channels/q", 204),
+    )
+
+    def start_traced(self, *arguments):
+        self.trace = self.folder / "trace"
+        program = (
+            f"import linger, test_linger as test; test.Trace({str(self.trace)!r}); linger.main()"
+        )
+        server = self.start(
+            *arguments, program=("-c", program), environment={"PYTHONPATH": str(HERE)}
+        )
+        if not server.line:
+            _, errors = server.end()
+            self.assertIn("sqlite3_vfs_find", errors)
+            self.skipTest("this Python's SQLite shows no sqlite3_vfs_find")
+        return server
+
+    def changes(self, server):
+        """Makes each call, one after the other; the events of each, as words."""
+        end = self.trace.stat().st_size
+        for method, path, expected in self.CHANGES:
+            body = b"x\ny" if method == "POST" else None
+            headers = {"Content-Type": "application/x-ndjson"} if path.endswith("/batch") else None
+            if headers:
+                body = b'{"body": "x"}\n{"body": "y"}\n'
+            status, _, answer = server.call(method, path, body, headers)
+            self.assertEqual(status, expected, (method, path, answer))
+            start, end = end, self.trace.stat().st_size
+            yield f"{method} {path}", self.trace.read_text()[start:end].replace("\n", " ")
+
+    def test_a_response_is_sent_after_a_sync_of_all_that_was_written(self):
+        for call, events in self.changes(self.start_traced("--sync=full")):
+            with self.subTest(call):
+                self.assertRegex(events, r"^(write |sync )*write sync send 20[024] $")
+
+    def test_a_consumer_that_waits_gets_its_message_after_a_sync_too(self):
+        server = self.start_traced("--sync=full")
+        waiting = self.thread(server.call, "GET", "/channels/q?auto")
+        until(lambda: b'"q"' in server.call("GET", "/channels")[2])
+        start = self.trace.stat().st_size
+        self.assertEqual(server.call("POST", "/channels/q", b"x")[0], 202)
+        self.assertEqual(waiting.result(PATIENCE)[0], 200)
+        events = self.trace.read_text()[start:].replace("\n", " ")
+        self.assertRegex(events, r"^((write |sync )*write sync (send 20[02] )+)+$")
+        self.assertEqual(events.count("send"), 2)
+
+    def test_a_server_that_is_told_to_sync_less_does(self):
+        """Thus the tests above see the difference."""
+        for level, pattern in (("normal", "^.*write send 20. $"), ("off", "^(write )+send 20. $")):
+            server = self.start_traced(f"--sync={level}", f"--dbfile={self.folder / level}.db")
+            for call, events in self.changes(server):
+                with self.subTest(level, call=call):
+                    self.assertRegex(events, pattern)
 
 
 class FileTest(unittest.TestCase):
