@@ -7,8 +7,10 @@ The layers, each over the one above it: Store, Broker (with a clock of its own),
 import _sqlite3
 import ast
 import base64
+import bisect
 import contextlib
 import ctypes
+import dis
 import doctest
 import errno
 import gc
@@ -6968,6 +6970,134 @@ class SyncTest(ProcessCase):
                     self.assertRegex(events, pattern)
 
 
+# -- Files ---------------------------------------------------------------------------------------
+
+MAX_LINES = {"section": 1_000, "class": 450, "function": 40}
+TOO_LARGE = {  # sections, classes and functions of linger.py that exceed them: ever fewer
+    "section Broker",
+    "section Client",
+    "section Command line",
+    "section Handler",
+    "class Broker",
+    "class Client",
+    "class Handler",
+}
+
+STATEMENT = re.compile(
+    r"\s*(?:with (?:recursive )?\w+ \(|select\s|insert into\s|update \w+\s+set\s|delete\s+from\s)"
+)
+ONCE = ("SCHEMA", "UPGRADES", "AFTER_UPGRADE")  # constants with statements that run once in a file
+MEANT_SCANS = {  # statements that read a whole table or index, which the call that uses them asks
+    "ALL_PAUSES": {"pauses"},
+    "ALL_SETTINGS": {"settings"},
+    "CHANNELS": {"channels", "subscriptions"},
+    "DRAIN_HIDDEN": {"messages"},  # the index of all that is hidden
+    "END_PAUSES": {"pauses"},
+    "LIST_ALL": {"messages"},  # from an id on
+    "LIST_HIDDEN": {"messages"},  # from an id on
+    "MESSAGE_TOTALS": {"channels"},
+    "PAUSES_OVER": {"pauses"},
+    "SUBSCRIPTION_TOTALS": {"subscriptions"},
+    "TOPICS": {"subscriptions"},
+}
+
+
+def sections(source):
+    """The names of the sections, by the lines on which their banners begin."""
+    banners = re.finditer(r"(?m)^# -{4,}\n# ([^:\n]+):", source)
+    return {source.count("\n", 0, banner.start()) + 1: banner[1] for banner in banners}
+
+
+def oversized(source):
+    """What exceeds `MAX_LINES`, as (kind, name, lines)."""
+    starts = sections(source)
+    ends = [*starts, source.count("\n") + 1][1:]
+    sizes = [("section", starts[line], end - line) for line, end in zip(starts, ends)]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            kind = "class" if isinstance(node, ast.ClassDef) else "function"
+            sizes.append((kind, node.name, node.end_lineno - node.lineno + 1))
+    return [size for size in sizes if size[2] > MAX_LINES[size[0]]]
+
+
+def print_sizes():
+    """What `make sizes` shows: the lines of each section, then whatever is too large."""
+    source = (HERE / "linger.py").read_text()
+    starts = sections(source)
+    ends = [*starts, source.count("\n") + 1][1:]
+    for line, end in zip(starts, ends):
+        print(f"{end - line:6,}  {starts[line]}")
+    for kind, name, lines in oversized(source):
+        print(f"{lines:6,}  {kind} {name}: at most {MAX_LINES[kind]:,}")
+
+
+def functions_of(code):
+    """The code objects of the functions, lambdas and comprehensions in a code object."""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from functions_of(constant)
+
+
+def uses_of_sections_below(source):
+    """Where code of one section names what a later section defines.
+
+    The compiler has told local names from those of the module, and left out the annotations. What
+    runs at import can use nothing below it in any case.
+    """
+    starts = list(sections(source))
+    defined = {}
+    for statement in ast.parse(source).body:
+        if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
+            defined.setdefault(statement.name, statement.lineno)
+        else:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    defined.setdefault(node.id, node.lineno)
+    uses = []
+    for code in functions_of(compile(source, "linger.py", "exec")):
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
+                place = bisect.bisect(starts, defined.get(step.argval, 0))
+                if place > bisect.bisect(starts, code.co_firstlineno):
+                    uses.append(f"{code.co_name}, line {code.co_firstlineno}, uses {step.argval}")
+    return uses
+
+
+def statements():
+    """The statements of linger.py that run again and again, by name."""
+    found = {}
+    for name, value in vars(linger).items():
+        if name.isupper() and name not in ONCE:
+            parts = value if isinstance(value, (tuple, list)) else [value]
+            for number, part in enumerate(parts):
+                if isinstance(part, str) and STATEMENT.match(part) and part not in found.values():
+                    found[name if part is value else f"{name}[{number}]"] = part
+    return found
+
+
+def query_plan(connection, sql):
+    """The steps of SQLite's plan, as (whether it is in another step, its text)."""
+    parameters = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
+    rows = connection.execute("explain query plan " + sql, parameters)
+    return [(parent, detail) for _, parent, _, detail in rows]
+
+
+def needless_scans(connection):
+    """Reads of whole tables or indexes that `MEANT_SCANS` does not name."""
+    found = []
+    for name, sql in statements().items():
+        known = MEANT_SCANS.get(name, set()) | {"CONSTANT", "SUBQUERY"}
+        known |= set(re.findall(r"(\w+) \([\w, ]*\) as \(", sql))  # its common table expressions
+        for _, step in query_plan(connection, sql):
+            scan = re.match(
+                r"SCAN (?:TABLE )?(\w+)|SEARCH (?:TABLE )?(\w+) USING .*\(rowid[<>]\?\)", step
+            )
+            if scan and (scan[1] or scan[2]) not in known:
+                found.append(f"{name}: {step}")
+    return found
+
+
 class FileTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -6996,45 +7126,57 @@ class FileTest(unittest.TestCase):
                     "multiprocessing", "pickle", "unittest", "urllib.request", "uuid"}  # fmt: skip
         self.assertEqual(needless & set(output.split()), set())
 
-    def test_it_reads_downwards(self):
-        """At module level and in functions, only what stands above is used; annotations aside."""
-        places = {}
-        for node in self.tree.body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                places[node.name] = node.lineno
-            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                places.update((t.id, node.lineno) for t in targets if isinstance(t, ast.Name))
-        sections = [
-            n for n, text in enumerate(self.source.splitlines(), 1) if text.startswith("# ---")
-        ]
+    def test_a_section_uses_only_names_of_its_own_and_of_sections_above(self):
+        self.assertEqual(uses_of_sections_below(self.source), [])
 
-        def section(line):
-            return sum(start <= line for start in sections)
+    def test_a_use_of_a_section_below_is_found_wherever_it_stands(self):
+        for text, names in (
+            ("def f(): return later()", ["later"]),
+            ("def f(): return [x for x in SECOND if later]", ["SECOND", "later"]),
+            ("class C:\n    x = property(lambda self: FIRST)", ["FIRST"]),
+            ("class C:\n    def f(self, x=lambda: SECOND): pass", ["SECOND"]),
+            ("def f():\n    def g():\n        global FIRST\n        FIRST = 1", ["FIRST"]),
+            ("def f(later): return later", []),
+            ("def f():\n    later = 1\n    return lambda: later", []),
+            ("def f(x: later) -> later:\n    y: later = x\n    return y.later", []),
+            ("def f(): return [later for later in f()]", []),
+        ):
+            with self.subTest(text):
+                source = f"""from __future__ import annotations
+# ----
+# A: above.
+# ----
+{text}
+# ----
+# B: below.
+# ----
+def later(): pass
+FIRST, SECOND = 1, 2
+"""
+                found = [use.rpartition(" ")[2] for use in uses_of_sections_below(source)]
+                self.assertEqual(found, names)
 
-        found = []
+    def test_the_sections_are_those_that_its_docstring_lists(self):
+        listed = re.findall(r"(?m)^    ([A-Z][A-Za-z ]*?)  ", ast.get_docstring(self.tree, False))
+        self.assertEqual(listed, list(sections(self.source).values()))
 
-        class Uses(ast.NodeVisitor):
-            def visit_Name(self, node):
-                if section(places.get(node.id, 0)) > section(node.lineno):
-                    found.append(f"line {node.lineno} uses {node.id}")
+    def test_no_section_class_or_function_is_too_large(self):
+        """`TOO_LARGE` names the exceptions, and may only shrink."""
+        found = {f"{kind} {name}" for kind, name, _ in oversized(self.source)}
+        self.assertEqual(found, TOO_LARGE)
 
-            def visit_AnnAssign(self, node):
-                if node.value:
-                    self.visit(node.value)
+    def test_what_is_too_large_is_found(self):
+        def method(lines):
+            return "    def f(self):\n" + (lines - 1) * "        pass\n"
 
-            def visit_FunctionDef(self, node):
-                for child in (*node.decorator_list, *node.args.defaults, *node.body):
-                    self.visit(child)
-
-        uses = Uses()
-        uses.visit(self.tree)
-        self.assertEqual(found, [])
-
-    def test_no_function_is_longer_than_forty_lines(self):
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.FunctionDef):
-                self.assertLess(node.end_lineno - node.lineno, 40, node.name)
+        fits = "class Fits:\n" + method(9) + 11 * method(40)
+        too_large = "class TooLarge:\n" + method(41) + 11 * method(40)
+        banner = "# ----\n# {}: a section.\n# ----\n"
+        source = banner.format("Short") + fits + 547 * "\n" + banner.format("Long") + too_large
+        self.assertEqual(
+            oversized(source + 516 * "\n"),
+            [("section", "Long", 1_001), ("class", "TooLarge", 482), ("function", "f", 41)],
+        )
 
     def test_every_public_name_has_a_docstring(self):
         for name in linger.__all__:
@@ -7052,40 +7194,54 @@ class FileTest(unittest.TestCase):
         for route in linger.ROUTES:
             self.assertTrue(callable(getattr(linger.Handler, route.handler)), route)
 
-    def test_every_statement_uses_the_index_that_it_must(self):
-        with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-            linger._create(connection)
-            for name, sql in vars(linger).items():
-                if (
-                    name.isupper()
-                    and isinstance(sql, str)
-                    and re.match(r"\s*(select|insert|update|delete)\b", sql)
-                ):
-                    with self.subTest(name):
-                        names = set(re.findall(r":(\w+)", sql))
-                        rows = connection.execute(
-                            "explain query plan " + sql, dict.fromkeys(names, 1)
-                        ).fetchall()
-                        plan = "; ".join(row[3] for row in rows)
-                        scans = re.findall(
-                            r"SCAN (?!messages USING INDEX (due|marked)_messages)\w+", plan
-                        )
-                        scans = [s for s in scans if "messages" in s or "channels" in s]
-                        if name not in ("CHANNELS", "MESSAGE_TOTALS"):
-                            self.assertEqual(scans, [], plan)
-                        if "body" in sql:
-                            outer = [row[3] for row in rows if not row[1]]
-                            self.assertNotIn("TEMP B-TREE", "; ".join(outer))
+    def database(self):
+        connection = sqlite3.connect(":memory:")
+        self.addCleanup(connection.close)
+        linger._create(connection)
+        return connection
+
+    def test_no_statement_reads_a_whole_table_but_those_that_are_meant_to(self):
+        self.assertEqual(needless_scans(self.database()), [])
+        self.assertEqual(set(MEANT_SCANS) - set(statements()), set())
+
+    def test_without_any_one_of_the_indexes_a_statement_reads_a_whole_table(self):
+        indexes = self.database().execute(
+            "select name from sqlite_master where type = 'index' and sql is not null"
+        )
+        for (index,) in indexes.fetchall():
+            with self.subTest(index):
+                connection = self.database()
+                connection.execute(f"drop index {index}")
+                self.assertNotEqual(needless_scans(connection), [])
+
+    def test_no_statement_sorts_bodies(self):
+        connection = self.database()
+        for name, sql in statements().items():
+            if "body" in sql:
+                with self.subTest(name):
+                    steps = [detail for outer, detail in query_plan(connection, sql) if not outer]
+                    self.assertNotIn("TEMP B-TREE", "; ".join(steps))
+
+    def test_a_sort_of_bodies_would_be_seen(self):
+        plan = query_plan(self.database(), "select body from messages where id > 1 order by type")
+        self.assertIn((0, "USE TEMP B-TREE FOR ORDER BY"), plan)
+
+    def test_every_statement_is_a_constant_of_the_module(self):
+        """Or the tests of statements would not see it."""
+        found = []
+        for function in ast.walk(self.tree):
+            if isinstance(function, (ast.FunctionDef, ast.Lambda)):
+                for node in ast.walk(function):
+                    text = node.value if isinstance(node, ast.Constant) else None
+                    if isinstance(text, str) and STATEMENT.match(text):
+                        found.append(text)
+        self.assertEqual([text for text in found if "from sqlite_master" not in text], [])
 
     def test_statements_keep_the_rules(self):
-        for name, sql in vars(linger).items():
-            if (
-                name.isupper()
-                and isinstance(sql, str)
-                and re.match(r"\s*(select|insert|update|delete)\b", sql)
-            ):
-                self.assertNotRegex(sql, r"(?i)returning|random|current_|strftime|iif\(", name)
-                self.assertEqual(re.findall(r"[A-Z]{2,}", sql), [], name)
+        for name, sql in statements().items():
+            with self.subTest(name):
+                self.assertNotRegex(sql, r"(?i)returning|random|current_|strftime|iif\(")
+                self.assertEqual(re.findall(r"[A-Z]{2,}", sql), [])
 
 
 class ReadmeTest(Folder):
