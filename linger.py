@@ -3781,6 +3781,11 @@ def _is_browser(user_agent: str) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
+CONTENT = "content"  # a message or a reason; in a form of ours, its field msg
+MANY = "many"  # messages or ids
+PARAMETERS = "parameters"  # a form or a flat JSON object; of a GET, anything else is ignored
+
+
 class Route(NamedTuple):
     """A call: `handler` is the Handler's method for it; `safe` if it changes and takes nothing.
 
@@ -3794,7 +3799,7 @@ class Route(NamedTuple):
     safe: bool
     right: str
     summary: str
-    many: bool = False  # whether its body may hold many messages, or for a GET its path channels
+    body: str = PARAMETERS  # what its body is
 
 
 ROUTES = (
@@ -3803,10 +3808,10 @@ ROUTES = (
     Route("GET", "/stats", "get_stats", True, ADMIN, "counters of the server, and what there is"),
     Route("GET", "/backup", "open_backup", False, ADMIN, "a copy of the database"),
     Route("GET", "/channels", "list_channels", True, READ, "list channels"),
-    Route("GET", "/channels/<channel>", "take_message", False, READ, "take messages", True),
-    Route("POST", "/channels/<channel>", "post_message", False, WRITE, "post a message"),
+    Route("GET", "/channels/<channel>", "take_message", False, READ, "take messages"),
+    Route("POST", "/channels/<channel>", "post_message", False, WRITE, "post a message", CONTENT),
     Route("DELETE", "/channels/<channel>", "drain_channel", False, ADMIN, "delete its messages"),
-    Route("POST", "/channels/<channel>/batch", "post_batch", False, WRITE, "post many", True),
+    Route("POST", "/channels/<channel>/batch", "post_batch", False, WRITE, "post many", MANY),
     Route("GET", "/channels/<channel>/messages", "list_messages", True, READ, "list its messages"),
     Route("GET", "/channels/<channel>/stats", "get_channel_stats", True, READ, "its counts"),
     Route("GET", "/channels/<channel>/info", "get_info", True, READ, "all there is to know of it"),
@@ -3820,15 +3825,15 @@ ROUTES = (
     Route("PUT", "/channels/<channel>/topics/<topic>", "subscribe", False, ADMIN, "subscribe it"),
     Route("DELETE", "/channels/<channel>/topics/<topic>", "unsubscribe", False, ADMIN, "end that"),
     Route("GET", "/topics", "list_topics", True, READ, "list topics"),
-    Route("POST", "/topics/<topic>", "publish_message", False, WRITE, "publish a message"),
-    Route("POST", "/topics/<topic>/batch", "publish_batch", False, WRITE, "publish many", True),
+    Route("POST", "/topics/<topic>", "publish_message", False, WRITE, "publish a message", CONTENT),
+    Route("POST", "/topics/<topic>/batch", "publish_batch", False, WRITE, "publish many", MANY),
     Route("GET", "/topics/<topic>/channels", "list_subscribers", True, READ, "its channels"),
     Route("GET", "/messages/<id>", "read_message", True, READ, "look at a message"),
     Route("DELETE", "/messages/<id>", "delete_message", False, READ, "delete a message"),
-    Route("POST", "/messages/delete", "delete_messages", False, READ, "delete many messages", True),
+    Route("POST", "/messages/delete", "delete_messages", False, READ, "delete many messages", MANY),
     Route("POST", "/messages/<id>/touch", "touch_message", False, READ, "start its timeout anew"),
-    Route("POST", "/messages/<id>/release", "release_message", False, READ, "give it back"),
-    Route("POST", "/messages/<id>/reject", "reject_message", False, READ, "give it up"),
+    Route("POST", "/messages/<id>/release", "release_message", False, READ, "return it", CONTENT),
+    Route("POST", "/messages/<id>/reject", "reject_message", False, READ, "give it up", CONTENT),
 )
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
@@ -3914,6 +3919,9 @@ SINGLETON_HEADERS = frozenset(
 )
 ITEM_KEYS = frozenset(("body", "type", "encoding"))  # of a message in JSON, but its parameters
 UNCACHED_HEADERS = frozenset(("authorization", "idempotency-key"))
+FIELD_NAME = re.compile("[A-Za-z0-9_.-]+")  # of a parameter
+FOREIGN_FIELD = re.compile(rb"(?:^|&)(?:[A-Za-z0-9_.%-]*[^A-Za-z0-9_.%&=-]|=)")  # no parameter
+OFF = ("0", "false", "no", "off")  # values with which a switch is not on
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 DISCONNECT_EVENTS = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
@@ -3951,6 +3959,39 @@ def _decode(found: re.Match[bytes]) -> bytes:
     return bytes.fromhex(found[0].replace(b"%", b"").decode())
 
 
+def parse_form(body: bytes, content_type: str, required: str = "") -> Optional[dict[str, bytes]]:
+    """The fields of a body that is a form of ours; None if it is another text.
+
+    Many clients send every body as a form.  A form of ours has a `required` field, if one is
+    named, and no field with a name that could not be one of a parameter.
+    """
+    kind = content_type.partition(";")[0].strip(" \t").lower()
+    if kind == FORM_TYPES[1]:
+        fields = parse_multipart(body, content_type)
+    else:  # looked at before it is taken apart, since it may have any number of fields
+        needed = b"(?:^|&)%s=" % required.encode() if required else b"="
+        if not re.search(needed, body) or FOREIGN_FIELD.search(body):
+            return None
+        fields = parse_pairs(body)
+    if not fields or not all(map(FIELD_NAME.fullmatch, fields)):
+        return None
+    return fields if not required or required in fields else None
+
+
+def parse_flat_object(body: bytes) -> Optional[dict[str, bytes]]:
+    """The fields of a flat JSON object, as a form has them; None if a body is anything else."""
+    try:
+        text = body.decode("utf-8")
+        items = json.loads(f"[{text}]") if is_flat(f"[{text}]") else None
+    except ValueError:
+        return None
+    if items is None or len(items) != 1 or not isinstance(items[0], dict):
+        return None
+    given = ((name, value) for name, value in items[0].items() if value is not None)
+    texts = ((n, v if isinstance(v, str) else TO_JSON(v)) for n, v in given)
+    return {name: text.encode("utf-8", "surrogatepass") for name, text in texts}
+
+
 def parse_pairs(text: bytes) -> dict[str, bytes]:
     """The fields of a query string or an urlencoded form; of two with one name the last."""
     if text.count(b"&") >= MAX_PARAMETERS:
@@ -3965,25 +4006,22 @@ def parse_pairs(text: bytes) -> dict[str, bytes]:
     return fields
 
 
-def parse_multipart(body: bytes, content_type: str) -> dict[str, bytes]:
-    """The fields of a multipart/form-data body (RFC 7578, RFC 2046 5.1), files among them."""
+def parse_multipart(body: bytes, content_type: str) -> Optional[dict[str, bytes]]:
+    """The fields of a multipart/form-data body (RFC 7578, RFC 2046 5.1), files among them; None if
+    it is malformed, or has more than MAX_PARAMETERS parts."""
     found = re.search(r';[ \t]*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', content_type, re.I)
     if not found:
-        raise BadRequest("multipart/form-data needs a boundary of 1 to 70 characters")
+        return None
     boundary = (found[1] or found[2]).encode("latin-1")
     parts = (b"\r\n" + body).split(b"\r\n--" + boundary, MAX_PARAMETERS + 1)
     if len(parts) < 2 or not parts[-1].startswith(b"--"):
-        raise BadRequest(
-            f"the multipart body must end in its boundary and have at most {MAX_PARAMETERS} parts"
-        )
+        return None
     fields = {}
     for part in parts[1:-1]:
         head, blank, value = part.partition(b"\r\n\r\n")
         name = PART_NAME.search(head)
         if not blank or not name:
-            raise BadRequest(
-                "each part of a multipart body needs a Content-Disposition with a name"
-            )
+            return None
         fields[(name[1] or name[2] or b"").decode("utf-8", "replace")] = value
     return fields
 
@@ -3996,9 +4034,9 @@ class Request:
     """
 
     __slots__ = (
-        "_form", "_query", "body", "call", "calls", "chunked", "close", "form_type", "grant",
-        "headers", "length", "limit", "method", "names", "old", "options", "own_headers", "parts",
-        "query", "rules", "target",
+        "_form", "_query", "body", "body_kind", "call", "calls", "chunked", "close", "form_type",
+        "grant", "headers", "length", "limit", "method", "names", "old", "options", "own_headers",
+        "parts", "query", "rules", "target",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: dict[str, str], old: bool) -> None:
@@ -4023,6 +4061,7 @@ class Request:
         self.names: list[str] = []  # those in its path, then
         self.options: Any = None  # what the handler has read of its query
         self.body = b""
+        self.body_kind = PARAMETERS  # what its body is, once its route is found
         self._query: Optional[dict[str, bytes]] = None
         self._form: Optional[dict[str, bytes]] = None
 
@@ -4041,16 +4080,30 @@ class Request:
         if self._query is None:
             self._query = parse_pairs(self.query.encode("latin-1")) if self.query else {}
         if self._form is None:
-            self._form = {}
-            if self.form_type == FORM_TYPES[0] and b"=" in self.body:
-                self._form = parse_pairs(self.body)
-            elif self.form_type == FORM_TYPES[1] and self.body:
-                self._form = parse_multipart(self.body, self.headers["content-type"])
+            self._form = self._parse_body() if self.body else {}
         return self._query, self._form
+
+    def _parse_body(self) -> dict[str, bytes]:
+        """The parameters in the body."""
+        if self.body_kind == MANY:
+            return {}
+        content_type = self.headers.get("content-type", "")
+        required = "msg" if self.body_kind == CONTENT else ""
+        form = parse_form(self.body, content_type, required) if self.form_type else None
+        if form is None and self.body_kind == PARAMETERS and self.method not in ("GET", "HEAD"):
+            if content_type.partition(";")[0].strip(" \t").lower() == "application/json":
+                form = parse_flat_object(self.body)
+            if form is None:
+                raise LingerError(
+                    "the body has only parameters here: it must be a form of them, or one flat"
+                    " object as application/json",
+                    415,
+                )
+        return form or {}
 
     def parameter(self, name: str) -> Optional[str]:
         """A parameter's text, None if it was not given; the form's wins over the query's."""
-        if not self.query and not self.form_type:
+        if not self.query and not self.body:
             return None
         query, form = self.fields()
         value = form.get(name, query.get(name))
@@ -4061,6 +4114,11 @@ class Request:
         except UnicodeDecodeError:
             raise BadRequest(f"{name} must be UTF-8, percent-encoded") from None
 
+    def switch(self, name: str) -> bool:
+        """Whether a parameter is given, and not as 0, false, no or off."""
+        value = self.parameter(name)
+        return value is not None and value.lower() not in OFF
+
     def integer(
         self, name: str, least: int = MIN_INTEGER, most: int = MAX_INTEGER
     ) -> Optional[int]:
@@ -4070,7 +4128,7 @@ class Request:
 
     def given(self, table: Sequence[Parameter]) -> dict[str, str]:
         """The texts of those parameters of a table that were given."""
-        if not self.query and not self.form_type:
+        if not any(self.fields()):
             return {}
         texts = ((p.name, self.parameter(p.name)) for p in table)
         return {name: text for name, text in texts if text is not None}
@@ -4092,13 +4150,8 @@ class Request:
         self._form = None
 
     def reason(self) -> str:
-        """The text of the body, why a message is released or rejected; a form with parameters
-        is none, unless in its field msg."""
-        reason = self.body
-        if self.form_type:
-            form = self.fields()[1]
-            if "msg" in form or not {"delay", "lease"}.isdisjoint(form):
-                reason = form.get("msg", b"")
+        """The text that says why a message is released or rejected."""
+        reason = self.fields()[1].get("msg", self.body)
         try:
             return reason.decode("utf-8")
         except UnicodeDecodeError:
@@ -4110,7 +4163,7 @@ class Request:
             return self.fields()[0].get("msg", b""), DEFAULT_TYPE
         if self.form_type:
             form = self.fields()[1]
-            if "msg" in form:
+            if form:
                 return form["msg"], DEFAULT_TYPE
         return self.body, self.headers.get("content-type") or DEFAULT_TYPE
 
@@ -4713,9 +4766,14 @@ class Handler(BaseHTTPRequestHandler):
             self.server.yield_to_simultaneous(self.connection)
         request.own_headers = ("" if route.safe else NO_STORE) + request.headers["for pages"]
         parts, kinds = request.parts[1::2], request.parts[::2]
-        if route.many and route.method == "GET":
+        request.body_kind = route.body
+        if route.handler == "take_message":
             parts = parts[0].split(",")
             kinds *= len(parts)
+        elif kinds[0] == "channels" and parts and "," in parts[0]:
+            raise BadRequest(
+                "a comma separates channels, in GET /channels/<a>,<b> only: in a name, write %2C"
+            )
         request.names = [decode_name(part) for part in parts]
         if request.grant is not FULL_ACCESS:
             authorize(route, kinds, request.names, request.grant)
@@ -4904,8 +4962,10 @@ class Handler(BaseHTTPRequestHandler):
         if request.method != "POST":
             return FORM_SLACK
         route = request.calls.get("POST")
-        if route is not None and route.many:
+        if route is not None and route.body == MANY:
             return MAX_BATCH_BYTES
+        if route is not None and route.body == PARAMETERS:
+            return FORM_SLACK
         if request.form_type:
             return self.broker.max_message * FORM_EXPANSION + FORM_SLACK
         return self.broker.max_message
@@ -5152,7 +5212,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def list_channels(self, request: Request) -> Response:
         channels = request.grant.visible("channels", self.broker.channels())
-        if request.parameter("info") is None:
+        if not request.switch("info"):
             return json_response({"channels": channels})
         return json_response({"channels": [self._info(request, channel) for channel in channels]})
 
@@ -5178,7 +5238,7 @@ class Handler(BaseHTTPRequestHandler):
             request.grant.check_name("channels", given["dead"])
 
     def take_message(self, request: Request, *channels: str) -> None:
-        if request.options is None or request.form_type:  # which may hold some of them
+        if request.options is None or request.body:  # which may hold some of them
             request.options = self._read_take(request)
         wait, n, timeout, auto, acks, lease = request.options
         ack = request.integer("ack") if acks else None
@@ -5210,13 +5270,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_take(self, request: Request) -> tuple[Any, ...]:
         wait = request.integer("wait", 0, MAX_WAIT)
-        if request.parameter("nowait") is not None:
+        if request.switch("nowait"):
             wait = 0
         return (
             DEFAULT_WAIT if wait is None else wait,
             request.integer("n", 1, MAX_BATCH),
             request.integer("timeout", 1),
-            request.parameter("auto") is not None,
+            request.switch("auto"),
             request.parameter("ack") is not None,
             request.integer("lease"),
         )
@@ -5242,7 +5302,7 @@ class Handler(BaseHTTPRequestHandler):
         return json_response({"ids": self.broker.post_batch(channel, messages)}, 202)
 
     def list_messages(self, request: Request, channel: str) -> Response:
-        whole = request.parameter("whole") is not None
+        whole = request.switch("whole")
         state, after = request.parameter("state") or None, request.integer("after")
         if state == "ready" and after is not None and "" in self._within(request, after):
             raise NotFound(f"there is no message {after}")  # whose place would be told

@@ -2455,13 +2455,26 @@ class CallTest(ServerTest):
         self.assertEqual((body, headers["x-linger-priority"]), (b" a\0\r&b ", "5"))
         self.assertEqual(headers["Content-Type"], "text/plain")
 
-    def test_a_form_without_msg_is_itself_the_message(self):
-        for body in (b"hello", b"100% sure & so on", b"a=1&timeout=9"):
-            with self.subTest(body):
-                self.call("POST", "/channels/q", body, FORM)
-                _, headers, taken = self.call("GET", "/channels/q")
+    def test_any_other_body_is_the_message_and_none_of_its_bytes_is_a_parameter(self):
+        kept = random.Random(64).randbytes(200_000)
+        for body in (
+            b"hello", b"msg", b"100% sure & so on", b"a=1&timeout=9", b"rock & roll", b"=", b"&",
+            b'{"url":"https://x.example/?id=1&msg=2"}', b"=x&msg=y", b"a b=1&msg=y",
+            b"a%20b=&msg=y",
+            b'{"url":"https://x.example/?id=1&delay=3600&x=1"}', b"a=1&msg", b"\xff=1&msg=y",
+            b'{"a":"https://x.example/?dedup=k&dedup=k&x=1"}', b"a=1" + b"&b=2" * 120,
+            b"a+b=1" + b"&b=2" * 120 + b"&msg=1", b"+&msg=y", kept, b"&msg=&timeout=1" + kept,
+        ):  # fmt: skip
+            with self.subTest(body[:60]):
+                self.assertEqual(self.call("POST", "/channels/q", body, FORM)[0], 202)
+                _, headers, taken = self.call("GET", "/channels/q?nowait&auto")
                 self.assertEqual((taken, headers["Content-Type"]), (body, *FORM.values()))
-        self.assertEqual(headers["x-linger-timeout"], "9")
+                self.assertEqual(headers["x-linger-timeout"], "30")
+
+    def test_a_form_with_msg_has_a_bounded_number_of_fields(self):
+        form = "msg=x" + "&a=1" * 99
+        self.assertEqual(self.call("POST", "/channels/q", form, FORM)[0], 202)
+        self.assertEqual(self.call("POST", "/channels/q", form + "&a-b_c.d=1", FORM)[0], 400)
 
     def test_a_multipart_form_with_msg_is_that_message(self):
         form = (
@@ -2475,18 +2488,22 @@ class CallTest(ServerTest):
         _, headers, body = self.call("GET", "/channels/q")
         self.assertEqual((body, headers["x-linger-timeout"]), (b" \r\n--\xff\0", "7"))
 
-    def test_a_broken_multipart_form_is_400(self):
+    def test_a_multipart_body_that_is_no_form_of_ours_is_the_message(self):
+        part = b"--B\r\nContent-Disposition: form-data; name=%s\r\n\r\n1\r\n"
         for type, body in (
             ("multipart/form-data", b"--B--"),
             ("multipart/form-data; boundary=B", b"--B\r\nno end"),
             ("multipart/form-data; boundary=B", b"--B\r\n\r\nno name\r\n--B--"),
             ("multipart/form-data; boundary=B", b"--B\r\n" * 200 + b"--B--"),
+            ("multipart/form-data; boundary=B", part % b"timeout" + b"--B--"),
+            ("multipart/form-data; boundary=B", part % b"msg" + part % b'"a b"' + b"--B--"),
+            ("multipart/mixed; boundary=B", part % b"msg" + b"--B--"),
         ):
             with self.subTest(body):
-                self.assertEqual(
-                    self.call("POST", "/channels/q", body, {"Content-Type": type})[0], 400
-                )
-        self.assertEqual(self.broker.stats()["current-messages"], 0)
+                self.call("POST", "/channels/q", body, {"Content-Type": type})
+                _, headers, taken = self.call("GET", "/channels/q?nowait&auto")
+                self.assertEqual((taken, headers["Content-Type"]), (body, type))
+                self.assertEqual(headers["x-linger-timeout"], "30")
 
     def test_msg_in_the_query_is_the_message_when_there_is_no_body(self):
         self.call("POST", "/channels/q?msg=a%20b+c")
@@ -2501,14 +2518,112 @@ class CallTest(ServerTest):
                     query = f"?{name}={urllib.parse.quote(text, safe='%')}"
                     for path in ("/channels/q", "/channels/q/topics/t"):
                         method = "PUT" if "topics" in path else "POST"
-                        status, value = self.json(
-                            method, path + query, "x", {"Content-Type": "a/b"}
-                        )
+                        body = "x" if method == "POST" else None
+                        status, value = self.json(method, path + query, body)
                         self.assertEqual(status, 400)
                         self.assertIn(name, value["error"])
         for query in ("timeout=0", "deliver=-1", "linger=-1"):
             self.assertEqual(self.call("POST", f"/channels/q?{query}", "x")[0], 400)
         self.assertEqual(self.broker.channels(), [])
+
+    def test_where_there_are_only_parameters_they_may_be_a_form_or_a_flat_json_object(self):
+        id = self.broker.post("q", b"x").id
+        self.broker.get("q")
+        form = b"--B\r\nContent-Disposition: form-data; name=timeout\r\n\r\n60\r\n--B--"
+        for type, body in (
+            (*FORM.values(), "timeout=60&x=1"),
+            ("multipart/form-data; boundary=B", form),
+            ("application/json", '{"timeout": 60, "x": true, "dead": null}'),
+            ("Application/JSON; charset=utf-8", ' {"timeout": "60"}\r\n'),
+        ):
+            for method, path in (
+                ("PUT", "/channels/q/settings"),
+                ("PUT", "/channels/q/topics/t"),
+                ("POST", f"/messages/{id}/touch"),
+            ):
+                with self.subTest(type=type, path=path):
+                    headers = {"Content-Type": type}
+                    path += "?timeout=50"  # the body's wins
+                    self.assertEqual(self.call(method, path, body, headers)[0], 204)
+        self.assertEqual(self.broker.settings("q")["timeout"], 60)
+        headers = {"Content-Type": "application/json"}
+        for text, status in (("5", 204), ("true", 400), ("1.5", 400), ("[5]", 415)):
+            body = f'{{"for": {text}}}'
+            self.assertEqual(self.call("PUT", "/channels/q/pause", body, headers)[0], status, body)
+
+    def test_any_other_body_is_415_there_and_changes_nothing(self):
+        self.broker.set_settings("q", timeout=60)
+        self.broker.pause("q", 1000)
+        id = self.broker.post("q", b"x").id
+        self.broker.post("d", b"x")
+        for type, body in (
+            (*FORM.values(), '{"timeout": 5}'),
+            (*FORM.values(), '{"timeout=5"}'),
+            (*FORM.values(), "timeout"),
+            ("multipart/form-data; boundary=B", "--B\r\nno end"),
+            ("application/json", "[1]"),
+            ("application/json", '{"timeout": 5'),
+            ("application/json", '{"timeout": {"a": 5}}'),
+            ("application/json", '{"timeout": [5]}'),
+            ("application/json", '{"timeout": 5}, {"deliver": 5}'),
+            ("application/json", "\xff"),
+            ("application/json", '{"a":' * 10_000),
+            ("text/plain", "timeout=5"),
+            ("application/json-patch+json", "{}"),
+        ):
+            for method, path in (
+                ("PUT", "/channels/q/settings"),
+                ("PUT", "/channels/q/pause"),
+                ("PUT", "/channels/q/topics/t"),
+                ("POST", "/channels/q/redrive"),
+                ("POST", f"/messages/{id}/touch"),
+                ("DELETE", f"/messages/{id}"),
+            ):
+                with self.subTest(body=body[:30], path=path):
+                    headers = {"Content-Type": type}
+                    status, _, text = self.call(method, path, body.encode("latin-1"), headers)
+                    self.assertEqual(status, 415, text)
+        self.assertEqual(self.broker.settings("q")["timeout"], 60)
+        info = self.broker.info("q")
+        self.assertEqual((info["ready"], info["topics"], info["paused"]), (1, [], True))
+
+    def test_the_body_of_a_get_is_a_form_or_is_ignored(self):
+        self.broker.post("q", b"x")
+        self.assertEqual(self.call("GET", "/channels/q", "auto=1&n=a", FORM)[0], 400)
+        for type in ("application/json", *FORM.values()):
+            headers = {"Content-Type": type}
+            self.assertEqual(self.call("GET", "/channels", '{"info"}', headers)[0], 200)
+
+    def test_switches_are_on_unless_their_value_is_one_of_four(self):
+        for query, on in (
+            ("auto", True), ("auto=", True), ("auto=1", True), ("auto=yes", True),
+            ("auto=0", False), ("auto=False", False), ("auto=NO", False), ("auto=off", False),
+            ("auto=00", True), ("auto=none", True), ("", False),
+        ):  # fmt: skip
+            with self.subTest(query):
+                self.broker.post("q", b"x")
+                self.assertEqual(self.call("GET", f"/channels/q?{query}&timeout=60")[0], 200)
+                self.assertEqual(self.broker.info("q")["in-flight"], 0 if on else 1)
+                self.broker.drain("q")
+        self.broker.post("q", b"x" * 2000)
+        self.assertEqual(self.json("GET", "/channels?info=off")[1], {"channels": ["q"]})
+        self.assertTrue(self.json("GET", "/channels/q/messages?whole=false")[1][0]["cut"])
+        connection = self.park("empty", "?nowait=False&wait=60")
+        self.broker.post("empty", b"late")
+        self.assertTrue(connection.recv(1000).endswith(b"late"))
+
+    def test_a_raw_comma_separates_channels_in_a_get_of_messages_and_nowhere_else(self):
+        for method, path in (
+            ("POST", "/channels/a,b"), ("DELETE", "/channels/a,b"), ("POST", "/channels/a,b/batch"),
+            ("PUT", "/channels/a,b/settings"), ("GET", "/channels/a,b/info"),
+            ("PUT", "/channels/a,b/topics/t"), ("GET", "/channels/a,b/stats"),
+        ):  # fmt: skip
+            status, value = self.json(method, path, "x" if method == "POST" else None)
+            self.assertEqual(status, 400, path)
+            self.assertIn("%2C", value["error"])
+        self.assertEqual(self.call("POST", "/channels/a%2Cb", "x")[0], 202)
+        self.assertEqual(self.call("PUT", "/channels/c/topics/a,b")[0], 204)
+        self.assertEqual(self.broker.channels(), ["a,b", "c"])
 
     def test_integers_may_be_signed_and_unknown_parameters_are_ignored(self):
         path = "/channels/q?priority=%2B5&topic=x&nonsense=1"
@@ -2655,7 +2770,7 @@ class ConsumerCallTest(ServerTest):
         self.call("GET", "/channels/q")
         self.assertEqual(self.call("POST", f"/messages/{id}/release", b"x" * 4097)[0], 413)
         self.assertEqual(self.call("POST", f"/messages/{id}/release", b"\xff")[0], 400)
-        for body, reason in (("msg=a+b&delay=0", "a b"), ("boom", "boom"), ("delay=0", "boom")):
+        for body, reason in (("msg=a+b&delay=0", "a b"), ("boom", "boom"), ("delay=9", "delay=9")):
             self.assertEqual(self.call("POST", f"/messages/{id}/release", body, FORM)[0], 204)
             self.assertEqual(self.broker.get("q").error, reason)
 
@@ -3324,7 +3439,7 @@ SERVED = (
                                        + b"\r\n"}),
     ("400", "timeout must be UTF-8", {"parameter": b"GET /channels/q?nowait&timeout=%ff" + HOST
                                       + b"\r\n"}),
-    ("400", "multipart/form-data needs", {
+    ("202", "", {
         "no boundary": POST + b"Content-Type: multipart/form-data\r\nContent-Length: 1\r\n\r\nx"}),
     ("415", "a batch must be", {
         "batch of text": b"POST /channels/q/batch" + HOST + b"Content-Length: 2\r\n\r\n[]"}),
@@ -3469,7 +3584,7 @@ class WireTest(ServerTest):
     def test_heads_that_come_again_are_remembered_but_not_their_bodies(self):
         connection = self.connect()
         head = (
-            b" /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\n"
+            b" /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 17\r\n"
             b"Content-Type: application/x-www-form-urlencoded\r\n\r\n"
         )
 
@@ -3477,11 +3592,11 @@ class WireTest(ServerTest):
             connection.sendall(method + head + form)
             return int(connection.recv(1000).split()[1])
 
-        self.assertEqual([status(b"POST", b"priority=%02d" % n) for n in range(6)], [202] * 6)
+        self.assertEqual([status(b"POST", b"priority=%02d&msg=x" % n) for n in range(6)], [202] * 6)
         listed = [message.priority for message, _ in self.broker.list_messages("q")]
         self.assertEqual(listed, list(range(6)))
         self.assertEqual(
-            [status(b"GET", b"wait=09&n=" + n) for n in (b"1", b"0", b"2")], [200, 400, 200]
+            [status(b"GET", b"wait=9&auto=1&n=" + n) for n in (b"1", b"0", b"2")], [200, 400, 200]
         )
 
     def test_a_request_that_is_no_post_may_have_a_short_body_only(self):
@@ -3750,7 +3865,15 @@ class WorstCaseTest(ServerTest):
             self.post("/channels/q", FORM["Content-Type"], b"msg=" + body, 413)
         head = b"--b\r\nContent-Disposition: form-data"
         for body in (b";" * 800_000, b'; name="' * 100_000, b" ;" * 400_000, b"\r\n--b" * 150_000):
-            self.post("/channels/q", "multipart/form-data; boundary=b", head + body, 400)
+            self.post("/channels/q", "multipart/form-data; boundary=b", head + body, 413)
+        for body in (b"msg=&" + b"&" * 700_000, b"msg=" + b"&a" * 350_000):
+            self.post("/channels/q", FORM["Content-Type"], body, 400)
+        for body in (
+            b"msg=&" + b"a" * 700_000 + b" ",
+            b"a" * 700_000 + b"&msg=&=",
+            b"a=&" * 250_000,
+        ):
+            self.post("/channels/q", FORM["Content-Type"], body, 413)
 
     def test_batches(self):
         for body in (b'["' + b'"' * 7_000_000, b"[" + b"1" * 3_000_000 + b"]", b"[" * 7_000_000,
