@@ -7368,91 +7368,198 @@ FIRST, SECOND = 1, 2
 
 
 class ReadmeTest(Folder):
+    """README.md says everything, in short lines, and its examples give what they show."""
+
+    INTERNAL_LIMITS = frozenset((
+        "MAX_BLOB", "MAX_CACHED_HEAD", "MAX_DELAYED_FAILURES", "MAX_FAILING_ADDRESSES",
+        "MAX_IDLE_CHANNELS", "MAX_INTEGER", "MAX_LINES_BYTES", "MAX_REFUSED_CONNECTIONS",
+        "MAX_REQUEST_HEAD", "MAX_REQUEST_LINE", "MAX_RETRY_DELAY", "MAX_SIMULTANEOUS", "MAX_TIMER",
+    ))  # fmt: skip
+
     def setUp(self):
         super().setUp()
         self.readme = (HERE / "README.md").read_text()
 
-    def test_every_call_option_parameter_counter_and_limit_is_in_it(self):
+    # -- form
+
+    def prose(self):
+        """The paragraphs and list items, as lists of lines: no code, tables or headings."""
+        text = re.sub(r"^```.*?^```$", "", self.readme, flags=re.M | re.S)
+        paragraph = []
+        for line in [*text.split("\n"), ""]:
+            if line.startswith("- "):
+                yield paragraph
+                paragraph = [line]
+            elif not line or line.startswith(("#", "|", "    ")):
+                yield paragraph
+                paragraph = []
+            else:
+                paragraph.append(line)
+
+    def headings(self):
+        """Level, text and anchor of each heading, as GitHub makes them."""
+        text = re.sub(r"^```.*?^```$", "", self.readme, flags=re.M | re.S)
+        for marks, title in re.findall(r"^(#+) (.+)$", text, re.M):
+            kept = re.sub(r"[^\w\- ]", "", title.lower())
+            yield len(marks), title, kept.replace(" ", "-")
+
+    def section(self, title):
+        """The text below a heading of the second level."""
+        return self.readme.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+    def test_no_line_of_prose_is_longer_than_120_characters(self):
+        self.assertGreater(sum(map(len, self.prose())), 300)
+        self.assertEqual([line for p in self.prose() for line in p if len(line) > 120], [])
+
+    def test_no_paragraph_has_more_than_five_lines(self):
+        self.assertEqual([p for p in self.prose() if len(p) > 5], [])
+
+    def test_every_link_leads_to_a_heading(self):
+        anchors = [anchor for _, _, anchor in self.headings()]
+        links = re.findall(r"\]\(([^)]*)\)", self.readme)
+        self.assertEqual([link for link in links if link[1:] not in anchors], [])
+        self.assertEqual([a for a in anchors if anchors.count(a) > 1], [])
+
+    def test_the_contents_list_every_section_after_it(self):
+        links = re.findall(r"^- \[(.*?)\]\(#(.*?)\)", self.section("Contents"), re.M)
+        sections = [(title, anchor) for level, title, anchor in self.headings() if level == 2]
+        first = next(n for n, (title, _) in enumerate(sections) if title == "Contents") + 1
+        self.assertEqual(links, sections[first:])
+
+    # -- completeness
+
+    def test_every_route_parameter_and_counter_is_in_the_reference(self):
         names = [f"`{route.method} {route.path}`" for route in linger.ROUTES]
-        names += [f"`--{option.name}" for option in linger.OPTIONS]
         names += [f"`{p.name}`" for p in (*linger.CHANNEL_PARAMETERS, *linger.DEDUP_PARAMETERS)]
         names += [f"`{counter}`" for counter in linger.COUNTERS]
-        headers = re.findall(r"x-linger-[a-z-]+", (HERE / "linger.py").read_text())
-        names += [f"`{header}`" for header in headers]
-        self.assertEqual([name for name in names if name not in self.readme], [])
+        self.assertEqual([name for name in names if name not in self.section("HTTP API")], [])
 
-    def test_every_limit_is_in_it(self):
-        section = self.readme.partition("## Limits\n")[2].partition("\n## ")[0]
-        for name in (
-            "MAX_MESSAGE", "MAX_BATCH", "MAX_BATCH_BYTES", "MAX_REASON", "MAX_BACKOFF", "MAX_NAME",
-            "MAX_CHANNELS_AT_ONCE", "MAX_WAIT", "MAX_TARGET", "MAX_LINE", "MAX_HEAD", "MAX_FIELDS",
-            "MAX_CHUNKS", "MAX_CHUNK_LINE", "MAX_PARAMETERS", "FORM_SLACK", "MAX_CHANNELS",
-            "MAX_SUBSCRIBERS", "MAX_BATCH_COPIES", "MAX_BATCH_COPY_BYTES", "MAX_CONNECTIONS",
-            "READ_TIMEOUT",
-            "IDLE_TIMEOUT", "SEND_TIMEOUT", "MAX_BUFFERED",
-        ):  # fmt: skip
+    def test_every_response_header_is_in_the_reference(self):
+        headers = set(re.findall(r"x-linger-[a-z-]*[a-z]", (HERE / "linger.py").read_text()))
+        self.assertGreater(len(headers), 15)
+        self.assertEqual([h for h in headers if f"`{h}`" not in self.section("HTTP API")], [])
+
+    def test_every_status_of_an_error_is_in_the_reference(self):
+        """Those of the error classes, and those given to an error as its second argument."""
+        tree = ast.parse((HERE / "linger.py").read_text())
+        errors = [kind.__name__ for kind in linger.LingerError.__subclasses__()] + ["LingerError"]
+        statuses = {getattr(linger, name).status for name in errors}
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in errors:
+                statuses |= {a.value for a in call.args[1:2] if isinstance(a, ast.Constant)}
+        rows = re.findall(r"^\| ([0-9, ]+) \|", self.section("HTTP API"), re.M)
+        listed = {int(status) for row in rows for status in row.split(", ")}
+        only_of_client = {502}  # not what the server responds: raised by Client itself
+        self.assertEqual({s for s in statuses if isinstance(s, int)} - listed, only_of_client)
+
+    def test_every_option_of_the_server_is_in_its_table_with_its_default(self):
+        table = self.section("Deployment")
+        for option in linger.OPTIONS:
+            name = f"--{option.name} {option.value}".rstrip()
+            default = (
+                ""
+                if option.default in (None, "") or option.default is False
+                else f"{option.default} "
+            )
+            self.assertIn(f"\n| `{name}` | {default}| ", table)
+
+    def test_every_limit_is_in_the_section_of_limits_or_is_internal(self):
+        section = self.section("Limits")
+        names = {n for n in vars(linger) if n.startswith("MAX_")} - self.INTERNAL_LIMITS
+        self.assertGreater(len(names), 25)
+        names |= {"READ_TIMEOUT", "IDLE_TIMEOUT", "SEND_TIMEOUT", "SEND_CHUNK", "FORM_SLACK"}
+        for name in names:
             self.assertRegex(section, rf"(?<![0-9,]){getattr(linger, name):,}(?!,?[0-9])", name)
         for option in linger.OPTIONS:
-            if option.name.startswith("max-") or option.name.endswith("-timeout"):
-                self.assertIn(f"`--{option.name}`", section)
+            if option.name.startswith("max-") or option.name == "read-timeout":
+                self.assertIn(f"`--{option.name}", section)
 
     def test_every_command_is_in_a_session_and_every_option_told(self):
-        sessions = "".join(re.findall(r"```console\n(.*?)```", self.readme, re.S))
-        words = set(re.split(r"[\s`,()]+", self.readme))
+        section = self.section("Command line")
+        sessions = "".join(re.findall(r"```console\n(.*?)```", section, re.S))
+        words = set(re.split(r"[\s`,()]+", section))
         parameters = {f"--{p.name}" for p in linger.ALL_PARAMETERS}
         for command in linger.COMMANDS[1:]:
             self.assertTrue(re.search(rf"linger {command.name}\b", sessions), command.name)
             names = {name for names, _ in command.arguments for name in names if name[0] == "-"}
             self.assertEqual(names - words - parameters, set(), command.name)
 
-    @unittest.skipUnless(shutil.which("curl"), "needs curl")
-    def test_every_line_for_a_shell_gives_what_it_shows(self):
-        self.run_in_folder()
-        for number, block in enumerate(re.findall(r"```console\n(.*?)```", self.readme, re.S)):
-            with self.subTest(block=number), linger.serve() as server:
-                commands = re.split(r"(?m)^\$ ", block)[1:]
-                for text in commands:
-                    command, _, expected = text.partition("\n")
-                    while command.endswith("\\"):
-                        more, _, expected = expected.partition("\n")
-                        command = command[:-1] + more.lstrip("> ")
-                    self.check(command, expected, server)
-
-    def run_in_folder(self):
-        here = os.getcwd()
-        os.chdir(self.folder)
-        self.addCleanup(os.chdir, here)
-
-    def test_every_python_session_gives_what_it_shows(self):
-        """One that begins with an import has a server of its own, the next ones go on with it."""
-        self.run_in_folder()
-        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
-        sessions = re.findall(r"```pycon\n(.*?)```", self.readme, re.S)
-        for text in "".join(sessions).split(">>> import ")[1:]:
-            with linger.serve() as server:
-                text = (">>> import " + text).replace("http://127.0.0.1:8989", server.url)
-                test = doctest.DocTestParser().get_doctest(text, {}, "README.md", None, None)
-                output = io.StringIO()
-                self.assertEqual(runner.run(test, out=output.write).failed, 0, output.getvalue())
-
     def test_every_method_of_the_client_is_in_a_session(self):
         sessions = "".join(re.findall(r"```py(?:thon|con)\n(.*?)```", self.readme, re.S))
         methods = [name for name in vars(linger.Client) if not name.startswith("_")]
         self.assertEqual([m for m in methods if f".{m}(" not in sessions], [])
 
+    # -- examples
+
+    @unittest.skipUnless(shutil.which("curl"), "needs curl")
+    def test_every_line_for_a_shell_gives_what_it_shows(self):
+        """Each block starts on an empty server; the tutorial is one session."""
+        blocks = re.findall(r"```console\n(.*?)```", self.readme, re.S)
+        tutorial = re.findall(r"```console\n(.*?)```", self.section("Tutorial"), re.S)
+        sessions = [[block] for block in blocks if block not in tutorial]
+        for number, session in enumerate([tutorial, *sessions]):
+            with self.subTest(session=number), self.new_server() as server:
+                for text in re.split(r"(?m)^\$ ", "".join(session))[1:]:
+                    command, _, expected = text.partition("\n")
+                    self.check(command, expected, server)
+
+    @contextlib.contextmanager
+    def new_server(self):
+        """An empty server, and an empty current directory."""
+        here = os.getcwd()
+        os.chdir(tempfile.mkdtemp(dir=self.folder))
+        try:
+            with linger.serve() as server:
+                yield server
+        finally:
+            os.chdir(here)
+
+    def check(self, command, expected, server):
+        command = command.replace("http://127.0.0.1:8989", server.url)
+        words = list(shlex.shlex(command, posix=True, punctuation_chars=True))
+        if words[0] == "linger" and not {"|", "||", ">", "<", "--"} & set(words):
+            _, output, errors = run_command(server.url, *shlex.split(command)[1:])
+            output = output.decode() + errors
+        else:
+            output = self.run_shell(command, server)
+        pattern = re.escape(expected.rstrip("\n")).replace(re.escape("..."), ".*")
+        self.assertRegex(output.rstrip("\n"), f"^(?s:{pattern})$", command)
+
+    def run_shell(self, command, server):
+        self.assertRegex(command, "curl |linger ")
+        script = """curl() { command curl -s "$@"; }; linger() { "$PYTHON" "$LINGER" "$@"; }; """
+        names = {"PYTHON": sys.executable, "LINGER": compiled}
+        return subprocess.run(
+            ["sh", "-c", script + command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
+            env={**os.environ, **names, "LINGER_URL": server.url},
+        ).stdout.replace("\r\n", "\n")  # fmt: skip
+
+    def test_every_python_session_gives_what_it_shows(self):
+        """Each has an empty server."""
+        runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+        sessions = re.findall(r"```pycon\n(.*?)```", self.readme, re.S)
+        self.assertGreater(len(sessions), 4)
+        for text in sessions:
+            with self.new_server() as server:
+                text = text.replace("http://127.0.0.1:8989", server.url)
+                test = doctest.DocTestParser().get_doctest(text, {}, "README.md", None, None)
+                output = io.StringIO()
+                self.assertEqual(runner.run(test, out=output.write).failed, 0, output.getvalue())
+
     def test_the_worker_works_until_sigterm(self):
         self.hasten(DISCONNECT_CHECK_INTERVAL=0.02)
         script = next(s for s in self.python_blocks() if ".work(" in s)
         with linger.serve() as server, linger.Client(server.url) as client:
-            client.post("jobs", "Do this!")
+            client.post("images", "cat.jpg")
             worker = subprocess.Popen(
                 [sys.executable, *STRICT, "-c", script], cwd=os.path.dirname(compiled), text=True,
                 env={**os.environ, "LINGER_URL": server.url}, stdout=subprocess.PIPE,
             )  # fmt: skip
             self.addCleanup(worker.communicate)
             self.addCleanup(worker.kill)
-            self.assertEqual(worker.stdout.readline(), "Do this!\n")
-            until(lambda: client.channel_stats("jobs") == {"ready": 0, "hidden": 0})
+            self.assertEqual(worker.stdout.readline(), "working on: cat.jpg\n")
+            until(lambda: client.channel_stats("images") == {"ready": 0, "hidden": 0})
             worker.terminate()
             self.assertEqual(worker.wait(PATIENCE), 0)
 
@@ -7467,37 +7574,6 @@ class ReadmeTest(Folder):
 
     def python_blocks(self):
         return re.findall(r"```python\n(.*?)```", self.readme, re.S)
-
-    def check(self, command, expected, server):
-        command = command.replace("http://127.0.0.1:8989", server.url)
-        words = list(shlex.shlex(command, posix=True, punctuation_chars=True))
-        if words[0] == "linger" and not {"|", "||", ">", "<", "--"} & set(words):
-            _, output, errors = run_command(server.url, *shlex.split(command)[1:])
-            output = output.decode() + errors
-        else:
-            output = self.run_shell(command, server)
-        pattern = re.escape(expected.rstrip("\n")).replace(re.escape("..."), ".*")
-        self.assertRegex(output.rstrip("\n"), f"^(?s:{pattern})$", command)
-
-    def end_wait(self, broker):
-        """Ends the wait of a consumer, as the second for which it waits would."""
-        until(lambda: broker._waiting)
-        ((waiter,),) = (queue.values() for queue in broker._waiting.values())
-        broker.cancel(waiter)
-
-    def run_shell(self, command, server):
-        ended = self.thread(self.end_wait, server.broker) if "wait=1'" in command else None
-        self.assertRegex(command, "curl |linger ")
-        script = """curl() { command curl -s "$@"; }; linger() { "$PYTHON" "$LINGER" "$@"; }; """
-        names = {"PYTHON": sys.executable, "LINGER": compiled}
-        output = subprocess.run(
-            ["sh", "-c", script + command],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
-            env={**os.environ, **names, "LINGER_URL": server.url},
-        ).stdout.replace("\r\n", "\n")  # fmt: skip
-        if ended is not None:
-            ended.result()
-        return output
 
 
 if __name__ == "__main__":
