@@ -4783,16 +4783,23 @@ class Handler(BaseHTTPRequestHandler):
     # -- bytes in
 
     def _receive(self, deadline: float, size: int = 65_536) -> bytes:
-        """What comes next; empty at the end of the stream.  TimeoutError at the deadline."""
+        """What comes next; empty at the end of the stream.  TimeoutError at the deadline.
+
+        A server that stops ends the streams of idle connections, also of one whose next request
+        has just begun to come.  That is no mistake of its client: ConnectionAbortedError.
+        """
         while (remaining := deadline - time.monotonic()) > 0:
             if remaining != self._patience:
                 self._be_patient(remaining)
             try:
-                return self._stream.recv(size)
+                data = self._stream.recv(size)
             except ssl.SSLWantReadError:
                 continue
             except BlockingIOError:
                 break
+            if not data and self.server.stopping:
+                raise ConnectionAbortedError
+            return data
         raise TimeoutError
 
     def _be_patient(self, seconds: float) -> None:

@@ -2405,6 +2405,28 @@ def trickling(most=lambda: 1):
         yield
 
 
+class HeldBack:
+    """A connection that hands over the first bytes only after it was shut down."""
+
+    def __init__(self, connection, arrived):
+        self._connection = connection
+        self._arrived = arrived
+        self._shut = threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def recv(self, size):
+        data = self._connection.recv(size)
+        self._arrived.set()
+        self._shut.wait(PATIENCE)
+        return data
+
+    def shutdown(self, how):
+        self._connection.shutdown(how)
+        self._shut.set()
+
+
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
@@ -3848,6 +3870,62 @@ class FuzzTest(ServerTest):
                 for channel in self.broker.channels():
                     self.broker.drain(channel)
         self.assertGreater(count, 50 * self.seconds)
+
+
+class StopTest(ServerTest):
+    """A stop while a request is just coming: its thread has read it and has not yet looked at it,
+    so that its connection seems to be idle."""
+
+    WHOLE = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
+
+    def answer(self, begun):
+        """The bytes that the server sends when it is stopped at that moment."""
+        arrived = threading.Event()
+        setup = linger.Handler.setup
+
+        def set_up(handler):
+            setup(handler)
+            handler._stream = handler.connection = HeldBack(handler.connection, arrived)
+
+        with unittest.mock.patch.object(linger.Handler, "setup", set_up):
+            connection = self.connect()
+            connection.sendall(begun)
+            self.assertTrue(arrived.wait(PATIENCE))
+            self.server.close()
+            return connection.recv(1000)
+
+    def test_a_whole_request_is_answered(self):
+        self.assertTrue(self.answer(self.WHOLE).startswith(b"HTTP/1.1 202 "))
+
+    def test_one_whose_body_is_still_to_come_is_closed_without_an_answer(self):
+        self.assertEqual(self.answer(self.WHOLE[:-5]), b"")
+
+    def test_one_whose_head_has_just_begun_is_closed_without_an_answer(self):
+        self.assertEqual(self.answer(self.WHOLE[:20]), b"")
+
+    def test_one_in_the_middle_of_a_chunk_is_closed_without_an_answer(self):
+        head = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for begun in (head, head + b"5\r\nhel", head + b"5\r\nhello\r\n0\r\n"):
+            self.setUp()
+            self.assertEqual(self.answer(begun), b"")
+
+    def test_no_good_request_gets_4xx_however_it_meets_the_stop(self):
+        for _ in range(10):
+            self.setUp()
+            connections = [self.connect() for _ in range(8)]
+            for connection in connections:
+                connection.sendall(self.WHOLE)
+                self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 202 "))
+            stopping = self.thread(self.server.close)
+            answers = b""
+            for connection in connections:
+                with contextlib.suppress(OSError):
+                    for piece in (self.WHOLE[:40], self.WHOLE[40:-5], self.WHOLE[-5:]):
+                        connection.sendall(piece)
+                    answers += connection.recv(1000)
+            stopping.result(PATIENCE)
+            statuses = set(re.findall(rb"HTTP/1\.1 ([0-9]+)", answers))
+            self.assertLessEqual(statuses, {b"202", b"503"})
 
 
 class WorstCaseTest(ServerTest):
