@@ -16,6 +16,7 @@ import errno
 import gc
 import hashlib
 import http.client
+import http.server
 import io
 import itertools
 import json
@@ -5746,12 +5747,15 @@ class WorkerTest(ClientCase):
 class Process:
     """A real `python linger.py` on a port of its own choice."""
 
-    def __init__(self, *arguments, program=(), environment=None, before=None, strict=True):
+    def __init__(
+        self, *arguments, program=(), environment=None, before=None, strict=True, errors=None
+    ):
+        """Standard error goes to a file `errors`, or is what `end` returns."""
         strictly = STRICT if strict else ()
         self.process = subprocess.Popen(
             [sys.executable, *strictly, *(program or [compiled]), *arguments],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=errors or subprocess.PIPE,
             env={**os.environ, **(environment or {})},
             preexec_fn=before,
             text=True,
@@ -7169,6 +7173,243 @@ class SyncTest(ProcessCase):
             for call, events in self.changes(server):
                 with self.subTest(level, call=call):
                     self.assertRegex(events, pattern)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+
+
+class Browser:
+    """A headless Chromium, driven by WebDriver (w3.org/TR/webdriver2)."""
+
+    OPTIONS = (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--disable-dev-shm-usage", "--host-resolver-rules=MAP *.example 127.0.0.1",
+    )  # fmt: skip
+
+    def __init__(self, folder):
+        """Starts it with an empty profile in a folder."""
+        self.driver = subprocess.Popen(
+            [CHROMEDRIVER, "--port=0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "HOME": str(folder)},
+        )
+        try:
+            line = next(line for line in self.driver.stdout if "successfully on port" in line)
+            port = int(re.findall("[0-9]+", line)[-1])
+            self.http = http.client.HTTPConnection("127.0.0.1", port, timeout=3 * PATIENCE)
+            options = {"binary": CHROMIUM, "args": [*self.OPTIONS, f"--user-data-dir={folder}/it"]}
+            self.path = "/session"
+            session = self.call("POST", "", {
+                "capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}
+            })  # fmt: skip
+            self.path += "/" + session["sessionId"]
+        except BaseException:
+            self.end_driver()
+            raise
+
+    def call(self, method, path, body=None):
+        """Makes a call of the session; its value, or an `AssertionError` with what went wrong."""
+        self.http.request(method, self.path + path, None if body is None else json.dumps(body))
+        value = json.loads(self.http.getresponse().read())["value"]
+        if isinstance(value, dict) and "error" in value:
+            raise AssertionError(f"{value['error']}: {value['message'].splitlines()[0]}")
+        return value
+
+    def open(self, url):
+        self.call("POST", "/url", {"url": url})
+
+    def run(self, script, *arguments):
+        """The value, or that of the promise, which the body of a JavaScript function returns."""
+        return self.call("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def close(self):
+        try:
+            self.call("DELETE", "")
+        finally:
+            self.http.close()
+            self.end_driver()
+
+    def end_driver(self):
+        self.driver.terminate()
+        self.driver.communicate(timeout=PATIENCE)
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    """Answers with an empty page, and with the header that its query names."""
+
+    def do_GET(self):
+        header = {
+            "": ("Referrer-Policy", "unsafe-url"),
+            "no-referrer": ("Referrer-Policy", "no-referrer"),
+            "sandbox": ("Content-Security-Policy", "sandbox allow-scripts allow-forms"),
+        }[self.path.partition("?")[2]]
+        self.send_response(200)
+        self.send_header(*header)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!DOCTYPE html><title>Foreign</title><body>")
+
+    def log_message(self, *arguments):
+        pass
+
+
+# What pages can make a browser send without asking anybody: each is called with a URL, and returns
+# an element or a promise.  Most read, which takes a message; those of WRITES post one.
+ATTACKS = """
+function element(name, attributes) {
+    return Object.assign(document.createElement(name), attributes);
+}
+function form(url, method) {
+    const name = "frame" + Math.random();
+    const frame = element("iframe", {name});
+    const form = element("form", {method, action: url, target: name});
+    form.append(element("input", {name: "nowait", value: ""}));
+    document.body.append(frame, form);
+    return new Promise(done => { frame.onload = done; form.submit(); });
+}
+const attacks = {
+    image: url => element("img", {src: url}),
+    script: url => element("script", {src: url}),
+    module: url => element("script", {type: "module", src: url}),
+    stylesheet: url => element("link", {rel: "stylesheet", href: url}),
+    preload: url => element("link", {rel: "preload", as: "image", href: url}),
+    frame: url => element("iframe", {src: url}),
+    object: url => element("object", {data: url}),
+    video: url => element("video", {src: url}),
+    audio: url => element("audio", {src: url}),
+    font: url => new FontFace("f" + Math.random(), `url(${url})`).load(),
+    events: url => new Promise(done => {
+        const source = new EventSource(url);
+        source.onerror = () => { source.close(); done(); };
+    }),
+    fetch: url => fetch(url, {mode: "no-cors"}),
+    credentials: url => fetch(url, {mode: "no-cors", credentials: "include"}),
+    cors: url => fetch(url),
+    form: url => form(url, "GET"),
+    "POST form": url => form(url, "POST"),
+    "POST fetch": url => fetch(url, {mode: "no-cors", method: "POST", body: "x"}),
+    "POST cors": url => fetch(url, {method: "POST", body: "x"}),
+};
+async function attack(kind, url) {
+    const made = attacks[kind](url);
+    const ended = made instanceof Promise ? made.catch(() => 0) : new Promise(done => {
+        made.onload = made.onerror = done;
+        document.body.append(made);
+    });
+    return Promise.race([ended, new Promise(done => setTimeout(done, 5000))]);
+}
+function attackAll(list) {
+    return Promise.all(list.map(([kind, url]) => attack(kind, url))).then(() => 0);
+}
+"""
+
+
+@unittest.skipUnless(CHROMIUM and CHROMEDRIVER, "needs chromium and chromedriver")
+class BrowserTest(ProcessCase):
+    """What pages can do with a server on loopback, in a real browser."""
+
+    HOSTS = ("127.0.0.1", "localhost", "x.localhost", "0.0.0.0", "[::ffff:127.0.0.1]", "b.example")
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp(prefix="linger-test-")
+        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
+        cls.browser = Browser(folder)
+        cls.addClassCleanup(cls.browser.close)
+        pages = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+        cls.addClassCleanup(pages.server_close)
+        cls.pages = pages.server_port
+        thread = threading.Thread(target=pages.serve_forever, args=(0.01,))
+        thread.start()
+        cls.addClassCleanup(thread.join)
+        cls.addClassCleanup(pages.shutdown)
+
+    def page(self, host, header=""):
+        return f"http://{host}:{self.pages}/?{header}"
+
+    def changed(self, server):
+        """The channels that do not have the one message that was posted to each of them."""
+        names = json.loads(server.call("GET", "/channels")[2])["channels"]
+        stats = {
+            name: json.loads(server.call("GET", f"/channels/{urllib.parse.quote(name)}/stats")[2])
+            for name in names
+        }
+        return [name for name in names if stats[name] != {"ready": 1, "hidden": 0}]
+
+    def attack(self, page):
+        """Lets a page do all that it can; the channels that this changed or did not refuse."""
+        with open(self.folder / "log", "w+") as log:
+            server = self.start("--log-requests", "--dbfile=:memory:", errors=log)
+            self.browser.open(page)
+            urls = {}
+            for kind in self.browser.run(ATTACKS + "return Object.keys(attacks)"):
+                for host in self.HOSTS:
+                    channel = f"{kind} to {host}"
+                    path = "/channels/" + urllib.parse.quote(channel)
+                    self.assertEqual(server.call("POST", path, "x")[0], 202)
+                    query = "" if kind.startswith("POST") else "?nowait"
+                    urls[channel] = (kind, f"http://{host}:{server.port}{path}{query}")
+            self.browser.run(ATTACKS + "return attackAll(arguments[0])", list(urls.values()))
+            changed = self.changed(server)
+            server.end()
+            log.seek(0)
+            refused = re.findall(r"(?:GET|POST) /channels/([^ ?]+)\S* 403 ", log.read())
+        return changed, urls.keys() - map(urllib.parse.unquote, refused)
+
+    def test_no_page_of_another_origin_takes_or_posts_a_message(self):
+        for page in (
+            self.page("a.example"),
+            self.page("a.example", "no-referrer"),
+            self.page("a.example", "sandbox"),
+            self.page("127.0.0.1", "no-referrer"),  # another origin of the same site
+        ):
+            with self.subTest(page):
+                changed, not_refused = self.attack(page)
+                self.assertEqual(changed, [])
+                self.assertEqual(not_refused, set())  # each attack has reached the server
+
+    def test_no_page_takes_a_message_by_sending_its_reader_there(self):
+        server = self.start("--dbfile=:memory:")
+        for host in self.HOSTS:
+            with self.subTest(host):
+                self.assertEqual(server.call("POST", f"/channels/{host}", "x")[0], 202)
+                self.browser.open(self.page("a.example", "no-referrer"))
+                url = f"http://{host}:{server.port}/channels/{host}?nowait"
+                self.browser.run("location = arguments[0]", url)
+                state = "return document.readyState + document.title"
+                until(lambda state=state: self.browser.run(state) == "complete")
+        self.assertEqual(self.changed(server), [])
+
+    def test_a_page_of_the_server_itself_posts_and_takes(self):
+        server = self.start("--dbfile=:memory:")
+        for host in ("127.0.0.1", "localhost", "x.localhost"):
+            with self.subTest(host):
+                self.browser.open(f"http://{host}:{server.port}/health")
+                script = """
+                    return fetch("/channels/q", {method: "POST", body: "x"})
+                        .then(posted => fetch("/channels/q?auto&nowait"))
+                        .then(taken => taken.text())
+                """
+                self.assertEqual(self.browser.run(script), "x")
+
+    def test_a_page_of_an_allowed_origin_posts_and_takes(self):
+        origin = f"http://a.example:{self.pages}"
+        server = self.start("--dbfile=:memory:", f"--cors={origin}")
+        script = """
+            return fetch(arguments[0], {method: "POST", body: "x"})
+                .then(posted => fetch(arguments[0] + "?auto&nowait"))
+                .then(taken => taken.text())
+                .catch(error => "refused")
+        """
+        for host, expected in (("a.example", "x"), ("b.example", "refused")):
+            with self.subTest(host):
+                self.browser.open(self.page(host))
+                url = f"http://127.0.0.1:{server.port}/channels/q"
+                self.assertEqual(self.browser.run(script, url), expected)
 
 
 # -- Files ---------------------------------------------------------------------------------------
