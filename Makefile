@@ -1,25 +1,28 @@
-# python3 is all that `run`, `test`, `bench` and `clean` need; `check` also wants ruff and mypy.
+# python3 is all that these need; `check` also wants ruff and mypy.
 PYTHON = python3
 
-.PHONY: run test check bench sizes clean
+.PHONY: run test check bench sizes clean help
 
-run:
+run:  # start a server on port 8989
 	$(PYTHON) linger.py
 
-test:
+test:  # run all tests, with warnings as errors
 	$(PYTHON) -X dev -W error -m unittest
 
-check: test
+check: test  # run all tests, then ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy --strict linger.py
 
-bench:
+bench:  # measure the throughput of a server on this machine
 	$(PYTHON) linger.py bench
 
-sizes:  # lines of each section of linger.py
-	@awk '/^# -----/ { banner = !banner; if (banner) { getline; sub(/:.*/, ""); name = $$0 } } \
-	    { lines[name]++ } END { for (name in lines) print lines[name] "\t" name }' linger.py | sort -rn
+sizes:  # show the lines of each section, and what is too large
+	@$(PYTHON) -c "import test_linger; test_linger.print_sizes()"
 
-clean:
-	rm -rf __pycache__ .mypy_cache .ruff_cache
+clean:  # delete what Python, ruff and mypy keep
+	$(PYTHON) -c "import shutil; [shutil.rmtree(f, True) for f in ('__pycache__', '.mypy_cache', '.ruff_cache')]"
+
+help:  # show this list
+	@$(PYTHON) -c "import re; print(*('make %-6s %s' % target for target in \
+	    re.findall(r'(?m)^(\w+):.*?# (.+)', open('Makefile').read())), sep='\n')"

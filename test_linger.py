@@ -7636,6 +7636,17 @@ FIRST, SECOND = 1, 2
         for route in linger.ROUTES:
             self.assertTrue(callable(getattr(linger.Handler, route.handler)), route)
 
+    @unittest.skipUnless(shutil.which("make"), "needs make")
+    def test_make_help_lists_every_target(self):
+        targets = re.findall(r"(?m)^\.PHONY: (.*)", (HERE / "Makefile").read_text())[0].split()
+        output = subprocess.check_output(["make", "help"], cwd=HERE, text=True)
+        self.assertEqual(re.findall(r"(?m)^make (\w+) +[^ ]", output), targets)
+
+    def test_ci_runs_on_every_python_that_is_supported(self):
+        workflow = (HERE / ".github/workflows/ci.yml").read_text()
+        versions = re.findall(r'"3\.([0-9]+)"', re.findall(r"(?m)python: (\[.*\])", workflow)[0])
+        self.assertEqual([int(minor) for minor in versions], list(range(9, 15)))
+
     def database(self):
         connection = sqlite3.connect(":memory:")
         self.addCleanup(connection.close)
