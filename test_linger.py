@@ -7744,10 +7744,13 @@ class ReadmeTest(Folder):
     def test_no_paragraph_has_more_than_five_lines(self):
         self.assertEqual([p for p in self.prose() if len(p) > 5], [])
 
-    def test_every_link_leads_to_a_heading(self):
+    def test_every_link_leads_to_a_heading_or_a_file(self):
         anchors = [anchor for _, _, anchor in self.headings()]
         links = re.findall(r"\]\(([^)]*)\)", self.readme)
-        self.assertEqual([link for link in links if link[1:] not in anchors], [])
+        inner = [link[1:] for link in links if link.startswith("#")]
+        self.assertEqual([link for link in inner if link not in anchors], [])
+        files = [link for link in links if not link.startswith("#")]
+        self.assertEqual([file for file in files if not (HERE / file).is_file()], [])
         self.assertEqual([a for a in anchors if anchors.count(a) > 1], [])
 
     def test_the_contents_list_every_section_after_it(self):
