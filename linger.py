@@ -22,8 +22,14 @@ The file reads downwards: a section uses only what stands above it.
     Routes        every call of the HTTP API
     Handler       bytes in, call the broker, bytes out
     Server        connections, threads, start and stop
-    Client        the calls as methods, and the loop of a worker
-    Command line  the server's options; the commands, for scripts and people
+    Encoding      values of Python as requests, responses as messages
+    Transport     connections of a client, retries
+    Client        the HTTP API as methods, and the loop that takes messages
+    Options       of the server: one table; how it starts and stops
+    Commands      what each command does, and how it writes the result
+    Worker        `linger work`: a process for each message
+    Bench         `linger bench`: measures a server
+    Command line  the table of commands; `main`
 """
 
 from __future__ import annotations
@@ -68,7 +74,17 @@ import urllib.parse
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union
+from typing import (
+    Any,
+    BinaryIO,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Protocol,
+    TypeVar,
+    Union,
+    get_type_hints,
+)
 
 __version__ = "2.0.0"
 __all__ = [
@@ -5734,34 +5750,423 @@ def serve(
 
 
 # ---------------------------------------------------------------------------------------------
-# Client: the calls of the API as methods, and the loop of a worker.  Blocking and thread-safe.
-#
-# A call that changes nothing when it is made twice is sent again when its connection breaks; one
-# that adds or takes something is not, unless a key makes it safe: nobody knows whether it was
-# done.  A connection that cannot be made is an error at once.
+# Encoding: bodies, names and parameters as the client sends them, messages as it receives them,
+# and the records of a dump.  Knows JSON and header values, but no connection.
 # ---------------------------------------------------------------------------------------------
 
 ChannelNames = Union[str, Sequence[str]]
-Delivery = tuple[int, Optional[int]]  # a message's id, and its lease or None for any
-Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]
+MessageOrId = Union[Message, int]
+Delivery = tuple[int, Optional[int]]  # id of a message, and its lease or None for any lease
+Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]  # of a batch
+
+JSON_TYPE = "application/json"
+INTEGER_FIELDS = {name for name, kind in get_type_hints(Message).items() if kind is int}
+
+
+def encode_text(text: str) -> bytes:
+    """Returns a text in UTF-8; `BadRequest` if it contains surrogates."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRequest("the text must be Unicode, without surrogates") from None
+
+
+def encode_message(body: object, type: Optional[str] = None) -> tuple[bytes, str]:
+    """Returns the bytes and type of a body: bytes and str are text/plain, all else is JSON."""
+    if type is not None and not HEADER_VALUE.fullmatch(type):
+        raise BadRequest("type must be a valid header value")
+    if isinstance(body, (bytes, bytearray, memoryview)):
+        return bytes(body), type or DEFAULT_TYPE
+    if isinstance(body, str):
+        return encode_text(body), type or DEFAULT_TYPE
+    return encode_text(TO_JSON(body)), type or JSON_TYPE
+
+
+def encode_item(table: Sequence[Parameter], item: Item) -> dict[str, object]:
+    """Returns an item of a batch as a JSON object."""
+    body, type, parameters = item if isinstance(item, tuple) else (item, None, {})
+    data, type = encode_message(body, type)
+    return {**encode_parameters(table, parameters), **body_object(data), "type": type}
+
+
+def encode_batch(items: Iterable[Item], table: Sequence[Parameter]) -> tuple[bytes, str]:
+    """Returns the body and type of a batch request; the error of a bad item has its index."""
+    objects = _each(list(items), functools.partial(encode_item, table))
+    return encode_text(TO_JSON(objects)), JSON_TYPE
+
+
+def encode_parameters(
+    table: Sequence[Parameter], values: Mapping[str, object]
+) -> dict[str, object]:
+    """Returns the values that are not None under their HTTP names; `BadRequest` if one is bad."""
+    named = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
+    unknown = named.keys() - {p.name for p in table}
+    if unknown:
+        names = ", ".join(p.name.replace("-", "_") for p in table)
+        raise BadRequest(f"there is no parameter {min(unknown)} here, only {names}")
+    parse_parameters(named, table)
+    return named
+
+
+def encode_path(*segments: str) -> str:
+    """Returns the path with these segments; a comma in a name is encoded as well."""
+    return "".join("/" + urllib.parse.quote(encode_text(s), safe="") for s in segments)
+
+
+def delivery_of(message: MessageOrId, lease: Optional[int] = None) -> Delivery:
+    """Returns the id and lease of a message, or an id and the lease passed with it."""
+    if isinstance(message, Message):
+        return message.id, message.lease if lease is None else lease
+    return message, lease
+
+
+def list_names(channels: ChannelNames) -> Sequence[str]:
+    """Returns one name or several as a sequence."""
+    return [channels] if isinstance(channels, str) else channels
+
+
+def parse_message(item: Mapping[str, Any]) -> Message:
+    """Returns the message in a JSON object."""
+    fields = {name.replace("-", "_"): value for name, value in item.items()}
+    body = fields["body"]
+    fields["body"] = base64.b64decode(body) if "encoding" in fields else body.encode("utf-8")
+    return Message(**{name: fields[name] for name in Message._fields if name in fields})
+
+
+def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Message, str]:
+    """Returns the message, and its state, in a response with `x-linger-*` headers."""
+    fields: dict[str, Any] = {"type": headers["content-type"], "body": body}
+    for name in Message._fields:
+        value = headers.get("x-linger-" + ("msg-id" if name == "id" else name.replace("_", "-")))
+        if value is not None:
+            fields[name] = int(value) if name in INTEGER_FIELDS else decode_header(name, value)
+    return Message(**fields), headers["x-linger-state"]
+
+
+def decode_header(name: str, value: str) -> str:
+    """Returns the text of a header: `error` is always percent-encoded, others only if needed."""
+    text = urllib.parse.unquote(value)
+    return value if name != "error" and VISIBLE.fullmatch(text) else text
+
+
+def dumped_record(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a dump keeps of a listed message: parameters only where not the default."""
+    record = dict(item)
+    if record["linger"]:
+        record["linger"] = max(record["linger"] - record["received"], 1)
+        record["delay"] = min(record.get("delay", 0), record["linger"] - 1)
+    values = {p.name: record.get(p.name, p.default) for p in ALL_PARAMETERS}
+    changed = {name: value for name, value in values.items() if value != DEFAULTS[name]}
+    names = ("channel", "type", "body", "encoding")
+    return {**{name: record[name] for name in names if name in record}, **changed}
+
+
+def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[bytes]]]:
+    """Groups consecutive dumped records of a channel into batches of JSON items."""
+    channel, items, size = "", list[bytes](), 0
+    for record in records:
+        if not isinstance(record, Mapping) or not isinstance(record.get("channel"), str):
+            error = BadRequest("a record must be an object with a text `channel`")
+            error.index = len(items)
+            raise error
+        item = encode_text(TO_JSON(record))
+        full = len(items) == MAX_BATCH or size + len(item) > MAX_BATCH_BYTES
+        if items and (full or channel != record["channel"]):
+            yield channel, items
+            items, size = [], 0
+        channel = record["channel"]
+        items.append(item)
+        size += len(item) + 2  # the comma, and the brackets
+    if items:
+        yield channel, items
+
+
+# ---------------------------------------------------------------------------------------------
+# Transport: sends the client's requests, over a connection per thread.  Knows HTTP and when a
+# request may be repeated, but no message.
+#
+# When a connection breaks, an idempotent request is sent again.  A request that adds or takes a
+# message is not, unless a dedup key makes it safe: the first one may have been executed.  A
+# connection that cannot be opened is an error at once.
+# ---------------------------------------------------------------------------------------------
 
 DEFAULT_URL = "http://127.0.0.1:8989"
 ERRORS = {
     error.status: error
     for error in (BadRequest, AccessDenied, NotFound, Conflict, TooLarge, Unavailable, Full)
 }
-RETRYABLE = (502, 503, 504)  # statuses that may be others soon: the server, or its proxy, restarts
-NUMBERS = ("id", "priority", "timeout", "deliver", "delivered", "received", "linger", "lease",
-           "delay")  # fields of a message  # fmt: skip
+RETRYABLE = (502, 503, 504)  # statuses that may pass: the server or its proxy restarts
+
+
+class Transport:
+    """Requests to one server.  Thread-safe.
+
+    Each thread has a connection of its own, which closes when the thread ends.  A forked process
+    opens its own connections.
+    """
+
+    def __init__(self, url: str, token: str, timeout: float, cafile: Optional[str]) -> None:
+        """`timeout`: seconds that connecting may take; the other arguments are as of `Client`."""
+        if not VISIBLE.fullmatch(token):
+            raise BadRequest("a token must be visible ASCII without spaces")
+        scheme, authority, host, port = _split_url(url)
+        self.url = url
+        self._base_headers = f"Host: {authority}\r\n"
+        if token:
+            self._base_headers += f"Authorization: Bearer {token}\r\n"
+        kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        options: dict[str, Any] = {"timeout": timeout}
+        if scheme == "https":
+            kind, options["context"] = http.client.HTTPSConnection, _tls_context(cafile)
+        self._connect = functools.partial(kind, host, port, **options)
+        self._lock = threading.Lock()  # guards `closed` and `_connections`
+        self.closed = False
+        self._connections: weakref.WeakSet[_HTTPConnection] = weakref.WeakSet()
+        self._thread = threading.local()  # .connection: of the calling thread
+
+    def close(self) -> None:
+        """Shuts all connections down; later requests, and those that wait, fail."""
+        with self._lock:
+            self.closed = True
+            connections = list(self._connections)
+        for connection in connections:
+            connection.shutdown(socket.SHUT_RDWR)
+        self._thread.__dict__.clear()
+
+    def encode(
+        self,
+        method: str,
+        path: str,
+        query: Optional[Mapping[str, object]] = None,
+        body: bytes = b"",
+        type: str = "",
+    ) -> bytes:
+        """Returns a whole request; parameters of the query that are None are left out."""
+        given = {name: value for name, value in (query or {}).items() if value is not None}
+        if given:
+            path += "?" + urllib.parse.urlencode(given)
+        head = f"{method} {path} HTTP/1.1\r\n{self._base_headers}"
+        if body:
+            head += f"Content-Type: {type}\r\n"
+        if body or method == "POST":
+            head += f"Content-Length: {len(body)}\r\n"
+        return head.encode("latin-1") + b"\r\n" + body
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        query: Optional[Mapping[str, object]] = None,
+        body: bytes = b"",
+        type: str = "",
+        *,
+        timeout: float,
+        repeatable: bool = True,
+        done_statuses: Sequence[int] = (),
+        into: Optional[BinaryIO] = None,
+    ) -> tuple[http.client.HTTPMessage, bytes]:
+        """Sends a request; returns the headers and body of the response, or raises its error.
+
+        `timeout`: seconds that the server may be silent.  If the connection breaks, a `repeatable`
+        request is sent once more; then a status in `done_statuses` means that the first one was
+        executed.  `into` receives the body of a good response.
+        """
+        request = self.encode(method, path, query, body, type)
+        repeated = False
+        while True:
+            connection = self.connection()
+            try:
+                status, headers, content = connection.exchange(request, timeout, into)
+                break
+            except socket.timeout as error:
+                raise Unavailable(f"{self.url} did not respond in time") from error
+            except (OSError, http.client.HTTPException) as error:
+                if repeated or not repeatable or self.closed:
+                    raise Unavailable(
+                        f"the connection to {self.url} broke before the response, so it is not"
+                        f" known whether it was done: {error}"
+                    ) from error
+                repeated = True
+        if status < 300 or (repeated and status in done_statuses):
+            return headers, content
+        raise error_in_response(self.url, status, content)
+
+    def retry(self, request: Callable[[], T], timeout: float) -> T:
+        """Runs a request until it succeeds, for up to `timeout` seconds: across a restart."""
+        deadline = time.monotonic() + timeout
+        delays = _retry_delays()
+        while True:
+            try:
+                return request()
+            except LingerError as error:
+                delay = next(delays)
+                late = time.monotonic() + delay > deadline
+                if error.status not in RETRYABLE or self.closed or late:
+                    raise
+            time.sleep(delay)
+
+    def connection(self) -> _HTTPConnection:
+        """Returns the connection of this thread; not its parent's in a forked process."""
+        connection: Optional[_HTTPConnection] = getattr(self._thread, "connection", None)
+        if connection is None or connection.process != os.getpid():
+            connection = self._thread.connection = self.new_connection()
+        with self._lock:
+            if self.closed:
+                raise Unavailable("the client is closed")
+            self._connections.add(connection)
+        return connection
+
+    def new_connection(self) -> _HTTPConnection:
+        """Returns a connection that no other request uses, not open yet."""
+        return _HTTPConnection(self.url, self._connect)
+
+
+class _HTTPConnection:
+    """A connection of one thread: opened when needed, kept until it fails or the thread ends.
+
+    Other threads may call only `shutdown`.
+    """
+
+    def __init__(self, url: str, connect: Callable[[], http.client.HTTPConnection]) -> None:
+        self.process = os.getpid()
+        self.url = url
+        self._connect = connect
+        self._connection: Optional[http.client.HTTPConnection] = None
+        self._used = 0.0  # monotonic time of the last response
+
+    def exchange(
+        self, request: bytes, timeout: float, into: Optional[BinaryIO]
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Sends a request and returns the response; OSError or HTTPException if that breaks."""
+        sock = self.open()
+        response = None
+        try:
+            sock.settimeout(timeout)
+            sock.sendall(request)
+            response = http.client.HTTPResponse(sock)
+            response.begin()
+            body = _read_response(response, into)
+        except BaseException:  # also Ctrl-C: the rest would be taken for the next response
+            self.close()
+            raise
+        finally:
+            if response is not None:
+                response.close()
+        self._used = time.monotonic()
+        if response.will_close:
+            self.close()
+        return response.status, response.headers, body
+
+    def open(self) -> socket.socket:
+        """Returns the socket, of a new connection if the server has closed the last one."""
+        if self._connection is not None:
+            poller = select.poll()
+            poller.register(self._connection.sock, select.POLLIN | DISCONNECT_EVENTS)
+            if time.monotonic() - self._used < KEEPALIVE_TIMEOUT and not poller.poll(0):
+                return self._connection.sock
+            self.close()
+        connection = self._connect()
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise Unavailable(f"cannot connect to {self.url}: {error}") from error
+        self._connection = connection
+        return connection.sock
+
+    def shutdown(self, how: int) -> None:
+        """Stops sending (SHUT_WR), which ends a wait for a message, or also receiving (SHUT_RDWR).
+
+        For other threads.
+        """
+        connection = self._connection
+        if connection is not None and self.process == os.getpid():
+            with contextlib.suppress(OSError, AttributeError):  # closed just now
+                socket.socket.shutdown(connection.sock, how)  # the TCP connection under any TLS
+
+    def close(self) -> None:
+        """Closes the connection if it is open."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            sock = connection.sock
+            connection.close()
+            descriptor = sock.detach()
+            if descriptor >= 0:  # an interrupted response still has a file of it
+                os.close(descriptor)
+
+    __del__ = close
+
+
+def error_in_response(url: str, status: int, body: bytes) -> LingerError:
+    """Returns the error that a response reports."""
+    value = None
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(body)
+    if not isinstance(value, dict) or not isinstance(value.get("error"), str):
+        value = {"error": f"{url} responds with status {status}, and not as Linger does"}
+    error = ERRORS.get(403 if status == 401 else status, LingerError)(value["error"], status)
+    if isinstance(value.get("index"), int):
+        error.index = value["index"]
+    return error
+
+
+def _read_response(response: http.client.HTTPResponse, into: Optional[BinaryIO]) -> bytes:
+    """Returns the whole body of a response; writes that of a good one `into` a file if given."""
+    body, size = io.BytesIO(), 0
+    file = into if response.status == 200 else None
+    while piece := response.read(FILE_CHUNK):
+        size += len(piece)
+        if file is None and size > MAX_RESPONSE:
+            raise LingerError(f"the response has more than {MAX_RESPONSE} bytes", 502)
+        (file or body).write(piece)
+    if response.length or (response.length is None and not size):  # or it ends in its head
+        raise http.client.IncompleteRead(b"", response.length)
+    return body.getvalue()
+
+
+def _retry_delays() -> Iterator[float]:
+    """Yields the seconds to wait before each retry: longer and longer."""
+    delay = MIN_RETRY_DELAY
+    while True:
+        yield delay
+        delay = min(2 * delay, MAX_RETRY_DELAY)
+
+
+def _split_url(url: str) -> tuple[str, str, str, Optional[int]]:
+    """Returns the scheme, the host with its port, the host, and the port of a server's URL."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urllib.parse.urlsplit(""), None
+    scheme, authority, *rest = parts
+    valid = AUTHORITY.fullmatch(authority) and VISIBLE.fullmatch(url) and not any(rest)
+    if scheme not in ("http", "https") or not valid:
+        raise BadRequest(f"a server's URL must be like {DEFAULT_URL} or https://host, not {url}")
+    return scheme, authority, parts.hostname or "", port
+
+
+def _tls_context(cafile: Optional[str]) -> ssl.SSLContext:
+    """Returns a context that trusts the certificates in a file, or else those of the system."""
+    try:
+        return ssl.create_default_context(cafile=cafile)
+    except OSError as error:
+        raise BadRequest(f"cannot read the certificates in {cafile}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Client: the HTTP API as methods, and the loop that takes messages, keeps the current one in
+# flight and acknowledges it.  Blocking and thread-safe.  Knows no sockets.
+# ---------------------------------------------------------------------------------------------
 
 
 class Client:
-    """The server at a URL; its methods are named as the broker's, and may be called by any thread.
+    """A Linger server; the methods have the names of the broker's.  Thread-safe.
 
-    Each thread has a connection of its own, which is kept and, when the server has closed it, made
-    anew.  Where a method takes a `message`, that is either a `Message`, and then the call counts
-    only if that delivery is still the latest, or just an id.  Errors are those of the broker;
-    `Unavailable` also when the server cannot be reached.
+    Each thread has its own connection, which is kept open and opened again when the server has
+    closed it.  A `message` is either a `Message`, and then the call succeeds only while that
+    delivery is the latest, or an id.  Errors are those of the broker; `Unavailable` also means
+    that the server cannot be reached.
     """
 
     def __init__(
@@ -5772,40 +6177,21 @@ class Client:
         *,
         cafile: Optional[str] = None,
     ) -> None:
-        """Connects to nothing yet.
+        """Opens no connection yet.
 
-        `url` and `token` are by default those of LINGER_URL and LINGER_TOKEN in the environment.
-        `timeout`: seconds that connecting may take, and the server be silent, beside what a `wait`
-        asks for.  `cafile`: the certificates to trust for https, in place of the system's.
+        `url` and `token`: by default LINGER_URL and LINGER_TOKEN of the environment.  `timeout`:
+        seconds that connecting may take and that the server may be silent, in addition to the
+        `wait` of a call.  `cafile`: certificates to trust for https instead of the system's.
         """
         self.url = (url or os.environ.get("LINGER_URL") or DEFAULT_URL).rstrip("/")
         self.timeout = timeout
         token = token or os.environ.get("LINGER_TOKEN") or ""
-        if not VISIBLE.fullmatch(token):
-            raise BadRequest("a token must be visible ASCII without blanks")
-        scheme, place, host, port = _split_url(self.url)
-        self._head = f"Host: {place}\r\n"
-        if token:
-            self._head += f"Authorization: Bearer {token}\r\n"
-        kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
-        options: dict[str, Any] = {"timeout": timeout}
-        if scheme == "https":
-            kind, options["context"] = http.client.HTTPSConnection, _trust(cafile)
-        self._make = functools.partial(kind, host, port, **options)
-        self._lock = threading.Lock()  # guards the lines
-        self._own = threading.local()  # each thread's line
-        self._lines: weakref.WeakSet[_HTTPConnection] = weakref.WeakSet()
-        self._unacknowledged: set[Delivery] = set()  # what a loop of ours has still to settle
-        self._closed = False
+        self._transport = Transport(self.url, token, timeout, cafile)
+        self._unsettled = _Deliveries()
 
     def close(self) -> None:
-        """Closes all connections; calls after this, and those that wait, fail."""
-        with self._lock:
-            self._closed = True
-            lines = list(self._lines)
-        for line in lines:
-            line.shut(socket.SHUT_RDWR)
-        self._own.__dict__.clear()
+        """Closes all connections; later calls, and those that wait, fail."""
+        self._transport.close()
 
     def __enter__(self) -> Client:
         return self
@@ -5813,32 +6199,32 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- the server
+    # -- server
 
     def server_info(self) -> dict[str, Any]:
-        """Who answers: `Linger`, `version`, `id`, `hostname`."""
-        return self._ask(dict, "GET", "/")
+        """Returns `Linger`, `version`, `id` and `hostname` of the server."""
+        return self._request_json(dict, "GET", "/")
 
     def health(self) -> bool:
-        """Whether the server is there and could store a message now."""
+        """Returns whether the server responds and can store a message now."""
         try:
-            return self._ask(lambda value: value["healthy"] is True, "GET", "/health")
+            return self._request_json(lambda value: value["healthy"] is True, "GET", "/health")
         except Unavailable:
             return False
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the server's start, and what there is now."""
-        return self._ask(dict, "GET", "/stats")
+        """Returns the counters since the server's start, and the current totals."""
+        return self._request_json(dict, "GET", "/stats")
 
     def backup(self, path: str) -> None:
-        """Writes a copy of the server's database to a new file, from which a server can start.
+        """Copies the server's database to a new file, from which a server can start.
 
-        When it returns the file is whole and on disk; `Conflict` if there is one already.
+        The file is complete and on disk when this returns; `Conflict` if it already exists.
         """
         with write_aside(path) as part, open(part, "wb") as file:
-            self._call("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
+            self._request("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
 
-    # -- adding messages
+    # -- producing
 
     def post(
         self,
@@ -5848,35 +6234,32 @@ class Client:
         retry: bool = False,
         **parameters: object,
     ) -> PostResult:
-        """Adds a message to a channel; when it returns the message is on disk.
+        """Adds a message to a channel; it is on disk when this returns.
 
-        `body`: bytes as they are or a str in UTF-8, both text/plain unless `type` says otherwise;
-        anything else is sent as JSON, application/json.  `parameters`: as of a message
-        (`dedup_for` is written with `_`).  With `retry` it is sent again, with a `dedup` key, for
-        up to `timeout` seconds until it is answered: it is added once.
+        `body`: bytes, or a str that is sent in UTF-8, both text/plain unless `type` says otherwise;
+        anything else is sent as JSON.  `parameters`: those of a message, with `_` for `-`.
+        `retry`: send it again for up to `timeout` seconds until the server responds; a `dedup` key
+        ensures that it is added once.
         """
-        path = f"/channels/{_quote(channel)}"
-        keyed = "dedup" in parameters or "unique" in parameters  # not only by `retry`
+        keyed = "dedup" in parameters or "unique" in parameters  # not only because of `retry`
         return self._add(
             lambda value: PostResult(value["id"], keyed and value.get("duplicate", False)),
-            path, *encode_message(body, type), retry,
-            _encode_parameters(ALL_PARAMETERS, parameters),
+            encode_path("channels", channel), encode_message(body, type), retry,
+            encode_parameters(ALL_PARAMETERS, parameters),
         )  # fmt: skip
 
     def post_batch(
         self, channel: str, bodies: Iterable[Item], retry: bool = False, **parameters: object
     ) -> list[int]:
-        """Adds up to 1,000 messages to a channel in order, all or none; their ids.
+        """Adds up to 1,000 messages to a channel in order, all or none; returns their ids.
 
-        Each is a body as for `post`, or a tuple `(body, type, parameters)`.  `parameters` hold for
-        those that do not have their own; `retry` as for `post`.  A bad one raises its error with
-        its `index`.
+        Each is a body as for `post`, or a tuple `(body, type, parameters)`.  `parameters` are the
+        defaults of all; `retry` is as for `post`.  The error of a bad item has its `index`.
         """
-        path = f"/channels/{_quote(channel)}/batch"
-        items = encode_batch(bodies, ALL_PARAMETERS)
         return self._add(
             lambda value: list(value["ids"]),
-            path, items, "application/json", retry, _encode_parameters(ALL_PARAMETERS, parameters),
+            encode_path("channels", channel, "batch"), encode_batch(bodies, ALL_PARAMETERS), retry,
+            encode_parameters(ALL_PARAMETERS, parameters),
         )  # fmt: skip
 
     def publish(
@@ -5887,44 +6270,43 @@ class Client:
         retry: bool = False,
         **keys: object,
     ) -> dict[str, int]:
-        """Adds a copy of a message to each channel subscribed to a topic; their ids by channel.
+        """Adds a copy of a message to each channel subscribed to a topic; ids by channel.
 
-        `body`, `type` and `retry` as for `post`; `keys` may be `dedup` and `dedup_for`.  A channel
+        `body`, `type` and `retry` are as for `post`; `keys`: `dedup` and `dedup_for`.  A channel
         at its high-level mark is left out.
         """
         return self._add(
             lambda value: {channel: id for channel, id in value.items() if id is not True},
-            f"/topics/{_quote(topic)}", *encode_message(body, type), retry,
-            _encode_parameters(DEDUP_PARAMETERS, keys),
+            encode_path("topics", topic), encode_message(body, type), retry,
+            encode_parameters(DEDUP_PARAMETERS, keys),
         )  # fmt: skip
 
     def publish_batch(
         self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: object
     ) -> dict[str, list[int]]:
-        """Publishes up to 1,000 messages, given as for `post_batch`; the copies' ids by channel."""
-        items = encode_batch(bodies, DEDUP_PARAMETERS)
-        path = f"/topics/{_quote(topic)}/batch"
+        """Publishes up to 1,000 messages, given as to `post_batch`; copies' ids by channel."""
         return self._add(
-            dict, path, items, "application/json", retry, _encode_parameters(DEDUP_PARAMETERS, keys)
-        )
+            dict, encode_path("topics", topic, "batch"), encode_batch(bodies, DEDUP_PARAMETERS),
+            retry, encode_parameters(DEDUP_PARAMETERS, keys),
+        )  # fmt: skip
 
-    # -- taking messages
+    # -- consuming
 
     def get(
         self,
         channels: ChannelNames,
         wait: Optional[int] = None,
         timeout: Optional[int] = None,
-        ack: Union[Message, int, None] = None,
+        ack: Optional[MessageOrId] = None,
         lease: Optional[int] = None,
         auto: bool = False,
     ) -> Optional[Message]:
         """Takes the next message of a channel, or of the first of several that has one.
 
-        It waits for one, up to `wait` seconds (None: 120); None if none came.  `timeout`: seconds
-        that it stays hidden, in place of its own.  `ack`: a message to delete before, in the same
-        transaction; if that fails (`NotFound`, `Conflict`) nothing is taken.  `auto`: it is
-        deleted as it is delivered.
+        Waits for one for up to `wait` seconds (None: 120); returns None if none arrives.
+        `timeout`: seconds that it stays hidden, in place of its own.  `ack`: a message to delete
+        before, in the same transaction; if that fails (`NotFound`, `Conflict`) none is taken.
+        `auto`: delete the message on delivery.
         """
         messages = self.get_batch(channels, 1, wait, timeout, ack, lease, auto)
         return messages[0] if messages else None
@@ -5935,202 +6317,196 @@ class Client:
         n: int,
         wait: Optional[int] = None,
         timeout: Optional[int] = None,
-        ack: Union[Message, int, None] = None,
+        ack: Optional[MessageOrId] = None,
         lease: Optional[int] = None,
         auto: bool = False,
     ) -> list[Message]:
         """Takes up to `n` messages (1 to 1,000), as many as are ready once one is; see `get`."""
-        path = "/channels/" + ",".join(map(_quote, _names(channels)))
+        path = "/channels/" + ",".join(encode_path(name)[1:] for name in list_names(channels))
         query: dict[str, object] = {"n": n, "wait": wait, "timeout": timeout}
         if ack is not None:
-            query["ack"], query["lease"] = _delivery(ack, lease)
+            query["ack"], query["lease"] = delivery_of(ack, lease)
         if auto:
             query["auto"] = "yes"
-        waited = DEFAULT_WAIT if wait is None else wait
-        return self._ask(
+        return self._request_json(
             lambda value: [parse_message(item) for item in value or ()],
-            "GET", path, query, wait=waited, repeatable=False,
+            "GET", path, query, wait=DEFAULT_WAIT if wait is None else wait, repeatable=False,
         )  # fmt: skip
 
-    # -- the end of a delivery
+    # -- acknowledging
 
-    def delete(self, message: Union[Message, int], lease: Optional[int] = None) -> None:
-        """Deletes a message: it is done.  `NotFound`, or `Conflict` when it was delivered again."""
-        self._settle("DELETE", "", message, lease, done=(404,))
+    def delete(self, message: MessageOrId, lease: Optional[int] = None) -> None:
+        """Deletes a message that is done; `NotFound`, or `Conflict` if it was delivered again."""
+        self._settle("delete", delivery_of(message, lease))
 
     def delete_batch(
-        self, messages: Iterable[Union[Message, int]]
+        self, messages: Iterable[MessageOrId]
     ) -> tuple[list[int], list[int], list[int]]:
-        """Deletes up to 1,000 messages; the ids deleted, in conflict, and missing."""
-        deliveries = [_delivery(message) for message in messages]
+        """Deletes up to 1,000 messages; returns the ids deleted, in conflict, and missing."""
+        deliveries = [delivery_of(message) for message in messages]
         body = TO_JSON([{"id": id, "lease": lease} for id, lease in deliveries]).encode()
-        outcome = self._ask(
+        result = self._request_json(
             lambda value: (value["deleted"], value["conflict"], value["missing"]),
-            "POST", "/messages/delete", body=body, type="application/json",
+            "POST", "/messages/delete", body=body, type=JSON_TYPE,
         )  # fmt: skip
-        self._unacknowledged.difference_update(d for d in deliveries if d[0] not in outcome[1])
-        return outcome
+        for id, lease in deliveries:
+            if id not in result[1]:
+                self._unsettled.discard(id, lease)
+        return result
 
     def touch(
-        self,
-        message: Union[Message, int],
-        timeout: Optional[int] = None,
-        lease: Optional[int] = None,
+        self, message: MessageOrId, timeout: Optional[int] = None, lease: Optional[int] = None
     ) -> None:
-        """Starts the visibility timeout of a message in flight anew, from now.
+        """Restarts the visibility timeout of a message in flight, from now.
 
-        `timeout`: seconds, in place of the message's own.  `NotFound`, or `Conflict` when it is
-        not in flight or was delivered again.
+        `timeout`: seconds, in place of the message's own.  `NotFound`, or `Conflict` if the
+        message is not in flight or was delivered again.
         """
-        id, lease = _delivery(message, lease)
-        self._call("POST", f"/messages/{id}/touch", {"lease": lease, "timeout": timeout})
+        id, lease = delivery_of(message, lease)
+        self._request("POST", f"/messages/{id}/touch", {"lease": lease, "timeout": timeout})
 
     def release(
         self,
-        message: Union[Message, int],
+        message: MessageOrId,
         delay: Optional[int] = None,
         reason: str = "",
         lease: Optional[int] = None,
     ) -> None:
-        """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
+        """Returns a message in flight: ready after `delay` seconds, its backoff, or at once.
 
-        `reason`, up to 4,096 bytes in UTF-8, goes out with the next delivery.  Raises as `touch`.
+        `reason`: up to 4,096 bytes in UTF-8, shown to the next consumer.  Errors as for `touch`.
         """
-        self._settle("POST", "/release", message, lease, (404, 409), reason, {"delay": delay})
+        self._settle("release", delivery_of(message, lease), reason, delay=delay)
 
-    def reject(
-        self, message: Union[Message, int], reason: str = "", lease: Optional[int] = None
-    ) -> None:
-        """Gives a message up: it goes to its dead channel, or away.  Raises as `touch` does."""
-        self._settle("POST", "/reject", message, lease, (404, 409), reason)
+    def reject(self, message: MessageOrId, reason: str = "", lease: Optional[int] = None) -> None:
+        """Moves a message in flight to its dead channel, or deletes it.  Errors as for `touch`."""
+        self._settle("reject", delivery_of(message, lease), reason)
 
     def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
         """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
         came from, or all to the channel `to`; returns how many."""
-        path = f"/channels/{_quote(channel)}/redrive"
-        query = {"n": n, "to": to}
-        return self._ask(lambda value: int(value["moved"]), "POST", path, query, repeatable=False)
+        return self._request_json(
+            lambda value: int(value["moved"]),
+            "POST", encode_path("channels", channel, "redrive"), {"n": n, "to": to},
+            repeatable=False,
+        )  # fmt: skip
 
     def drain(self, channel: str) -> None:
-        """Deletes all messages of a channel, whatever their state, and its dedup keys."""
-        self._call("DELETE", f"/channels/{_quote(channel)}")
+        """Deletes all messages of a channel, in every state, and its dedup keys."""
+        self._request("DELETE", encode_path("channels", channel))
 
     # -- channels and topics
 
     def channels(self) -> list[str]:
-        """The names, sorted, of channels with messages, subscriptions, or consumers."""
-        return self._ask(lambda value: list(value["channels"]), "GET", "/channels")
+        """Returns the sorted names of channels with messages, subscriptions or consumers."""
+        return self._request_json(lambda value: list(value["channels"]), "GET", "/channels")
 
     def channel_infos(self) -> list[dict[str, Any]]:
-        """What there is to know of each channel: a list of `info`."""
-        return self._ask(lambda value: list(value["channels"]), "GET", "/channels", {"info": 1})
+        """Returns the `info` of each channel."""
+        return self._request_json(
+            lambda value: list(value["channels"]), "GET", "/channels", {"info": 1}
+        )
 
     def info(self, channel: str) -> dict[str, Any]:
-        """What there is to know of a channel: its counts, consumers, topics, settings."""
-        return self._ask(dict, "GET", f"/channels/{_quote(channel)}/info")
+        """Returns the counts, consumers, topics and settings of a channel."""
+        return self._request_json(dict, "GET", encode_path("channels", channel, "info"))
 
     def channel_stats(self, channel: str) -> dict[str, int]:
-        """How many messages of a channel are `ready`, and how many `hidden`."""
-        return self._ask(dict, "GET", f"/channels/{_quote(channel)}/stats")
+        """Returns how many messages of a channel are `ready` and how many `hidden`."""
+        return self._request_json(dict, "GET", encode_path("channels", channel, "stats"))
 
     def topics(self, channel: Optional[str] = None) -> list[str]:
-        """The sorted topics that have subscriptions: of one channel, or of all."""
-        path = "/topics" if channel is None else f"/channels/{_quote(channel)}/topics"
-        return self._ask(lambda value: list(value["topics"]), "GET", path)
+        """Returns the sorted topics with subscriptions: those of one channel, or all."""
+        path = "/topics" if channel is None else encode_path("channels", channel, "topics")
+        return self._request_json(lambda value: list(value["topics"]), "GET", path)
 
     def subscribers(self, topic: str) -> list[str]:
-        """The sorted channels that are subscribed to a topic."""
-        path = f"/topics/{_quote(topic)}/channels"
-        return self._ask(lambda value: list(value["channels"]), "GET", path)
+        """Returns the sorted channels subscribed to a topic."""
+        path = encode_path("topics", topic, "channels")
+        return self._request_json(lambda value: list(value["channels"]), "GET", path)
 
     def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
-        """Subscribes a channel to a topic: copies get `parameters`; replaces what was there."""
-        path = f"/channels/{_quote(channel)}/topics/{_quote(topic)}"
-        self._call("PUT", path, _encode_parameters(MESSAGE_PARAMETERS, parameters))
+        """Subscribes a channel to a topic, or changes a subscription: copies get `parameters`."""
+        path = encode_path("channels", channel, "topics", topic)
+        self._request("PUT", path, encode_parameters(MESSAGE_PARAMETERS, parameters))
 
     def unsubscribe(self, channel: str, topic: str) -> None:
-        """Ends a subscription; it is no error if there is none."""
-        path = f"/channels/{_quote(channel)}/topics/{_quote(topic)}"
-        self._call("DELETE", path)
+        """Ends a subscription; no error if there is none."""
+        self._request("DELETE", encode_path("channels", channel, "topics", topic))
 
     def settings(self, channel: str) -> dict[str, Any]:
-        """The settings of a channel: those that are set."""
-        return self._ask(dict, "GET", f"/channels/{_quote(channel)}/settings")
+        """Returns the settings of a channel that are set."""
+        return self._request_json(dict, "GET", encode_path("channels", channel, "settings"))
 
     def set_settings(self, channel: str, **parameters: object) -> None:
-        """Sets what holds for messages posted to a channel that do not say otherwise, and its
-        own `hlm`; replaces what was set."""
-        path = f"/channels/{_quote(channel)}/settings"
-        self._call("PUT", path, _encode_parameters(CHANNEL_PARAMETERS, parameters))
+        """Replaces the settings of a channel: its `hlm`, and the defaults of messages posted."""
+        path = encode_path("channels", channel, "settings")
+        self._request("PUT", path, encode_parameters(CHANNEL_PARAMETERS, parameters))
 
     def clear_settings(self, channel: str) -> None:
-        """Clears the settings of a channel; it is no error if there are none."""
-        self._call("DELETE", f"/channels/{_quote(channel)}/settings")
+        """Clears the settings of a channel; no error if there are none."""
+        self._request("DELETE", encode_path("channels", channel, "settings"))
 
     def pause(self, channel: str, seconds: Optional[int] = None) -> None:
-        """Lets nobody take messages of a channel until `resume`, or for some seconds."""
-        self._call("PUT", f"/channels/{_quote(channel)}/pause", {"for": seconds})
+        """Stops the delivery of a channel's messages for some seconds, or until `resume`."""
+        self._request("PUT", encode_path("channels", channel, "pause"), {"for": seconds})
 
     def resume(self, channel: str) -> None:
-        """Ends a pause; it is no error if there is none."""
-        self._call("DELETE", f"/channels/{_quote(channel)}/pause")
+        """Ends a pause; no error if there is none."""
+        self._request("DELETE", encode_path("channels", channel, "pause"))
 
-    # -- looking
+    # -- inspection
 
     def read_message(self, id: int) -> tuple[Message, str]:
-        """A message and its state (of `STATES`), without taking it; `NotFound`."""
-        _, headers, body = self._call("GET", f"/messages/{id}")
-        return self._decode_response(lambda: parse_headers(headers, body))
+        """Returns a message and its state (of `STATES`) without taking it; `NotFound`."""
+        headers, body = self._request("GET", f"/messages/{id}")
+        with _decoding(self.url):
+            return parse_headers(headers, body)
 
     def list_messages(
-        self,
-        channel: str,
-        state: Optional[str] = None,
-        n: int = 50,
-        after: Optional[int] = None,
+        self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
     ) -> list[tuple[Message, str]]:
-        """Up to `n` messages of a channel and their states, those after the message `after`.
+        """Returns up to `n` messages of a channel with their states, after the message `after`.
 
-        In the order of delivery for the state `ready`, else by id.  Bodies are cut to PREVIEW_BYTES
-        bytes, or a character less.
+        In the order of delivery for the state `ready`, else by id.  A body is cut to PREVIEW_BYTES
+        bytes, at a whole character.
         """
-        path = f"/channels/{_quote(channel)}/messages"
-        query = {"state": state, "n": n, "after": after}
-        return self._ask(
+        return self._request_json(
             lambda value: [(parse_message(item), item["state"]) for item in value],
-            "GET", path, query,
+            "GET", encode_path("channels", channel, "messages"),
+            {"state": state, "n": n, "after": after},
         )  # fmt: skip
 
     def dump(self, channels: Optional[ChannelNames] = None) -> Iterator[dict[str, Any]]:
-        """The messages of some channels, or of all, as records for JSON and for `load`.
+        """Yields the messages of some channels, or of all, as JSON records for `load`.
 
-        By channel and id.  A record has `channel`, `type`, `body` (`encoding` is base64 where it
-        is not text) and those parameters that are not the default; `delay` and `linger` are what
-        is left of them.  A message in flight is dumped as if it was ready.  Nothing is taken.
+        By channel and id.  A record has `channel`, `type`, `body` (`encoding` is base64 if it is
+        not text) and the parameters that are not the default; `delay` and `linger` are the
+        remaining seconds.  A message in flight is dumped as ready.  Nothing is taken.
         """
-        for channel in self.channels() if channels is None else _names(channels):
-            path = f"/channels/{_quote(channel)}/messages"
+        for channel in self.channels() if channels is None else list_names(channels):
+            path = encode_path("channels", channel, "messages")
             after: Optional[int] = None
             while True:
                 query = {"n": MAX_BATCH, "after": after, "whole": 1}
-                page = self._ask(list, "GET", path, query)
+                page = self._request_json(list, "GET", path, query)
                 yield from map(dumped_record, page)
                 if not page:
                     break
                 after = page[-1]["id"]
 
     def load(self, records: Iterable[Mapping[str, Any]]) -> int:
-        """Posts what `dump` gave, in order; how many messages.  Their ids are new.
+        """Posts the records of a `dump` in order, with new ids; returns how many.
 
-        They are posted in batches, each all or none, that are sent again if they have to be.  An
-        error tells the `index` of its record; those of earlier batches are posted then.
+        They are posted in batches, each all or none, which are sent again if necessary.  An error
+        has the `index` of its record; the batches before it have been posted.
         """
         count = 0
         try:
             for channel, items in in_batches(records):
-                path = f"/channels/{_quote(channel)}/batch"
                 body = b"[" + b",".join(items) + b"]"
-                self._add(dict, path, body, "application/json", True, {})
+                path = encode_path("channels", channel, "batch")
+                self._add(dict, path, (body, JSON_TYPE), True, {})
                 count += len(items)
         except LingerError as error:
             if error.index is not None:
@@ -6150,36 +6526,22 @@ class Client:
         delay: int = FAILURE_DELAY,
         stop: Optional[threading.Event] = None,
     ) -> None:
-        """Calls a function with each message, in `threads` threads, until it is told to stop.
+        """Calls a function with each message, in `threads` threads, until it is stopped.
 
-        When the function returns the message is deleted.  When it raises, the message is released
-        with the traceback as the reason, for its backoff or else after `delay` seconds.  The
-        function may itself delete, release or reject it, through this client.  While it runs the
-        message is touched in time.  The server may restart meanwhile.
+        When the function returns, the message is deleted.  When it raises, the message is released
+        with the traceback as the reason, for its backoff or else for `delay` seconds.  The
+        function may itself delete, release or reject it through this client.  While the function
+        runs, the message is kept in flight.  The server may restart meanwhile.
 
-        `stop` being set, SIGTERM or SIGINT (in the main thread), or with a `wait` of 0 an empty
-        channel ends it after the messages in hand.  What another try cannot mend is raised.
+        Ends after the current messages when `stop` is set, on SIGTERM or SIGINT (in the main
+        thread), or with a `wait` of 0 when there is no message.  Raises the errors that no retry
+        can repair.
         """
         stop = stop or threading.Event()
-        failures: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                with contextlib.closing(_Consumer(self, channels, wait, timeout, stop)) as loop:
-                    while (message := loop.next()) is not None:
-                        loop.call(function, message, delay)
-            except BaseException as error:
-                failures[:] = [error]
-                stop.set()
-
-        workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
-        with _stopping_on_signals(stop):
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-        if failures:
-            raise failures.pop()  # else it, its traceback and this list would hold each other
+        new_loop = functools.partial(_ConsumerLoop, self, channels, wait, timeout, stop)
+        _run_loops(
+            new_loop, lambda loop, message: loop.process(function, message, delay), threads, stop
+        )
 
     def consume(
         self,
@@ -6188,16 +6550,16 @@ class Client:
         timeout: Optional[int] = None,
         stop: Optional[threading.Event] = None,
     ) -> Iterator[Message]:
-        """The messages of channels, one after the other, for a `for` loop.
+        """Yields the messages of channels, for a `for` loop.
 
-        A message is done, and deleted, when the next one is asked for; if the loop is left with
-        `break` or an exception, the message in hand is released.  The body of the loop may itself
-        delete, release or reject it, through this client.  While it runs the message is touched
-        in time.  The server may restart meanwhile.  Ends after the message in hand once `stop`
-        is set, or, with a `wait` of 0, when there is no message.
+        Asking for the next message deletes the current one; leaving the loop with `break` or an
+        exception releases it.  The body of the loop may itself delete, release or reject it
+        through this client.  Meanwhile the message is kept in flight, and the server may restart.
+        Ends after the current message when `stop` is set, or with a `wait` of 0 when there is no
+        message.
         """
         stop = stop or threading.Event()
-        with contextlib.closing(_Consumer(self, channels, wait, timeout, stop)) as loop:
+        with contextlib.closing(_ConsumerLoop(self, channels, wait, timeout, stop)) as loop:
             while (message := loop.next()) is not None:
                 try:
                     yield message
@@ -6205,209 +6567,92 @@ class Client:
                     loop.release("the loop was left before the message was done")
                     raise
 
-    # -- calls
+    # -- requests
 
-    def _ask(self, shape: Callable[[Any], T], *call: Any, **options: Any) -> T:
-        """Makes a call; the shape of the JSON that answers it."""
-        _, _, text = self._call(*call, **options)
-        return self._decode_response(lambda: shape(json.loads(text or b"null")))
+    def _request_json(self, convert: Callable[[Any], T], *request: Any, **options: Any) -> T:
+        """Sends a request; returns the JSON of its response, converted."""
+        _, body = self._request(*request, **options)
+        with _decoding(self.url):
+            return convert(json.loads(body or b"null"))
 
-    def _decode_response(self, read: Callable[[], T]) -> T:
-        try:
-            return read()
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise LingerError(f"{self.url} does not answer as Linger does", 502) from error
+    def _request(
+        self, *request: Any, wait: float = 0, **options: Any
+    ) -> tuple[http.client.HTTPMessage, bytes]:
+        """Sends a request, as `Transport.request`, to which the server may respond after `wait`."""
+        return self._transport.request(*request, timeout=self.timeout + wait, **options)
 
     def _add(
         self,
-        shape: Callable[[Any], T],
+        convert: Callable[[Any], T],
         path: str,
-        body: bytes,
-        type: str,
+        content: tuple[bytes, str],
         retry: bool,
         query: dict[str, object],
     ) -> T:
-        """Posts something: with a dedup key it may be sent again."""
+        """Posts `content`, a body and its type; a dedup key makes the request repeatable."""
         if retry:
             query.setdefault("dedup", os.urandom(16).hex())
-        call = functools.partial(
-            self._ask, shape, "POST", path, query, body, type, repeatable="dedup" in query
+        request = functools.partial(
+            self._request_json, convert, "POST", path, query, *content, repeatable="dedup" in query
         )
-        return self._retry(call) if retry else call()
+        return self._transport.retry(request, self.timeout) if retry else request()
 
-    def _settle(
-        self,
-        method: str,
-        verb: str,
-        message: Union[Message, int],
-        lease: Optional[int],
-        done: Sequence[int],
-        reason: str = "",
-        query: Optional[dict[str, object]] = None,
-    ) -> None:
-        """Ends a delivery, for good if it is one that a loop of ours has in hand.
-
-        It is sent again only for a lease, which counts once, or to delete.
-        """
-        id, lease = _delivery(message, lease)
-        self._call(
-            method, f"/messages/{id}{verb}", {**(query or {}), "lease": lease},
-            encode_text(reason), DEFAULT_TYPE,
-            repeatable=lease is not None or method == "DELETE", done=done,
+    def _settle(self, action: str, delivery: Delivery, reason: str = "", **query: object) -> None:
+        """Ends a delivery.  Repeatable if it deletes, or with a lease, which is valid only once."""
+        id, lease = delivery
+        if action == "delete":
+            method, path, done_statuses = "DELETE", f"/messages/{id}", [404]
+        else:
+            method, path, done_statuses = "POST", f"/messages/{id}/{action}", [404, 409]
+        self._request(
+            method, path, {**query, "lease": lease}, encode_text(reason), DEFAULT_TYPE,
+            repeatable=lease is not None or action == "delete", done_statuses=done_statuses,
         )  # fmt: skip
-        settled = [d for d in self._unacknowledged.copy() if d[0] == id and lease in (None, d[1])]
-        self._unacknowledged.difference_update(settled)
+        self._unsettled.discard(id, lease)
 
-    def _retry(self, call: Callable[[], T]) -> T:
-        """Calls until it is answered, for up to `timeout` seconds: over a restart of the server."""
-        deadline = time.monotonic() + self.timeout
-        for pause in _retry_delays():
-            try:
-                return call()
-            except LingerError as error:
-                if error.status not in RETRYABLE or self._closed:
-                    raise
-                if time.monotonic() + pause > deadline:
-                    raise
-            time.sleep(pause)
-        raise AssertionError("pauses do not end")
 
-    def _call(
-        self,
-        method: str,
-        path: str,
-        query: Optional[Mapping[str, object]] = None,
-        body: bytes = b"",
-        type: str = "",
-        *,
-        wait: float = 0,
-        repeatable: bool = True,
-        done: Sequence[int] = (),
-        into: Optional[BinaryIO] = None,
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Makes a call: the status, headers and body of its answer, or the error that it is.
+@contextlib.contextmanager
+def _decoding(url: str) -> Iterator[None]:
+    """Reports a response that cannot be decoded as an error of the server at `url`."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise LingerError(f"{url} does not respond as Linger does", 502) from error
 
-        If the connection breaks, a `repeatable` one is made once more; then an answer among `done`
-        tells that the first one was done.  `into` gets the body of a good answer.
-        """
-        request = self._request(method, path, query, body, type)
-        lost = False
-        while True:
-            line = self._line()
-            try:
-                status, headers, text = line.exchange(method, request, self.timeout + wait, into)
-                break
-            except socket.timeout as error:
-                raise Unavailable(f"{self.url} did not answer in time") from error
-            except (OSError, http.client.HTTPException) as error:
-                if lost or not repeatable or self._closed:
-                    raise Unavailable(
-                        f"the connection to {self.url} broke before the answer came, so it is not"
-                        f" known whether it was done: {error}"
-                    ) from error
-                lost = True
-        if status < 300 or (lost and status in done):
-            return status, headers, text
-        raise _error_of(self.url, status, text)
 
-    def _request(
-        self, method: str, path: str, query: Optional[Mapping[str, object]], body: bytes, type: str
-    ) -> bytes:
-        """A whole request, to be sent at once."""
-        given = {name: value for name, value in (query or {}).items() if value is not None}
-        if given:
-            path += "?" + urllib.parse.urlencode(given)
-        head = f"{method} {path} HTTP/1.1\r\n{self._head}"
-        if body:
-            head += f"Content-Type: {type}\r\n"
-        if body or method == "POST":
-            head += f"Content-Length: {len(body)}\r\n"
-        return head.encode("latin-1") + b"\r\n" + body
+class _Deliveries:
+    """The deliveries that a client's loops process and that are not settled yet.  Thread-safe.
 
-    def _line(self) -> _HTTPConnection:
-        """This thread's line, in this process: a fork must not talk on its parent's."""
-        line: Optional[_HTTPConnection] = getattr(self._own, "line", None)
-        if line is None or line.process != os.getpid():
-            line = self._own.line = _HTTPConnection(self.url, self._make)
+    The function that processes a message may settle it by the client's methods; its loop learns
+    of that here.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards `_deliveries`
+        self._deliveries: set[Delivery] = set()
+
+    def add(self, message: Message) -> None:
+        """Adds the delivery of a message."""
         with self._lock:
-            if self._closed:
-                raise Unavailable("the client is closed")
-            self._lines.add(line)
-        return line
+            self._deliveries.add(delivery_of(message))
+
+    def discard(self, id: int, lease: Optional[int]) -> None:
+        """Removes a delivery; without a lease, each delivery of that message."""
+        with self._lock:
+            settled = {d for d in self._deliveries if d[0] == id and lease in (None, d[1])}
+            self._deliveries -= settled
+
+    def __contains__(self, message: Message) -> bool:
+        with self._lock:
+            return delivery_of(message) in self._deliveries
 
 
-class _HTTPConnection:
-    """A thread's connection: opened when it is needed, kept until it fails or the thread ends."""
+class _ConsumerLoop:
+    """Takes messages one after the other; taking the next acknowledges the current one.
 
-    def __init__(self, url: str, make: Callable[[], http.client.HTTPConnection]) -> None:
-        self.process = os.getpid()
-        self._url = url
-        self._make = make
-        self._connection: Optional[http.client.HTTPConnection] = None
-        self._used = 0.0
-
-    def exchange(
-        self, method: str, request: bytes, timeout: float, into: Optional[BinaryIO]
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Sends a request, receives its answer; OSError or HTTPException if the line breaks."""
-        connection = self._open()
-        answer = None
-        try:
-            connection.sock.settimeout(timeout)
-            connection.sock.sendall(request)
-            answer = http.client.HTTPResponse(connection.sock, method=method)
-            answer.begin()
-            text = _read_answer(answer, into)
-        except BaseException:  # Ctrl-C: what is left of the answer must not be taken for the next
-            self.close()
-            raise
-        finally:
-            if answer is not None:
-                answer.close()
-        self._used = time.monotonic()
-        if answer.will_close:
-            self.close()
-        return answer.status, answer.headers, text
-
-    def _open(self) -> http.client.HTTPConnection:
-        """The connection, made anew if the server has closed it; `Unavailable` if it cannot be."""
-        if self._connection is not None:
-            poller = select.poll()
-            poller.register(self._connection.sock, select.POLLIN | DISCONNECT_EVENTS)
-            if time.monotonic() - self._used < KEEPALIVE_TIMEOUT and not poller.poll(0):
-                return self._connection
-            self.close()
-        connection = self._make()
-        try:
-            connection.connect()
-        except OSError as error:
-            connection.close()
-            raise Unavailable(f"cannot connect to {self._url}: {error}") from error
-        self._connection = connection
-        return connection
-
-    def shut(self, how: int) -> None:
-        """For another thread: ends what is sent (SHUT_WR), so that the server gives who waits no
-        message any more, or also what comes (SHUT_RDWR)."""
-        connection = self._connection
-        if connection is not None and self.process == os.getpid():
-            with contextlib.suppress(OSError, AttributeError):  # closed just now
-                socket.socket.shutdown(connection.sock, how)  # the TCP connection under any TLS
-
-    def close(self) -> None:
-        """Closes the connection, if there is one."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    __del__ = close
-
-
-class _Consumer:
-    """Takes messages one after the other; each is done when the next is taken.
-
-    A thread of its own, the keeper, touches the message in hand before its timeout, and ends the
-    wait for the next one when `stop` is set.
+    It belongs to one thread.  A heartbeat thread of its own, which only reads the loop's state,
+    touches the current message before its timeout, and ends the wait for the next one when `stop`
+    is set.
     """
 
     def __init__(
@@ -6422,53 +6667,45 @@ class _Consumer:
         self._take = functools.partial(client.get, channels, wait, timeout)
         self._once = wait == 0
         self._stop = stop
-        self.lost: Callable[[], None] = lambda: None  # when the message in hand is ours no more
-        self.away: Callable[[LingerError], None] = lambda _: None  # when it will try again
-        self._hand: Optional[tuple[Message, float]] = None  # a message, and when it came
-        self._waiting: Optional[_HTTPConnection] = (
-            None  # the line on which the next one is waited for
-        )
+        self.on_lease_lost: Callable[[], None] = lambda: None  # called by the heartbeat thread
+        self.on_outage: Callable[[LingerError], None] = lambda _: None  # before each retry
+        self._current: Optional[tuple[Message, float]] = None  # the message, and its arrival time
+        self._waiting: Optional[_HTTPConnection] = None  # the connection of a take under way
         self._closed = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, name="linger-keeper", daemon=True)
-        self._keeper.start()
+        self._heart = threading.Thread(target=self._heartbeat, name="linger-heartbeat", daemon=True)
+        self._heart.start()
 
     def next(self) -> Optional[Message]:
-        """Deletes the message in hand, unless it is settled, and takes the next one.
+        """Acknowledges the current message, unless it is settled, and takes the next one.
 
-        None when it is time to stop, or, if it does not wait, when there is none.  If it waits,
-        what the server cannot do now is tried again.  A message that is gone, or was delivered
-        again meanwhile, needs no deletion.
+        Returns None when `stop` is set, or without a wait when there is no message.  With a wait,
+        errors of the server and the network are retried.  A current message that is missing or
+        was delivered again needs no acknowledgement.
         """
-        pauses = _retry_delays()
+        delays = _retry_delays()
         while not self._stop.is_set():
             done = self._unsettled()
             try:
-                message = self._await_next(done)
+                message = self._take_next(done)
             except LingerError as error:
                 if done is not None and isinstance(error, (NotFound, Conflict)):
-                    self._hold(None)
-                elif error.status < 500 or self._once or self._client._closed:
-                    self.finish()
+                    self._set_current(None)
+                elif error.status < 500 or self._once or self._client._transport.closed:
+                    self.ack_current()
                     raise
                 elif not self._stop.is_set():
-                    self.away(error)
-                    self._stop.wait(next(pauses))
+                    self.on_outage(error)
+                    self._stop.wait(next(delays))
                 continue
-            self._hold(message)
-            pauses = _retry_delays()
+            self._set_current(message)
+            delays = _retry_delays()
             if message is not None or self._once:
                 return message
-        self.finish()
+        self.ack_current()
         return None
 
-    def finish(self) -> None:
-        """Deletes the message in hand, unless it is settled."""
-        done = self._unsettled()
-        if done is not None:
-            self._settle(functools.partial(self._client.delete, done))
-
-    def call(self, function: Callable[[Message], object], message: Message, delay: int) -> None:
-        """Calls a function with the message in hand; if it raises, releases the message."""
+    def process(self, function: Callable[[Message], object], message: Message, delay: int) -> None:
+        """Calls a function with the current message; if it raises, releases the message."""
         try:
             function(message)
         except BaseException as error:
@@ -6476,86 +6713,117 @@ class _Consumer:
             if not isinstance(error, Exception):
                 raise
 
+    def ack_current(self) -> None:
+        """Deletes the current message, unless it is settled."""
+        self._settle(self._client.delete)
+
     def release(self, reason: str, delay: Optional[int] = None) -> None:
-        """Gives the message in hand back, unless it is settled."""
-        message = self._unsettled()
-        if message is not None:
-            kept = reason.encode("utf-8", "replace")[-MAX_REASON:].decode("utf-8", "ignore")
-            self._settle(functools.partial(self._client.release, message, delay, kept))
+        """Releases the current message, unless it is settled; keeps the end of a long reason."""
+        end = reason.encode("utf-8", "replace")[-MAX_REASON:].decode("utf-8", "ignore")
+        self._settle(self._client.release, delay, end)
 
     def reject(self, reason: str) -> None:
-        """Gives the message in hand up, unless it is settled."""
-        message = self._unsettled()
-        if message is not None:
-            self._settle(functools.partial(self._client.reject, message, reason))
+        """Rejects the current message, unless it is settled."""
+        self._settle(self._client.reject, reason)
 
     def close(self) -> None:
-        """Ends the keeper."""
-        self._hold(None)
+        """Stops the heartbeat thread."""
+        self._set_current(None)
         self._closed.set()
-        self._keeper.join()
+        self._heart.join()
 
     def _unsettled(self) -> Optional[Message]:
-        """The message in hand, unless who works on it has deleted, released or rejected it."""
-        hand = self._hand
-        if hand is not None and _delivery(hand[0]) in self._client._unacknowledged:
-            return hand[0]
+        """Returns the current message, unless its delivery was settled through the client."""
+        current = self._current
+        if current is not None and current[0] in self._client._unsettled:
+            return current[0]
         return None
 
-    def _hold(self, message: Optional[Message]) -> None:
-        if self._hand is not None:
-            self._client._unacknowledged.discard(_delivery(self._hand[0]))
+    def _set_current(self, message: Optional[Message]) -> None:
+        if self._current is not None:
+            self._client._unsettled.discard(*delivery_of(self._current[0]))
         if message is not None:
-            self._client._unacknowledged.add(_delivery(message))
-        self._hand = None if message is None else (message, time.monotonic())
+            self._client._unsettled.add(message)
+        self._current = None if message is None else (message, time.monotonic())
 
-    def _await_next(self, done: Optional[Message]) -> Optional[Message]:
-        self._waiting = self._client._line()
+    def _take_next(self, done: Optional[Message]) -> Optional[Message]:
+        self._waiting = self._client._transport.connection()
         try:
             return self._take(ack=done)
         finally:
             self._waiting = None
 
-    def _settle(self, settle: Callable[[], None]) -> None:
-        """Ends the delivery in hand; if that fails the message comes back after its timeout."""
-        with contextlib.suppress(LingerError):
-            self._client._retry(settle)
-        self._hold(None)
+    def _settle(self, method: Callable[..., None], *arguments: object) -> None:
+        """Settles the current message; if that fails, it returns after its timeout."""
+        message = self._unsettled()
+        if message is not None:
+            settle = functools.partial(method, message, *arguments)
+            with contextlib.suppress(LingerError):
+                self._client._transport.retry(settle, self._client.timeout)
+            self._set_current(None)
 
-    def _keep(self) -> None:
-        hand, due = None, 0.0
+    def _heartbeat(self) -> None:
+        current, due = None, 0.0
         while not self._closed.wait(HEARTBEAT_INTERVAL):
             waiting = self._waiting
             if waiting is not None and self._stop.is_set():
-                waiting.shut(socket.SHUT_WR)
-            if hand is not self._hand:
-                hand = self._hand
-                due = hand[1] + hand[0].timeout / TOUCHES_PER_TIMEOUT if hand else 0.0
-            if hand and due <= time.monotonic() and self._unsettled():
-                due = time.monotonic() + self._touch(hand[0])
+                waiting.shutdown(socket.SHUT_WR)
+            if current is not self._current:
+                current = self._current
+                due = current[1] + current[0].timeout / TOUCHES_PER_TIMEOUT if current else 0.0
+            if current and due <= time.monotonic() and self._unsettled():
+                due = time.monotonic() + self._touch(current[0])
 
     def _touch(self, message: Message) -> float:
-        """Touches a message; the seconds until it should be touched again."""
+        """Touches a message; returns the seconds until the next touch."""
         try:
             self._client.touch(message, message.timeout)
         except (NotFound, Conflict):
-            self.lost()
-            return float("inf")  # it is done, or another's now
+            self.on_lease_lost()
+            return float("inf")
         except LingerError:
             return 0.0
         return message.timeout / TOUCHES_PER_TIMEOUT
 
 
+def _run_loops(
+    new_loop: Callable[[], _ConsumerLoop],
+    process: Callable[[_ConsumerLoop, Message], object],
+    threads: int,
+    stop: threading.Event,
+) -> None:
+    """Runs a loop in each of some threads until all end; raises the error that ended one."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with contextlib.closing(new_loop()) as loop:
+                while (message := loop.next()) is not None:
+                    process(loop, message)
+        except BaseException as error:
+            failures[:] = [error]
+            stop.set()
+
+    workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
+    with _stopping_on_signals(stop):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    if failures:
+        raise failures.pop()  # not failures[0]: the list and the traceback would form a cycle
+
+
 @contextlib.contextmanager
 def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Meanwhile the first SIGTERM or SIGINT sets `stop`, and a second does what it did before.
+    """Lets the first SIGTERM or SIGINT set `stop`; the second one has its former effect.
 
-    In the main thread only: no other may say what a signal does.
+    Does nothing outside the main thread, which alone may set signal handlers.
     """
-    before: dict[int, Any] = {}
+    former: dict[int, Any] = {}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in former.items():
             signal.signal(number, handler)
 
     def stop_once(*_: object) -> None:
@@ -6564,213 +6832,36 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, stop_once) or signal.SIG_DFL
+            former[number] = signal.signal(number, stop_once) or signal.SIG_DFL
     try:
         yield
     finally:
         restore()
 
 
-def _retry_delays() -> Iterator[float]:
-    """Seconds to wait before something is tried again: longer and longer."""
-    pause = MIN_RETRY_DELAY
-    while True:
-        yield pause
-        pause = min(2 * pause, MAX_RETRY_DELAY)
-
-
-def _split_url(url: str) -> tuple[str, str, str, Optional[int]]:
-    """Scheme, host with port, host and port of a server's URL."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = urllib.parse.urlsplit(""), None
-    scheme, place, *rest = parts
-    if (
-        scheme not in ("http", "https")
-        or any(rest)
-        or not AUTHORITY.fullmatch(place)
-        or not VISIBLE.fullmatch(url)
-    ):
-        raise BadRequest(f"a server's URL must be as {DEFAULT_URL} or https://host, not {url}")
-    return scheme, place, parts.hostname or "", port
-
-
-def _trust(cafile: Optional[str]) -> ssl.SSLContext:
-    """The certificates that a server's is checked against."""
-    try:
-        return ssl.create_default_context(cafile=cafile)
-    except OSError as error:
-        raise BadRequest(f"cannot read the certificates in {cafile}: {error}") from error
-
-
-def _read_answer(answer: http.client.HTTPResponse, into: Optional[BinaryIO]) -> bytes:
-    """The body of an answer, whole; that of a good one goes `into` a file, if there is one."""
-    text, size = io.BytesIO(), 0
-    filing = into if answer.status == 200 else None
-    while piece := answer.read(FILE_CHUNK):
-        size += len(piece)
-        if filing is None and size > MAX_RESPONSE:
-            raise LingerError(
-                f"the answer has more than the {MAX_RESPONSE} bytes that are taken", 502
-            )
-        (filing or text).write(piece)
-    if answer.length or (answer.length is None and not size):  # or it broke off in its head
-        raise http.client.IncompleteRead(b"", answer.length)
-    return text.getvalue()
-
-
-def _error_of(url: str, status: int, text: bytes) -> LingerError:
-    """The error that an answer tells."""
-    value = None
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
-    if not isinstance(value, dict) or not isinstance(value.get("error"), str):
-        value = {"error": f"{url} answers {status}, and not as Linger does"}
-    error = ERRORS.get(403 if status == 401 else status, LingerError)(value["error"], status)
-    if isinstance(value.get("index"), int):
-        error.index = value["index"]
-    return error
-
-
-def _delivery(message: Union[Message, int], lease: Optional[int] = None) -> Delivery:
-    """The id and lease that are meant: those of the message, or an id and the lease beside it."""
-    if isinstance(message, Message):
-        return message.id, message.lease if lease is None else lease
-    return message, lease
-
-
-def _names(channels: ChannelNames) -> Sequence[str]:
-    return [channels] if isinstance(channels, str) else channels
-
-
-def _quote(name: str) -> str:
-    """The name of a channel or topic for a path."""
-    return urllib.parse.quote(encode_text(name), safe="")
-
-
-def _encode_parameters(
-    table: Sequence[Parameter], given: Mapping[str, object]
-) -> dict[str, object]:
-    """The parameters that are given, as HTTP names them; `BadRequest` for one that is not right."""
-    named = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
-    unknown = named.keys() - {p.name for p in table}
-    if unknown:
-        names = ", ".join(p.name.replace("-", "_") for p in table)
-        raise BadRequest(f"there is no parameter {min(unknown)} here, but {names}")
-    parse_parameters(named, table)
-    return named
-
-
-def encode_text(text: str) -> bytes:
-    """A text in UTF-8; `BadRequest` if it has half a character."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRequest("the text must be Unicode, without surrogates") from None
-
-
-def encode_message(body: object, type: Optional[str] = None) -> tuple[bytes, str]:
-    """The bytes and type of a message: bytes and str are text/plain, anything else is JSON."""
-    if type is not None and not HEADER_VALUE.fullmatch(type):
-        raise BadRequest("type must be a text fit for a header")
-    if isinstance(body, (bytes, bytearray, memoryview)):
-        return bytes(body), type or DEFAULT_TYPE
-    if isinstance(body, str):
-        return encode_text(body), type or DEFAULT_TYPE
-    return encode_text(TO_JSON(body)), type or "application/json"
-
-
-def encode_item(table: Sequence[Parameter], item: Item) -> dict[str, object]:
-    """A message of a batch, a body or `(body, type, parameters)`, as an object for JSON."""
-    body, type, parameters = item if isinstance(item, tuple) else (item, None, {})
-    data, type = encode_message(body, type)
-    return {**_encode_parameters(table, parameters), **body_object(data), "type": type}
-
-
-def encode_batch(items: Iterable[Item], table: Sequence[Parameter]) -> bytes:
-    """A batch in JSON; the error of a bad item tells its index."""
-    return encode_text(TO_JSON(_each(list(items), functools.partial(encode_item, table))))
-
-
-def parse_message(item: Mapping[str, Any]) -> Message:
-    """The message that an object of JSON is."""
-    fields = {name.replace("-", "_"): value for name, value in item.items()}
-    body = fields["body"]
-    fields["body"] = base64.b64decode(body) if "encoding" in fields else body.encode("utf-8")
-    return Message(**{name: fields[name] for name in Message._fields if name in fields})
-
-
-def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Message, str]:
-    """The message, and its state, that an answer with its headers is."""
-    fields: dict[str, Any] = {"type": headers["content-type"], "body": body}
-    for name in Message._fields:
-        value = headers.get("x-linger-" + ("msg-id" if name == "id" else name.replace("_", "-")))
-        if value is not None:
-            fields[name] = int(value) if name in NUMBERS else decode_header(name, value)
-    return Message(**fields), headers["x-linger-state"]
-
-
-def decode_header(name: str, value: str) -> str:
-    """A text of a header: `error` is always encoded, others only if not of visible ASCII."""
-    text = urllib.parse.unquote(value)
-    return value if name != "error" and VISIBLE.fullmatch(text) else text
-
-
-def dumped_record(item: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a listed message, to be posted again: what is not as by default."""
-    record = dict(item)
-    if record["linger"]:
-        record["linger"] = max(record["linger"] - record["received"], 1)
-        record["delay"] = min(record.get("delay", 0), record["linger"] - 1)
-    kept = {p.name: record.get(p.name, p.default) for p in ALL_PARAMETERS}
-    changed = {name: value for name, value in kept.items() if value != DEFAULTS[name]}
-    names = ("channel", "type", "body", "encoding")
-    return {**{name: record[name] for name in names if name in record}, **changed}
-
-
-def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[bytes]]]:
-    """Dumped records as items of JSON, in as many as a batch may have, with their channel."""
-    channel, items, size = "", list[bytes](), 0
-    for record in records:
-        if not isinstance(record, Mapping) or not isinstance(record.get("channel"), str):
-            error = BadRequest("a record must be an object with a text `channel`")
-            error.index = len(items)
-            raise error
-        item = encode_text(TO_JSON(record))
-        full = len(items) == MAX_BATCH or size + len(item) > MAX_BATCH_BYTES
-        if items and (full or channel != record["channel"]):
-            yield channel, items
-            items, size = [], 0
-        channel = record["channel"]
-        items.append(item)
-        size += len(item) + 2  # for the comma, and the brackets
-    if items:
-        yield channel, items
-
-
 # ---------------------------------------------------------------------------------------------
-# Command line: the server's options, from arguments, environment and file; and the commands, all
-# through the client, in one table.
+# Options: one table of the server's, their values from arguments, environment and file, and the
+# process of a server that is made with them.  Knows no other command.
 # ---------------------------------------------------------------------------------------------
 
-# -- serve
+
+def _integer(minimum: int, maximum: int) -> Callable[[str, str], int]:
+    return lambda name, text: parse_integer(name, text, minimum, maximum)
 
 
-def _whole_number(least: int, most: int) -> Callable[[str], int]:
-    return lambda text: parse_integer("it", text, least, most)
-
-
-def _sync_level(text: str) -> str:
-    if text not in SYNC_LEVELS:
-        raise BadRequest(f"it must be one of {', '.join(SYNC_LEVELS)}")
+def _text(_: str, text: str) -> str:
     return text
 
 
-def _truth(text: str) -> bool:
+def _sync_level(name: str, text: str) -> str:
+    if text not in SYNC_LEVELS:
+        raise BadRequest(f"{name} must be one of {', '.join(SYNC_LEVELS)}")
+    return text
+
+
+def _switch(name: str, text: str) -> bool:
     if text.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-        raise BadRequest("it must be true or false")
+        raise BadRequest(f"{name} must be true or false")
     return text.lower() in ("true", "yes", "on", "1")
 
 
@@ -6778,126 +6869,101 @@ class Option(NamedTuple):
     """An option: `--name VALUE`, `LINGER_NAME` in the environment, `name = value` in a file."""
 
     name: str
+    receiver: str  # the class that takes the value under the same name; empty: see _create_server
     default: Any
-    read: Callable[[str], Any]
-    value: str
-    meaning: str
+    parse: Callable[[str, str], Any]  # (source, text) to the value, or BadRequest
+    metavar: str  # empty for a switch
+    help: str
+
+    @property
+    def key(self) -> str:
+        """The name in Python."""
+        return self.name.replace("-", "_")
 
 
+# fmt: off
 OPTIONS = (
-    Option("host", "127.0.0.1", str, "ADDRESS", "address to listen on"),
-    Option("port", 8989, _whole_number(0, 65_535), "PORT", "port to listen on; 0 picks one"),
-    Option("dbfile", "linger.db", str, "FILE", "the database; :memory: keeps nothing"),
-    Option(
-        "sync",
-        "full",
-        _sync_level,
-        "LEVEL",
-        "full: on disk before the answer; normal: soon"
-        " after, so that a power failure may lose the last; off: when the system likes",
-    ),
-    Option(
-        "hlm",
-        0,
-        _whole_number(0, MAX_INTEGER),
-        "N",
-        "high-level mark: messages that a channel may hold; 0 for any number",
-    ),
-    Option(
-        "max-message", MAX_MESSAGE, _whole_number(1, MAX_MESSAGE_OPTION), "BYTES", "longest message"
-    ),
-    Option(
-        "max-connections",
-        MAX_CONNECTIONS,
-        _whole_number(1, 1_000_000),
-        "N",
-        "connections at a time; more get 503",
-    ),
-    Option(
-        "max-connections-per-address",
-        0,
-        _whole_number(0, 1_000_000),
-        "N",
-        "the same for one address (of IPv6: one network of 64 bits); 0 for any number",
-    ),
-    Option(
-        "max-waiting",
-        0,
-        _whole_number(0, 1_000_000),
-        "N",
-        "consumers that wait at a time; more get 503; 0 for three of four connections",
-    ),
-    Option(
-        "max-channels",
-        MAX_CHANNELS,
-        _whole_number(1, 10_000_000),
-        "N",
-        "channels with messages, subscriptions, settings or a pause",
-    ),
-    Option(
-        "max-db-size",
-        0,
-        _whole_number(0, MAX_INTEGER),
-        "BYTES",
-        "size of the database; 0 for what the disk holds",
-    ),
-    Option(
-        "read-timeout",
-        READ_TIMEOUT,
-        _whole_number(1, 86_400),
-        "SECONDS",
-        "for a whole head to come, and again for a whole body",
-    ),
-    Option(
-        "idle-timeout",
-        IDLE_TIMEOUT,
-        _whole_number(1, 86_400),
-        "SECONDS",
-        "that a connection may be silent between requests",
-    ),
-    Option("token", None, str, "TOKEN", "a token that gives full access"),
-    Option("tokens", None, str, "FILE", "lines `name token rights [pattern ...]`"),
-    Option("no-auth", False, _truth, "", "listen on any address without tokens: all may come in"),
-    Option("cors", "", str, "ORIGINS", "web pages that may call, as https://a.example,..., or *"),
-    Option("allow-host", "", str, "NAMES", "names of this host beside localhost, with commas"),
-    Option("cert", None, str, "FILE", "certificate, in PEM: speak TLS"),
-    Option("key", None, str, "FILE", "its private key, if it is not in the same file"),
-    Option("log-requests", False, _truth, "", "log each request to standard error"),
-    Option("debug", False, _truth, "", "the same, for the sake of Linger 1.0.1"),
+    Option("host", "", "127.0.0.1", _text, "ADDRESS", "address to listen on"),
+    Option("port", "", 8989, _integer(0, 65_535), "PORT", "port to listen on, 0 = any free port"),
+    Option("dbfile", "", "linger.db", _text, "FILE",
+           "database file; :memory: = in memory only"),
+    Option("sync", "", "full", _sync_level, "LEVEL",
+           "full = on disk before the response; normal = shortly after, so that a power failure may"
+           " lose the last changes; off = when the system writes it"),
+    Option("hlm", "Broker", 0, _integer(0, MAX_INTEGER), "N",
+           "high-level mark: messages per channel, 0 = unlimited"),
+    Option("max-message", "Broker", MAX_MESSAGE, _integer(1, MAX_MESSAGE_OPTION), "BYTES",
+           "maximum size of a message"),
+    Option("max-connections", "", MAX_CONNECTIONS, _integer(1, 1_000_000), "N",
+           "open connections; further ones get 503"),
+    Option("max-connections-per-address", "Server", 0, _integer(0, 1_000_000), "N",
+           "the same per address (IPv6: per /64 network), 0 = unlimited"),
+    Option("max-waiting", "Server", 0, _integer(0, 1_000_000), "N",
+           "waiting consumers; further ones get 503; 0 = 75% of --max-connections"),
+    Option("max-channels", "Broker", MAX_CHANNELS, _integer(1, 10_000_000), "N",
+           "channels with messages, subscriptions, settings or a pause"),
+    Option("max-db-size", "", 0, _integer(0, MAX_INTEGER), "BYTES",
+           "size of the database, 0 = limited by the disk"),
+    Option("read-timeout", "Server", READ_TIMEOUT, _integer(1, 86_400), "SECONDS",
+           "time to receive a request head, and again for its body"),
+    Option("idle-timeout", "Server", IDLE_TIMEOUT, _integer(1, 86_400), "SECONDS",
+           "time that a connection may be idle between requests"),
+    Option("token", "Access", None, _text, "TOKEN", "token with full access"),
+    Option("tokens", "Access", None, _text, "FILE", "token file; lines `name token rights ...`"),
+    Option("no-auth", "Access", False, _switch, "",
+           "listen on any address without tokens: everyone has full access"),
+    Option("cors", "Access", "", _text, "ORIGINS",
+           "web origins that may send requests, as https://a.example,... or *"),
+    Option("allow-host", "Access", "", _text, "NAMES",
+           "host names of this server in addition to localhost, separated by commas"),
+    Option("cert", "Access", None, _text, "FILE", "TLS certificate in PEM format; enables https"),
+    Option("key", "Access", None, _text, "FILE", "its private key, if not in the same file"),
+    Option("log-requests", "", False, _switch, "", "log each request to standard error"),
+    Option("debug", "", False, _switch, "", "same as --log-requests, as in Linger 1.0.1"),
 )
+# fmt: on
 
 
 class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose texts keep their line breaks."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
+        )
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"linger: {message}\n")
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _option_parser(commands: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="linger",
         usage="linger [serve] [OPTIONS]\n       linger COMMAND ...\n       linger COMMAND --help",
-        description="A message queue and pub-sub server behind a plain HTTP API.\n\ncommands:\n"
-        + "\n".join(f"  {command.name:12} {command.summary}" for command in COMMANDS),
+        description="A message queue and pub-sub server with a plain HTTP API.\n\n"
+        f"commands:\n{commands}",
         epilog="Each option is also LINGER_<NAME> in the environment and `name = value` in the\n"
-        "file of --config; the command line wins, then the environment.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "file of --config; the command line has priority, then the environment.",
     )
-    for name, default, _, value, meaning in OPTIONS:
-        shown = meaning if default in (None, "") else f"{meaning} ({default})"
-        settings: dict[str, Any] = {"metavar": value or "BOOL", "help": shown}
-        if not value:
-            settings.update(nargs="?", const="true", help=meaning)
-        parser.add_argument(f"--{name}", **settings)
-    parser.add_argument("--config", metavar="FILE", help="read options from a file")
-    parser.add_argument("--version", action="version", version=f"Linger {__version__}")
+    for option in OPTIONS:
+        flag, help = f"--{option.name}", option.help.replace("%", "%%")  # argparse formats it
+        if not option.metavar:
+            parser.add_argument(flag, nargs="?", const="true", metavar="BOOL", help=help)
+            continue
+        default = "" if option.default in (None, "") else f" (default: {option.default})"
+        parser.add_argument(flag, metavar=option.metavar, help=help + default)
+    parser.add_argument("--config", metavar="FILE", help="file with options")
+    parser.add_argument(
+        "--version", action="version", version=f"Linger {__version__}", help="show the version"
+    )
     return parser
 
 
 def read_config(path: str) -> dict[str, str]:
-    """Options by name from lines `name = value`; sections, quotes and # comments are allowed.
+    """Returns the options in a file of lines `name = value`, by name.
 
-    This reads the files of Linger 1.0.1, which were Python, but runs nothing.
+    Sections, quotes and # comments are allowed, as in the files of Linger 1.0.1.  Those were
+    Python; this executes nothing.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -6909,10 +6975,12 @@ def read_config(path: str) -> dict[str, str]:
         line = line.strip()
         if not line or line.startswith(("#", ";", "[")):
             continue
-        name, equals, value = (piece.strip() for piece in line.partition("="))
+        name, equals, value = (part.strip() for part in line.partition("="))
         name = name.replace("_", "-")
         if not equals or name not in {option.name for option in OPTIONS}:
-            raise BadRequest(f"{path}, line {number}: it must be `name = value` of an option")
+            raise BadRequest(
+                f"{path}, line {number}: expected `name = value` with an option's name"
+            )
         quoted = re.fullmatch(r"""(["'])(.*?)\1\s*(?:#.*)?|([^#]*?)\s*(?:\s#.*)?""", value)
         if not quoted:
             raise BadRequest(f"{path}, line {number}: the quotes of the value do not match")
@@ -6920,80 +6988,80 @@ def read_config(path: str) -> dict[str, str]:
     return options
 
 
-def read_options(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """The value of each option by name; `BadRequest` tells what is wrong with one."""
-    given = vars(_make_parser().parse_args(arguments))
+def read_options(
+    arguments: Sequence[str], environment: Mapping[str, str], commands: str = ""
+) -> dict[str, Any]:
+    """Returns the value of each option by its name in Python; `BadRequest` names a bad one.
+
+    `commands`: the list of commands that `--help` shows.
+    """
+    given = vars(_option_parser(commands).parse_args(arguments))
     config = given["config"] or environment.get("LINGER_CONFIG")
     in_file = read_config(config) if config else {}
     options = {}
-    for name, default, read, _, _ in OPTIONS:
-        key = name.replace("-", "_")
-        variable = f"LINGER_{key.upper()}"
+    for option in OPTIONS:
+        variable = f"LINGER_{option.key.upper()}"
         sources = (
-            (f"--{name}", given[key]),
+            (f"--{option.name}", given[option.key]),
             (variable, environment.get(variable)),
-            (f"{name} in {config}", in_file.get(name)),
+            (f"{option.name} in {config}", in_file.get(option.name)),
         )
-        options[key] = default
-        for source, text in sources:
-            if text is not None:
-                try:
-                    options[key] = read(text)
-                except BadRequest as error:
-                    raise BadRequest(f"{source}: {error}") from error
-                break
+        found = ((source, text) for source, text in sources if text is not None)
+        source, text = next(found, ("", None))
+        options[option.key] = option.default if text is None else option.parse(source, text)
     return options
 
 
-def _raise_descriptors(wanted: int) -> int:
-    """Lets the process open as many files as `wanted` needs; how many connections it may have."""
+def _raise_file_limit(connections: int) -> int:
+    """Raises the limit of open files for so many connections; returns how many it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + MAX_REFUSED_CONNECTIONS + SPARE_DESCRIPTORS
+    needed = connections + MAX_REFUSED_CONNECTIONS + SPARE_DESCRIPTORS
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return wanted
+        return connections
     soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == needed:
-        return wanted
+        return connections
     allowed = soft - min(MAX_REFUSED_CONNECTIONS + SPARE_DESCRIPTORS, soft // 2)
-    log(f"linger: only {allowed} connections, since only {soft} files may be open (ulimit -n)")
+    log(f"linger: only {allowed} connections, because only {soft} files may be open (ulimit -n)")
     return allowed
 
 
-def _start(options: Mapping[str, Any]) -> Server:
-    """The server that the options ask for, not yet accepting; `LingerError` if it cannot start."""
-    access = Access(**{name: options[name] for name in ACCESS_OPTIONS})
+def _create_server(options: Mapping[str, Any]) -> Server:
+    """Returns a server with these options, not accepting yet; `LingerError` says why it cannot."""
+
+    def of(receiver: str) -> dict[str, Any]:
+        return {o.key: options[o.key] for o in OPTIONS if o.receiver == receiver}
+
+    access = Access(**of("Access"))
     store = Store(options["dbfile"], options["sync"], options["max_db_size"])
-    limits = {name: options[name] for name in ("hlm", "max_message", "max_channels")}
-    broker = Broker(store, **limits)
+    broker = Broker(store, **of("Broker"))
+    host, port = options["host"], options["port"]
     try:
         return Server(
             broker,
-            options["host"],
-            options["port"],
-            read_timeout=options["read_timeout"],
-            idle_timeout=options["idle_timeout"],
-            max_connections=_raise_descriptors(options["max_connections"]),
-            max_connections_per_address=options["max_connections_per_address"],
-            max_waiting=options["max_waiting"],
+            host,
+            port,
+            max_connections=_raise_file_limit(options["max_connections"]),
             log_requests=options["log_requests"] or options["debug"],
             access=access,
+            **of("Server"),
         )
     except LingerError:
         broker.close()
         raise
     except OSError as error:
         broker.close()
-        place = f"{options['host']} port {options['port']}"
-        raise Unavailable(f"cannot listen on {place}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise Unavailable(f"cannot listen on {host} port {port}: {reason}") from error
 
 
 def _tune_threads() -> None:
-    """Sets up the process for many threads, of which one can run.
+    """Prepares the process for many threads, of which the interpreter runs one at a time.
 
-    A thread that is woken could only wait for the interpreter's lock: it must not push aside the
-    one that runs, nor look too often whether it is its turn (a thousand that wait, each looking
-    200 times a second, keep a core busy).
+    A woken thread must wait for the interpreter's lock, so it should neither preempt the running
+    thread nor ask for the lock often: a thousand waiting threads that ask 200 times a second keep
+    a core busy.
     """
     threading.stack_size(STACK_SIZE)
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -7002,40 +7070,47 @@ def _tune_threads() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def _serve(arguments: Sequence[str]) -> int:
-    """Runs the server until SIGTERM or SIGINT; returns the exit status."""
+def run_server(arguments: Sequence[str], commands: str) -> int:
+    """Runs a server until SIGTERM or SIGINT; returns the exit status."""
     _tune_threads()
-    os.umask(0o077)  # what this process makes is for its owner only
-    options = read_options(arguments, os.environ)
-    server = _start(options)
+    os.umask(0o077)  # files of this process are for its owner only
+    options = read_options(arguments, os.environ, commands)
+    server = _create_server(options)
 
     def stop(number: int, _: object) -> None:
         if server.stopping:
-            os._exit(128 + number)  # the second time: at once
+            os._exit(128 + number)  # the second signal: at once
         server.shutdown()
 
     if options["tokens"] is not None or options["cert"] is not None:
         signal.signal(signal.SIGHUP, lambda *_: server.reload())
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    signal.set_wakeup_fd(server.wake)  # the system may give a signal to any thread
+    signal.set_wakeup_fd(server.wake)  # the system may deliver a signal to any thread
     if options["dbfile"] == MEMORY:
         kept = "messages kept in memory only"
     else:
         kept = f"messages kept in {options['dbfile']} (sync {options['sync']})"
-    others = " (all addresses)" if server.server_name in ("0.0.0.0", "::") else ""
-    print(f"Linger {__version__} listening on {server.url}{others}, {kept}", flush=True)
+    everywhere = " (all addresses)" if server.server_name in ("0.0.0.0", "::") else ""
+    print(f"Linger {__version__} listening on {server.url}{everywhere}, {kept}", flush=True)
     with server:
         server.serve_forever()
         signal.set_wakeup_fd(-1)
     return 0
 
 
+# ---------------------------------------------------------------------------------------------
+# Commands: what each command does with a client and its parsed options, and how it writes the
+# result.  A command returns its exit status, or None for 0.  Knows no arguments: see Command line.
+# ---------------------------------------------------------------------------------------------
+
+PUBLISH_PARAMETERS = tuple(p for p in DEDUP_PARAMETERS if p.name != "unique")
+
 # -- output: bytes and lines for pipes, tables for people
 
 
 def _write(data: bytes) -> None:
-    """Writes to standard output; when it returns, the bytes have left this process."""
+    """Writes to standard output; the bytes have left this process when this returns."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
@@ -7044,29 +7119,29 @@ def _write_lines(lines: Iterable[str]) -> None:
     _write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
 
 
-def _show(records: Sequence[Mapping[str, object]], as_json: bool = False) -> int:
-    """Writes records as lines of JSON, as a table for a terminal, or with tabs between values.
+def _write_records(records: Sequence[Mapping[str, object]], as_json: bool = False) -> int:
+    """Writes records as lines of JSON, as a table to a terminal, or as values between tabs.
 
     Returns the exit status: 1 if there are none.
     """
     if as_json:
         _write_lines(map(TO_JSON, records))
     elif records:
-        rows = [[_cell(value) for value in record.values()] for record in records]
+        rows = [[_format_value(value) for value in record.values()] for record in records]
         tabular = sys.stdout.isatty() and len(records[0]) > 1
-        _write_lines(_table(list(records[0]), rows) if tabular else map("\t".join, rows))
+        _write_lines(_format_table(list(records[0]), rows) if tabular else map("\t".join, rows))
     return 0 if records else 1
 
 
-def _show_pairs(pairs: Mapping[str, object], as_json: bool) -> int:
-    """Writes a record: in JSON as it is, else a name and its value on each line."""
+def _write_pairs(pairs: Mapping[str, object], as_json: bool) -> int:
+    """Writes a record: one object of JSON, or a line for each name and value."""
     if as_json:
-        return _show([pairs] if pairs else [], as_json)
-    return _show([{"name": name, "value": value} for name, value in pairs.items()])
+        return _write_records([pairs] if pairs else [], as_json)
+    return _write_records([{"name": name, "value": value} for name, value in pairs.items()])
 
 
-def _cell(value: object) -> str:
-    """A value on one line; control characters, which could command a terminal, are escaped."""
+def _format_value(value: object) -> str:
+    """Returns a value on one line; escapes control characters, which could command a terminal."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -7074,8 +7149,8 @@ def _cell(value: object) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, no wider than the terminal, with numbers to the right."""
+def _format_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table, cut to the terminal's width, with numbers to the right."""
     columns = list(zip(*rows))
     numeric = [all(re.fullmatch(r"-|-?[0-9.]+", cell) for cell in column) for column in columns]
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
@@ -7089,56 +7164,58 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _note(text: str) -> None:
-    """Tells a person at a terminal, in place of the note before, what a pipe need not know."""
+def _show_progress(text: str) -> None:
+    """Replaces the progress line at a terminal; writes nothing to a pipe."""
     if sys.stderr.isatty():
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-# -- messages in
+# -- producing
 
 
-def _given(options: argparse.Namespace, table: Sequence[Parameter]) -> dict[str, str]:
-    """Those parameters of a table that were given, by their names in Python."""
+def _given_parameters(options: argparse.Namespace, table: Sequence[Parameter]) -> dict[str, str]:
+    """Returns the parameters of a table that were given, by their names in Python."""
     values = ((name, getattr(options, name)) for name in (p.name.replace("-", "_") for p in table))
     return {name: value for name, value in values if value is not None}
 
 
-def _body(options: argparse.Namespace) -> bytes:
-    """The message that is an argument, else what comes on standard input."""
+def _read_body(options: argparse.Namespace) -> bytes:
+    """Returns the body in the arguments, or else standard input."""
     if options.body in (None, "-"):
         return sys.stdin.buffer.read(MAX_MESSAGE_OPTION + 1)
     return os.fsencode(options.body)
 
 
 def _post(client: Client, options: argparse.Namespace) -> int:
-    given = _given(options, ALL_PARAMETERS)
+    parameters = _given_parameters(options, ALL_PARAMETERS)
     if options.lines:
-        return _post_lines(client, options, given)
-    posted = client.post(options.channel, _body(options), options.type, retry=True, **given)
-    return _show([posted._asdict() if options.json else {"id": posted.id}], options.json)
+        return _post_lines(client, options, parameters)
+    posted = client.post(
+        options.channel, _read_body(options), options.type, retry=True, **parameters
+    )
+    return _write_records([posted._asdict() if options.json else {"id": posted.id}], options.json)
 
 
-def _post_lines(client: Client, options: argparse.Namespace, given: dict[str, str]) -> int:
+def _post_lines(client: Client, options: argparse.Namespace, parameters: dict[str, str]) -> int:
     """Posts each line of standard input.
 
-    Each has a dedup key with its number: a batch whose answer was lost can be sent again, and so
-    can the whole input if its `--dedup` is the same.
+    The dedup key of each line includes its number: a batch whose response was lost can be sent
+    again, and so can the whole input with the same `--dedup`.
     """
     if options.body not in (None, "-"):
-        raise BadRequest("with --lines the messages come on standard input")
-    key = given.pop("dedup", None) or os.urandom(16).hex()
+        raise BadRequest("--lines reads the messages from standard input: omit BODY")
+    key = parameters.pop("dedup", None) or os.urandom(16).hex()
     posted, last = 0, 0
     batch: list[tuple[int, bytes]] = []
     try:
-        for batch in _batches(sys.stdin.buffer):
+        for batch in _read_batches(sys.stdin.buffer):
             items = [(line, options.type, {"dedup": f"{key}#{n}"}) for n, line in batch]
-            posted += len(client.post_batch(options.channel, items, retry=True, **given))
+            posted += len(client.post_batch(options.channel, items, retry=True, **parameters))
             last = batch[-1][0]
-            _note(f"{posted} posted")
-        _note("")
+            _show_progress(f"{posted} posted")
+        _show_progress("")
     except BaseException as error:
-        _note("")
+        _show_progress("")
         index = getattr(error, "index", None)
         place = "" if index is None else f"line {batch[index][0]}: "
         so_far = f"{posted} messages were posted for certain, up to line {last}"
@@ -7146,12 +7223,14 @@ def _post_lines(client: Client, options: argparse.Namespace, given: dict[str, st
             raise LingerError(f"{place}{error}; {so_far}") from error
         log(f"linger: {so_far}")
         raise
-    return _show([{"posted": posted}], options.json)
+    return _write_records([{"posted": posted}], options.json)
 
 
-def _batches(file: Any) -> Iterator[list[tuple[int, bytes]]]:
-    """The lines of a file that are not empty, with their numbers: each time those that are there,
-    as many as a batch may have."""
+def _read_batches(file: Any) -> Iterator[list[tuple[int, bytes]]]:
+    """Yields the lines of a file that are not empty, with their numbers, as they arrive.
+
+    Each list fits into a batch.
+    """
     number, rest = 0, b""
     while True:
         chunk = file.read1(MAX_LINES_BYTES)
@@ -7168,55 +7247,55 @@ def _batches(file: Any) -> Iterator[list[tuple[int, bytes]]]:
             return
 
 
-def _publish(client: Client, options: argparse.Namespace) -> int:
-    keys = _given(options, PUBLISH_PARAMETERS)
-    copies = client.publish(options.topic, _body(options), options.type, retry=True, **keys)
-    _show([{"channel": channel, "id": id} for channel, id in copies.items()], options.json)
-    return 0
+def _publish(client: Client, options: argparse.Namespace) -> None:
+    keys = _given_parameters(options, PUBLISH_PARAMETERS)
+    copies = client.publish(options.topic, _read_body(options), options.type, retry=True, **keys)
+    records = [{"channel": channel, "id": id} for channel, id in copies.items()]
+    _write_records(records, options.json)
 
 
 def _load(client: Client, options: argparse.Namespace) -> int:
     try:
-        loaded = client.load(_records(sys.stdin.buffer))
+        loaded = client.load(_read_records(sys.stdin.buffer))
     except LingerError as error:
         place = "" if error.index is None else f"line {error.index + 1}: "
         raise LingerError(f"{place}{error}; the lines before may be loaded") from error
-    return _show([{"loaded": loaded}], options.json)
+    return _write_records([{"loaded": loaded}], options.json)
 
 
-def _records(lines: Iterable[bytes]) -> Iterator[Any]:
+def _read_records(lines: Iterable[bytes]) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
         except ValueError:
-            raise BadRequest(f"line {number} is no JSON") from None
+            raise BadRequest(f"line {number} is not valid JSON") from None
 
 
-# -- messages out
+# -- consuming
 
 
 def _get(client: Client, options: argparse.Namespace) -> int:
-    """Writes messages; what is to be acknowledged is deleted once it was written, not before."""
+    """Writes messages; with `--ack` each is deleted after it was written, not before."""
     if options.ack and options.auto:
-        raise BadRequest("a message is deleted once: either with --ack or with --auto")
+        raise BadRequest("--ack and --auto exclude each other: a message is deleted once")
     wait = DEFAULT_WAIT if options.follow else options.wait or 0
     channels = options.channel.split(",")
     take = functools.partial(client.get, channels, wait, options.timeout, auto=options.auto)
-    most = options.count or (sys.maxsize if options.follow else 1)
+    limit = options.count or (sys.maxsize if options.follow else 1)
     done: Optional[Message] = None
     count = 0
     try:
-        while count < most:
+        while count < limit:
             message, done = _take_next(take, done, options.follow), None
             if message is not None:
                 count += 1
-                _hand_over(client, message, options, b"\n" * (most > 1))
+                _write_message(client, message, options, b"\n" * (limit > 1))
                 done = message if options.ack else None
             elif not options.follow:
                 break
     finally:
         if done is not None:
-            with contextlib.suppress(NotFound):  # the call that was interrupted has deleted it
+            with contextlib.suppress(NotFound):  # the interrupted take has deleted it
                 client.delete(done)
     return 0 if count else 1
 
@@ -7224,26 +7303,28 @@ def _get(client: Client, options: argparse.Namespace) -> int:
 def _take_next(
     take: Callable[..., Optional[Message]], done: Optional[Message], follow: bool
 ) -> Optional[Message]:
-    """The next message, once that which is done is deleted; to `follow`, over restarts."""
-    for pause in _retry_delays():
+    """Acknowledges `done` and takes the next message; with `follow`, across restarts."""
+    delays = _retry_delays()
+    while True:
         try:
             return take(ack=done)
         except (NotFound, Conflict):
             if done is None:
                 raise
-            done = None  # deleted already, or with another now
+            done = None  # deleted already, or delivered again
         except LingerError as error:
             if not follow or error.status not in RETRYABLE:
                 raise
-            time.sleep(pause)
-    raise AssertionError("pauses do not end")
+            time.sleep(next(delays))
 
 
-def _hand_over(client: Client, message: Message, options: argparse.Namespace, end: bytes) -> None:
-    """Writes a message; one that cannot be written is given back, if it was to be deleted."""
+def _write_message(
+    client: Client, message: Message, options: argparse.Namespace, end: bytes
+) -> None:
+    """Writes a message; releases one that would be acknowledged but cannot be written."""
     try:
         if options.json:
-            _show([message_object(message)], as_json=True)
+            _write_records([message_object(message)], as_json=True)
         else:
             _write(message.body + (end or b"\n" * sys.stdout.isatty()))
     except BaseException:
@@ -7253,42 +7334,80 @@ def _hand_over(client: Client, message: Message, options: argparse.Namespace, en
         raise
 
 
-def _look(client: Client, options: argparse.Namespace) -> int:
+# -- inspection
+
+
+def _show(client: Client, options: argparse.Namespace) -> None:
     message, state = client.read_message(options.id)
     if options.json:
-        return _show([{**message_object(message), "state": state}], as_json=True)
-    _write(message.body + b"\n" * sys.stdout.isatty())
-    return 0
+        _write_records([{**message_object(message), "state": state}], as_json=True)
+    else:
+        _write(message.body + b"\n" * sys.stdout.isatty())
 
 
 def _peek(client: Client, options: argparse.Namespace) -> int:
     listed = client.list_messages(options.channel, options.state, options.count, options.after)
     if options.json:
-        return _show([{**message_object(m), "state": state} for m, state in listed], as_json=True)
+        records = [{**message_object(message), "state": state} for message, state in listed]
+        return _write_records(records, as_json=True)
     names = ("id", "state", "priority", "delivered", "age", "error", "body")
     rows = (
         (m.id, state, m.priority, m.delivered, m.received, m.error, m.body.decode(errors="replace"))
         for m, state in listed
     )
-    return _show([dict(zip(names, row)) for row in rows])
+    return _write_records([dict(zip(names, row)) for row in rows])
 
 
 def _dump(client: Client, options: argparse.Namespace) -> int:
     status = 1
     for record in client.dump(options.channels or None):
-        status = _show([record], as_json=True)
+        status = _write_records([record], as_json=True)
     return status
 
 
-# -- channels and topics
+def _channels(client: Client, options: argparse.Namespace) -> int:
+    infos = client.channel_infos()
+    if not options.json:
+        names = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
+        infos = [{name: info[name] for name in names} for info in infos]
+    return _write_records(infos, options.json)
+
+
+def _topics(client: Client, options: argparse.Namespace) -> int:
+    topics = client.topics(options.channel)
+    return _write_records([{"topic": topic} for topic in topics], options.json)
+
+
+def _subscribers(client: Client, options: argparse.Namespace) -> int:
+    channels = client.subscribers(options.topic)
+    return _write_records([{"channel": channel} for channel in channels], options.json)
+
+
+def _stats(client: Client, options: argparse.Namespace) -> int:
+    if not options.watch:
+        return _write_pairs(client.stats(), options.json)
+    names = (*COUNTERS, "current-messages-ready", "current-messages-hidden")
+    before, then = client.stats(), time.monotonic()
+    while True:
+        time.sleep(options.watch)
+        stats, now = client.stats(), time.monotonic()
+        rates = {name: round((stats[name] - before[name]) / (now - then), 1) for name in names}
+        if sys.stdout.isatty():
+            _write(b"\x1b[H\x1b[J")  # clear the screen
+        records = [{"name": n, "now": stats[n], "per second": rates[n]} for n in names]
+        _write_records(records, options.json)
+        before, then = stats, now
+
+
+# -- changing a channel
 
 
 def _drain(client: Client, options: argparse.Namespace) -> int:
     if not options.yes:
         if not sys.stdin.isatty():
-            raise BadRequest("drain deletes all messages of a channel: say --yes if it shall")
+            raise BadRequest("drain deletes all messages of a channel: pass --yes to confirm")
         count = sum(client.channel_stats(options.channel).values())
-        _note(f"Delete all {count} messages of {options.channel}? [y/N] ")
+        _show_progress(f"Delete all {count} messages of {options.channel}? [y/N] ")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             return 1
     client.drain(options.channel)
@@ -7297,68 +7416,48 @@ def _drain(client: Client, options: argparse.Namespace) -> int:
 
 def _redrive(client: Client, options: argparse.Namespace) -> int:
     moved = client.redrive(options.channel, options.count, options.to)
-    _show([{"moved": moved}], options.json)
+    _write_records([{"moved": moved}], options.json)
     return 0 if moved else 1
 
 
-def _channels(client: Client, options: argparse.Namespace) -> int:
-    channel_infos = client.channel_infos()
-    if not options.json:
-        names = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
-        channel_infos = [{name: info[name] for name in names} for info in channel_infos]
-    return _show(channel_infos, options.json)
-
-
 def _settings(client: Client, options: argparse.Namespace) -> int:
-    given = _given(options, CHANNEL_PARAMETERS)
+    parameters = _given_parameters(options, CHANNEL_PARAMETERS)
+    if not parameters and not options.clear:
+        return _write_pairs(client.settings(options.channel), options.json)
     if options.clear:
         client.clear_settings(options.channel)
-        return 0
-    if given:
-        client.set_settings(options.channel, **given)
-        return 0
-    return _show_pairs(client.settings(options.channel), options.json)
+    else:
+        client.set_settings(options.channel, **parameters)
+    return 0
 
 
-def _stats(client: Client, options: argparse.Namespace) -> int:
-    if not options.watch:
-        return _show_pairs(client.stats(), options.json)
-    names = (*COUNTERS, "current-messages-ready", "current-messages-hidden")
-    before, then = client.stats(), time.monotonic()
-    while True:
-        time.sleep(options.watch)
-        stats, now = client.stats(), time.monotonic()
-        rates = {name: round((stats[name] - before[name]) / (now - then), 1) for name in names}
-        if sys.stdout.isatty():
-            _write(b"\x1b[H\x1b[J")  # from the top of the screen
-        _show([{"name": n, "now": stats[n], "per second": rates[n]} for n in names], options.json)
-        before, then = stats, now
-
-
-# -- work: a command for each message
+# ---------------------------------------------------------------------------------------------
+# Worker: `linger work`, which runs a command as a process for each message.  Knows processes and
+# signals; takes and settles messages through the consumer loop of the client.
+# ---------------------------------------------------------------------------------------------
 
 STOPPED = "the worker was stopped"
-TAKEN = "the message was deleted, or delivered again, meanwhile"
+LEASE_LOST = "the message was deleted, or delivered again, meanwhile"
 
 
 class Job:
-    """A command that runs for a message, whose body is its standard input.
+    """A process that runs a command for a message, whose body is its standard input.
 
-    It leads a session, and so a process group, of its own: Ctrl-C at a terminal ends the worker
-    only, and it can be killed with all that it started.  Its standard error is passed on, and the
-    end of it kept.
+    It leads a session, and so a process group, of its own: Ctrl-C at a terminal reaches only the
+    worker, and the job can be killed with all its children.  Its standard error is passed on, and
+    the end of it kept.  A worker thread starts it and waits; any thread may call `kill`.
     """
 
     def __init__(
         self, command: Sequence[str], body: bytes, environment: Mapping[bytes, bytes]
     ) -> None:
-        """Starts it; OSError if that cannot be done."""
-        self.killed = ""  # why it was killed, if it was
-        self.status = 0  # once it has ended: its exit status, negative for a signal
+        """Starts the process; OSError if that fails."""
+        self.killed = ""  # the reason if it was killed
+        self.status = 0  # exit status after its end, negative for a signal
         self._ended = False
-        self._tail = b""
+        self._stderr_tail = b""
         self._timers: list[threading.Timer] = []
-        with tempfile.TemporaryFile() as file:  # no pipe: what is not read blocks nobody
+        with tempfile.TemporaryFile() as file:  # not a pipe: unread input must not block
             file.write(body)
             file.seek(0)
             self._process = subprocess.Popen(
@@ -7368,39 +7467,42 @@ class Job:
                 env=environment,
                 start_new_session=True,
             )
-        self._passing = threading.Thread(
-            target=self._pass_on, args=(self._process.stderr,), name="linger-stderr", daemon=True
+        self._stderr_copier = threading.Thread(
+            target=self._copy_stderr,
+            args=(self._process.stderr,),
+            name="linger-stderr",
+            daemon=True,
         )
-        self._passing.start()
+        self._stderr_copier.start()
 
-    def wait(self, timeout: Optional[int]) -> None:
-        """Waits until it has ended; kills it if that is not expected_channel `timeout` seconds."""
-        if timeout is not None:
-            self._after(timeout, self.kill, f"it took longer than {timeout} seconds")
+    def wait(self, time_limit: Optional[int]) -> None:
+        """Waits for its end; kills it after `time_limit` seconds."""
+        if time_limit is not None:
+            self._after(time_limit, self.kill, f"it took longer than {time_limit} seconds")
         self.status = self._process.wait()
         if self.killed:
-            self._signal(signal.SIGKILL)  # what it left behind
+            self._signal(signal.SIGKILL)  # remaining children
         self._ended = True
         for timer in self._timers:
             timer.cancel()
-        self._passing.join(STDERR_TIMEOUT)
+        self._stderr_copier.join(STDERR_TIMEOUT)
 
-    def kill(self, why: str) -> None:
-        """Ends it with its group: SIGTERM, and SIGKILL for what is still there after a while."""
+    def kill(self, reason: str) -> None:
+        """Sends SIGTERM to its process group, and after a while SIGKILL."""
         if not self.killed and not self._ended:
-            self.killed = why
+            self.killed = reason
             self._signal(signal.SIGTERM)
             self._after(KILL_GRACE, self._signal, signal.SIGKILL)
 
     def failure(self) -> str:
-        """Why it has not done its work; nothing if it has."""
+        """Returns why it failed; empty if it succeeded."""
         if self.killed or not self.status:
             return self.killed
         return f"exit status {self.status}" if self.status > 0 else f"signal {-self.status}"
 
     def reason(self) -> str:
-        """The same with the end of its standard error."""
-        tail = self._tail.decode("utf-8", "replace").strip().encode()[-STDERR_TAIL:]
+        """Returns why it failed, with the end of its standard error."""
+        tail = self._stderr_tail.decode("utf-8", "replace").strip().encode()[-STDERR_TAIL:]
         return f"{self.failure()}: {tail.decode('utf-8', 'ignore')}" if tail else self.failure()
 
     def _after(self, seconds: float, function: Callable[[Any], None], argument: object) -> None:
@@ -7410,24 +7512,25 @@ class Job:
         timer.start()
 
     def _signal(self, number: int) -> None:
-        if not self._ended:  # else the number may be another's
+        if not self._ended:  # afterwards the id may belong to another process
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: a zombie
                 os.killpg(self._process.pid, number)
 
-    def _pass_on(self, stderr: Any) -> None:
+    def _copy_stderr(self, stderr: Any) -> None:
         with stderr:
             while data := stderr.read1(STDERR_TAIL):
-                self._tail = (self._tail + data)[-STDERR_TAIL:]
+                self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL:]
                 with contextlib.suppress(OSError, ValueError):
                     sys.stderr.buffer.write(data)
                     sys.stderr.buffer.flush()
 
 
 class Worker:
-    """Runs a command for each message of channels, some at a time, until it is told to stop.
+    """Runs a command for each message of some channels, several at a time, until it is stopped.
 
-    Each of its threads takes a message, runs the command, and settles the message: that of a
-    command which succeeded is deleted with the next take.
+    Each of its threads takes a message, runs the command, and settles the message; the next take
+    deletes the message of a command that succeeded.  The main thread waits for signals and for
+    the threads' end.
     """
 
     def __init__(self, client: Client, options: argparse.Namespace) -> None:
@@ -7435,26 +7538,28 @@ class Worker:
         self._options = options
         self._environment = {**os.environb, b"LINGER_URL": client.url.encode()}
         self._stop = threading.Event()
-        self._takes = threading.Semaphore(options.count or sys.maxsize)
-        self._events, self._event = os.pipe()  # a byte each: a signal's number, 0 a thread's end
+        self._remaining = threading.Semaphore(options.count or sys.maxsize)
+        # A byte for each event: the number of a signal, or 0 for a thread's end.
+        self._event_reader, self._event_writer = os.pipe()
+        self._lock = threading.Lock()  # guards the five attributes below
         self._jobs: set[Job] = set()
         self._killing = False
         self._worked = False
-        self._told = False  # that the server is away
+        self._outage_logged = False
         self._error: Optional[LingerError] = None
 
     def run(self) -> int:
-        """Works; returns the exit status, or raises what keeps it from working."""
+        """Works; returns the exit status, or raises the error that stopped it."""
         options = self._options
         if shutil.which(options.command[0]) is None:
             raise BadRequest(f"there is no command {options.command[0]}")
-        self._client.server_info()  # later the server is waited for, but not from the start
+        self._client.server_info()  # a later outage is waited for, but not one at the start
         threads = min(options.j, options.count or options.j)
-        with self._signals():
+        with self._signals_as_events():
             for n in range(threads):
                 threading.Thread(target=self._work, name=f"linger-worker-{n}").start()
             while threads:
-                if ord(os.read(self._events, 1)):
+                if ord(os.read(self._event_reader, 1)):
                     self._stop_or_kill()
                 else:
                     threads -= 1
@@ -7463,85 +7568,97 @@ class Worker:
         return 1 if options.once and not self._worked else 0
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Makes events of signals: the pipe is written to at once, whichever thread gets one."""
-        os.set_blocking(self._event, False)
-        before = signal.set_wakeup_fd(self._event)
+    def _signals_as_events(self) -> Iterator[None]:
+        """Writes each signal to the pipe at once, whichever thread the system delivers it to."""
+        os.set_blocking(self._event_writer, False)
+        former = signal.set_wakeup_fd(self._event_writer)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         try:
             yield
         finally:
-            signal.set_wakeup_fd(before)
-            os.close(self._events)
-            os.close(self._event)
+            signal.set_wakeup_fd(former)
+            os.close(self._event_reader)
+            os.close(self._event_writer)
 
     def _stop_or_kill(self) -> None:
-        """The first time, takes no new messages; the second, ends the commands that run."""
+        """On the first signal, takes no more messages; on the second, kills the commands."""
         if self._stop.is_set():
-            self._killing = True
-            for job in list(self._jobs):
+            with self._lock:
+                self._killing = True
+                jobs = list(self._jobs)
+            for job in jobs:
                 job.kill(STOPPED)
         self._stop.set()
 
     def _work(self) -> None:
         options = self._options
         wait = 0 if options.once else None
-        loop = _Consumer(self._client, options.channel.split(","), wait, None, self._stop)
-        loop.away = self._tell
+        loop = _ConsumerLoop(self._client, options.channel.split(","), wait, None, self._stop)
+        loop.on_outage = self._log_outage
+        run_job = functools.partial(self._run_job, loop)
         try:
-            while self._takes.acquire(blocking=False):
+            while self._remaining.acquire(blocking=False):
                 message = loop.next()
                 if message is None:
                     break
-                loop.call(functools.partial(self._do, loop), message, options.delay)
+                loop.process(run_job, message, options.retry_delay)
         except LingerError as error:
             self._fail(error)
         finally:
-            loop.finish()
+            loop.ack_current()
             loop.close()
-            os.write(self._event, b"\0")
+            os.write(self._event_writer, b"\0")
 
     def _fail(self, error: LingerError) -> None:
-        self._error = error
+        with self._lock:
+            self._error = error
         self._stop.set()
 
-    def _tell(self, error: LingerError) -> None:
-        """Tells that the server is away, once until there is a message again."""
-        if not self._told:
-            self._told = True
+    def _log_outage(self, error: LingerError) -> None:
+        """Logs that the server does not respond, once until the next message."""
+        with self._lock:
+            logged, self._outage_logged = self._outage_logged, True
+        if not logged:
             log(f"linger: {error}; trying again")
 
-    def _do(self, loop: _Consumer, message: Message) -> None:
-        """Runs the command for a message; unless it succeeds, releases or rejects the message."""
+    def _run_job(self, loop: _ConsumerLoop, message: Message) -> None:
+        """Runs the command for a message; releases or rejects the message if that fails."""
         options = self._options
-        self._worked, self._told = True, False
+        with self._lock:
+            self._worked, self._outage_logged = True, False
+        retry_delay = None if message.backoff else options.retry_delay
         try:
-            job = Job(options.command, message.body, {**self._environment, **_variables(message)})
+            environment = {**self._environment, **_environment_of(message)}
+            job = Job(options.command, message.body, environment)
         except OSError as error:
             reason = f"cannot run {options.command[0]}: {error.strerror or error}"
             self._fail(LingerError(reason))
-            loop.release(reason, None if message.backoff else options.delay)
+            loop.release(reason, retry_delay)
             return
-        loop.lost = functools.partial(job.kill, TAKEN)
-        self._jobs.add(job)
-        if self._killing:
-            job.kill(STOPPED)
-        job.wait(options.timeout)
-        self._jobs.discard(job)
+        self._wait_for(job, loop)
         if not job.failure():
             return
         log(f"linger: message {message.id} of {message.channel}: {job.failure()}")
         if options.reject_on_failure and not job.killed and job.status != os.EX_TEMPFAIL:
             loop.reject(job.reason())
-        elif job.killed == STOPPED:
-            loop.release(job.reason(), 0)
         else:
-            loop.release(job.reason(), None if message.backoff else options.delay)
+            loop.release(job.reason(), 0 if job.killed == STOPPED else retry_delay)
+
+    def _wait_for(self, job: Job, loop: _ConsumerLoop) -> None:
+        loop.on_lease_lost = functools.partial(job.kill, LEASE_LOST)
+        with self._lock:
+            self._jobs.add(job)
+            killing = self._killing
+        if killing:
+            job.kill(STOPPED)
+        job.wait(self._options.time_limit)
+        with self._lock:
+            self._jobs.discard(job)
 
 
-def _variables(message: Message) -> dict[bytes, bytes]:
-    """All of a message but its body, as variables of the environment."""
+def _environment_of(message: Message) -> dict[bytes, bytes]:
+    """Returns all of a message but its body, as environment variables."""
     fields = message._asdict()
     del fields["body"]
     fields["message_id"] = fields.pop("id")
@@ -7551,48 +7668,51 @@ def _variables(message: Message) -> dict[bytes, bytes]:
     }
 
 
-# -- bench: how much the server does on this machine
+# ---------------------------------------------------------------------------------------------
+# Bench: `linger bench`, which measures a server with many connections at a time.  Sends encoded
+# requests and parses little of the responses, because it competes with the server for the CPU.
+# ---------------------------------------------------------------------------------------------
 
 LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]+)")
 MESSAGE_ID = re.compile(rb"\r\n[Xx]-[Ll]inger-[Mm]sg-[Ii]d: *([0-9]+)")
 IDS = re.compile(rb'"id":([0-9]+)')
-Work = Generator[bytes, bytes, int]  # yields requests, gets answers; how many messages it was
+# A task yields requests and receives their responses; it returns the number of messages, 0 if
+# there are no more.
+Task = Generator[bytes, bytes, int]
 
 
 class _BenchConnection:
-    """A connection under load: sends what is prepared, reads no more of an answer than it must."""
+    """A connection under load; it reads whole responses, but not their meaning."""
 
-    def __init__(self, client: Client) -> None:
-        self._line = _HTTPConnection(client.url, client._make)
-        self.socket = self._line._open().sock
-        self.socket.settimeout(None)  # else Python polls before it reads
-        patience = struct.pack("ll", int(CLIENT_TIMEOUT), 0)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+    def __init__(self, transport: Transport) -> None:
+        self._connection = transport.new_connection()
+        self.socket = self._connection.open()
         self.send = self.socket.sendall
 
-    def read(self) -> bytes:
-        """A whole answer, head and body; or the error that it is."""
-        answer = self._receive()
-        while (end := answer.find(b"\r\n\r\n")) < 0:
-            answer += self._receive()
-        status = int(answer[9:12])
-        found = LENGTH.search(answer, 0, end)
+    def receive(self) -> bytes:
+        """Returns a response, head and body, or raises the error that it reports."""
+        response = self._receive_some()
+        while (end := response.find(b"\r\n\r\n")) < 0:
+            response += self._receive_some()
+        status = int(response[9:12])
+        found = LENGTH.search(response, 0, end)
         end += 4 + int(found[1] if found else 0)
-        while len(answer) < end:
-            answer += self._receive()
+        while len(response) < end:
+            response += self._receive_some()
         if status >= 300:
-            raise _error_of(self._line._url, status, answer.partition(b"\r\n\r\n")[2])
-        return answer
+            body = response.partition(b"\r\n\r\n")[2]
+            raise error_in_response(self._connection.url, status, body)
+        return response
 
     def close(self) -> None:
-        """Closes it once the server has answered all that was sent, and so adds no more."""
+        """Closes the connection after the server has responded to all requests."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
             while self.socket.recv(65_536):
                 pass
-        self._line.close()
+        self._connection.close()
 
-    def _receive(self) -> bytes:
+    def _receive_some(self) -> bytes:
         data = self.socket.recv(65_536)
         if not data:
             raise ConnectionError("the server has closed it")
@@ -7600,191 +7720,198 @@ class _BenchConnection:
 
 
 class Benchmark:
-    """What many clients ask of a server, and how long it takes.
+    """Measures the requests of many clients.
 
-    One thread drives all connections, each with a job at a time: that costs less of the machine,
-    which is the server's too, than a thread each.  Jobs are generators.  All messages are in a
-    channel of its own, which is drained at the end.
+    One thread drives all connections, each with a task at a time: that costs less CPU than a
+    thread each.  All messages are in a channel of the benchmark, which is drained at the end.
     """
 
     def __init__(self, client: Client, connections: int, seconds: float, size: int) -> None:
-        """Opens the connections; `LingerError` if the server, or the token, does not let us."""
+        """Opens the connections; `LingerError` if the server or the token does not allow it."""
         self._client = client
-        self._connections = connections
+        self._connection_count = connections
         self._seconds = seconds
         self._channel = f"linger-bench-{os.urandom(16).hex()}"
-        self._taken: list[bytes] = []  # ids of messages in flight
-        path, body, kept = f"/channels/{self._channel}", b"x" * size, {"timeout": BENCH_TIMEOUT}
-        ask, many = client._request, encode_batch([body] * BENCH_BATCH, ALL_PARAMETERS)
-        self._post = ask("POST", path, kept, body, DEFAULT_TYPE)
-        self._post_many = ask("POST", f"{path}/batch", kept, many, "application/json")
-        self._get = ask("GET", path, {"wait": 0}, b"", "")
-        self._get_many = ask("GET", path, {"wait": 0, "n": BENCH_BATCH}, b"", "")
-        self._wait = ask("GET", path, {"wait": int(CLIENT_TIMEOUT)}, b"", "")
-        self._next = ask("GET", path, {"wait": 0, "ack": "_ID_"}, b"", "").split(b"_ID_", 1)
-        self._delete = ask("DELETE", "/messages/_ID_", None, b"", "").split(b"_ID_", 1)
-        client.drain(self._channel)  # before anything is posted: may we do that?
-        self._wires = [_BenchConnection(client) for _ in range(max(connections, 2))]
+        self._leased: list[bytes] = []  # ids of messages in flight
+        path, body = f"/channels/{self._channel}", b"x" * size
+        timeout = {"timeout": BENCH_TIMEOUT}
+        encode = self._encode = client._transport.encode
+        self._post = encode("POST", path, timeout, body, DEFAULT_TYPE)
+        batch = encode_batch([body] * BENCH_BATCH, ALL_PARAMETERS)
+        self._post_batch = encode("POST", f"{path}/batch", timeout, *batch)
+        self._get = encode("GET", path, {"wait": 0})
+        self._get_batch = encode("GET", path, {"wait": 0, "n": BENCH_BATCH})
+        self._get_waiting = encode("GET", path, {"wait": int(CLIENT_TIMEOUT)})
+        self._ack_and_get = encode("GET", path, {"wait": 0, "ack": "_ID_"}).split(b"_ID_", 1)
+        self._delete = encode("DELETE", "/messages/_ID_").split(b"_ID_", 1)
+        client.drain(self._channel)  # fails here, before messages are added, if not permitted
+        self._connections = [
+            _BenchConnection(client._transport) for _ in range(max(connections, 2))
+        ]
 
     def close(self) -> None:
-        """Leaves nothing behind."""
-        for wire in self._wires:
-            wire.close()
+        """Closes the connections and deletes the messages."""
+        for connection in self._connections:
+            connection.close()
         self._client.drain(self._channel)
 
     def measurements(self) -> Iterator[dict[str, Any]]:
-        """Makes the measurements, one after the other; the record of each."""
-        jobs = {"post": self._post_one, "get": self._get_one, "delete": self._delete_one,
-                "job": self._job, "ack-and-next": self._job_and_next,
-                f"batch of {BENCH_BATCH}": self._batch}  # fmt: skip
+        """Makes the measurements one after the other; yields a record of each."""
+        tasks = {
+            "post": self._post_one,
+            "get": self._get_one,
+            "delete": self._delete_one,
+            "job": self._job,
+            "ack-and-next": self._job_and_next,
+            f"batch of {BENCH_BATCH}": self._batch,
+        }
         try:
-            for name, job in jobs.items():
-                _note(f"{name} ...")
-                yield _measured(name, *self._measure(job))
-            _note("wake-up ...")
+            for name, task in tasks.items():
+                _show_progress(f"{name} ...")
+                yield _measurement(name, *self._measure(task))
+            _show_progress("wake-up ...")
             times = self._wake_ups()
-            yield {**_measured("wake-up", len(times), sum(times), times), "per-second": None}
+            yield {**_measurement("wake-up", len(times), sum(times), times), "per-second": None}
         except OSError as error:
             raise Unavailable(f"the connection to {self._client.url} broke: {error}") from error
         finally:
-            _note("")
+            _show_progress("")
 
-    def _measure(self, job: Callable[[], Work]) -> tuple[int, float, list[float]]:
-        """Does jobs on all connections; the messages, the seconds, and those of each job."""
+    def _measure(self, new_task: Callable[[], Task]) -> tuple[int, float, list[float]]:
+        """Runs tasks on all connections; returns the messages, the seconds, and those per task."""
         clock, count, times = time.perf_counter, 0, list[float]()
-        under_way: dict[int, tuple[_BenchConnection, Work, float]] = {}
+        running: dict[int, tuple[_BenchConnection, Task, float]] = {}
         poller = select.poll()
         start = now = clock()
         deadline = start + self._seconds
 
-        def begin(wire: _BenchConnection) -> None:
-            work = job()
-            request = next(work, None) if now < deadline else None
+        def begin(connection: _BenchConnection) -> None:
+            task = new_task()
+            request = next(task, None) if now < deadline else None
             if request is None:
-                del under_way[wire.socket.fileno()]
-                poller.unregister(wire.socket)
+                poller.unregister(connection.socket)
+                running.pop(connection.socket.fileno(), None)
             else:
-                under_way[wire.socket.fileno()] = wire, work, now
-                wire.send(request)
+                running[connection.socket.fileno()] = connection, task, now
+                connection.send(request)
 
-        for wire in self._wires[: self._connections]:
-            poller.register(wire.socket, select.POLLIN)
-            under_way[wire.socket.fileno()] = wire, job(), start
-            begin(wire)
-        while under_way:
-            for descriptor, _ in poller.poll(CLIENT_TIMEOUT * 1_000) or _too_late():
-                wire, work, began = under_way[descriptor]
+        for connection in self._connections[: self._connection_count]:
+            poller.register(connection.socket, select.POLLIN)
+            begin(connection)
+        while running:
+            for descriptor, _ in poller.poll(CLIENT_TIMEOUT * 1_000) or _fail_late():
+                connection, task, began = running[descriptor]
                 try:
-                    wire.send(work.send(wire.read()))
+                    connection.send(task.send(connection.receive()))
                 except StopIteration as end:
                     now = clock()
                     if end.value:
                         count += end.value
                         times.append(now - began)
-                    else:  # there are no more messages
+                    else:
                         deadline = now
-                    begin(wire)
+                    begin(connection)
         return count, now - start, times
 
-    def _post_one(self) -> Work:
+    def _post_one(self) -> Task:
         yield self._post
         return 1
 
-    def _get_one(self) -> Work:
+    def _get_one(self) -> Task:
         found = MESSAGE_ID.search((yield self._get))
         if not found:
             return 0
-        self._taken.append(found[1])
+        self._leased.append(found[1])
         return 1
 
-    def _delete_one(self) -> Work:
-        if not self._taken:
+    def _delete_one(self) -> Task:
+        if not self._leased:
             return 0
-        yield self._taken.pop().join(self._delete)
+        yield self._leased.pop().join(self._delete)
         return 1
 
-    def _job(self) -> Work:
+    def _job(self) -> Task:
         yield self._post
         yield _id_in((yield self._get)).join(self._delete)
         return 1
 
-    def _job_and_next(self) -> Work:
+    def _job_and_next(self) -> Task:
         yield self._post
-        request = self._taken.pop().join(self._next) if self._taken else self._get
-        self._taken.append(_id_in((yield request)))
+        request = self._leased.pop().join(self._ack_and_get) if self._leased else self._get
+        self._leased.append(_id_in((yield request)))
         return 1
 
-    def _batch(self) -> Work:
-        yield self._post_many
-        ids = IDS.findall((yield self._get_many))
+    def _batch(self) -> Task:
+        yield self._post_batch
+        ids = IDS.findall((yield self._get_batch))
         body = b"[" + b",".join(ids) + b"]"
-        yield self._client._request("POST", "/messages/delete", None, body, "application/json")
+        yield self._encode("POST", "/messages/delete", None, body, JSON_TYPE)
         return len(ids)
 
     def _wake_ups(self) -> list[float]:
-        """The seconds from a POST being sent to the answer of the consumer that waited for it."""
-        consumer, poster = self._wires[:2]
+        """Returns the seconds from each POST to the response of the consumer that waited."""
+        consumer, producer = self._connections[:2]
         clock, times = time.perf_counter, list[float]()
         self._client.drain(self._channel)
         deadline = clock() + self._seconds
         while not times or clock() < deadline:
-            consumer.send(self._wait)
+            consumer.send(self._get_waiting)
             while not self._client.info(self._channel)["waiting"]:
                 if clock() > deadline + CLIENT_TIMEOUT:
-                    _too_late()
+                    _fail_late()
             start = clock()
-            poster.send(self._post)
-            answer = consumer.read()
+            producer.send(self._post)
+            response = consumer.receive()
             times.append(clock() - start)
-            poster.read()
-            poster.send(_id_in(answer).join(self._delete))
-            poster.read()
+            producer.receive()
+            producer.send(_id_in(response).join(self._delete))
+            producer.receive()
         return times
 
 
-def _too_late() -> NoReturn:
-    raise TimeoutError(f"there was no answer in {CLIENT_TIMEOUT:.0f} seconds")
+def _fail_late() -> NoReturn:
+    raise TimeoutError(f"there was no response in {CLIENT_TIMEOUT:.0f} seconds")
 
 
-def _id_in(answer: bytes) -> bytes:
-    """The id of the message that is an answer."""
-    found = MESSAGE_ID.search(answer)
+def _id_in(response: bytes) -> bytes:
+    """Returns the id of the message in a response."""
+    found = MESSAGE_ID.search(response)
     if not found:
-        raise Unavailable("there was no message: somebody else takes or deletes what is posted")
+        raise Unavailable("a message is missing: another client takes or deletes those posted here")
     return found[1]
 
 
-def _measured(name: str, count: int, seconds: float, times: list[float]) -> dict[str, Any]:
-    """The record of a measurement."""
+def _measurement(name: str, count: int, seconds: float, times: list[float]) -> dict[str, Any]:
+    """Returns the record of a measurement."""
     times.sort()
     p50, p99 = (round(times[len(times) * share // 100] * 1_000, 3) for share in (50, 99))
     record = {"measurement": name, "count": count, "seconds": round(seconds, 3)}
     return {**record, "per-second": round(count / seconds), "p50-ms": p50, "p99-ms": p99}
 
 
-def _measure_disk(folder: str, seconds: float) -> dict[str, Any]:
-    """What the disk allows: writes of a page, one synced after the other."""
+def _measure_disk(directory: str, seconds: float) -> dict[str, Any]:
+    """Measures the disk: writes of one page, each synced before the next."""
     clock, times = time.perf_counter, list[float]()
     sync = getattr(os, "fdatasync", os.fsync)
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=directory) as file:
         start = now = clock()
         while not times or now < start + seconds:
             os.pwrite(file.fileno(), bytes(4_096), 0)
             sync(file.fileno())
             times.append(clock() - now)
             now += times[-1]
-    return _measured("disk sync", len(times), now - start, times)
+    return _measurement("disk sync", len(times), now - start, times)
 
 
 @contextlib.contextmanager
-def _own_server(folder: str, sync: str) -> Iterator[str]:
-    """The URL of a server in a process of its own, with an empty database in a folder."""
-    arguments = ("--port", "0", "--dbfile", os.path.join(folder, "linger.db"), "--sync", sync)
+def _temporary_server(directory: str, sync: str) -> Iterator[str]:
+    """Runs a server with an empty database in a process of its own; yields its URL."""
+    arguments = ("--port", "0", "--dbfile", os.path.join(directory, "linger.db"), "--sync", sync)
     environment = {n: value for n, value in os.environ.items() if not n.startswith("LINGER_")}
-    with open(os.path.join(folder, "log"), "w+") as file, subprocess.Popen(
+    with open(os.path.join(directory, "log"), "w+") as file, subprocess.Popen(
         [sys.executable, os.path.abspath(__file__), *arguments],
         stdout=subprocess.PIPE, stderr=file, env=environment, text=True,
-        start_new_session=True,  # Ctrl-C is for us: we still have to talk to it
+        start_new_session=True,  # Ctrl-C reaches only this process, which still needs the server
     ) as process:  # fmt: skip
         try:
             line = process.stdout.readline() if process.stdout else ""
@@ -7799,46 +7926,54 @@ def _own_server(folder: str, sync: str) -> Iterator[str]:
 
 
 def _bench(_: Client, options: argparse.Namespace) -> int:
-    """Measures a server, or one of its own; never that of LINGER_URL, which may be at work."""
+    """Measures the server at a URL, or a temporary one.
+
+    LINGER_URL is ignored: a server in production is measured only when it is named.
+    """
     url = options.server or options.url
     if url:
         if options.sync or options.folder:
-            raise BadRequest("--sync and --folder are for a server of its own: give no URL then")
-        return _show_load(url, None, [], options)
+            raise BadRequest("--sync and --folder are for the temporary server: pass no URL")
+        return _run_benchmark(url, None, [], options)
     sync = options.sync or SYNC_LEVELS[0]
-    with tempfile.TemporaryDirectory(prefix="linger-bench-", dir=options.folder or ".") as folder:
-        _note("disk sync ...")
-        disk = _measure_disk(folder, min(options.seconds, DISK_TEST_SECONDS))
-        with _own_server(folder, sync) as url:
-            return _show_load(url, sync, [disk], options)
+    parent = options.folder or "."
+    with tempfile.TemporaryDirectory(prefix="linger-bench-", dir=parent) as directory:
+        _show_progress("disk sync ...")
+        disk = _measure_disk(directory, min(options.seconds, DISK_TEST_SECONDS))
+        with _temporary_server(directory, sync) as url:
+            return _run_benchmark(url, sync, [disk], options)
 
 
-def _show_load(
+def _run_benchmark(
     url: str, sync: Optional[str], measured: list[dict[str, Any]], options: argparse.Namespace
 ) -> int:
     with Client(url, options.token, cafile=options.cafile) as client:
         version = client.server_info()["version"]
-        load = Benchmark(client, options.connections, options.seconds, options.bytes)
-        with contextlib.closing(load):
-            measured.extend(load.measurements())
+        benchmark = Benchmark(client, options.connections, options.seconds, options.bytes)
+        with contextlib.closing(benchmark):
+            measured.extend(benchmark.measurements())
     if options.json:
         record = {"url": url, "version": version, "sync": sync, "time": int(time.time()),
                   "connections": options.connections, "bytes": options.bytes,
                   "python": sys.version.split()[0], "sqlite": sqlite3.sqlite_version,
                   "processors": os.cpu_count(), "measurements": measured}  # fmt: skip
-        return _show([record], as_json=True)
+        return _write_records([record], as_json=True)
     names = ("measurement", "per-second", "p50-ms", "p99-ms")
-    return _show([{name: record[name] for name in names} for record in measured])
+    return _write_records([{name: record[name] for name in names} for record in measured])
 
 
-# -- the table of commands
+# ---------------------------------------------------------------------------------------------
+# Command line: the table of commands with their arguments, and `main`, which runs one of them.
+# ---------------------------------------------------------------------------------------------
 
 _Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
-def _argument(*flags: str, **settings: Any) -> _Argument:
-    """An argument or option, as argparse takes it."""
-    return flags, settings
+def _argument(*flags: str, help: str, **settings: Any) -> _Argument:
+    """Returns an argument or option for argparse; its help shows the default."""
+    if settings.get("default") not in (None, ""):
+        help += f" (default: {settings['default']})"
+    return flags, {"help": help, **settings}
 
 
 def _flag(name: str, help: str) -> _Argument:
@@ -7846,201 +7981,217 @@ def _flag(name: str, help: str) -> _Argument:
 
 
 def _number(
-    flag: str, metavar: str, help: str, least: int = 1, most: int = MAX_INTEGER, **settings: Any
+    flag: str,
+    metavar: str,
+    help: str,
+    minimum: int = 1,
+    maximum: int = MAX_INTEGER,
+    **settings: Any,
 ) -> _Argument:
-    def read(text: str) -> int:
+    def parse(text: str) -> int:
         try:
-            return parse_integer("it", text, least, most)
+            return parse_integer("it", text, minimum, maximum)
         except BadRequest as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    return _argument(flag, metavar=metavar, type=read, help=help, **settings)
+    return _argument(flag, metavar=metavar, type=parse, help=help, **settings)
 
 
 def _seconds(
-    flag: str, help: str, least: int = 1, most: int = MAX_INTEGER, **settings: Any
+    flag: str, help: str, minimum: int = 1, maximum: int = MAX_INTEGER, **settings: Any
 ) -> _Argument:
-    return _number(flag, "SECONDS", help, least, most, **settings)
+    return _number(flag, "SECONDS", help, minimum, maximum, **settings)
 
 
 def _parameters(table: Sequence[Parameter]) -> tuple[_Argument, ...]:
     return tuple(_argument(f"--{p.name}", metavar="VALUE", help=p.help) for p in table)
 
 
-def _measuring_time(text: str) -> float:
-    least, most = BENCH_SECONDS
+def _bench_seconds(text: str) -> float:
+    minimum, maximum = BENCH_SECONDS
     with contextlib.suppress(ValueError):
-        if least <= float(text) <= most:
+        if minimum <= float(text) <= maximum:
             return float(text)
-    raise argparse.ArgumentTypeError(f"it must be from {least} to {most}")
+    raise argparse.ArgumentTypeError(f"it must be from {minimum} to {maximum}")
 
 
-PUBLISH_PARAMETERS = tuple(p for p in DEDUP_PARAMETERS if p.name != "unique")
-CHANNEL = _argument("channel", metavar="CHANNEL")
-CHANNELS_ASKED = _argument("channel", metavar="CHANNEL[,...]", help="the first with a message")
-TOPIC = _argument("topic", metavar="TOPIC")
-BODY = _argument("body", metavar="BODY", nargs="?", help="the message; - or none: standard input")
-TYPE = _argument("--type", default=DEFAULT_TYPE, help=f"Content-Type of the body ({DEFAULT_TYPE})")
-ID = _number("id", "ID", "of a message", 0)
-LEASE = _number("--lease", "N", "only if that delivery is the latest", 0)
-REASON = _argument("--reason", metavar="TEXT", default="", help="goes out with the next delivery")
-HIDDEN = _seconds("--timeout", "that it stays hidden, in place of its own timeout")
-JSON = _flag("--json", "write objects of JSON, one a line")
+CHANNEL = _argument("channel", metavar="CHANNEL", help="name of the channel")
+CHANNELS_IN_ORDER = _argument(
+    "channel", metavar="CHANNEL[,...]", help="channels; the first one that has a message is used"
+)
+TOPIC = _argument("topic", metavar="TOPIC", help="name of the topic")
+BODY = _argument(
+    "body", metavar="BODY", nargs="?", help="the message; `-` or omitted: standard input"
+)
+TYPE = _argument("--type", default=DEFAULT_TYPE, help="Content-Type of the body")
+ID = _number("id", "ID", "id of the message", 0)
+LEASE = _number("--lease", "N", "fail unless this is the latest delivery", 0)
+REASON = _argument("--reason", metavar="TEXT", default="", help="text for the next consumer")
+TIMEOUT = _seconds("--timeout", "visibility timeout, in place of the message's own")
+JSON = _flag("--json", "write JSON, one object per line")
 CONNECTION = (
-    _argument("--url", help=f"of the server; or LINGER_URL in the environment ({DEFAULT_URL})"),
-    _argument("--token", help="better LINGER_TOKEN in the environment: others can see arguments"),
-    _argument("--cafile", metavar="FILE", help="certificates to trust in place of the system's"),
+    _argument("--url", help=f"URL of the server (default: LINGER_URL, or {DEFAULT_URL})"),
+    _argument("--token", help="token; prefer LINGER_TOKEN, because other users see arguments"),
+    _argument("--cafile", metavar="FILE", help="certificates to trust instead of the system's"),
 )
 
 
 class Command(NamedTuple):
-    """A command: `linger NAME ARGUMENTS`.  `run` returns the exit status, None for 0."""
+    """A command, `linger NAME ARGUMENTS`; `run` returns the exit status, None for 0."""
 
     name: str
     summary: str
     example: str
-    run: Optional[Callable[[Client, argparse.Namespace], Optional[int]]]  # None: it is the server
+    run: Optional[Callable[[Client, argparse.Namespace], Optional[int]]]  # None: the server
     arguments: Sequence[_Argument] = ()
 
 
 # fmt: off
 COMMANDS = (
-    Command("serve", "run the server; so it does without a command",
+    Command("serve", "run the server; the default without a command",
             "linger serve --port 8989", None),
-    Command("post", "post a message to a channel, or many; writes its id",
-            "linger post jobs 'Do this!'", _post, (
-                CHANNEL, BODY, _flag("--lines", "each line of standard input is a message"), TYPE,
-                *_parameters(ALL_PARAMETERS), JSON)),
-    Command("get", "take messages; writes their bodies",
-            "linger get jobs --ack", _get, (
-                CHANNELS_ASKED, _seconds("--wait", "that it waits for a message (0)", 0, MAX_WAIT),
-                _number("--count", "N", "messages that it takes at most (1)"),
-                _flag("--follow", "take all that come, until interrupted"),
-                _flag("--ack", "delete each once it was written"),
-                _flag("--auto", "delete each as it is delivered"), HIDDEN, JSON)),
-    Command("work", "run a command for each message, which is its standard input",
-            "linger work jobs --once -- cat", lambda client, o: Worker(client, o).run(), (
-                CHANNELS_ASKED, _argument("command", metavar="COMMAND", nargs="+"),
-                _number("-j", "N", "commands that run at a time (1)", 1, MAX_JOBS, default=1),
-                _flag("--once", "stop when there is no message"),
-                _number("--count", "N", "stop after so many messages"),
-                _seconds("--timeout", "that a command may take; its message is released then",
-                         1, MAX_TIMER),
-                _seconds("--delay", "that a message without backoff is hidden after a failure"
-                         f" ({FAILURE_DELAY})", 0, default=FAILURE_DELAY),
-                _flag("--reject-on-failure", "give a message up after a failure"))),
-    Command("publish", "publish a message on a topic; writes the channels and ids of its copies",
+    Command("post", "post a message to a channel, or one per line, and write its id",
+            "linger post jobs 'Do this!'", _post,
+            (CHANNEL, BODY, _flag("--lines", "post each line of standard input as a message"),
+             TYPE, *_parameters(ALL_PARAMETERS), JSON)),
+    Command("get", "take messages and write their bodies",
+            "linger get jobs --ack", _get,
+            (CHANNELS_IN_ORDER,
+             _seconds("--wait", "maximum wait for each message (default: 0)", 0, MAX_WAIT),
+             _number("--count", "N", "maximum number of messages (default: 1)"),
+             _flag("--follow", "take messages until interrupted, across server restarts"),
+             _flag("--ack", "delete each message after it was written"),
+             _flag("--auto", "delete each message on delivery"), TIMEOUT, JSON)),
+    Command("work", "run a command for each message, with the body as its standard input",
+            "linger work jobs --once -- cat",
+            lambda client, options: Worker(client, options).run(),
+            (CHANNELS_IN_ORDER,
+             _argument("command", metavar="COMMAND", nargs="+",
+                       help="command to run, with its arguments"),
+             _number("-j", "N", "number of commands that run at a time", 1, MAX_JOBS, default=1),
+             _flag("--once", "stop when there is no message"),
+             _number("--count", "N", "stop after this number of messages"),
+             _seconds("--time-limit", "maximum run time of a command, which is then killed, and its"
+                      " message released", 1, MAX_TIMER),
+             _seconds("--retry-delay", "delay after a failure, for messages without backoff",
+                      0, default=FAILURE_DELAY),
+             _flag("--reject-on-failure", "reject a message after a failure"))),
+    Command("publish", "publish a message on a topic, and write the channels and ids of its copies",
             "linger publish news 'Have you heard?'", _publish,
             (TOPIC, BODY, TYPE, *_parameters(PUBLISH_PARAMETERS), JSON)),
-    Command("subscribe", "subscribe a channel to a topic; copies get the parameters",
+    Command("subscribe", "subscribe a channel to a topic, with parameters for its copies",
             "linger subscribe mail news --linger 3600",
-            lambda client, o: client.subscribe(o.channel, o.topic, **_given(o, MESSAGE_PARAMETERS)),
+            lambda client, options: client.subscribe(
+                options.channel, options.topic, **_given_parameters(options, MESSAGE_PARAMETERS)),
             (CHANNEL, TOPIC, *_parameters(MESSAGE_PARAMETERS))),
     Command("unsubscribe", "end a subscription", "linger unsubscribe mail news",
-            lambda client, o: client.unsubscribe(o.channel, o.topic), (CHANNEL, TOPIC)),
+            lambda client, options: client.unsubscribe(options.channel, options.topic),
+            (CHANNEL, TOPIC)),
     Command("peek", "list messages of a channel without taking them",
-            "linger peek jobs --state ready", _peek, (
-                CHANNEL, _argument("--state", choices=STATES, help="only those in this state"),
-                _number("--count", "N", "messages at most (50)", 1, MAX_BATCH, default=50),
-                _number("--after", "ID", "go on after that message", 0), JSON)),
-    Command("look", "write a message without taking it", "linger look 1", _look, (ID, JSON)),
-    Command("delete", "delete a message: it is done", "linger delete 1 --lease 1",
-            lambda client, o: client.delete(o.id, o.lease), (ID, LEASE)),
-    Command("touch", "give a message in flight more time", "linger touch 1 --timeout 600",
-            lambda client, o: client.touch(o.id, o.timeout, o.lease), (ID, LEASE, HIDDEN)),
-    Command("release", "give a message in flight back",
+            "linger peek jobs --state ready", _peek,
+            (CHANNEL, _argument("--state", choices=STATES, help="only messages in this state"),
+             _number("--count", "N", "maximum number of messages", 1, MAX_BATCH, default=50),
+             _number("--after", "ID", "start after this message", 0), JSON)),
+    Command("show", "write a message without taking it", "linger show 1", _show, (ID, JSON)),
+    Command("delete", "delete a message that is done", "linger delete 1 --lease 1",
+            lambda client, options: client.delete(options.id, options.lease), (ID, LEASE)),
+    Command("touch", "restart the visibility timeout of a message in flight",
+            "linger touch 1 --timeout 600",
+            lambda client, options: client.touch(options.id, options.timeout, options.lease),
+            (ID, LEASE, TIMEOUT)),
+    Command("release", "return a message in flight to its channel",
             "linger release 1 --delay 60 --reason 'out of paper'",
-            lambda client, o: client.release(o.id, o.delay, o.reason, o.lease), (
-                ID, LEASE, REASON,
-                _seconds("--delay", "until it is ready, in place of its backoff", 0))),
-    Command("reject", "give a message up: it goes to its dead channel, or away",
+            lambda client, options: client.release(
+                options.id, options.delay, options.reason, options.lease),
+            (ID, LEASE, REASON,
+             _seconds("--delay", "time until it is ready, in place of its backoff", 0))),
+    Command("reject", "move a message in flight to its dead channel, or delete it",
             "linger reject 1 --reason 'no such order'",
-            lambda client, o: client.reject(o.id, o.reason, o.lease), (ID, LEASE, REASON)),
-    Command("redrive", "move messages of a dead channel back; writes how many",
-            "linger redrive failed --count 10", _redrive, (
-                CHANNEL, _number("--count", "N", "messages at most (all)"), JSON,
-                _argument("--to", metavar="CHANNEL", help="there, not where they came from"))),
+            lambda client, options: client.reject(options.id, options.reason, options.lease),
+            (ID, LEASE, REASON)),
+    Command("redrive", "move messages of a dead channel back, and write how many",
+            "linger redrive failed --count 10", _redrive,
+            (CHANNEL, _number("--count", "N", "maximum number of messages (default: all)"), JSON,
+             _argument("--to", metavar="CHANNEL", help="target, in place of their origin"))),
     Command("drain", "delete all messages of a channel", "linger drain jobs --yes", _drain,
-            (CHANNEL, _flag("--yes", "do not ask"))),
+            (CHANNEL, _flag("--yes", "do not ask for confirmation"))),
     Command("channels", "list the channels, with the age of the oldest message in seconds",
             "linger channels", _channels, (JSON,)),
-    Command("topics", "list the topics, or those of a channel", "linger topics",
-            lambda client, o: _show([{"topic": t} for t in client.topics(o.channel)], o.json),
-            (_argument("channel", metavar="CHANNEL", nargs="?"), JSON)),
-    Command("subscribers", "list the channels that are subscribed to a topic",
-            "linger subscribers news",
-            lambda client, o: _show([{"channel": c} for c in client.subscribers(o.topic)], o.json),
-            (TOPIC, JSON)),
-    Command("stats", "show what the server counts", "linger stats", _stats,
-            (_seconds("--watch", "between looks, with rates (2)", 1, MAX_TIMER,
-                      nargs="?", const=2), JSON)),
+    Command("topics", "list the topics, or those of a channel", "linger topics", _topics,
+            (_argument("channel", metavar="CHANNEL", nargs="?", help="only topics of this one"),
+             JSON)),
+    Command("subscribers", "list the channels subscribed to a topic",
+            "linger subscribers news", _subscribers, (TOPIC, JSON)),
+    Command("stats", "show the counters of the server", "linger stats", _stats,
+            (_seconds("--watch", "time between updates, with rates (default: 2)",
+                      1, MAX_TIMER, nargs="?", const=2), JSON)),
     Command("settings", "show the settings of a channel, or replace all of them",
             "linger settings jobs --deliver 5 --dead failed", _settings,
-            (CHANNEL, _flag("--clear", "let it have none"),
+            (CHANNEL, _flag("--clear", "remove all settings"),
              *_parameters(CHANNEL_PARAMETERS), JSON)),
-    Command("pause", "let nobody take messages of a channel", "linger pause jobs --for 600",
-            lambda client, o: client.pause(o.channel, o.seconds),
-            (CHANNEL, _seconds("--for", "that it lasts, if it shall end", dest="seconds"))),
+    Command("pause", "stop the delivery of a channel's messages", "linger pause jobs --for 600",
+            lambda client, options: client.pause(options.channel, options.seconds),
+            (CHANNEL, _seconds("--for", "length of the pause (default: until resume)",
+                               dest="seconds"))),
     Command("resume", "end a pause", "linger resume jobs",
-            lambda client, o: client.resume(o.channel), (CHANNEL,)),
+            lambda client, options: client.resume(options.channel), (CHANNEL,)),
     Command("dump", "write the messages of all channels, or of some, for load",
             "linger dump jobs > jobs.ndjson", _dump,
-            (_argument("channels", metavar="CHANNEL", nargs="*"),)),
-    Command("load", "post what dump wrote, from standard input; writes how many",
+            (_argument("channels", metavar="CHANNEL", nargs="*", help="only these channels"),)),
+    Command("load", "post the output of dump from standard input, and write how many messages",
             "linger load < jobs.ndjson", _load, (JSON,)),
     Command("backup", "copy the database of the running server to a new file",
-            "linger backup copy.db", lambda client, o: client.backup(o.file),
-            (_argument("file", metavar="FILE"),)),
-    Command("bench", "measure how much a server of its own does on this machine, or that at a URL",
-            "linger bench --connections 64", _bench, (
-                _argument("server", metavar="URL", nargs="?",
-                          help="of the server (one of its own, on an empty database)"),
-                _number("--connections", "N", "each with a request at a time (8)",
-                        1, BENCH_CONNECTIONS, default=8),
-                _argument("--seconds", metavar="SECONDS", type=_measuring_time, default=2.0,
-                          help="that each measurement lasts (2)"),
-                _number("--bytes", "N", "of a message (100)", 1, BENCH_BYTES, default=100),
-                _argument("--sync", choices=SYNC_LEVELS, help="of its own server (full)"),
-                _argument("--folder", help="for its database: on the disk to be measured (.)"),
-                JSON)),
+            "linger backup copy.db", lambda client, options: client.backup(options.file),
+            (_argument("file", metavar="FILE", help="path of the new file"),)),
+    Command("bench", "measure a temporary server on this machine, or the one at a URL",
+            "linger bench --connections 64", _bench,
+            (_argument("server", metavar="URL", nargs="?",
+                       help="server to measure (default: a temporary one with an empty database)"),
+             _number("--connections", "N", "number of connections, each with a request at a time",
+                     1, BENCH_CONNECTIONS, default=8),
+             _argument("--seconds", metavar="SECONDS", type=_bench_seconds, default=2.0,
+                       help="length of each measurement"),
+             _number("--bytes", "N", "size of a message", 1, BENCH_BYTES, default=100),
+             _argument("--sync", choices=SYNC_LEVELS,
+                       help="sync level of the temporary server (default: full)"),
+             _argument("--folder", help="directory for its database (default: the current one)"),
+             JSON)),
 )
 # fmt: on
 
 
 def _parse(command: Command, arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments and options of a command; ends the process if they are wrong, or for --help."""
+    """Parses the arguments of a command; exits if they are wrong, and after --help."""
     parser = _Parser(
         prog=f"linger {command.name}",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         epilog=f"example:\n  {command.example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     for flags, settings in (*command.arguments, *CONNECTION):
         parser.add_argument(*flags, **settings)
     options = parser.parse_intermixed_args(arguments)
-    if "command" in options and "--" in arguments:  # of which argparse takes a second one away
+    if "command" in options and "--" in arguments:  # argparse removes a second `--` from it
         options.command = list(arguments[arguments.index("--") + 1 :])
     return options
 
 
-def _interrupt(number: int, _: object) -> None:
-    """Ends a command in good order, with the exit status that a shell gives it."""
+def _exit_on_signal(number: int, _: object) -> None:
+    """Ends a command gracefully, with the exit status that a shell uses."""
     raise SystemExit(128 + number)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Runs the command that the arguments ask for; returns its exit status."""
+    """Runs a command; returns its exit status."""
     named = arguments and not arguments[0].startswith("-")
     name, *rest = arguments if named else ("serve", *arguments)
     command = {command.name: command for command in COMMANDS}.get(name)
     if command is None:
-        raise BadRequest(f"there is no command {name}: linger --help lists them")
+        raise BadRequest(f"there is no command {name}; linger --help lists the commands")
     if command.run is None:
-        return _serve(rest)
+        return run_server(rest, "\n".join(f"  {c.name:12} {c.summary}" for c in COMMANDS))
     options = _parse(command, rest)
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGINT, _exit_on_signal)
     with Client(options.url, options.token, cafile=options.cafile) as client:
         return command.run(client, options) or 0
 
@@ -8048,14 +8199,14 @@ def _run(arguments: Sequence[str]) -> int:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs a command, or the server; returns the exit status.
 
-    0 it is done; 1 there is nothing there; 2 it cannot be done, as a line on standard error says;
-    128 and the number of a signal, as a shell has it, for SIGINT, SIGTERM, and for SIGPIPE when
-    nobody reads the output any more.
+    0: done.  1: nothing found.  2: failed; the reason is a line on standard error.  128 + n: ended
+    by signal n, as a shell reports it, for SIGINT, SIGTERM, and SIGPIPE if the reader of the
+    output is gone.
     """
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # else Python complains at its end
+        with contextlib.suppress(OSError, ValueError):  # or Python reports it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (LingerError, OSError) as error:
