@@ -5930,7 +5930,7 @@ class Transport:
             self.closed = True
             connections = list(self._connections)
         for connection in connections:
-            connection.shutdown(socket.SHUT_RDWR)
+            connection.shutdown()
         self._thread.__dict__.clear()
 
     def encode(
@@ -6024,7 +6024,7 @@ class Transport:
 class _HTTPConnection:
     """A connection of one thread: opened when needed, kept until it fails or the thread ends.
 
-    Other threads may call only `shutdown`.
+    Other threads may call only `end_wait` and `shutdown`.
     """
 
     def __init__(self, url: str, connect: Callable[[], http.client.HTTPConnection]) -> None:
@@ -6074,11 +6074,12 @@ class _HTTPConnection:
         self._connection = connection
         return connection.sock
 
-    def shutdown(self, how: int) -> None:
-        """Stops sending (SHUT_WR), which ends a wait for a message, or also receiving (SHUT_RDWR).
+    def end_wait(self) -> None:
+        """Ends the wait for a message: the server sees that no other request follows."""
+        self.shutdown(socket.SHUT_WR)
 
-        For other threads.
-        """
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        """Ends a request under way in the thread of this connection."""
         connection = self._connection
         if connection is not None and self.process == os.getpid():
             with contextlib.suppress(OSError, AttributeError):  # closed just now
@@ -6767,7 +6768,7 @@ class _ConsumerLoop:
         while not self._closed.wait(HEARTBEAT_INTERVAL):
             waiting = self._waiting
             if waiting is not None and self._stop.is_set():
-                waiting.shutdown(socket.SHUT_WR)
+                waiting.end_wait()
             if current is not self._current:
                 current = self._current
                 due = current[1] + current[0].timeout / TOUCHES_PER_TIMEOUT if current else 0.0
@@ -7037,16 +7038,11 @@ def _create_server(options: Mapping[str, Any]) -> Server:
     store = Store(options["dbfile"], options["sync"], options["max_db_size"])
     broker = Broker(store, **of("Broker"))
     host, port = options["host"], options["port"]
+    connections = _raise_file_limit(options["max_connections"])
+    log_requests = options["log_requests"] or options["debug"]
+    settings = {"max_connections": connections, "log_requests": log_requests, "access": access}
     try:
-        return Server(
-            broker,
-            host,
-            port,
-            max_connections=_raise_file_limit(options["max_connections"]),
-            log_requests=options["log_requests"] or options["debug"],
-            access=access,
-            **of("Server"),
-        )
+        return Server(broker, host, port, **settings, **of("Server"))
     except LingerError:
         broker.close()
         raise
@@ -7461,11 +7457,7 @@ class Job:
             file.write(body)
             file.seek(0)
             self._process = subprocess.Popen(
-                command,
-                stdin=file,
-                stderr=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,
+                command, stdin=file, stderr=subprocess.PIPE, env=environment, start_new_session=True
             )
         self._stderr_copier = threading.Thread(
             target=self._copy_stderr,
@@ -7981,12 +7973,7 @@ def _flag(name: str, help: str) -> _Argument:
 
 
 def _number(
-    flag: str,
-    metavar: str,
-    help: str,
-    minimum: int = 1,
-    maximum: int = MAX_INTEGER,
-    **settings: Any,
+    flag: str, value: str, help: str, minimum: int = 1, maximum: int = MAX_INTEGER, **settings: Any
 ) -> _Argument:
     def parse(text: str) -> int:
         try:
@@ -7994,7 +7981,7 @@ def _number(
         except BadRequest as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    return _argument(flag, metavar=metavar, type=parse, help=help, **settings)
+    return _argument(flag, metavar=value, type=parse, help=help, **settings)
 
 
 def _seconds(
@@ -8118,8 +8105,7 @@ COMMANDS = (
     Command("channels", "list the channels, with the age of the oldest message in seconds",
             "linger channels", _channels, (JSON,)),
     Command("topics", "list the topics, or those of a channel", "linger topics", _topics,
-            (_argument("channel", metavar="CHANNEL", nargs="?", help="only topics of this one"),
-             JSON)),
+            (_argument("channel", metavar="CHANNEL", nargs="?", help="only its topics"), JSON)),
     Command("subscribers", "list the channels subscribed to a topic",
             "linger subscribers news", _subscribers, (TOPIC, JSON)),
     Command("stats", "show the counters of the server", "linger stats", _stats,

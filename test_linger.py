@@ -17,6 +17,7 @@ import gc
 import hashlib
 import http.client
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -5170,9 +5171,9 @@ class ClientCase(ServerTest):
 
 
 class ClientTest(ClientCase):
-    """The methods of the client; README.md's sessions are tests of each as well."""
+    """The methods of the client; the sessions in README.md test each of them as well."""
 
-    def test_bodies_are_bytes_text_or_anything_that_is_json(self):
+    def test_body_may_be_bytes_text_or_any_json(self):
         for body, sent, kind in (
             (b"\0\xff", b"\0\xff", "text/plain"),
             (bytearray(b"x"), b"x", "text/plain"),
@@ -5187,7 +5188,7 @@ class ClientTest(ClientCase):
         self.client.post("q", "x", "image/x; a=b")
         self.assertEqual(self.client.get("q").type, "image/x; a=b")
 
-    def test_a_message_comes_as_the_broker_gives_it(self):
+    def test_message_arrives_as_the_broker_delivers_it(self):
         self.client.post(
             "q", b"\xff", priority=-3, timeout=9, deliver=4, linger=99, backoff="0", dead="d",
         )  # fmt: skip
@@ -5198,13 +5199,13 @@ class ClientTest(ClientCase):
         self.assertEqual(self.client.read_message(1), self.broker.read_message(1))
         self.assertEqual(self.client.read_message(1)[0].dead, "d")
 
-    def test_text_and_json_tell_when_they_cannot_be_read(self):
+    def test_text_and_json_raise_value_error_for_other_bodies(self):
         self.client.post("q", b"\xff")
         message = self.client.get("q")
         self.assertRaises(ValueError, lambda: message.text)
         self.assertRaises(ValueError, message.json)
 
-    def test_any_name_reaches_the_server(self):
+    def test_names_with_special_characters_reach_the_server(self):
         for name in ("a/b", "a,b", "你好?", "50%", "%41", " ", "..", "#"):
             with self.subTest(name):
                 self.client.subscribe(name, name, dead=name + "x")
@@ -5216,7 +5217,7 @@ class ClientTest(ClientCase):
                 self.assertEqual((self.client.topics(name), state), ([name], "hidden"))
                 self.client.unsubscribe(name, name)
 
-    def test_a_batch_keeps_order_types_and_parameters(self):
+    def test_batch_keeps_order_types_and_parameters(self):
         items = ["ü", b"\xff", ["json"], ("x", "x/y", {"priority": -1, "dedup_for": 5})]
         ids = self.client.post_batch("q", items, timeout=7)
         taken = self.client.get_batch("q", 10)
@@ -5253,7 +5254,7 @@ class ClientTest(ClientCase):
             self.assertEqual(caught.exception.index, 1)
         self.assertEqual(self.client.channels(), ["q"])
 
-    def test_an_acknowledgement_that_fails_takes_nothing(self):
+    def test_failed_acknowledgement_takes_nothing(self):
         self.client.post_batch("q", ["1", "2"])
         message = self.client.get("q")
         self.client.delete(message)
@@ -5261,15 +5262,14 @@ class ClientTest(ClientCase):
             self.client.get("q", ack=message)
         self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
 
-    def test_a_long_poll_waits_for_longer_than_the_timeout(self):
-        self.client.timeout = 0.05
+    def test_wait_may_be_longer_than_the_timeout(self):
+        self.client.timeout = 0
         waiting = self.thread(self.client.get, "q", 5)
         until(lambda: self.broker.info("q")["waiting"])
-        select.select([], [], [], 0.1)
         self.broker.post("q", b"x")
         self.assertEqual(waiting.result(PATIENCE).text, "x")
 
-    def test_a_duplicate_is_one_only_if_the_caller_gave_the_key(self):
+    def test_duplicate_is_reported_only_for_a_key_of_the_caller(self):
         self.assertFalse(self.client.post("q", "x", retry=True).duplicate)
         self.client.post("q", "x", unique="k")
         self.assertEqual(self.client.post("q", "x", unique="k"), (2, True))
@@ -5278,7 +5278,7 @@ class ClientTest(ClientCase):
         self.assertEqual(self.client.publish("t", "x", dedup="k"), {})
         self.assertEqual(self.client.publish("t", "x"), {"duplicate": 4})
 
-    def test_what_is_dumped_and_loaded_has_its_order_and_parameters(self):
+    def test_dump_and_load_keep_order_and_parameters(self):
         self.client.post_batch(
             "a/b", ["ü", (b"\xff", "x/y", {"priority": -1, "delay": 60, "linger": 70}), {"n": 1}],
             deliver=3, dead="d", backoff="1,2", timeout=8,
@@ -5297,7 +5297,7 @@ class ClientTest(ClientCase):
             self.assertEqual(new, old)
         self.assertEqual(self.client.read_message(5)[1], "ready")
 
-    def test_a_dump_and_a_load_go_page_by_page(self):
+    def test_dump_and_load_work_in_pages(self):
         with unittest.mock.patch.multiple(linger, MAX_BATCH=3, MAX_BATCH_BYTES=400):
             self.client.post("q", "x" * 300)
             for _ in range(3):
@@ -5307,7 +5307,7 @@ class ClientTest(ClientCase):
             n = self.client.load({**r, "channel": "r"} for r in self.client.dump(["q"]))
         self.assertEqual((n, self.client.channel_stats("r")["ready"]), (7, 7))
 
-    def test_a_record_that_is_none_is_told_by_its_place(self):
+    def test_error_of_a_bad_record_has_its_index(self):
         self.hasten(MAX_BATCH=2)
         good = {"channel": "q", "body": "x"}
         for bad in ({"body": "x"}, "x", {"channel": "q"}, {**good, "timeout": 0}):
@@ -5315,21 +5315,21 @@ class ClientTest(ClientCase):
                 self.client.load([good, good, good, bad])
             self.assertEqual(caught.exception.index, 3)
 
-    def test_lingering_and_delay_go_on_after_a_dump(self):
+    def test_dump_keeps_the_remaining_linger_and_delay(self):
         record = linger.dumped_record(
             {"channel": "q", "type": "x", "body": "x", "linger": 60, "received": 100, "delay": 9}
         )
         self.assertEqual(record, {"channel": "q", "type": "x", "body": "x", "linger": 1})
 
     def test_url_and_token_default_to_the_environment(self):
-        script = Script(answer(200, b"{}"))
+        script = Script(response(200, b"{}"))
         self.addCleanup(script.close)
         environment = {"LINGER_URL": script.url + "/", "LINGER_TOKEN": "s3cret"}
         with unittest.mock.patch.dict(os.environ, environment), linger.Client() as client:
             self.assertEqual(client.server_info(), {})
         self.assertIn(b"\r\nAuthorization: Bearer s3cret\r\n", script.requests[0])
 
-    def test_a_url_or_token_that_cannot_be_is_refused(self):
+    def test_invalid_url_or_token_is_refused(self):
         for url in (
             "127.0.0.1", "ftp://x", "http://", "http://u:p@x", "http://x/path", "http://x?q",
             "http://x:port", "http://x\r\ny", "http://ä",
@@ -5339,7 +5339,7 @@ class ClientTest(ClientCase):
         self.assertRaises(linger.BadRequest, linger.Client, token="a b")
         self.assertRaises(linger.BadRequest, linger.Client, "https://x", cafile="/no/such")
 
-    def test_threads_share_a_client_and_each_has_a_connection_until_it_ends(self):
+    def test_each_thread_has_a_connection_until_it_ends(self):
         ready = threading.Barrier(8)
 
         def work(n):
@@ -5354,7 +5354,7 @@ class ClientTest(ClientCase):
         until(lambda: not self.server.connections)
         self.assertEqual(self.client.stats()["current-messages"], 0)
 
-    def test_closing_ends_what_waits_and_all_calls_after(self):
+    def test_close_ends_waiting_and_later_calls(self):
         waiting = self.thread(self.client.get, "q")
         until(lambda: self.broker.info("q")["waiting"])
         self.client.close()
@@ -5362,7 +5362,7 @@ class ClientTest(ClientCase):
             self.assertRaises(linger.Unavailable, call)
         until(lambda: not self.server.connections)
 
-    def test_health_is_false_when_nobody_answers(self):
+    def test_health_is_false_when_the_server_is_down(self):
         self.assertIs(self.client.health(), True)
         self.server.close()
         self.assertIs(self.client.health(), False)
@@ -5377,7 +5377,7 @@ class BackupCallTest(ClientCase):
         super().setUp()
         self.client.post_batch("q", ["x" * 200_000] * 20)
 
-    def test_the_client_gets_a_copy_that_a_server_starts_from(self):
+    def test_server_starts_from_a_backup(self):
         self.client.backup(self.dbfile)
         self.assertEqual(os.stat(self.dbfile).st_mode & 0o777, 0o600)
         with linger.serve(dbfile=self.dbfile) as server, linger.Client(server.url) as client:
@@ -5385,19 +5385,19 @@ class BackupCallTest(ClientCase):
         with self.assertRaises(linger.Conflict):
             self.client.backup(self.dbfile)
 
-    def test_it_leaves_nothing_beside_the_database_also_when_the_client_vanishes(self):
-        folder = os.path.dirname(self.options["dbfile"])
-        before = sorted(os.listdir(folder))
+    def test_backup_leaves_no_file_even_if_the_client_disconnects(self):
+        directory = os.path.dirname(self.options["dbfile"])
+        before = sorted(os.listdir(directory))
         connection = self.connect()
         connection.sendall(b"GET /backup HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertIn(b"Cache-Control: no-store", connection.recv(1000))
-        self.assertEqual(sorted(os.listdir(folder)), before)
+        self.assertEqual(sorted(os.listdir(directory)), before)
         connection.close()
         until(lambda: len(self.server.connections) == 1)
         self.assertEqual(self.call("HEAD", "/backup")[0], 405)
         self.assertEqual(len(self.call("GET", "/backup")[2]) // 4_000_000, 1)
 
-    def test_a_copy_that_is_cut_off_is_not_kept(self):
+    def test_incomplete_backup_is_removed(self):
         def fail(_, file):
             with file:
                 raise ZeroDivisionError
@@ -5410,11 +5410,13 @@ class BackupCallTest(ClientCase):
 
 
 class Script:
-    """A server that answers each request with the next of its lines, or hangs up for None; with
-    `once` always after one request."""
+    """A server that sends the next of some responses for each request, on one connection at a time.
 
-    def __init__(self, *lines, once=False):
-        self.lines = list(lines)
+    It closes the connection instead of a response that is None, and with `once` after each one.
+    """
+
+    def __init__(self, *responses, once=False):
+        self.responses = list(responses)
         self.once = once
         self.requests = []
         self.connections = 0
@@ -5434,10 +5436,10 @@ class Script:
     def serve(self, connection):
         while request := connection.recv(65_536):
             self.requests.append(request)
-            line = self.lines.pop(0)
-            if line is not None:
-                connection.sendall(line)
-            if line is None or self.once:
+            reply = self.responses.pop(0)
+            if reply is not None:
+                connection.sendall(reply)
+            if reply is None or self.once:
                 return
 
     def close(self):
@@ -5447,44 +5449,44 @@ class Script:
         self.listener.close()
 
 
-def answer(status, body=b"", headers=""):
+def response(status, body=b"", headers=""):
     return f"HTTP/1.1 {status} X\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 class ConnectionTest(Folder):
-    """What the client does when its connection breaks."""
+    """How the client handles broken connections and bad responses."""
 
-    POSTED = answer(202, b'{"id":7}')
+    POSTED = response(202, b'{"id":7}')
 
-    def start(self, *lines, timeout=PATIENCE, once=False):
-        script = Script(*lines, once=once)
+    def start(self, *responses, timeout=PATIENCE, once=False):
+        script = Script(*responses, once=once)
         client = linger.Client(script.url, timeout=timeout)
         self.addCleanup(script.close)
         self.addCleanup(client.close)
         return script, client
 
-    def test_a_request_leaves_in_one_piece_and_the_connection_is_kept(self):
+    def test_request_is_one_send_on_a_kept_connection(self):
         script, client = self.start(self.POSTED, self.POSTED)
         client.post("q", "body")
         client.post("q", "body")
         self.assertTrue(script.requests[0].endswith(b"\r\n\r\nbody"))
         self.assertEqual(script.connections, 1)
 
-    def test_what_reads_or_sets_is_sent_again_once(self):
-        for call, line in (
-            (lambda c: c.stats(), answer(200, b"{}")),
-            (lambda c: c.set_settings("q", hlm=1), answer(204)),
-            (lambda c: c.touch(1), answer(204)),
+    def test_idempotent_request_is_sent_again_once(self):
+        for call, reply in (
+            (lambda c: c.stats(), response(200, b"{}")),
+            (lambda c: c.set_settings("q", hlm=1), response(204)),
+            (lambda c: c.touch(1), response(204)),
             (lambda c: c.post("q", "x", dedup="k"), self.POSTED),
         ):
-            script, client = self.start(None, line)
+            script, client = self.start(None, reply)
             call(client)
             self.assertEqual(script.requests[0], script.requests[1])
         script, client = self.start(None, None)
         self.assertRaises(linger.Unavailable, client.stats)
         self.assertEqual(len(script.requests), 2)
 
-    def test_what_adds_or_takes_is_not_and_the_error_tells_that_nobody_knows(self):
+    def test_other_request_is_not_sent_again_and_its_result_is_unknown(self):
         for call in (
             lambda c: c.post("q", "x"),
             lambda c: c.post_batch("q", ["x"]),
@@ -5498,28 +5500,28 @@ class ConnectionTest(Folder):
                 call(client)
             self.assertEqual(len(script.requests), 1)
 
-    def test_a_post_with_retry_is_sent_with_one_key_until_it_is_answered(self):
-        busy = answer(503, b'{"error":"stopping"}')
-        script, client = self.start(None, None, busy, answer(202, b'{"id":7,"duplicate":true}'))
+    def test_post_with_retry_repeats_one_dedup_key_until_it_succeeds(self):
+        busy = response(503, b'{"error":"stopping"}')
+        script, client = self.start(None, None, busy, response(202, b'{"id":7,"duplicate":true}'))
         with unittest.mock.patch.object(linger, "MIN_RETRY_DELAY", 0.001):
             self.assertEqual(client.post("q", "x", retry=True), (7, False))
         self.assertEqual(len(set(script.requests)), 1)
         self.assertRegex(script.requests[0], rb"^POST /channels/q\?dedup=[0-9a-f]{32} ")
 
-    def test_it_gives_up_after_its_timeout(self):
+    def test_retry_ends_after_the_timeout(self):
         script, client = self.start(timeout=0.2)
         script.close()
         with self.assertRaisesRegex(linger.Unavailable, "cannot connect"):
             client.post_batch("q", ["x"], retry=True)
 
-    def test_a_forked_process_opens_its_own_connection(self):
-        script, client = self.start(answer(200, b"{}"), answer(200, b"{}"))
+    def test_forked_process_opens_its_own_connection(self):
+        script, client = self.start(response(200, b"{}"), response(200, b"{}"))
         client.stats()
         with unittest.mock.patch("os.getpid", return_value=-1):
             client.stats()
         self.assertEqual(script.connections, 2)
 
-    def test_a_connection_closed_by_the_server_is_reopened_even_for_a_post(self):
+    def test_connection_closed_by_the_server_is_reopened_even_for_a_post(self):
         script, client = self.start(self.POSTED, self.POSTED, once=True)
         client.post("q", "1")
         until(
@@ -5528,25 +5530,25 @@ class ConnectionTest(Folder):
         client.post("q", "2")
         self.assertEqual((script.connections, len(script.requests)), (2, 2))
 
-    def test_a_connection_that_was_silent_for_long_is_not_used_again(self):
+    def test_connection_idle_for_long_is_not_used_again(self):
         self.hasten(KEEPALIVE_TIMEOUT=0.0)
         script, client = self.start(self.POSTED, self.POSTED)
         client.post("q", "1")
         client.post("q", "2")
         self.assertEqual(script.connections, 2)
 
-    def test_what_is_gone_when_it_is_deleted_again_was_deleted_the_first_time(self):
-        gone = answer(404, b'{"error":"there is no message 1"}')
-        overtaken = answer(409, b'{"error":"overtaken"}')
+    def test_message_missing_at_the_second_delete_was_deleted_by_the_first(self):
+        gone = response(404, b'{"error":"there is no message 1"}')
+        overtaken = response(409, b'{"error":"overtaken"}')
         self.start(None, gone)[1].delete(1)
         self.start(None, gone)[1].delete(1, lease=2)
         self.start(None, overtaken)[1].release(1, lease=2)
         self.start(None, gone)[1].reject(1, lease=2)
-        for lines in ((gone,), (None, overtaken)):
+        for responses in ((gone,), (None, overtaken)):
             with self.assertRaises((linger.NotFound, linger.Conflict)):
-                self.start(*lines)[1].delete(1, lease=2)
+                self.start(*responses)[1].delete(1, lease=2)
 
-    def test_half_an_answer_is_none(self):
+    def test_incomplete_response_is_an_error(self):
         for half in (
             b"HTTP/1.1 200 OK\r\nContent-Le",
             b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}",
@@ -5557,54 +5559,56 @@ class ConnectionTest(Folder):
             with self.subTest(half), self.assertRaisesRegex(linger.Unavailable, "broke"):
                 client.stats()
 
-    def test_an_answer_that_is_not_lingers_is_told_so(self):
-        for line in (
-            answer(200, b"<html>"), answer(200, b"[1]"), answer(200, b"{}"),
-            answer(404, b"<html>"), answer(301, b""), answer(500, b"[" * 100_000),
+    def test_response_of_another_program_is_reported(self):
+        for reply in (
+            response(200, b"<html>"), response(200, b"[1]"), response(200, b"{}"),
+            response(404, b"<html>"), response(301, b""), response(500, b"[" * 100_000),
         ):  # fmt: skip
-            client = self.start(line)[1]
-            with self.subTest(line[:50]), self.assertRaisesRegex(linger.LingerError, "as Linger"):
+            client = self.start(reply)[1]
+            with self.subTest(reply[:50]), self.assertRaisesRegex(linger.LingerError, "as Linger"):
                 client.channels()
 
-    def test_an_answer_without_end_is_not_read_and_its_connection_not_used_again(self):
+    def test_oversized_response_is_refused_and_its_connection_closed(self):
         with unittest.mock.patch.object(linger, "MAX_RESPONSE", 1000):
-            script, client = self.start(answer(200, b" " * 1001), answer(200, b"{}" + b" " * 998))
+            script, client = self.start(
+                response(200, b" " * 1001), response(200, b"{}" + b" " * 998)
+            )
             with self.assertRaisesRegex(linger.LingerError, "more than 1000 bytes"):
                 client.stats()
             self.assertEqual(client.stats(), {})
         self.assertEqual(script.connections, 2)
 
-    def test_a_server_that_is_silent_is_not_asked_again(self):
+    def test_request_is_not_repeated_after_a_timeout(self):
         script, client = self.start(b"", timeout=0.05)
         with self.assertRaisesRegex(linger.Unavailable, "did not respond in time"):
             client.stats()
         self.assertEqual(len(script.requests), 1)
 
-    def test_a_loop_that_fails_has_deleted_what_was_done(self):
+    def test_failing_loop_deletes_the_finished_message(self):
         message = linger.Message(1, "q", 0, 30, 0, 1, 0, 0, "", 1, "text/plain", b"x")
-        taken = answer(200, json.dumps([linger.message_object(message)]).encode())
-        script, client = self.start(taken, None, answer(204))
+        taken = response(200, json.dumps([linger.message_object(message)]).encode())
+        script, client = self.start(taken, None, response(204))
         with self.assertRaisesRegex(linger.Unavailable, "broke"):
             for _ in client.consume("q", wait=0):
                 pass
         self.assertIn(b"ack=1", script.requests[1])
         self.assertTrue(script.requests[2].startswith(b"DELETE /messages/1?lease=1 "))
 
-    def test_a_call_that_is_interrupted_leaves_no_answer_for_the_next(self):
-        script, client = self.start(answer(200, b'{"old":1}'), answer(200, b'{"new":1}'))
+    def test_interrupted_request_leaves_no_response_for_the_next(self):
+        script, client = self.start(response(200, b'{"old":1}'), response(200, b'{"new":1}'))
         with unittest.mock.patch.object(linger, "_read_response", side_effect=KeyboardInterrupt):
             self.assertRaises(KeyboardInterrupt, client.stats)
         self.assertEqual(client.stats(), {"new": 1})
         self.assertEqual(script.connections, 2)
 
-    def test_a_call_that_is_interrupted_before_its_response_closes_the_connection(self):
+    def test_interrupt_before_the_response_closes_the_connection(self):
         files = []
 
         def interrupt(sock):
             files.append(sock.makefile("rb"))
             raise KeyboardInterrupt
 
-        _, client = self.start(answer(200, b"{}"), answer(200, b'{"new":1}'))
+        _, client = self.start(response(200, b"{}"), response(200, b'{"new":1}'))
         with unittest.mock.patch.object(linger.http.client, "HTTPResponse", interrupt):
             self.assertRaises(KeyboardInterrupt, client.stats)
         self.assertEqual(client.stats(), {"new": 1})  # the script has one connection at a time
@@ -5612,7 +5616,7 @@ class ConnectionTest(Folder):
 
 
 class WorkerTest(ClientCase):
-    """The loops of workers, `work` and `consume`."""
+    """`work` and `consume`."""
 
     def setUp(self):
         self.hasten(HEARTBEAT_INTERVAL=0.02, MIN_RETRY_DELAY=0.01)
@@ -5627,12 +5631,12 @@ class WorkerTest(ClientCase):
         info = self.broker.info(channel)
         return info["ready"], info["in-flight"], info["delayed"]
 
-    def test_without_a_wait_a_loop_ends_when_there_is_no_message(self):
+    def test_loop_without_wait_ends_when_there_is_no_message(self):
         self.client.post_batch("q", [1, 2])
         self.assertEqual([message.json() for message in self.client.consume("q", wait=0)], [1, 2])
         self.assertEqual(self.client.channel_stats("q"), {"ready": 0, "hidden": 0})
 
-    def test_a_message_is_done_when_the_loop_asks_for_the_next(self):
+    def test_taking_the_next_message_deletes_the_current_one(self):
         self.client.post_batch("q", ["1", "2", "3"])
         loop = self.client.consume("q", stop=self.stop)
         self.assertEqual(next(loop).text, "1")
@@ -5643,7 +5647,7 @@ class WorkerTest(ClientCase):
         self.assertEqual(list(loop), [])
         self.assertEqual(self.counts(), (1, 0, 0))
 
-    def test_a_loop_that_is_left_gives_its_message_back(self):
+    def test_leaving_a_loop_releases_its_message(self):
         self.client.post("q", "x")
         for _ in self.client.consume("q"):
             self.assertEqual(self.counts(), (0, 1, 0))
@@ -5656,7 +5660,7 @@ class WorkerTest(ClientCase):
         message = self.client.get("q")
         self.assertEqual((message.delivered, message.error[:17]), (3, "the loop was left"))
 
-    def test_work_does_each_message_once_in_as_many_threads_as_told(self):
+    def test_work_processes_each_message_once_in_several_threads(self):
         done, together = [], threading.Barrier(3)
 
         def do(message):
@@ -5671,7 +5675,7 @@ class WorkerTest(ClientCase):
         self.assertEqual(sorted(done, key=int), [str(n) for n in range(30)])
         self.assertEqual(self.counts(), (0, 0, 0))
 
-    def test_a_failure_releases_the_message_with_its_traceback_and_work_goes_on(self):
+    def test_failure_releases_the_message_with_its_traceback(self):
         def do(message):
             if message.text == "good":
                 self.stop.set()
@@ -5688,7 +5692,7 @@ class WorkerTest(ClientCase):
         self.assertEqual(bad.error[-5:], "übad\n")
         self.assertLessEqual(len(bad.error.encode()), linger.MAX_REASON)
 
-    def test_the_function_may_itself_say_what_becomes_of_its_message(self):
+    def test_function_may_settle_its_message(self):
         def do(message):
             if message.text == "reject":
                 self.client.reject(message, "bad")
@@ -5703,7 +5707,7 @@ class WorkerTest(ClientCase):
         self.work(do).result(PATIENCE)
         self.assertEqual((self.counts(), self.counts("d")), ((0, 0, 1), (1, 0, 0)))
 
-    def test_a_message_stays_its_workers_for_as_long_as_that_takes(self):
+    def test_message_stays_in_flight_while_it_is_processed(self):
         self.hasten(TOUCHES_PER_TIMEOUT=300)
 
         def do(message):
@@ -5716,7 +5720,7 @@ class WorkerTest(ClientCase):
         self.assertEqual(self.counts(), (0, 0, 0))
         self.assertEqual(self.broker.counters["delivered"], 1)
 
-    def test_a_delivery_that_was_overtaken_is_left_to_the_other(self):
+    def test_overtaken_delivery_is_left_to_the_other_consumer(self):
         def do(message):
             self.broker.release(message.id)
             self.broker.get("q")
@@ -5726,7 +5730,7 @@ class WorkerTest(ClientCase):
         self.work(do).result(PATIENCE)
         self.assertEqual(self.counts(), (0, 1, 0))
 
-    def test_who_waits_ends_when_told_to_stop_and_takes_nothing_more(self):
+    def test_waiting_worker_ends_on_stop_and_takes_no_message(self):
         work = self.work(print, threads=2)
         until(lambda: self.broker.info("q")["waiting"] == 2)
         self.stop.set()
@@ -5734,7 +5738,7 @@ class WorkerTest(ClientCase):
         self.client.post("q", "x")
         self.assertEqual(self.client.read_message(1)[1], "ready")
 
-    def test_what_another_try_cannot_mend_is_raised(self):
+    def test_permanent_error_is_raised(self):
         with self.assertRaises(linger.BadRequest):
             self.client.work("", print, threads=2)
         with self.assertRaises(linger.BadRequest):
@@ -5744,7 +5748,7 @@ class WorkerTest(ClientCase):
             self.client.work("q", lambda _: sys.exit())
         self.assertEqual(self.counts()[1:], (0, 1))
 
-    def test_an_error_of_a_loop_holds_no_connection(self):
+    def test_failed_loop_leaves_no_connection(self):
         def lines():
             return sum(isinstance(thing, linger._HTTPConnection) for thing in gc.get_objects())
 
@@ -5755,7 +5759,7 @@ class WorkerTest(ClientCase):
             self.client.work("", print, threads=2)
         self.assertEqual(lines(), before)
 
-    def test_closing_the_client_ends_a_loop(self):
+    def test_closing_the_client_ends_its_loops(self):
         work = self.work(print)
         until(lambda: self.broker.info("q")["waiting"])
         self.client.close()
@@ -6264,12 +6268,12 @@ def do(message):
     print(message.text, message.delivered, flush=True)
     sys.stdin.readline()
 
-def tell():
+def report_stop():
     stop.wait()
-    print("told", flush=True)
+    print("stopping", flush=True)
 
 stop = threading.Event()
-threading.Thread(target=tell).start()
+threading.Thread(target=report_stop).start()
 linger.Client(sys.argv[1]).work("q", do, stop=stop)
 print("end", flush=True)
 """
@@ -6284,7 +6288,7 @@ print("end", flush=True)
         self.addCleanup(worker.kill)
         return worker
 
-    def test_a_worker_that_is_killed_leaves_its_message_to_another(self):
+    def test_message_of_a_killed_worker_is_delivered_again(self):
         with linger.serve() as server, linger.Client(server.url) as client:
             client.post("q", "x", timeout=30)
             worker = self.start_worker(server)
@@ -6295,30 +6299,28 @@ print("end", flush=True)
             message = client.get("q", 5)
             self.assertEqual((message.text, message.delivered), ("x", 2))
 
-    def test_sigterm_ends_a_worker_after_the_message_in_hand(self):
+    def test_sigterm_ends_a_worker_after_its_current_message(self):
         with linger.serve() as server, linger.Client(server.url) as client:
             client.post_batch("q", ["1", "2"])
             worker = self.start_worker(server)
             self.assertEqual(worker.stdout.readline(), "1 1\n")
             worker.send_signal(signal.SIGTERM)
-            self.assertEqual(worker.stdout.readline(), "told\n")
+            self.assertEqual(worker.stdout.readline(), "stopping\n")
             worker.stdin.write("\n")
             self.assertEqual(worker.communicate(timeout=PATIENCE)[0], "end\n")
             self.assertEqual(worker.returncode, 0)
             self.assertEqual(client.read_message(2)[1], "ready")
             self.assertRaises(linger.NotFound, client.read_message, 1)
 
-    def test_a_second_sigterm_ends_it_at_once(self):
+    def test_second_sigterm_ends_a_worker_at_once(self):
         with linger.serve() as server, linger.Client(server.url) as client:
             client.post("q", "1")
             worker = self.start_worker(server)
             worker.stdout.readline()
-            while worker.poll() is None:
-                worker.send_signal(signal.SIGTERM)
-                select.select([], [], [], 0.02)
+            until(lambda: worker.send_signal(signal.SIGTERM) or worker.poll() is not None)
             self.assertEqual(worker.returncode, -signal.SIGTERM)
 
-    def test_a_loop_goes_on_over_restarts_of_the_server_and_loses_nothing(self):
+    def test_loop_survives_server_restarts_and_loses_nothing(self):
         self.hasten(MIN_RETRY_DELAY=0.01)
         server = self.start()
         port = f"--port={server.port}"
@@ -6343,11 +6345,12 @@ print("end", flush=True)
         consuming.result(PATIENCE)
         sent = {f"{round}-{n}" for round in range(3) for n in range(20)}
         self.assertEqual(sent - set(done), set(client_bodies(client, "q")))
-        self.assertLessEqual(len(done) - len(set(done)), 3)  # in hand when the server was killed
+        repeated = len(done) - len(set(done))  # current messages when the server was killed
+        self.assertLessEqual(repeated, 3)
 
 
 def client_bodies(client, channel):
-    """The bodies of a channel's messages: in flight, for those whose delivery was lost."""
+    """Returns the bodies of a channel's messages, including those in flight."""
     return [message.text for message, _ in client.list_messages(channel, n=1000)]
 
 
@@ -6355,7 +6358,7 @@ def client_bodies(client, channel):
 
 
 class Terminal(io.TextIOWrapper):
-    """A stream in memory; `terminal` says what it claims to be."""
+    """A stream in memory that claims to be a terminal if `terminal` is true."""
 
     def __init__(self, data=b"", terminal=False):
         super().__init__(io.BytesIO(data), encoding="utf-8", write_through=True)
@@ -6369,7 +6372,7 @@ class Terminal(io.TextIOWrapper):
 
 
 def run_command(url, *arguments, stdin=b"", terminal=False, stdout=None):
-    """Runs a command in this process; its exit status, output and errors."""
+    """Runs a command in this process; returns its exit status, output and errors."""
     streams = [
         Terminal(stdin, terminal),
         stdout or Terminal(b"", terminal),
@@ -6395,7 +6398,7 @@ class CommandCase(ServerTest):
         return run_command(self.server.url, *arguments, **options)
 
     def linger(self, *arguments, **options):
-        """The output of a command that succeeds and has nothing to complain of."""
+        """Returns the output of a command that succeeds without an error message."""
         status, output, errors = self.run_command(*arguments, **options)
         self.assertEqual((status, errors), (0, ""), arguments)
         return output.decode()
@@ -6404,7 +6407,7 @@ class CommandCase(ServerTest):
         self.assertEqual(self.run_command(*arguments)[:2], (1, b""), arguments)
 
     def refused(self, *arguments, **options):
-        """What a command that cannot be done says: one line, and exit status 2."""
+        """Returns the error of a command that fails: one line, with exit status 2."""
         status, output, errors = self.run_command(*arguments, **options)
         self.assertEqual((status, output, errors.count("\n")), (2, b"", 1), errors)
         self.assertTrue(errors.startswith("linger: "), errors)
@@ -6412,9 +6415,9 @@ class CommandCase(ServerTest):
 
 
 class CommandTest(CommandCase):
-    """Each command, in this process, through a real server."""
+    """Each command, in this process, with a real server."""
 
-    def test_a_message_goes_in_and_out_byte_for_byte(self):
+    def test_post_and_get_keep_every_byte(self):
         body = bytes(range(256))
         self.assertEqual(self.linger("post", "q", "--type", "image/x", stdin=body), "1\n")
         self.assertEqual(self.run_command("get", "q", "--ack"), (0, body, ""))
@@ -6422,7 +6425,7 @@ class CommandTest(CommandCase):
         message = self.broker.get("q")
         self.assertEqual((message.body, message.priority), (b"--x", -3))
 
-    def test_an_acknowledged_message_is_gone_and_another_is_in_flight_with_its_lease(self):
+    def test_get_deletes_with_ack_and_otherwise_leaves_in_flight(self):
         self.linger("post", "q", "a")
         self.linger("post", "q", "b")
         self.assertEqual(self.linger("get", "q", "--ack"), "a")
@@ -6433,14 +6436,14 @@ class CommandTest(CommandCase):
         self.linger("delete", 2, "--lease", 1)
         self.nothing("delete", 2)
 
-    def test_several_messages_have_a_line_each(self):
+    def test_several_messages_are_written_one_per_line(self):
         for body in (b"a", b"b", b"c"):
             self.broker.post("q", body)
         self.assertEqual(self.linger("get", "q", "--auto", "--count", 2), "a\nb\n")
         self.assertEqual(self.linger("get", "q", "--ack", "--follow", "--count", 1), "c")
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
 
-    def test_a_message_is_waited_for(self):
+    def test_get_waits_for_a_message(self):
         def post():
             until(lambda: self.broker.info("q")["waiting"])
             self.broker.post("q", b"x")
@@ -6449,7 +6452,7 @@ class CommandTest(CommandCase):
         self.assertEqual(self.linger("get", "q", "--ack", "--wait", 9), "x")
         posted.result()
 
-    def test_where_nothing_is_the_status_is_1(self):
+    def test_status_is_1_when_nothing_is_found(self):
         for arguments in (
             ("get", "q"), ("get", "q", "--ack", "--json"), ("peek", "q"), ("show", 1),
             ("touch", 1), ("topics",), ("subscribers", "t"), ("settings", "q"),
@@ -6458,7 +6461,7 @@ class CommandTest(CommandCase):
             self.nothing(*arguments)
         self.assertEqual(self.run_command("redrive", "q"), (1, b"0\n", ""))
 
-    def test_wrong_use_is_one_line_and_status_2(self):
+    def test_usage_error_is_one_line_and_status_2(self):
         for arguments, reason in (
             (["psot", "q"], "psot"),
             (["post"], "CHANNEL"),
@@ -6480,7 +6483,7 @@ class CommandTest(CommandCase):
             with self.subTest(arguments):
                 self.assertIn(reason, self.refused(*arguments))
 
-    def test_lines_go_in_and_out(self):
+    def test_lines_are_posted_and_written(self):
         posted = self.linger("post", "q", "--lines", "--priority", "5", stdin=b"a\n\n\xff\r\nlast")
         self.assertEqual(posted, "3\n")
         self.assertEqual(self.broker.read_message(1)[0].priority, 5)
@@ -6488,13 +6491,13 @@ class CommandTest(CommandCase):
             self.run_command("get", "q", "--ack", "--count", 9), (0, b"a\n\xff\r\nlast\n", "")
         )
 
-    def test_more_lines_than_fit_into_a_batch_keep_their_order(self):
+    def test_lines_of_several_batches_keep_their_order(self):
         lines = [b"%d" % n for n in range(2_500)]
         self.assertEqual(self.linger("post", "q", "--lines", stdin=b"\n".join(lines)), "2500\n")
         listed = self.broker.list_messages("q", n=9_999)
         self.assertEqual([message.body for message, _ in listed], lines)
 
-    def test_lines_that_cannot_be_posted_are_told_and_can_be_posted_again(self):
+    def test_failed_lines_are_reported_and_can_be_posted_again(self):
         lines = [b"x%d" % n for n in range(1_002)]
         arguments = ("post", "q", "--lines", "--dedup", "key")
         self.broker.max_message = 10
@@ -6504,11 +6507,11 @@ class CommandTest(CommandCase):
         self.linger(*arguments, stdin=b"\n".join(lines))
         self.assertEqual(self.broker.channel_stats("q")["ready"], 1_002)
 
-    def test_a_line_beyond_all_batches_is_refused(self):
+    def test_line_larger_than_a_batch_is_refused(self):
         with unittest.mock.patch.object(linger, "MAX_BATCH_BYTES", 100):
             self.assertIn("line 2 ", self.refused("post", "q", "--lines", stdin=b"\n" + b"x" * 101))
 
-    def test_what_could_not_be_written_is_not_deleted_but_given_back(self):
+    def test_message_that_cannot_be_written_is_released(self):
         self.broker.post("q", b"x")
         reader, writer = os.pipe()
         os.close(reader)
@@ -6530,7 +6533,7 @@ class CommandTest(CommandCase):
         self.linger("unsubscribe", "log", "news")
         self.assertEqual(self.broker.subscribers("news"), ["mail"])
 
-    def test_a_delivery_is_touched_released_rejected_and_redriven(self):
+    def test_delivery_is_touched_released_rejected_and_redriven(self):
         self.linger("post", "q", "x", "--dead", "failed")
         self.broker.get("q")
         self.linger("touch", 1, "--lease", 1, "--timeout", 600)
@@ -6543,7 +6546,7 @@ class CommandTest(CommandCase):
         self.assertEqual(self.linger("redrive", "failed", "--to", "p"), "1\n")
         self.assertEqual(json.loads(self.linger("peek", "p", "--json"))["state"], "ready")
 
-    def test_draining_asks_at_a_terminal(self):
+    def test_drain_asks_at_a_terminal(self):
         self.broker.post("q", b"x")
         status, _, errors = self.run_command("drain", "q", stdin=b"n\n", terminal=True)
         self.assertEqual(status, 1)
@@ -6567,7 +6570,7 @@ class CommandTest(CommandCase):
         self.linger("resume", "q")
         self.assertFalse(json.loads(self.linger("channels", "--json"))["paused"])
 
-    def test_stats_are_shown_once_or_again_and_again_with_rates(self):
+    def test_stats_are_shown_once_or_repeatedly_with_rates(self):
         self.assertIn("msg-add\t0\n", self.linger("stats"))
         self.assertEqual(json.loads(self.linger("stats", "--json"))["msg-add"], 0)
 
@@ -6581,7 +6584,7 @@ class CommandTest(CommandCase):
         self.assertEqual(status, 130)
         self.assertRegex(output.decode(), r"(?s)msg-add\t1\t[1-9].*msg-add\t2\t[1-9]")
 
-    def test_a_dump_is_loaded_elsewhere_and_a_backup_is_a_database(self):
+    def test_dump_can_be_loaded_elsewhere_and_a_backup_is_a_database(self):
         for body in (b"a", b"b"):
             self.broker.post("q", body, priority=7)
         dump = self.linger("dump", "q")
@@ -6595,7 +6598,7 @@ class CommandTest(CommandCase):
             (rows,) = copy.read("select body from messages order by id")
         self.assertEqual(rows, [(b"a",), (b"b",)])
 
-    def test_a_terminal_gets_tables_with_heads(self):
+    def test_terminal_gets_tables_with_headings(self):
         self.broker.post("a", b"x")
         self.broker.post("long-name", b"\x1b[2J\xc3\xbc" * 100)
         with unittest.mock.patch.dict(os.environ, {"COLUMNS": "70"}):
@@ -6609,12 +6612,19 @@ class CommandTest(CommandCase):
         with unittest.mock.patch.dict(os.environ, {"NO_COLOR": "1"}):
             self.assertNotIn(b"\x1b", self.run_command("channels", terminal=True)[1])
 
-    def test_a_terminal_sees_progress_and_whole_lines(self):
+    def test_terminal_gets_progress_and_whole_lines(self):
         errors = self.run_command("post", "q", "--lines", stdin=b"a\nb\n", terminal=True)[2]
         self.assertIn("2 posted", errors)
         self.assertEqual(self.run_command("get", "q", terminal=True)[1], b"a\n")
 
-    def test_help_tells_all_commands_and_each_has_its_example(self):
+    def test_each_option_of_the_server_is_a_parameter_of_its_receiver(self):
+        for option in linger.OPTIONS:
+            if option.receiver:
+                with self.subTest(option.name):
+                    receiver = inspect.signature(getattr(linger, option.receiver))
+                    self.assertIn(option.key, receiver.parameters)
+
+    def test_help_lists_all_commands_and_an_example_of_each(self):
         for command in linger.COMMANDS:
             with self.subTest(command.name):
                 self.assertRegex(self.linger("--help"), rf"\n  {command.name} +\S")
@@ -6623,7 +6633,7 @@ class CommandTest(CommandCase):
 
 
 class CommandProcessCase(ProcessCase):
-    """Commands in real processes, and a server in another."""
+    """Commands in processes of their own, and a server in another."""
 
     def spawn(self, *arguments, program=None, **options):
         process = subprocess.Popen(
@@ -6651,9 +6661,9 @@ class CommandProcessCase(ProcessCase):
 
 
 class CommandProcessTest(CommandProcessCase):
-    """What needs a command to be a process: signals, pipes, restarts."""
+    """Signals, pipes and restarts, which need a process."""
 
-    def test_lines_are_posted_as_they_come_and_an_interrupt_tells_how_many(self):
+    def test_lines_are_posted_as_they_arrive_and_an_interrupt_reports_how_many(self):
         process = self.spawn("post", "q", "--lines")
         for count, lines in ((1, "a\n"), (2, "b\nc")):
             process.stdin.write(lines)
@@ -6664,7 +6674,7 @@ class CommandProcessTest(CommandProcessCase):
         self.assertEqual(process.returncode, 130)
         self.assertRegex(errors, r"^linger: ([12]) messages were posted .*, up to line \1\n$")
 
-    def test_a_pipe_closed_early_is_no_traceback(self):
+    def test_closed_pipe_causes_no_traceback(self):
         self.client.post_batch("q", [f"line {n} " + "x" * 1_000 for n in range(500)])
         process = self.spawn("get", "q", "--ack", "--count", "500")
         self.assertTrue(process.stdout.readline().startswith("line 0 "))
@@ -6675,7 +6685,7 @@ class CommandProcessTest(CommandProcessCase):
         self.assertGreater(left["ready"], 0)
         self.assertEqual(left["hidden"], 0)
 
-    def test_following_goes_on_over_a_restart_and_ends_in_good_order(self):
+    def test_follow_survives_a_restart_and_ends_gracefully(self):
         self.client.post("q", "a")
         process = self.spawn("get", "q", "--follow", "--ack")
         self.assertEqual(process.stdout.readline(), "a\n")
@@ -6689,7 +6699,7 @@ class CommandProcessTest(CommandProcessCase):
 
 
 def is_alive(pid):
-    """Whether a process is there, and no zombie."""
+    """Returns whether a process runs; a zombie does not."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
     return state.stdout.strip()[:1] not in ("", "Z")
 
@@ -6698,7 +6708,7 @@ class WorkTest(CommandCase):
     """`linger work`, in this process, with real commands."""
 
     def work(self, *arguments, channel="q", status=0):
-        """Works until there is nothing left to do; what was written to standard error."""
+        """Works until the channel is empty; returns what was written to standard error."""
         ended, _, errors = self.run_command("work", channel, *arguments)
         self.assertEqual(ended, status, errors)
         return errors
@@ -6710,7 +6720,7 @@ class WorkTest(CommandCase):
         info = self.broker.info(channel)
         return info["ready"], info["delayed"], info["in-flight"]
 
-    def test_a_command_gets_the_body_and_all_else_and_its_success_deletes(self):
+    def test_command_gets_body_and_fields_and_its_success_deletes(self):
         self.broker.subscribe("q", "news", priority=7)
         body = bytes(range(256))
         self.broker.publish("news", body, "image/x")
@@ -6725,7 +6735,7 @@ class WorkTest(CommandCase):
             self.assertIn(f"LINGER_{line}\n", variables.decode())
         self.assertEqual(self.counts(), (0, 0, 0))
 
-    def test_a_failure_releases_with_the_end_of_standard_error_which_is_passed_on(self):
+    def test_failure_releases_with_the_end_of_standard_error(self):
         self.broker.post("q", b"x")
         errors = self.shell("echo out of paper >&2; exit 3")
         self.assertEqual(errors, "out of paper\nlinger: message 1 of q: exit status 3\n")
@@ -6735,7 +6745,7 @@ class WorkTest(CommandCase):
         self.shell("kill -9 $$")
         self.assertEqual(self.broker.read_message(2)[0].error, "signal 9")
 
-    def test_a_failed_message_comes_back_after_its_backoff_or_else_a_delay(self):
+    def test_failed_message_returns_after_its_backoff_or_the_retry_delay(self):
         self.broker.post("q", b"backoff", backoff="100")
         self.broker.post("q", b"default")
         self.shell("exit 1")
@@ -6745,7 +6755,7 @@ class WorkTest(CommandCase):
         for delay, expected in zip(delays, (100, linger.FAILURE_DELAY, 1000)):
             self.assertTrue(expected - 2 <= delay <= expected, delays)
 
-    def test_what_fails_is_rejected_if_told_so_unless_it_may_pass(self):
+    def test_reject_on_failure_rejects_all_but_temporary_failures(self):
         for body in (b"0", b"1", b"75"):
             self.broker.post("q", body, dead="failed")
         self.shell("exit $(cat)", "--reject-on-failure", "-j", "2")
@@ -6753,7 +6763,7 @@ class WorkTest(CommandCase):
         self.assertEqual([m.body for m, _ in self.broker.list_messages("q")], [b"75"])
         self.assertEqual(self.counts(), (0, 1, 0))
 
-    def test_a_command_that_takes_too_long_is_killed_with_all_it_started_and_released(self):
+    def test_command_over_its_time_limit_is_killed_with_its_children(self):
         self.broker.post("q", b"x", dead="failed")
         pids = self.folder / "pids"
         script = f"trap '' TERM; sleep 60 & echo $! > {pids}; wait; sleep 60"
@@ -6764,7 +6774,7 @@ class WorkTest(CommandCase):
         self.assertIn("longer than 1 seconds", self.broker.read_message(1)[0].error)
         until(lambda: not is_alive(int(pids.read_text())))
 
-    def test_a_message_is_touched_while_its_command_runs(self):
+    def test_message_is_touched_while_its_command_runs(self):
         self.hasten(HEARTBEAT_INTERVAL=0.02, TOUCHES_PER_TIMEOUT=300)
         self.broker.post("q", b"x", timeout=30)
         done = self.folder / "done"
@@ -6781,7 +6791,7 @@ class WorkTest(CommandCase):
         self.assertEqual(self.broker.counters["msg-timeouts"], 0)
         self.assertEqual(self.counts(), (0, 0, 0))
 
-    def test_a_command_whose_message_is_deleted_is_killed(self):
+    def test_command_of_a_deleted_message_is_killed(self):
         self.hasten(HEARTBEAT_INTERVAL=0.02, TOUCHES_PER_TIMEOUT=300)
         self.broker.post("q", b"x", timeout=30)
         started = self.folder / "started"
@@ -6795,7 +6805,7 @@ class WorkTest(CommandCase):
         deleted.result()
         self.assertIn(f"message 1 of q: {linger.LEASE_LOST}\n", errors)
 
-    def test_nothing_that_a_command_does_with_its_streams_blocks_it(self):
+    def test_no_use_of_its_streams_blocks_a_command(self):
         self.broker.post("q", b"x" * 256_000)
         errors = self.shell("exec <&-; head -c 3000000 /dev/zero | tr '\\0' '\\377' >&2; exit 1")
         self.assertGreater(len(errors), 3_000_000)
@@ -6807,7 +6817,7 @@ class WorkTest(CommandCase):
         self.assertEqual(self.broker.counters["msg-delete"], 1)
         os.kill(int(pid.read_text()), signal.SIGKILL)
 
-    def test_a_command_that_cannot_be_started_stops_the_worker_and_loses_nothing(self):
+    def test_command_that_cannot_start_stops_the_worker_and_loses_nothing(self):
         script = self.folder / "script"
         script.write_text("#!/no/such/interpreter\n")
         script.chmod(0o755)
@@ -6818,7 +6828,7 @@ class WorkTest(CommandCase):
         self.assertEqual(self.counts(), (2, 1, 0))
         self.assertIn("cannot run", self.broker.read_message(1)[0].error)
 
-    def test_a_count_is_exact(self):
+    def test_count_is_exact(self):
         for _ in range(5):
             self.broker.post("q", b"x")
         self.work("-j", "2", "--count", "3", "--", "true")
@@ -6832,7 +6842,7 @@ class WorkTest(CommandCase):
         self.assertEqual(self.shell(both, "-j", "2", "--time-limit", "10"), "")
         self.assertEqual(self.counts(), (0, 0, 0))
 
-    def test_a_job_that_succeeds_costs_one_request(self):
+    def test_successful_job_costs_one_request(self):
         for _ in range(5):
             self.broker.post("q", b"x")
         self.shell("true")
@@ -6841,7 +6851,7 @@ class WorkTest(CommandCase):
 
 
 class WorkProcessTest(CommandProcessCase):
-    """What needs the worker to be a process: signals, restarts, and its sudden death."""
+    """Signals, restarts and sudden death of a worker, which need a process."""
 
     def setUp(self):
         super().setUp()
@@ -6849,13 +6859,14 @@ class WorkProcessTest(CommandProcessCase):
         self.go = self.folder / "go"
 
     def work(self, *arguments):
-        going = f"[ -e {self.started} -a ! -e {self.go} ]"  # and not when the folder is gone
+        # The script also ends when the test's directory is removed.
+        going = f"[ -e {self.started} -a ! -e {self.go} ]"
         script = f"touch {self.started}; while {going}; do sleep 0.02; done"
         command = ("work", "q", *arguments, "--", "sh", "-c", script)
         return self.spawn(*command, stdout=subprocess.DEVNULL)
 
     def ended(self, process):
-        """The exit status of a process that ends by itself, and its errors."""
+        """Waits for the end of a process; returns its exit status and errors."""
         _, errors = process.communicate(timeout=PATIENCE)
         return process.returncode, errors
 
@@ -6874,7 +6885,7 @@ class WorkProcessTest(CommandProcessCase):
         self.assertEqual((status, errors), (0, ""))
         self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
 
-    def test_a_second_signal_kills_the_commands_and_releases_their_messages(self):
+    def test_second_signal_kills_the_commands_and_releases_their_messages(self):
         self.client.post("q", "a", backoff="100")
         process = self.work()
         until(self.started.exists)
@@ -6885,7 +6896,7 @@ class WorkProcessTest(CommandProcessCase):
         message, state = self.client.read_message(1)
         self.assertEqual((message.error, state), (linger.STOPPED, "ready"))
 
-    def test_a_command_outlives_a_restart_of_the_server_and_so_does_its_worker(self):
+    def test_command_and_worker_survive_a_server_restart(self):
         self.client.post_batch("q", ["a", "b"])
         process = self.work("--count", "2")
         until(self.started.exists)
@@ -6897,7 +6908,7 @@ class WorkProcessTest(CommandProcessCase):
         self.assertEqual(self.client.stats()["delivered"], 1)
         self.assertEqual(self.client.channel_stats("q"), {"ready": 0, "hidden": 0})
 
-    def test_of_many_lines_none_is_lost_by_the_death_of_worker_and_server(self):
+    def test_no_line_is_lost_when_worker_and_server_are_killed(self):
         count = int(os.environ.get("LINGER_TEST_LINES", "200"))
         patience = PATIENCE + count / 50
         lines = [f"line {n:09}\n" for n in range(count)]
@@ -6929,10 +6940,8 @@ class WorkProcessTest(CommandProcessCase):
         self.assertRegex(self.ended(worker)[1], r"^(linger: .*; trying again\n)*$")
         written = out.read_text().splitlines(keepends=True)
         self.assertEqual(set(written), set(lines))
-        self.assertLessEqual(len(written) - count, 16)  # what was in hand at one of three deaths
-
-
-# -- the files -----------------------------------------------------------------------------------
+        repeated = len(written) - count  # in flight when the worker or a server was killed
+        self.assertLessEqual(repeated, 16)
 
 
 class BenchTest(CommandCase):
@@ -6946,7 +6955,7 @@ class BenchTest(CommandCase):
     def bench(self, *arguments, **options):
         return self.run_command("bench", "--seconds", "0.02", "--json", *arguments, **options)
 
-    def test_it_measures_a_server_of_its_own_and_leaves_nothing_behind(self):
+    def test_bench_measures_a_temporary_server_and_removes_it(self):
         folder = ("--folder", self.folder)
         status, output, errors = self.bench(*folder, "--connections", 2, "--sync", "off")
         self.assertEqual((status, errors), (0, ""))
@@ -6963,7 +6972,7 @@ class BenchTest(CommandCase):
         self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
         self.assertEqual(self.client.stats()["msg-add"], 0)
 
-    def test_it_measures_the_server_at_a_url_and_takes_its_messages_away(self):
+    def test_bench_measures_the_server_at_a_url_and_deletes_its_messages(self):
         self.client.post("jobs", "not to be touched")
         status, output, errors = self.bench(self.server.url)
         self.assertEqual((status, errors), (0, ""))
@@ -6973,7 +6982,7 @@ class BenchTest(CommandCase):
         self.assertEqual(self.client.stats()["current-messages"], 1)
         self.assertEqual(self.client.channel_stats("jobs")["ready"], 1)
 
-    def test_a_table_shows_it_at_a_terminal_and_a_note_how_far_it_is(self):
+    def test_terminal_shows_a_table_and_the_progress(self):
         arguments = ("bench", self.server.url, "--seconds", "0.02")
         _, output, errors = self.run_command(*arguments, terminal=True)
         lines = output.decode().splitlines()
@@ -6982,7 +6991,7 @@ class BenchTest(CommandCase):
         self.assertIn("\rack-and-next ...", errors)
         self.assertTrue(errors.endswith("\r\x1b[K"))
 
-    def test_what_keeps_it_from_measuring_is_one_line(self):
+    def test_bench_failure_is_one_line(self):
         with socket.create_server(("127.0.0.1", 0)) as closed:
             nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
         for arguments, reason in (
@@ -6994,13 +7003,13 @@ class BenchTest(CommandCase):
             with self.subTest(reason):
                 self.assertIn(reason, self.refused("bench", "--seconds", "0.02", *arguments))
 
-    def test_a_server_of_its_own_that_does_not_start_says_why(self):
+    def test_temporary_server_that_does_not_start_reports_why(self):
         with unittest.mock.patch.object(linger, "SYNC_LEVELS", ("hard",)):
             errors = self.refused("bench", "--seconds", "0.02", "--folder", self.folder)
         self.assertIn("the server does not start: --sync must be one of full", errors)
         self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
 
-    def test_what_a_server_refuses_meanwhile_ends_it_and_is_told(self):
+    def test_refused_request_ends_bench_and_is_reported(self):
         self.server.broker.hlm = 2
         self.assertIn("high-level mark", self.refused("bench", self.server.url))
         self.assertEqual(self.client.stats()["current-messages"], 0)
@@ -7009,7 +7018,7 @@ class BenchTest(CommandCase):
 class TokenBenchTest(CommandCase):
     options = types.MappingProxyType({"token": "T0ken"})
 
-    def test_it_needs_a_token_where_the_server_does(self):
+    def test_bench_needs_a_token_if_the_server_does(self):
         bench = ("bench", self.server.url, "--seconds", "0.02")
         self.assertIn("linger: ", self.refused(*bench))
         self.assertIn("linger: ", self.refused(*bench, "--token", "wrong"))
@@ -7017,14 +7026,14 @@ class TokenBenchTest(CommandCase):
 
 
 class BenchProcessTest(CommandProcessCase):
-    def test_an_interrupt_leaves_no_message_behind(self):
+    def test_interrupt_leaves_no_message(self):
         process = self.spawn("bench", self.url, "--seconds", "60", "--connections", "32")
         until(lambda: self.client.stats()["msg-add"] > 100)
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
         self.assertEqual(self.client.stats()["current-messages"], 0)
 
-    def test_an_interrupt_leaves_no_server_and_no_file_behind(self):
+    def test_interrupt_leaves_no_server_and_no_file(self):
         arguments = ("bench", "--seconds", "60", "--folder", str(self.folder))
         program = ("-c", "import linger; linger.DISK_TEST_SECONDS = 0.1; exit(linger.main())")
         folder = os.path.dirname(compiled)
