@@ -285,7 +285,7 @@ class Full(LingerError):
 def log(text: str) -> None:
     """Writes a line to standard error; a failing log stops nothing."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(text + "\n", end="", file=sys.stderr, flush=True)  # one write: lines never mix
 
 
 # ---------------------------------------------------------------------------------------------

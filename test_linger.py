@@ -5943,6 +5943,24 @@ class ProcessTest(ProcessCase):
         self.assertEqual(status, 0)
         self.assertRegex(errors, r"^linger: .* deleted or replaced .*\n$")
 
+    def test_lines_that_threads_log_at_the_same_time_do_not_mix(self):
+        program = """
+import linger, threading
+def log_many():
+    for _ in range(500):
+        linger.log("one whole line")
+threads = [threading.Thread(target=log_many) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+        command = (sys.executable, *STRICT, "-c", program)
+        process = subprocess.run(
+            command, cwd=os.path.dirname(compiled), stderr=subprocess.PIPE, text=True, check=True
+        )
+        self.assertEqual(set(process.stderr.split("\n")), {"one whole line", ""})
+
     def test_few_open_files_are_told_and_lower_the_number_of_connections(self):
         def lower():
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -7505,11 +7523,21 @@ def functions_of(code):
             yield from functions_of(constant)
 
 
+def global_names(source):
+    """Each use of a name of the module or of a builtin in a function, as (code object, name).
+
+    The compiler has told them from local names, and left out the annotations.
+    """
+    for code in functions_of(compile(source, "linger.py", "exec")):
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
+                yield code, step.argval
+
+
 def uses_of_sections_below(source):
     """Where code of one section names what a later section defines.
 
-    The compiler has told local names from those of the module, and left out the annotations. What
-    runs at import can use nothing below it in any case.
+    What runs at import can use nothing below it in any case.
     """
     starts = list(sections(source))
     defined = {}
@@ -7521,12 +7549,10 @@ def uses_of_sections_below(source):
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                     defined.setdefault(node.id, node.lineno)
     uses = []
-    for code in functions_of(compile(source, "linger.py", "exec")):
-        for step in dis.get_instructions(code):
-            if step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
-                place = bisect.bisect(starts, defined.get(step.argval, 0))
-                if place > bisect.bisect(starts, code.co_firstlineno):
-                    uses.append(f"{code.co_name}, line {code.co_firstlineno}, uses {step.argval}")
+    for code, name in global_names(source):
+        place = bisect.bisect(starts, defined.get(name, 0))
+        if place > bisect.bisect(starts, code.co_firstlineno):
+            uses.append(f"{code.co_name}, line {code.co_firstlineno}, uses {name}")
     return uses
 
 
@@ -7621,6 +7647,25 @@ FIRST, SECOND = 1, 2
 """
                 found = [use.rpartition(" ")[2] for use in uses_of_sections_below(source)]
                 self.assertEqual(found, names)
+
+    def test_a_section_knows_nothing_of_what_its_users_do(self):
+        """The modules that a section must not use."""
+        starts = sections(self.source)
+        for section, modules in (
+            ("Store", {"argparse", "http", "json", "select", "socket", "ssl"}),
+            ("Broker", {"argparse", "http", "json", "select", "sqlite3", "ssl", "sys", "urllib"}),
+            ("Access", {"argparse", "http", "json", "select", "socket", "sqlite3", "sys"}),
+        ):
+            with self.subTest(section):
+                self.assertIn(section, starts.values())
+                used = [
+                    f"{code.co_name}, line {code.co_firstlineno}, uses {name}"
+                    for code, name in global_names(self.source)
+                    if starts[max(line for line in starts if line <= code.co_firstlineno)]
+                    == section
+                    and name in modules
+                ]
+                self.assertEqual(used, [])
 
     def test_the_sections_are_those_that_its_docstring_lists(self):
         listed = re.findall(r"(?m)^    ([A-Z][A-Za-z ]*?)  ", ast.get_docstring(self.tree, False))
