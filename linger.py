@@ -16,8 +16,11 @@ The file reads downwards: a section uses only what stands above it.
     Errors        what can go wrong, with the HTTP status that says so
     Messages      the message, its parameters, and how they are read
     SQL           the schema and every statement
-    Store         runs operations on SQLite, many in one transaction
-    Broker        the rules of queue and pub-sub; who waits for what
+    Commits       operations, and the thread that commits them in groups
+    Store         SQLite and its files
+    State         what is in memory: time, waiting consumers, channels, timers
+    Operations    a class for each kind of call: statements, effects, result
+    Broker        the public calls of queue and pub-sub
     Access        tokens and their rights; which web pages may come
     Routes        every call of the HTTP API
     Handler       bytes in, call the broker, bytes out
@@ -53,6 +56,7 @@ import ipaddress
 import itertools
 import json
 import os
+import queue
 import re
 import resource
 import select
@@ -83,6 +87,7 @@ from typing import (
     Protocol,
     TypeVar,
     Union,
+    cast,
     get_type_hints,
 )
 
@@ -459,11 +464,39 @@ def validate_linger(parameters: Mapping[str, Any]) -> None:
 # SQL: the schema and every statement, a constant each.
 #
 # A statement sees time only as :now (seconds since 1970), decides by itself, and fits SQLite
-# 3.31: no RETURNING, no clock or random function, no PRAGMA.
+# 3.31: no RETURNING, no clock or random function, no PRAGMA.  Lists of columns and expressions
+# that several statements share stand once, and are put in when the file is loaded.
 # ---------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x4C494E47  # "LING", at byte 68 of the file (sqlite.org/fileformat2.html 1.3)
-SCHEMA_VERSION = 3  # `pragma user_version`; the tables of Linger 1.0.1 have 0 and count as 1
+SCHEMA_VERSION = 4  # `pragma user_version`; a database of Linger 1.0.1 has 0
+
+ADD_TO_COUNTS = """
+        -- for the triggers, which keep the counts of each channel
+        insert into channels (name, ready, in_flight, delayed, urgent, niced)
+        values (new.channel, new.state = 0, new.state = 1, new.state = 2,
+            new.priority < 0, new.priority > 0)
+        on conflict (name) do update set
+            ready = ready + excluded.ready,
+            in_flight = in_flight + excluded.in_flight,
+            delayed = delayed + excluded.delayed,
+            urgent = urgent + excluded.urgent,
+            niced = niced + excluded.niced;
+"""
+
+SUBTRACT_FROM_COUNTS = """
+        -- a channel without messages has no row
+        update channels
+        set ready = ready - (old.state = 0),
+            in_flight = in_flight - (old.state = 1),
+            delayed = delayed - (old.state = 2),
+            urgent = urgent - (old.priority < 0),
+            niced = niced - (old.priority > 0)
+        where name = old.channel;
+        delete from channels
+        where name = old.channel and ready = 0 and in_flight = 0 and delayed = 0
+            and urgent = 0 and niced = 0;
+"""
 
 SCHEMA = (
     """
@@ -472,10 +505,11 @@ SCHEMA = (
         value text not null
     ) without rowid
     """,
-    # state: 0 ready, 1 in flight, 2 delayed; only within a transaction 3 given up.
-    # due: when what is in flight or delayed becomes ready; when what is ready became so.
-    # held: 1 from the delivery on until a release or an undo: until the next delivery, also after
-    # the timeout, its worker may still touch, release or delete it.
+    # state: 0 ready, 1 in flight, 2 delayed; 3 dead, which no row is after a commit.
+    # due_at: when a message in flight or delayed becomes ready; for a ready one, when it became so.
+    # leased: 1 from a delivery until its release or undo.  It stays 1 after the timeout: until the
+    # next delivery the worker may still touch, release or delete the message.
+    # expires_at: when `linger` ends, 0 for never.
     # A take changes no column's length, so that SQLite writes the row in place and does not touch
     # the pages of a long body.
     """
@@ -484,44 +518,44 @@ SCHEMA = (
         channel text not null,
         priority integer not null,
         state integer not null,
-        due real not null,
+        due_at real not null,
         timeout integer not null,
         deliver integer not null,
-        delivered integer not null,
-        lease integer not null,
-        held integer not null,
+        delivered integer not null default 0,
+        lease integer not null default 0,
+        leased integer not null default 0,
         received real not null,
         linger integer not null,
-        lingers_until real not null,
-        topic text not null,
+        expires_at real not null,
+        topic text not null default '',
         type text not null,
-        dead text not null,
-        backoff text not null,
+        dead text not null default '',
+        backoff text not null default '',
         unique_key text,
-        dead_from text not null,
-        dead_reason text not null,
-        error text not null,
+        dead_from text not null default '',
+        dead_reason text not null default '',
+        error text not null default '',
         body blob not null
     )
     """,
-    # for TAKE_MESSAGE and PICKED: the first ready messages of a channel
+    # for NEXT_MESSAGE and BATCH_IDS: the first ready messages of a channel
     """
     create index ready_messages on messages (channel, priority, id)
     where state = 0
     """,
-    # for SETTLE: what is due to come back
+    # for PROCESS_DUE: timeouts and delays that have ended
     """
-    create index due_messages on messages (due)
+    create index due_messages on messages (due_at)
     where state > 0
     """,
-    # for SETTLE: whose lingering is over; not what is in flight, which stays until its timeout
+    # for PROCESS_DUE: expired messages; one in flight stays until its timeout
     """
-    create index lingering_messages on messages (lingers_until)
-    where lingers_until > 0 and state <> 1
+    create index lingering_messages on messages (expires_at)
+    where expires_at > 0 and state <> 1
     """,
-    # for GIVE_UP: what a statement before has marked
+    # for MOVE_DEAD and DELETE_DEAD: messages that an earlier statement has put into state 3
     """
-    create index marked_messages on messages (state, priority, id)
+    create index dead_messages on messages (state, priority, id)
     where state > 2
     """,
     # for POST_MESSAGE
@@ -540,19 +574,9 @@ SCHEMA = (
         niced integer not null
     ) without rowid
     """,
-    """
+    f"""
     create trigger message_added after insert on messages
-    begin
-        insert into channels (name, ready, in_flight, delayed, urgent, niced)
-        values (new.channel, new.state = 0, new.state = 1, new.state = 2,
-            new.priority < 0, new.priority > 0)
-        on conflict (name) do update set
-            ready = ready + excluded.ready,
-            in_flight = in_flight + excluded.in_flight,
-            delayed = delayed + excluded.delayed,
-            urgent = urgent + excluded.urgent,
-            niced = niced + excluded.niced;
-    end
+    begin {ADD_TO_COUNTS} end
     """,
     """
     create trigger message_changed after update of state on messages
@@ -565,45 +589,14 @@ SCHEMA = (
         where name = new.channel;
     end
     """,
-    """
+    f"""
     create trigger message_moved after update of channel on messages
     when old.channel <> new.channel
-    begin
-        update channels
-        set ready = ready - (old.state = 0),
-            in_flight = in_flight - (old.state = 1),
-            delayed = delayed - (old.state = 2),
-            urgent = urgent - (old.priority < 0),
-            niced = niced - (old.priority > 0)
-        where name = old.channel;
-        delete from channels
-        where name = old.channel and ready = 0 and in_flight = 0 and delayed = 0
-            and urgent = 0 and niced = 0;
-        insert into channels (name, ready, in_flight, delayed, urgent, niced)
-        values (new.channel, new.state = 0, new.state = 1, new.state = 2,
-            new.priority < 0, new.priority > 0)
-        on conflict (name) do update set
-            ready = ready + excluded.ready,
-            in_flight = in_flight + excluded.in_flight,
-            delayed = delayed + excluded.delayed,
-            urgent = urgent + excluded.urgent,
-            niced = niced + excluded.niced;
-    end
+    begin {SUBTRACT_FROM_COUNTS} {ADD_TO_COUNTS} end
     """,
-    """
+    f"""
     create trigger message_removed after delete on messages
-    begin
-        update channels
-        set ready = ready - (old.state = 0),
-            in_flight = in_flight - (old.state = 1),
-            delayed = delayed - (old.state = 2),
-            urgent = urgent - (old.priority < 0),
-            niced = niced - (old.priority > 0)
-        where name = old.channel;
-        delete from channels
-        where name = old.channel and ready = 0 and in_flight = 0 and delayed = 0
-            and urgent = 0 and niced = 0;
-    end
+    begin {SUBTRACT_FROM_COUNTS} end
     """,
     # Null is a parameter that was not given: the channel's setting or the default holds.
     """
@@ -644,103 +637,56 @@ SCHEMA = (
         until real not null
     ) without rowid
     """,
-    # Keys of messages that must not be added twice.  scope: `channel <name>` or `topic <name>`;
-    # answer: the id, or for a topic a line `<id> <channel>` for each copy.
+    # Keys of messages that must not be added twice.  scope: `channel <name>` or `topic <name>`,
+    # with `batch ` before it for the keys of whole batches; result: the id, or for a topic a line
+    # `<id> <channel>` for each copy.
     """
     create table dedups (
         scope text not null,
         key text not null,
         until real not null,
-        answer text not null,
+        result text not null,
         primary key (scope, key)
     ) without rowid
     """,
-    # for FORGET_DEDUPS
+    # for DELETE_OLD_DEDUPS
     """
     create index dedups_by_end on dedups (until)
     """,
 )
 
-# From earlier schemas: what makes place for the new tables, and what fills them.
-UPGRADES = {
-    # Linger 1.0.1.  Its columns have no types: a body may be text, and `show` is 0 or the time
-    # until which a message is hidden.
-    1: (
-        (
-            "alter table config rename to old_config",
-            "alter table messages rename to old_messages",
-            "alter table subscriptions rename to old_subscriptions",
-        ),
-        (
-            """
-            insert into config (key, value)
-            select key, value
-            from old_config
-            where key = 'server_id'
-            order by key
-            """,
-            """
-            insert into messages (id, channel, priority, state, due, timeout, deliver, delivered,
-                lease, held, received, linger, lingers_until, topic, type, dead, backoff,
-                dead_from, dead_reason, error, body)
-            select id, channel, priority, show > 0, max(show, ts), timeout, deliver, dcount,
-                dcount, dcount > 0 or show > 0, ts, linger, max(purge, 0), topic, mimetype, '', '',
-                '', '', '', cast(body as blob)
-            from old_messages
-            order by id
-            """,
-            """
-            insert into subscriptions (topic, channel, priority, timeout, deliver, linger, created)
-            select topic, channel, nullif(priority, 0), nullif(timeout, 30), nullif(deliver, 0),
-                nullif(linger, 0), ts
-            from old_subscriptions
-            order by topic, channel
-            """,
-        ),
-    ),
-    2: (
-        (
-            "drop index ready_messages",
-            "drop index hidden_messages",
-            "drop index lingering_messages",
-            "drop index subscriptions_by_channel",
-            "drop trigger message_added",
-            "drop trigger message_moved",
-            "drop trigger message_removed",
-            "drop table channels",
-            "alter table config rename to old_config",
-            "alter table messages rename to old_messages",
-            "alter table subscriptions rename to old_subscriptions",
-        ),
-        (
-            """
-            insert into config (key, value)
-            select key, value
-            from old_config
-            order by key
-            """,
-            """
-            insert into messages (id, channel, priority, state, due, timeout, deliver, delivered,
-                lease, held, received, linger, lingers_until, topic, type, dead, backoff,
-                dead_from, dead_reason, error, body)
-            select id, channel, priority, state, due, timeout, deliver, delivered,
-                lease, held, received, linger, lingers_until, topic, type, '', '',
-                '', '', '', body
-            from old_messages
-            order by id
-            """,
-            """
-            insert into subscriptions (topic, channel, priority, timeout, deliver, linger, created)
-            select topic, channel, nullif(priority, 0), nullif(timeout, 30), nullif(deliver, 0),
-                nullif(linger, 0), created
-            from old_subscriptions
-            order by topic, channel
-            """,
-        ),
-    ),
-}
-# Ids go on where they were.
-AFTER_UPGRADE = (
+# A database of Linger 1.0.1.  Its columns have no types: a body may be text, and `show` is 0 or
+# the time until which a message is hidden.
+BEFORE_MIGRATION = (
+    "alter table config rename to old_config",
+    "alter table messages rename to old_messages",
+    "alter table subscriptions rename to old_subscriptions",
+)
+AFTER_MIGRATION = (
+    """
+    insert into config (key, value)
+    select key, value
+    from old_config
+    where key = 'server_id'
+    order by key
+    """,
+    """
+    insert into messages (id, channel, priority, state, due_at, timeout, deliver, delivered,
+        lease, leased, received, linger, expires_at, topic, type, body)
+    select id, channel, priority, show > 0, max(show, ts), timeout, deliver, dcount,
+        dcount, dcount > 0 or show > 0, ts, linger, max(purge, 0), topic, mimetype,
+        cast(body as blob)
+    from old_messages
+    order by id
+    """,
+    """
+    insert into subscriptions (topic, channel, priority, timeout, deliver, linger, created)
+    select topic, channel, nullif(priority, 0), nullif(timeout, 30), nullif(deliver, 0),
+        nullif(linger, 0), ts
+    from old_subscriptions
+    order by topic, channel
+    """,
+    # The next id is the one that 1.0.1 would have given.
     "delete from sqlite_sequence where name = 'messages'",
     "update sqlite_sequence set name = 'messages' where name = 'old_messages'",
     "drop table old_config",
@@ -766,53 +712,51 @@ values (:key, :value)
 on conflict (key) do update set value = excluded.value
 """
 
-# -- posting
+# -- producing
 
-DEDUP_ANSWER = """
-select answer
+DEDUP_EXISTS = """exists (
+        select 1 from dedups where scope = :scope and key = :dedup and until > :now)"""
+
+FIND_DEDUP = """
+select result
 from dedups
 where scope = :scope and key = :dedup and until > :now
 """
 
-UNIQUE_MESSAGE = """
+FIND_UNIQUE = """
 select id
 from messages
 where channel = :channel and unique_key = :unique
 """
 
-# The usual case: no keys, and no mark.
+# The usual case: no keys and no high-level mark.
 ADD_MESSAGE = """
-insert into messages (channel, priority, state, due, timeout, deliver, delivered, lease, held,
-    received, linger, lingers_until, topic, type, dead, backoff, dead_from, dead_reason, error,
-    body)
-values (:channel, :priority, :state, :due, :timeout, :deliver, 0, 0, 0,
-    :now, :linger, :lingers_until, '', :type, :dead, :backoff, '', '', '',
-    :body)
+insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
+    expires_at, type, dead, backoff, body)
+values (:channel, :priority, :state, :due_at, :timeout, :deliver, :now, :linger,
+    :expires_at, :type, :dead, :backoff, :body)
 """
 
-# The keys of a message are null where it has none.  In a batch the mark was looked at before.
-POST_MESSAGE = """
-insert into messages (channel, priority, state, due, timeout, deliver, delivered, lease, held,
-    received, linger, lingers_until, topic, type, dead, backoff, unique_key, dead_from,
-    dead_reason, error, body)
-select :channel, :priority, :state, :due, :timeout, :deliver, 0, 0, 0,
-    :now, :linger, :lingers_until, '', :type, :dead, :backoff, :unique, '',
-    '', '', :body
+# A key that was not given is null.  For a batch, CHECK_BATCH_FITS has looked at the mark.
+POST_MESSAGE = f"""
+insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
+    expires_at, type, dead, backoff, unique_key, body)
+select :channel, :priority, :state, :due_at, :timeout, :deliver, :now, :linger,
+    :expires_at, :type, :dead, :backoff, :unique, :body
 where case
         when :hlm = 0 then 1
         when :batch then exists (select 1 from config where key = 'batch fits')
         else :hlm > coalesce(
             (select ready + in_flight + delayed from channels where name = :channel), 0)
     end
-    and (:dedup is null or not exists (
-        select 1 from dedups where scope = :scope and key = :dedup and until > :now))
+    and (:dedup is null or not {DEDUP_EXISTS})
     and (:unique is null or not exists (
         select 1 from messages where channel = :channel and unique_key = :unique))
 """
 
-# After POST_MESSAGE, if it added one, or found that of the unique key, but no dedup key.
-KEEP_DEDUP = """
-insert into dedups (scope, key, until, answer)
+# After POST_MESSAGE, if it added a message, or found that of the unique key, but no dedup key.
+SAVE_DEDUP = f"""
+insert into dedups (scope, key, until, result)
 select :scope, :dedup, :now + :dedup_for, cast(id as text)
 from (
     select case
@@ -820,9 +764,8 @@ from (
             else (select id from messages where channel = :channel and unique_key = :unique)
         end as id
 )
-where :dedup is not null and id is not null and not exists (
-    select 1 from dedups where scope = :scope and key = :dedup and until > :now)
-on conflict (scope, key) do update set until = excluded.until, answer = excluded.answer
+where :dedup is not null and id is not null and not {DEDUP_EXISTS}
+on conflict (scope, key) do update set until = excluded.until, result = excluded.result
 """
 
 LAST_ID = """
@@ -830,19 +773,19 @@ select last_insert_rowid()
 """
 
 # Before and after the messages of a batch, which fit into the channel all or not at all.
-MARK_FIT = """
+CHECK_BATCH_FITS = """
 insert into config (key, value)
 select 'batch fits', 'yes'
 where :hlm >= :count + coalesce(
     (select ready + in_flight + delayed from channels where name = :channel), 0)
 """
 
-UNMARK_FIT = """
+CLEAR_BATCH_FITS = """
 delete from config
 where key = 'batch fits'
 """
 
-PUBLISH_DROPS = """
+FULL_SUBSCRIBERS = """
 select subscriptions.channel
 from subscriptions
     join channels on channels.name = subscriptions.channel
@@ -852,23 +795,22 @@ where subscriptions.topic = :topic and coalesce(settings.hlm, :hlm) > 0
 order by subscriptions.channel
 """
 
-PUBLISH_MESSAGE = """
-insert into messages (channel, priority, state, due, timeout, deliver, delivered, lease, held,
-    received, linger, lingers_until, topic, type, dead, backoff, dead_from, dead_reason, error,
-    body)
+PUBLISH_MESSAGE = f"""
+insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
+    expires_at, topic, type, dead, backoff, body)
 select subscriptions.channel,
     coalesce(subscriptions.priority, settings.priority, 0),
     case when coalesce(subscriptions.delay, settings.delay, 0) > 0 then 2 else 0 end,
     :now + coalesce(subscriptions.delay, settings.delay, 0),
     coalesce(subscriptions.timeout, settings.timeout, 30),
-    coalesce(subscriptions.deliver, settings.deliver, 0), 0, 0, 0,
+    coalesce(subscriptions.deliver, settings.deliver, 0),
     :now,
     coalesce(subscriptions.linger, settings.linger, 0),
     case when coalesce(subscriptions.linger, settings.linger, 0) > 0
         then :now + coalesce(subscriptions.linger, settings.linger) else 0 end,
     topic, :type,
     coalesce(subscriptions.dead, settings.dead, ''),
-    coalesce(subscriptions.backoff, settings.backoff, ''), '', '', '',
+    coalesce(subscriptions.backoff, settings.backoff, ''),
     :body
 from subscriptions
     left join settings on settings.channel = subscriptions.channel
@@ -876,39 +818,43 @@ from subscriptions
 where topic = :topic
     and (coalesce(settings.hlm, :hlm) = 0
         or coalesce(settings.hlm, :hlm) > coalesce(ready + in_flight + delayed, 0))
-    and (:dedup is null or not exists (
-        select 1 from dedups where scope = :scope and key = :dedup and until > :now))
+    and (:dedup is null or not {DEDUP_EXISTS})
 order by subscriptions.channel
 """
 
 # The rows of the PUBLISH_MESSAGE just before: ids of one AUTOINCREMENT insert follow each other.
 PUBLISHED = """
-select channel, id, state, due, lingers_until
+select channel, id, state, due_at, expires_at
 from messages
 where id > last_insert_rowid() - changes() and id <= last_insert_rowid()
 order by id
 """
 
-# After PUBLISH_MESSAGE, unless the key was there; also when nobody is subscribed.
-KEEP_TOPIC_DEDUP = """
-insert into dedups (scope, key, until, answer)
+# After PUBLISH_MESSAGE, unless the key was there; also when there are no subscriptions.
+SAVE_TOPIC_DEDUP = f"""
+insert into dedups (scope, key, until, result)
 select :scope, :dedup, :now + :dedup_for, coalesce((
     select group_concat(id || ' ' || channel, char(10))
     from messages
     where id > last_insert_rowid() - changes() and id <= last_insert_rowid()), '')
-where :dedup is not null and not exists (
-    select 1 from dedups where scope = :scope and key = :dedup and until > :now)
-on conflict (scope, key) do update set until = excluded.until, answer = excluded.answer
+where :dedup is not null and not {DEDUP_EXISTS}
+on conflict (scope, key) do update set until = excluded.until, result = excluded.result
 """
 
-# -- taking
+# -- consuming
+
+# The fields of a `Message` as it is delivered, for NEXT_MESSAGE and SELECT_BATCH.
+DELIVERED_COLUMNS = """id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
+    max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
+    dead_from, dead_reason, error, backoff"""
+
+SET_LEASED = """state = 1, due_at = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
+    lease = lease + 1, leased = 1"""
 
 # One message of one channel, the usual case.  With :ack, only if the statement before has deleted
 # that message.
-TAKE_MESSAGE = """
-select id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
-    max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
-    dead_from, dead_reason, error, backoff
+NEXT_MESSAGE = f"""
+select {DELIVERED_COLUMNS}
 from messages
 where channel = :channel and state = 0
     and (:ack is null or changes() = 1)
@@ -916,10 +862,9 @@ order by priority, id
 limit 1
 """
 
-HIDE_TAKEN = """
+LEASE_NEXT = f"""
 update messages
-set state = 1, due = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
-    lease = lease + 1, held = 1
+set {SET_LEASED}
 where id = (
     select id
     from messages
@@ -930,14 +875,14 @@ where id = (
 )
 """
 
-# For all else: several messages, several channels (:channels are lines), to delete them at once,
-# or while anything is paused.  They are the first of the first channel that has a message and is
-# not paused; sorted later, without their bodies being copied for that.
-PICKED = """
-    with recursive wanted (place, name, rest) as (
+# For all other takes: of several messages, from several channels (:channels are lines), with
+# `auto`, or while any channel is paused.  The messages are the first of the first channel that
+# has one and is not paused.  They are sorted later, so that their bodies are not copied for that.
+BATCH_IDS = """
+    with recursive wanted (position, name, rest) as (
         select 0, '', :channels || char(10)
         union all
-        select place + 1, substr(rest, 1, instr(rest, char(10)) - 1),
+        select position + 1, substr(rest, 1, instr(rest, char(10)) - 1),
             substr(rest, instr(rest, char(10)) + 1)
         from wanted
         where rest <> ''
@@ -953,7 +898,7 @@ PICKED = """
                 from wanted
                 where exists (select 1 from messages where channel = name and state = 0)
                     and not exists (select 1 from pauses where channel = name)
-                order by place
+                order by position
                 limit 1
             )
                 and (:ack is null or changes() = 1)
@@ -961,45 +906,42 @@ PICKED = """
             limit :n
         )
     )
-    where size_before < :most
+    where size_before < :max_bytes
 """
 
-TAKE_PICKED = f"""
-select id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
-    max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
-    dead_from, dead_reason, error, backoff
+SELECT_BATCH = f"""
+select {DELIVERED_COLUMNS}
 from messages
-where id in ({PICKED})
+where id in ({BATCH_IDS})
 order by id
 """
 
-HIDE_PICKED = f"""
+LEASE_BATCH = f"""
 update messages
-set state = 1, due = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
-    lease = lease + 1, held = 1
-where id in ({PICKED})
+set {SET_LEASED}
+where id in ({BATCH_IDS})
+"""
+
+DELETE_BATCH = f"""
+delete from messages
+where id in ({BATCH_IDS})
 """
 
 # The whole rows, for RESTORE_MESSAGE.
-PICKED_ROWS = f"""
+SELECT_BATCH_ROWS = f"""
 select id, channel, priority, timeout, deliver, delivered, lease, received, linger,
-    lingers_until, topic, type, dead, backoff, unique_key, dead_from, dead_reason, error, body
+    expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, error, body
 from messages
-where id in ({PICKED})
+where id in ({BATCH_IDS})
 order by id
 """
 
-DELETE_PICKED = f"""
-delete from messages
-where id in ({PICKED})
-"""
-
 RESTORE_MESSAGE = """
-insert into messages (id, channel, priority, state, due, timeout, deliver, delivered, lease, held,
-    received, linger, lingers_until, topic, type, dead, backoff, unique_key, dead_from,
+insert into messages (id, channel, priority, state, due_at, timeout, deliver, delivered, lease,
+    received, linger, expires_at, topic, type, dead, backoff, unique_key, dead_from,
     dead_reason, error, body)
-select :id, :channel, :priority, 0, :now, :timeout, :deliver, :delivered, :lease + 1, 0,
-    :received, :linger, :lingers_until, :topic, :type, :dead, :backoff,
+select :id, :channel, :priority, 0, :now, :timeout, :deliver, :delivered, :lease + 1,
+    :received, :linger, :expires_at, :topic, :type, :dead, :backoff,
     case when exists (
         select 1 from messages where channel = :channel and unique_key = :unique_key)
         then null else :unique_key end,
@@ -1008,15 +950,15 @@ select :id, :channel, :priority, 0, :now, :timeout, :deliver, :delivered, :lease
 
 UNDO_TAKE = """
 update messages
-set state = 0, due = :now, delivered = delivered - 1, held = 0
-where id = :id and lease = :lease and held = 1
+set state = 0, due_at = :now, delivered = delivered - 1, leased = 0
+where id = :id and lease = :lease and leased = 1
 """
 
-# -- the end of a delivery
+# -- acknowledging
 
 # With :expected_channel, only if the message is in that channel: its id alone is not enough.
-MESSAGE_HOLDING = """
-select lease, held, channel
+LEASE_STATE = """
+select lease, leased, channel
 from messages
 where id = :id and channel = coalesce(:expected_channel, channel)
 """
@@ -1027,16 +969,16 @@ from messages
 where id = :id
 """
 
-MESSAGE_DUE = """
-select state, due, lingers_until
+DUE_TIMES = """
+select state, due_at, expires_at
 from messages
 where id = :id
 """
 
 TOUCH_MESSAGE = """
 update messages
-set state = 1, due = :now + coalesce(:timeout, timeout)
-where id = :id and held = 1 and lease = coalesce(:lease, lease)
+set state = 1, due_at = :now + coalesce(:timeout, timeout)
+where id = :id and leased = 1 and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel)
 """
 
@@ -1051,24 +993,24 @@ where id = :id and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel)
 """
 
-# The n-th step of a backoff is in its n-th 10 characters, the last one repeats.
-RELEASE_MESSAGE = """
+# The n-th step of a backoff is in its n-th 10 characters; the last one repeats.
+BACKOFF_STEP = """cast(substr(backoff, 10 * min(max(delivered, 1),
+        length(backoff) / 10) - 9, 10) as integer)"""
+
+RELEASE_MESSAGE = f"""
 update messages
-set held = 0,
+set leased = 0,
     error = case when :reason = '' then error else :reason end,
-    state = case
-        when coalesce(:delay, cast(substr(backoff, 10 * min(max(delivered, 1),
-            length(backoff) / 10) - 9, 10) as integer)) > 0 then 2 else 0 end,
-    due = :now + coalesce(:delay, cast(substr(backoff, 10 * min(max(delivered, 1),
-        length(backoff) / 10) - 9, 10) as integer))
-where id = :id and held = 1 and lease = coalesce(:lease, lease)
+    state = case when coalesce(:delay, {BACKOFF_STEP}) > 0 then 2 else 0 end,
+    due_at = :now + coalesce(:delay, {BACKOFF_STEP})
+where id = :id and leased = 1 and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel) and (deliver = 0 or delivered < deliver)
 """
 
-REJECT_USED_UP = """
+REJECT_EXHAUSTED = """
 update messages
 set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
-where id = :id and held = 1 and lease = coalesce(:lease, lease)
+where id = :id and leased = 1 and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel) and deliver > 0 and delivered >= deliver
 """
 
@@ -1077,10 +1019,10 @@ update messages
 set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
 where id = :id and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel)
-    and (:lease is null or held = 1)
+    and (:lease is null or leased = 1)
 """
 
-# GIVE_UP: what is in state 3 goes to its dead channel, if that is another one, or away.
+# BURY_DEAD: a message in state 3 goes to its dead channel, or is deleted if it has no other.
 DEAD_COUNTS = """
 select dead, count(*)
 from messages
@@ -1090,40 +1032,36 @@ group by dead
 
 MOVE_DEAD = """
 update messages
-set channel = dead, dead_from = channel, state = 0, due = :now, delivered = 0, held = 0,
-    linger = 0, lingers_until = 0, unique_key = null
+set channel = dead, dead_from = channel, state = 0, due_at = :now, delivered = 0, leased = 0,
+    linger = 0, expires_at = 0, unique_key = null
 where state = 3 and state > 2 and dead <> '' and dead <> channel
 """
 
-DELETE_GIVEN_UP = """
+DELETE_DEAD = """
 delete from messages
 where state = 3 and state > 2
 """
 
-REDRIVE_COUNTS = """
-select coalesce(:to, dead_from), count(*)
-from messages
-where id in (
+REDRIVE_IDS = """
     select id
     from messages
     where channel = :channel and state = 0 and (:to is not null or dead_from <> '')
     order by priority, id
     limit :n
-)
+"""
+
+REDRIVE_COUNTS = f"""
+select coalesce(:to, dead_from), count(*)
+from messages
+where id in ({REDRIVE_IDS})
 group by 1
 """
 
-REDRIVE_MESSAGES = """
+REDRIVE_MESSAGES = f"""
 update messages
-set channel = coalesce(:to, dead_from), due = :now, delivered = 0, held = 0, unique_key = null,
-    dead_from = '', dead_reason = ''
-where id in (
-    select id
-    from messages
-    where channel = :channel and state = 0 and (:to is not null or dead_from <> '')
-    order by priority, id
-    limit :n
-)
+set channel = coalesce(:to, dead_from), due_at = :now, delivered = 0, leased = 0,
+    unique_key = null, dead_from = '', dead_reason = ''
+where id in ({REDRIVE_IDS})
 """
 
 DRAIN_READY = """
@@ -1136,58 +1074,56 @@ delete from messages
 where channel = :channel and state > 0
 """
 
-FORGET_SCOPE = """
+DELETE_DEDUPS = """
 delete from dedups
-where scope = :scope
+where scope in (:scope, :batch_scope)
 """
 
-# -- SETTLE: what has come due, in this order.  First those that will not come back are given up,
+# -- timers: the steps of PROCESS_DUE, in this order
 
-GIVE_UP_LINGERED = """
+# 1. Expired messages and those that timed out in their last delivery die.
+EXPIRE_WAITING = """
 update messages
 set state = 3, dead_reason = 'linger'
-where lingers_until > 0 and state <> 1 and lingers_until <= :now
+where expires_at > 0 and state <> 1 and expires_at <= :now
 """
 
-GIVE_UP_LINGERED_IN_FLIGHT = """
+EXPIRE_TIMED_OUT = """
 update messages
 set state = 3, dead_reason = 'linger'
-where state > 0 and due <= :now and state = 1 and lingers_until > 0 and lingers_until <= :now
+where state > 0 and due_at <= :now and state = 1 and expires_at > 0 and expires_at <= :now
 """
 
-GIVE_UP_DELIVERED = """
+EXHAUST_TIMED_OUT = """
 update messages
 set state = 3, dead_reason = 'deliver'
-where state > 0 and due <= :now and state = 1 and deliver > 0 and delivered >= deliver
+where state > 0 and due_at <= :now and state = 1 and deliver > 0 and delivered >= deliver
 """
 
-# then those that have a backoff stay hidden,
-DELAY_TIMED_OUT = """
+# 2. (BURY_DEAD.)  3. Messages that timed out and have a backoff are delayed.
+BACK_OFF_TIMED_OUT = f"""
 update messages
-set state = 2,
-    due = due + cast(substr(backoff, 10 * min(max(delivered, 1),
-        length(backoff) / 10) - 9, 10) as integer)
-where state > 0 and due <= :now and state = 1 and backoff <> ''
-    and due + cast(substr(backoff, 10 * min(max(delivered, 1),
-        length(backoff) / 10) - 9, 10) as integer) > :now
+set state = 2, due_at = due_at + {BACKOFF_STEP}
+where state > 0 and due_at <= :now and state = 1 and backoff <> ''
+    and due_at + {BACKOFF_STEP} > :now
 """
 
-# the others are counted and become ready,
+# 4. The other timed-out and delayed messages are counted and become ready.
 COUNT_DUE = """
 select channel, count(*), sum(state = 1)
 from messages
-where state > 0 and due <= :now
+where state > 0 and due_at <= :now
 group by channel
 """
 
-SHOW_DUE = """
+MAKE_DUE_READY = """
 update messages
 set state = 0
-where state > 0 and due <= :now
+where state > 0 and due_at <= :now
 """
 
-# pauses end and old keys are forgotten,
-PAUSES_OVER = """
+# 5. Pauses end, and old dedup keys are deleted.
+ENDED_PAUSES = """
 select pauses.channel, coalesce(ready, 0)
 from pauses left join channels on channels.name = pauses.channel
 where until <= :now
@@ -1198,22 +1134,22 @@ delete from pauses
 where until <= :now
 """
 
-FORGET_DEDUPS = """
+DELETE_OLD_DEDUPS = """
 delete from dedups
 where until <= :now
 """
 
-# and last it is seen when the next one is due.
+# 6. The next due time is read.
 NEXT_DUE = """
-select min(due)
+select min(due_at)
 from messages
 where state > 0
 """
 
-NEXT_LINGERING = """
-select min(lingers_until)
+NEXT_EXPIRY = """
+select min(expires_at)
 from messages
-where lingers_until > 0 and state <> 1
+where expires_at > 0 and state <> 1
 """
 
 NEXT_PAUSE = """
@@ -1229,7 +1165,7 @@ insert into subscriptions (topic, channel, priority, timeout, deliver, linger, d
 select :topic, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead,
     :backoff, :now
 where exists (select 1 from subscriptions where topic = :topic and channel = :channel)
-    or (select count(*) from subscriptions where topic = :topic) < :most
+    or (select count(*) from subscriptions where topic = :topic) < :max_subscribers
 on conflict (topic, channel) do update set
     priority = excluded.priority,
     timeout = excluded.timeout,
@@ -1292,7 +1228,7 @@ from channels
 where name = :channel
 """
 
-# Of each priority the first: those of one priority are in the order in which they came.
+# The first message of each priority: those of one priority are in the order of arrival.
 OLDEST_READY = """
 with recursive priorities (priority) as (
     select min(priority)
@@ -1318,7 +1254,7 @@ from priorities
 where priorities.priority is not null
 """
 
-CHANNELS = """
+CHANNEL_NAMES = """
 select name
 from channels
 union
@@ -1326,7 +1262,7 @@ select channel
 from subscriptions
 """
 
-TOPICS = """
+TOPIC_NAMES = """
 select distinct topic
 from subscriptions
 order by topic
@@ -1346,25 +1282,25 @@ where topic = :topic
 order by channel
 """
 
-# -- looking
+# -- inspection
 
-LOOK_AT_MESSAGE = """
-select id, channel, priority, timeout, deliver, delivered,
-    max(cast(:now - received as integer), 0), linger, topic, lease, type, body,
-    dead_from, dead_reason, error, backoff,
-    dead, case when state = 2 then max(cast(due - :now + 0.999 as integer), 0) else 0 end,
-    coalesce(unique_key, ''), state
+# The fields of a `Message` that is not delivered, and its state, around the column for its body.
+BEFORE_BODY = """id, channel, priority, timeout, deliver, delivered,
+    max(cast(:now - received as integer), 0), linger, topic, lease, type"""
+
+AFTER_BODY = """dead_from, dead_reason, error, backoff, dead,
+    case when state = 2 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end,
+    coalesce(unique_key, ''), state"""
+
+READ_MESSAGE = f"""
+select {BEFORE_BODY}, body, {AFTER_BODY}
 from messages
 where id = :id
 """
 
-# Bodies are cut to one byte more than is shown, so that it can be told.
-LIST_READY = """
-select id, channel, priority, timeout, deliver, delivered,
-    max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff,
-    dead, case when state = 2 then max(cast(due - :now + 0.999 as integer), 0) else 0 end,
-    coalesce(unique_key, ''), state
+# One byte more than :preview_bytes shows that a body is longer.
+LIST_READY = f"""
+select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
 from messages
 where channel = :channel and state = 0
     and (:after is null or (priority, id) > (select priority, id from messages where id = :after))
@@ -1372,24 +1308,16 @@ order by priority, id
 limit :n
 """
 
-LIST_HIDDEN = """
-select id, channel, priority, timeout, deliver, delivered,
-    max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff,
-    dead, case when state = 2 then max(cast(due - :now + 0.999 as integer), 0) else 0 end,
-    coalesce(unique_key, ''), state
+LIST_HIDDEN = f"""
+select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
 from messages
 where channel = :channel and state = :state and id > coalesce(:after, 0)
 order by id
 limit :n
 """
 
-LIST_ALL = """
-select id, channel, priority, timeout, deliver, delivered,
-    max(cast(:now - received as integer), 0), linger, topic, lease, type,
-    substr(body, 1, :cut + 1), dead_from, dead_reason, error, backoff,
-    dead, case when state = 2 then max(cast(due - :now + 0.999 as integer), 0) else 0 end,
-    coalesce(unique_key, ''), state
+LIST_ALL = f"""
+select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
 from messages
 where channel = :channel and id > coalesce(:after, 0)
 order by id
@@ -1414,80 +1342,312 @@ from messages
 
 
 # ---------------------------------------------------------------------------------------------
-# Store: runs operations on SQLite.  Knows SQL and files; no HTTP, no consumers, no clock.
+# Commits: operations, and the thread that commits them in groups.  Knows neither SQLite nor
+# queues: a store (below) runs the statements, and each kind of operation knows what they mean.
+#
+# Threads `submit` operations.  The committer thread runs all that are pending in one transaction,
+# commits once, runs the commit callbacks in order, and then the done callbacks, which send the
+# responses.  The busier the server is, the more operations share a commit.
 # ---------------------------------------------------------------------------------------------
 
-MEMORY = ":memory:"
-SYNC_LEVELS = ("full", "normal", "off")
-
-
-T = TypeVar("T")
 Parameters = Union[Mapping[str, object], Sequence[Any]]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def locked(method: Method) -> Method:
+    """Lets a method run under the `_lock` of its object, an RLock that is never nested.
+
+    For locks that a thread may hold in which signal handlers raise.  Until Python 3.10 they may
+    do so after the last step of a `with` and before its release; then this releases the lock.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            with self._lock:
+                return method(self, *arguments, **options)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # released already, as it should be
+                self._lock.release()
+            raise
+
+    return cast(Method, run)
 
 
 class Operation:
-    """A fixed list of statements that run in one transaction, all or none, and what came of it.
+    """A fixed list of statements that run in one transaction, all or none.
 
-    `parameters` are those of all statements, or a list with those of each; where they are
-    themselves a list, the statement runs once for each.  `results` holds for each statement the
-    rows of a select, else `(rows changed, last id)`.
-    `ran(operation)` is called once its statements have run, before the commit: it may `add` others
-    to the same transaction.  It is called once, even if the transaction then fails.
-    `committed(operation)` is called after the commit, in the order of commits, by the thread that
-    committed; it must be short.  It is not called for an operation that failed.
-    `finished(operation)` is called by the same thread once it is committed or has failed.
+    Each kind of operation is a subclass that holds the whole logic of its call.  Until it is done
+    an operation belongs to the committer thread, which calls its methods in this order:
+    `on_executed` after the statements and before the commit, `on_commit` after the commit, in the
+    order of commits, unless it failed; `on_done` at last, in any case.
     """
 
-    committed: Optional[Callable[[Operation], None]] = None
-    finished: Optional[Callable[[Operation], None]] = None
-    ran: Optional[Callable[[Operation], None]] = None
-    means: Optional[Callable[[Operation], Any]] = None  # what `value` makes of its results
-    owner: Any = None  # for its maker to know it by
-    called = 0  # how many its maker has called from `ran`
-    added: Optional[Operation] = None  # what `ran` has added to its transaction
+    statements: Sequence[str] = ()
+    parameters: Parameters = types.MappingProxyType({})  # of all statements; a list: of each one
+    done_callback: Optional[DoneCallback] = None  # called once with the finished operation
     error: Optional[Exception] = None
-    done = False
-    turn: Optional[_thread.LockType] = None  # if its thread waits: held until it is done, or its
-    # thread's turn to lead
+    executed = False  # whether `on_executed` has been called
+    owner: Any = None  # for the done callback: whose operation it is
 
-    def __init__(
-        self,
-        statements: Sequence[str],
-        parameters: Parameters,
-        committed: Optional[Callable[[Operation], None]] = None,
-    ) -> None:
+    def __init__(self, statements: Sequence[str] = (), parameters: Parameters = parameters) -> None:
         self.statements = statements
         self.parameters = parameters
-        self.results: list[Any] = []
-        if committed is not None:
-            self.committed = committed
+        self.results: list[Any] = []  # of each statement: rows, or (rows changed, last id)
+
+    def on_executed(self) -> None:
+        """May join other operations to the transaction.  Called once, even if that then fails."""
+
+    def on_commit(self) -> None:
+        """Changes what is kept in memory.  Must be short."""
+
+    def on_done(self) -> None:
+        """Passes the operation on to whoever asked for it."""
+        if self.done_callback is not None:
+            self.done_callback(self)
 
     def rows(self) -> list[Any]:
-        """Its results once it is done, or raises its error."""
+        """The results once it is done; raises its error if it failed."""
         if self.error is not None:
             raise self.error
         return self.results
 
     def result(self) -> Any:
-        """What its results mean, once it is done; or raises its error."""
-        if self.error is not None:
-            raise self.error
-        return self.results if self.means is None else self.means(self)
+        """What the results mean to the caller; raises if the call failed."""
+        return self.rows()
+
+
+DoneCallback = Callable[[Operation], None]
+
+
+class CannotBegin(Exception):
+    """A store cannot begin a transaction; `reason` is the error for the clients."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class Transactions(Protocol):
+    """What the committer needs of a store."""
+
+    def transact(self, batch: list[Operation]) -> None:
+        """Runs the statements and `on_executed` of each operation, in order, and commits.
+
+        The batch may grow meanwhile.  If this raises, nothing was changed; `CannotBegin` says that
+        trying the operations one by one would be in vain.
+        """
+
+    def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
+        """The rows of selects, all from the moment of the last commit; for any thread."""
+
+
+class Committer:
+    """Group commit: one thread that runs the operations of all others.
+
+    No thread that waits here holds a lock, and none is shared with the committer thread: pending
+    operations and results travel through `deque.append` and `SimpleQueue.put`, each of which
+    happens whole or not at all.  (A Condition would not do: its lock is taken in Python code, and
+    an exception raised there by a signal handler leaves it locked for ever.)
+    """
+
+    def __init__(self, store: Transactions) -> None:
+        self._store = store
+        self._pending: collections.deque[Operation] = collections.deque()  # until they are done
+        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each operation
+        self._batch: Optional[list[Operation]] = None  # the transaction under way
+        self._closing = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="linger-committer", daemon=True)
+        self._thread.start()
+
+    def submit(self, operation: Operation) -> None:
+        """Puts an operation on the list and returns; its `on_done` tells when it is done."""
+        self._pending.append(operation)
+        self._wakeups.put(None)
+        if self._closed:
+            self._refuse_pending()
+
+    def run(self, operation: Operation) -> Any:
+        """Runs an operation and returns its result; by then it is committed.
+
+        An exception in this thread (Ctrl-C, an alarm) ends only the waiting.
+        """
+        self.check_thread()
+        done: queue.SimpleQueue[Operation] = queue.SimpleQueue()
+        operation.done_callback = done.put
+        self.submit(operation)
+        return done.get().result()
+
+    def check_thread(self) -> None:
+        """RuntimeError in the committer thread, which would wait for itself."""
+        if threading.get_ident() == self._thread.ident:
+            raise RuntimeError("a callback must not make a call that waits for a commit")
+
+    def join_transaction(self, operation: Operation) -> None:
+        """Adds an operation to the transaction under way; only for `on_executed`."""
+        assert self._batch is not None, "no transaction is under way"
+        self._batch.append(operation)
+
+    def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
+        """The rows of selects, from one moment; they include what was submitted before.
+
+        A client may ask for that before it has its response.
+        """
+        self.check_thread()
+        if self._pending:
+            self.run(Operation())
+        return self._store.read(*statements, **parameters)
+
+    def close(self) -> None:
+        """Finishes what is pending and ends the thread; operations after this fail."""
+        self.check_thread()
+        self._closing = True
+        self._wakeups.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._closing or self._pending:
+            self._wakeups.get()
+            batch = list(self._pending.copy())
+            if not batch:  # an operation before took this one along
+                continue
+            count = len(batch)
+            self._commit(batch)
+            for _ in range(count):
+                self._pending.popleft()
+            _run_done_callbacks(batch)
+        self._closed = True
+        self._refuse_pending()
+
+    def _refuse_pending(self) -> None:
+        """Fails what was submitted too late."""
+        with contextlib.suppress(IndexError):
+            while True:
+                operation = self._pending.popleft()
+                operation.error = Unavailable("the database is closed")
+                _run_done_callbacks([operation])
+
+    def _commit(self, batch: list[Operation], alone: bool = False) -> None:
+        """Runs operations in one transaction; if it fails, each in one of its own, so that one
+        that is refused harms no other.  If no transaction can begin, all fail at once."""
+        self._batch = batch
+        try:
+            self._store.transact(batch)
+        except CannotBegin as error:
+            _fail(batch, error.reason)
+        except Exception as error:
+            if alone:
+                _fail(batch, error)
+            else:
+                for operation in list(batch):
+                    again = [operation]
+                    self._commit(again, alone=True)
+                    batch += again[1:]  # what joined its transaction
+        else:
+            _run_commit_callbacks(batch)
+        finally:
+            self._batch = None
+
+
+def _fail(batch: Iterable[Operation], error: Exception) -> None:
+    for operation in batch:
+        operation.error = error
+
+
+def _run_commit_callbacks(batch: Iterable[Operation]) -> None:
+    """A bug in one must not stop the others."""
+    for operation in batch:
+        try:
+            operation.on_commit()
+        except Exception:
+            log(traceback.format_exc())
+
+
+def _run_done_callbacks(batch: Iterable[Operation]) -> None:
+    """Some are foreign code: whatever they raise, `sys.exit` too, must not end this thread."""
+    for operation in batch:
+        try:
+            operation.on_done()
+        except BaseException:
+            log(traceback.format_exc())
+
+
+# ---------------------------------------------------------------------------------------------
+# Store: SQLite and its files.  Runs what the committer gives it; knows no consumers and no clock.
+# ---------------------------------------------------------------------------------------------
+
+MEMORY = ":memory:"
+SYNC_LEVELS = ("full", "normal", "off")
+OLDEST_SQLITE = (3, 31)
+
+
+class SpaceGuard:
+    """Refuses what adds to the database while space is short, so that takes and deletes still work.
+
+    May be used from any thread: what two threads find out at the same time is the same.
+    """
+
+    def __init__(self, path: str, max_size: int, measure: Callable[[], tuple[int, int]]) -> None:
+        """`max_size`: bytes that the database may have, 0 for any number; `measure()` gives the
+        bytes of the database, and how many of them are free for new rows."""
+        self._path = path
+        self._max_size = max_size
+        self._measure = measure
+        self._enough_until = 0.0  # when to look again how much of the disk is free
+
+    def check(self) -> None:
+        """`Full` when so little of the disk, or of `max_size`, is free that only takes and
+        deletes may go on.
+
+        What is in the log may need as much again in the database, unless there is free space
+        inside that.  A disk that had enough is looked at again a moment later.
+        """
+        if self._max_size:
+            self._check_size()
+        if self._path == MEMORY or time.monotonic() < self._enough_until:
+            return
+        try:
+            disk = os.statvfs(self._path)
+            log = os.stat(self._path + "-wal").st_size
+        except OSError:
+            return  # a deleted file: the transaction reports it
+        free, reserve = free_space(disk)
+        if free < log + reserve and (free < reserve or free + self._measure()[1] < log + reserve):
+            raise Full("the disk is full: messages can be taken and deleted, but none added")
+        self._enough_until = time.monotonic() + SPACE_CHECK_INTERVAL
+
+    def _check_size(self) -> None:
+        limit = self._max_size - reserve_of(self._max_size)
+        with contextlib.suppress(OSError):  # in memory there is no file
+            if os.stat(self._path).st_size + os.stat(self._path + "-wal").st_size <= limit:
+                return
+        size, free = self._measure()
+        if size - free > limit:
+            raise Full(
+                f"the database is near its limit of {self._max_size} bytes: messages can be taken"
+                " and deleted, but none added"
+            )
+
+
+def reserve_of(total: int) -> int:
+    """The bytes of `total` that are kept for takes and deletes."""
+    return min(DISK_RESERVE, total // DISK_RESERVE_SHARE)
+
+
+def free_space(disk: os.statvfs_result) -> tuple[int, int]:
+    """The bytes that are free on a disk, and how many of them are kept free."""
+    return disk.f_bavail * disk.f_frsize, reserve_of(disk.f_blocks * disk.f_frsize)
 
 
 class Store:
-    """The database: one connection that writes, led by one thread at a time, and one that reads.
+    """The database: one connection that writes and one that reads; in memory they are the same.
 
-    Group commit: operations are put on a list.  The thread that leads runs all that are on it in
-    one transaction, commits, tells whose they were, and passes the lead to its heir: the first
-    that came meanwhile and waits.  Those who `start` an operation need not wait for it, but for
-    the heir; the busier it is, the fewer threads have to be woken.  An operation that SQLite
-    refuses leaves no trace and harms no neighbour: the transaction is undone, and its operations
-    run again in one of their own each.
+    The writing connection belongs to the thread that calls `transact`.
     """
 
     def __init__(self, path: str = MEMORY, sync: str = "full", max_size: int = 0) -> None:
-        """Opens, makes or takes over the database at `path`; `LingerError` says why it cannot.
+        """Opens, creates or migrates the database at `path`; `LingerError` says why it cannot.
 
         `sync` is how hard a commit promises: `full` is on disk, `normal` may lose the last
         commits at a power failure, `off` leaves all to the system; none loses anything when only
@@ -1495,30 +1655,27 @@ class Store:
         """
         if sync not in SYNC_LEVELS:
             raise BadRequest(f"sync must be one of {', '.join(SYNC_LEVELS)}")
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            raise Unavailable(
+                f"SQLite {sqlite3.sqlite_version} is too old: Linger needs SQLite 3.31 or later"
+            )
         self.path = path if path == MEMORY else os.path.realpath(path)
         self.sync = sync
-        self.max_size = max_size
         self.last_written = 0.0  # when the file was last changed before this start, Unix time
-        self._lock = threading.Lock()  # guards the list, whether somebody leads, and the heir
-        self._pending: list[Operation] = []
-        self._led = False
-        self._heir: Optional[Operation] = None  # one on the list whose thread waits to lead
-        self._crowded = False  # whether the last transaction was shared
-        self._open_batch: Optional[list[Operation]] = None  # what runs in the one under way
-        self._reading = threading.Lock()  # one reader at a time on the reading connection
-        self._copying = threading.Lock()  # one copy at a time is made
-        self._files: dict[str, tuple[int, int]] = {}
-        self._folder = os.path.dirname(self.path)
-        self._roomy_until = 0.0  # when to look again how much of the disk is free
-        self._folder_changed = -1  # when something in it was last made, moved or deleted
+        self._lock = threading.RLock()  # guards the reading connection
+        self._copying = threading.Lock()  # one copy is made at a time
+        self._files: dict[str, tuple[int, int]] = {}  # the inodes of the open files
+        self._directory = os.path.dirname(self.path)
+        self._directory_changed = -1  # when an entry of it was last made, moved or deleted
         self._closed = False
+        self._space = SpaceGuard(self.path, max_size, self._measure)
         with contextlib.ExitStack() as undo:
-            self._lock_file = None if path == MEMORY else _lock_beside(self.path)
+            self._lock_file = None if path == MEMORY else lock_database(self.path)
             if self._lock_file is not None:
                 undo.callback(os.close, self._lock_file)
             try:
                 self._open()
-                self._bound_size()
+                self._limit_size(max_size)
             except (sqlite3.Error, OSError) as error:
                 raise Unavailable(f"cannot open the database {path}: {error}") from error
             undo.pop_all()
@@ -1527,26 +1684,26 @@ class Store:
         """Brings the file to our schema, then opens both connections."""
         if self.path == MEMORY:
             self._writer = self._reader = self._connect()
-            _create(self._writer)
+            create_schema(self._writer)
             return
         with contextlib.suppress(FileNotFoundError):
             self.last_written = os.stat(self.path).st_mtime
             self.last_written = max(self.last_written, os.stat(self.path + "-wal").st_mtime)
-        _prepare(self.path)
-        _remove(self.path, ".copy", ".copy-journal")  # of a server that was killed
+        open_or_migrate(self.path)
+        remove_files(self.path, ".copy", ".copy-journal")  # of a server that was killed
         self._writer = self._connect()
         self._reader = self._connect()
         self._reader.execute("pragma query_only = on")
         for path in (self.path, self.path + "-wal"):
-            self._files[path] = _identity(path)
+            self._files[path] = inode_of(path)
 
-    def _bound_size(self) -> None:
-        """Lets SQLite hold the bound; what is larger already still gets room for takes."""
-        if self.max_size:
+    def _limit_size(self, max_size: int) -> None:
+        """Lets SQLite enforce the limit; a database that is larger still gets room for takes."""
+        if max_size:
             size, _ = self._measure()
-            most = max(self.max_size, size + _head_room(self.max_size))
+            limit = max(max_size, size + reserve_of(max_size))
             page = self._writer.execute("pragma page_size").fetchone()[0]
-            self._writer.execute(f"pragma max_page_count = {most // page}")
+            self._writer.execute(f"pragma max_page_count = {limit // page}")
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -1559,127 +1716,48 @@ class Store:
         connection.execute(f"pragma synchronous = {self.sync}")
         connection.execute("pragma fullfsync = on")  # macOS: through the drive's own cache as well
         connection.execute("pragma temp_store = memory")
-        connection.execute("pragma secure_delete = off")  # some builds write zeros over what goes
+        connection.execute("pragma secure_delete = off")  # some builds overwrite deleted rows
         connection.execute(f"pragma journal_size_limit = {WAL_SIZE_LIMIT}")
         connection.execute("pragma journal_mode = wal").fetchall()
         connection.execute("select count(*) from sqlite_master").fetchall()  # makes -wal and -shm
         return connection
 
-    def run(self, operation: Operation) -> list[Any]:
-        """Runs an operation and returns its results; when it returns they are committed."""
-        self.start(operation, waits=True)
-        return operation.rows()
+    # -- writing
 
-    def start(self, operation: Operation, waits: bool = False) -> None:
-        """Runs an operation, and may return before it is done, unless it `waits`: the operation's
-        `finished` tells of that.
-
-        Puts it on the list, and leads if nobody else does or will.
-        """
-        with self._lock:
-            self._pending.append(operation)
-            leads = not self._led
-            self._led = True
-            if not leads and (waits or self._heir is None):
-                operation.turn = turn = _thread.allocate_lock()
-                turn.acquire()
-                self._heir = self._heir or operation
-                waits = True
-        if leads:
-            self._lead()
-        elif waits:
+    def transact(self, batch: list[Operation]) -> None:
+        """Runs operations in one transaction and commits; see `Transactions`."""
+        with self._lock if self.path == MEMORY else contextlib.nullcontext():
             try:
-                self._await_turn(operation, turn)
-            except BaseException:  # Ctrl-C, of who embeds a store: it may be the heir
-                self._await_turn(operation, turn)
+                self._check_files()
+                self._writer.execute("begin immediate")
+            except Exception as error:
+                raise CannotBegin(translate_error(error)) from error
+            try:
+                self._execute(batch)
+                self._writer.execute("commit")
+            except BaseException as error:
+                self._roll_back(error)
+                if isinstance(error, sqlite3.Error):
+                    raise translate_error(error) from error
                 raise
 
-    def add(self, operation: Operation) -> None:
-        """Puts an operation into the transaction that is being made, if one is, else into the
-        next; only for who is called by the thread that leads."""
-        if self._open_batch is not None:
-            self._open_batch.append(operation)
-            return
-        with self._lock:
-            self._pending.append(operation)
-
-    def _await_turn(self, operation: Operation, turn: _thread.LockType) -> None:
-        turn.acquire()
-        if not operation.done:
-            self._lead()
-
-    def _lead(self) -> None:
-        """Commits all that is pending, until there is an heir to go on, or nothing more to do."""
-        interrupted = None
-        leads = True
-        while leads:
-            if self._crowded:
-                os.sched_yield()  # to those who are about to add theirs
-            with self._lock:
-                batch, self._pending, self._heir = self._pending, [], None
-            self._crowded = len(batch) > 1
-            try:
-                self._commit(batch)
-            except BaseException as error:  # Ctrl-C in the midst of it
-                interrupted = error
-                self._roll_back(error)
-                for operation in batch:
-                    operation.error = Unavailable("the commit was interrupted: its outcome is open")
-            _tell(batch)
-            with self._lock:
-                heir = self._heir
-                self._led = bool(self._pending)
-                leads = self._led and heir is None
-            if heir is not None and heir.turn is not None:
-                heir.turn.release()
-        if interrupted is not None:
-            raise interrupted
-
-    def _commit(self, batch: list[Operation], again: bool = True) -> None:
-        """Runs operations in one transaction; if one fails, `again`, each in one of its own.
-
-        If the transaction cannot even begin, all fail at once.
-        """
-        begun = False
-        try:
-            self._check_files()
-            self._writer.execute("begin immediate")
-            begun = True
-            self._transact(batch)
-        except Exception as error:
-            self._roll_back(error)
-            for operation in list(batch):
-                if begun and again:
-                    alone = [operation]
-                    self._commit(alone, again=False)
-                    batch += alone[1:]  # what was added to its transaction
-                else:
-                    operation.error = _explain(error)
-        else:
-            _announce(batch)
-
-    def _transact(self, batch: list[Operation]) -> None:
+    def _execute(self, batch: list[Operation]) -> None:
         cursor = self._writer.cursor()
         execute, fetchall = cursor.execute, cursor.fetchall
-        self._open_batch = batch
-        try:
-            for operation in batch:  # which may grow
-                parameters: Any = operation.parameters
-                if type(parameters) is list:
-                    self._execute_each(cursor, operation)
-                else:
-                    operation.results = results = []
-                    for statement in operation.statements:
-                        execute(statement, parameters)
-                        rows = fetchall()
-                        changed = cursor.rowcount  # -1 after a select
-                        results.append(rows if changed < 0 else (changed, cursor.lastrowid))
-                if operation.ran is not None:
-                    ran, operation.ran = operation.ran, None
-                    ran(operation)
-        finally:
-            self._open_batch = None
-        execute("commit")
+        for operation in batch:  # which may grow
+            parameters: Any = operation.parameters
+            if type(parameters) is list:
+                self._execute_each(cursor, operation)
+            else:
+                operation.results = results = []
+                for statement in operation.statements:
+                    execute(statement, parameters)
+                    rows = fetchall()
+                    changed = cursor.rowcount  # -1 after a select
+                    results.append(rows if changed < 0 else (changed, cursor.lastrowid))
+            if not operation.executed:
+                operation.executed = True
+                operation.on_executed()
 
     def _execute_each(self, cursor: sqlite3.Cursor, operation: Operation) -> None:
         """Runs statements that each have their own parameters, or a list of them."""
@@ -1694,29 +1772,32 @@ class Store:
             operation.results.append(rows if changed < 0 else (changed, cursor.lastrowid))
 
     def _roll_back(self, error: BaseException) -> None:
-        """Ends a failed transaction; when space is short, makes that of the log free for reuse."""
+        """Ends a failed transaction.
+
+        When space is short, a checkpoint lets the next transaction use the log from its start.
+        """
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("rollback")
-            if "full" in str(error) or "I/O" in str(error):
+            if is_caused_by(error, SQLITE_FULL, SQLITE_IOERR):
                 self._writer.execute("pragma wal_checkpoint(restart)").fetchall()
 
     def _check_files(self) -> None:
         """`Unavailable` if a file was deleted or replaced: what is written would be lost.
 
-        One look at their folder is enough as long as nothing in it has been made or deleted.
+        One look at their directory is enough as long as nothing in it has been made or deleted.
         """
         if not self._files:
             return
         try:
-            changed = os.stat(self._folder).st_mtime_ns
+            changed = os.stat(self._directory).st_mtime_ns
         except OSError:
             changed = 0
-        if changed == self._folder_changed:
+        if changed == self._directory_changed:
             return
-        for path, identity in self._files.items():
+        for path, inode in self._files.items():
             try:
-                same = _identity(path) == identity
+                same = inode_of(path) == inode
             except OSError:
                 same = False
             if not same:
@@ -1724,138 +1805,42 @@ class Store:
                     f"{os.path.basename(path)} was deleted or replaced while in use:"
                     " put it back, or restart the server"
                 )
-        self._folder_changed = changed
+        self._directory_changed = changed
+
+    def check_space(self) -> None:
+        """`Full` when space is so short that only takes and deletes may go on."""
+        self._space.check()
+
+    # -- reading
 
     def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
-        """The rows of selects that change nothing, all from the same moment.
-
-        They see what was submitted before: a client may ask before it has its last answer.
-        """
-        if self._led and self._reader is not self._writer:
-            self.run(Operation((), {}))
-        return self.read_committed(*statements, **parameters)
-
-    def read_committed(self, *statements: str, **parameters: object) -> list[list[Any]]:
-        """The same from the last commit, without waiting for what was submitted since."""
-        if self._reader is self._writer:
-            return self.run(Operation(statements, parameters))
+        """The rows of selects that change nothing, all from the moment of the last commit."""
         try:
-            with self._reading:
-                if len(statements) == 1:
-                    return [self._reader.execute(statements[0], parameters).fetchall()]
-                self._reader.execute("begin")
-                try:
-                    return [self._reader.execute(s, parameters).fetchall() for s in statements]
-                finally:
-                    self._reader.execute("rollback")
+            return self._read(statements, parameters)
         except sqlite3.Error as error:
-            raise _explain(error) from error
+            raise translate_error(error) from error
 
-    def check_room(self) -> None:
-        """`Full` when so little of the disk, or of `max_size`, is free that only takes and
-        deletes may go on.
-
-        What is in the log may still need as much again in the database, unless there is room
-        inside that.  What was free is taken to be so for a moment.
-        """
-        if self.max_size:
-            self._check_size()
-        if self.path == MEMORY or time.monotonic() < self._roomy_until:
-            return
+    @locked
+    def _read(self, statements: Sequence[str], parameters: Mapping[str, object]) -> list[list[Any]]:
+        execute = self._reader.execute
+        if len(statements) == 1 or self._reader is self._writer:
+            return [execute(statement, parameters).fetchall() for statement in statements]
+        execute("begin")
         try:
-            disk = os.statvfs(self.path)
-            log = os.stat(self.path + "-wal").st_size
-        except OSError:
-            return  # a deleted file: the transaction says so
-        free, kept = _room(disk)
-        if free < log + kept and (free < kept or free + self._measure()[1] < log + kept):
-            raise Full("the disk is full: messages can be taken and deleted, but none added")
-        self._roomy_until = time.monotonic() + SPACE_CHECK_INTERVAL
+            return [execute(statement, parameters).fetchall() for statement in statements]
+        finally:
+            execute("rollback")
 
-    def _check_size(self) -> None:
-        """`Full` when the database is nearly as large as it may be, but for what is free in it."""
-        limit = self.max_size - _head_room(self.max_size)
-        with contextlib.suppress(OSError):  # in memory there is no file
-            if os.stat(self.path).st_size + os.stat(self.path + "-wal").st_size <= limit:
-                return
-        size, free = self._measure()
-        if size - free > limit:
-            raise Full(
-                f"the database is near its bound of {self.max_size} bytes: messages can be taken"
-                " and deleted, but none added"
-            )
-
+    @locked
     def _measure(self) -> tuple[int, int]:
         """Bytes of the database, and how many of them are free for new rows."""
         names = ("page_size", "page_count", "freelist_count")
-        with self._reading, contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error):
             page, pages, free = (
                 self._reader.execute(f"pragma {name}").fetchone()[0] for name in names
             )
             return page * pages, page * free
         return 0, 0
-
-    def copy(self, path: str) -> None:
-        """Copies the database, as of one moment, into an empty file; others go on writing.
-
-        The transaction that reads holds that moment: without it SQLite would begin again with
-        every commit of others.
-        """
-        self.run(Operation((), {}))  # what was submitted before is in it; not of a deleted file
-        try:
-            with contextlib.closing(sqlite3.connect(path)) as copy:
-                copy.execute("pragma synchronous = off")
-                if self.path == MEMORY:
-                    self._copy_memory(copy)
-                else:
-                    self._copy_file(copy, path)
-                copy.execute("pragma journal_mode = delete").fetchall()  # no log beside it
-        except sqlite3.Error as error:
-            raise _explain(error) from error
-
-    def _copy_file(self, copy: sqlite3.Connection, path: str) -> None:
-        uri = "file:" + urllib.parse.quote(self.path) + "?mode=ro"
-        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as source:
-            source.execute("begin")
-            pages: int = source.execute("pragma page_count").fetchone()[0]
-            size = pages * source.execute("pragma page_size").fetchone()[0]
-            free, kept = _room(os.statvfs(path))
-            if free < size + kept:
-                raise Full(f"there is no room on the disk for a copy of {size} bytes")
-            source.backup(copy, pages=BACKUP_PAGES, progress=self._check_open)
-
-    def _check_open(self, *_: int) -> None:
-        if self._closed:
-            raise Unavailable("the server stops")
-
-    def _copy_memory(self, copy: sqlite3.Connection) -> None:
-        """Copies while this thread leads, so that nothing is written meanwhile."""
-        errors: list[sqlite3.Error] = []
-
-        def copy_all(_: Operation) -> None:
-            try:
-                self._writer.backup(copy)
-            except sqlite3.Error as error:
-                errors.append(error)
-
-        self.run(Operation((), {}, copy_all))
-        if errors:
-            raise errors[0]
-
-    def open_copy(self) -> BinaryIO:
-        """A copy of the database in a file that is gone when it is closed.
-
-        It is made beside the database, one at a time.
-        """
-        with self._copying, contextlib.ExitStack() as undo:
-            path = self.path + ".copy"
-            if self.path == MEMORY:
-                folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="linger-"))
-                path = os.path.join(folder, "copy")
-            undo.callback(_remove, path, "", "-journal")
-            _make_file(path)
-            self.copy(path)
-            return open(path, "rb")
 
     def size(self) -> int:
         """The size of the database in bytes, -1 for one in memory; as 1.0.1."""
@@ -1865,77 +1850,109 @@ class Store:
             return os.stat(self.path).st_size
         return 0
 
+    # -- copies
+
+    def copy(self, path: str) -> None:
+        """Copies the database, as of the last commit, into an empty file; commits go on.
+
+        The transaction that reads holds that moment: without it SQLite would begin again with
+        every commit.
+        """
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                copy.execute("pragma synchronous = off")
+                if self.path == MEMORY:
+                    with self._lock:
+                        self._writer.backup(copy)
+                else:
+                    self._copy_file(copy, path)
+                copy.execute("pragma journal_mode = delete").fetchall()  # no log beside it
+        except sqlite3.Error as error:
+            raise translate_error(error) from error
+
+    def _copy_file(self, copy: sqlite3.Connection, path: str) -> None:
+        uri = "file:" + urllib.parse.quote(self.path) + "?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as source:
+            source.execute("begin")
+            pages: int = source.execute("pragma page_count").fetchone()[0]
+            size = pages * source.execute("pragma page_size").fetchone()[0]
+            free, reserve = free_space(os.statvfs(path))
+            if free < size + reserve:
+                raise Full(f"there is no room on the disk for a copy of {size} bytes")
+            source.backup(copy, pages=BACKUP_PAGES, progress=self._check_open)
+
+    def _check_open(self, *_: int) -> None:
+        if self._closed:
+            raise Unavailable("the server stops")
+
+    def open_snapshot(self) -> BinaryIO:
+        """A copy of the database in a file that is gone when it is closed.
+
+        It is made beside the database, one at a time.
+        """
+        with self._copying, contextlib.ExitStack() as undo:
+            path = self.path + ".copy"
+            if self.path == MEMORY:
+                directory = undo.enter_context(tempfile.TemporaryDirectory(prefix="linger-"))
+                path = os.path.join(directory, "copy")
+            undo.callback(remove_files, path, "", "-journal")
+            create_file(path)
+            self.copy(path)
+            return open(path, "rb")
+
     def close(self) -> None:
-        """Writes the log back into the file and closes it; operations after this fail."""
+        """Writes the log back into the file and closes it; calls after this fail."""
         if self._closed:
             return
+        self._closed = True
         try:
-            self.run(Operation((), {}, self._close))
-        except LingerError as error:
+            self._check_files()
+        except Unavailable as error:
             log(f"linger: {error}")
-            self._close()
-
-    def _close(self, _: Optional[Operation] = None) -> None:
-        with self._reading:
-            self._closed = True
+        with self._lock:
             self._reader.close()
-        self._files.clear()
-        with contextlib.suppress(sqlite3.Error):
-            self._writer.execute("pragma wal_checkpoint(truncate)").fetchall()
-        self._writer.close()
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.execute("pragma wal_checkpoint(truncate)").fetchall()
+            self._writer.close()
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
 
 
-def _head_room(total: int) -> int:
-    """Bytes out of `total` that are kept for takes and deletes."""
-    return min(DISK_RESERVE, total // DISK_RESERVE_SHARE)
+SQLITE_IOERR = 10  # primary result codes, sqlite.org/rescode.html
+SQLITE_FULL = 13
+ERROR_MESSAGES = {SQLITE_IOERR: "disk I/O error", SQLITE_FULL: "database or disk is full"}
 
 
-def _room(disk: os.statvfs_result) -> tuple[int, int]:
-    """Bytes that are free on a disk, and how many of them are kept free."""
-    return disk.f_bavail * disk.f_frsize, _head_room(disk.f_blocks * disk.f_frsize)
+def is_caused_by(error: BaseException, *codes: int) -> bool:
+    """Whether an error of SQLite has one of the primary result codes."""
+    if not isinstance(error, sqlite3.Error):
+        return False
+    code: Optional[int] = getattr(error, "sqlite_errorcode", None)  # since Python 3.11
+    if code is None:
+        return str(error) in (ERROR_MESSAGES[code] for code in codes)
+    return code & 0xFF in codes
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _announce(batch: Iterable[Operation]) -> None:
-    """Tells of commits, in their order.  A mistake in one must not stop the others."""
-    for operation in batch:
-        if operation.committed is not None:
-            try:
-                operation.committed(operation)
-            except Exception:
-                log(traceback.format_exc())
-
-
-def _tell(batch: Iterable[Operation]) -> None:
-    """Tells those whose operations are done; a mistake in one must not stop the others."""
-    for operation in batch:
-        operation.done = True
-        if operation.finished is not None:
-            try:
-                operation.finished(operation)
-            except Exception:
-                log(traceback.format_exc())
-        if operation.turn is not None:
-            operation.turn.release()
-
-
-def _explain(error: Exception) -> Exception:
-    """The error that a client sees for one of SQLite's; a mistake of our own stays what it is."""
-    if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+def translate_error(error: Exception) -> Exception:
+    """The error that a client sees for one of SQLite's; a bug stays what it is."""
+    if is_caused_by(error, SQLITE_FULL):
         return Full("the disk or the database is full, nothing was changed")
     if isinstance(error, sqlite3.Error):
         return Unavailable(f"the database cannot do this now, nothing was changed: {error}")
     return error
 
 
-def _lock_beside(path: str) -> int:
+# -- files
+
+
+def inode_of(path: str) -> tuple[int, int]:
+    """What tells a file from another that has taken its name."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def lock_database(path: str) -> int:
     """Locks `<path>-lock` for as long as the descriptor returned is open.
 
     Not the database itself: closing any descriptor of it would drop SQLite's own locks
@@ -1955,8 +1972,8 @@ def _lock_beside(path: str) -> int:
     return descriptor
 
 
-def _prepare(path: str) -> None:
-    """Makes the file if there is none, takes over one of 1.0.1; refuses any other untouched.
+def open_or_migrate(path: str) -> None:
+    """Creates the file if there is none, and migrates one of 1.0.1; refuses any other untouched.
 
     The header is read by hand: SQLite would at once write to a file with a log beside it.
     """
@@ -1964,105 +1981,62 @@ def _prepare(path: str) -> None:
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         header = file.read(100)
     if not header:
-        _make(path)
+        create_database(path)
         return
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
         raise Unavailable(f"{path} is not a database of Linger: choose another --dbfile")
     version, application = struct.unpack(">I4xI", header[60:72])
     if application == 0 == version and _is_version_1(path):
-        _make(path, version=1)
+        create_database(path, migrate=True)
     elif application != APPLICATION_ID:
         raise Unavailable(f"{path} is a database of another program: choose another --dbfile")
-    elif version in UPGRADES:
-        _make(path, version)
-    elif version != SCHEMA_VERSION:
+    elif version < SCHEMA_VERSION:
+        raise Unavailable(
+            f"{path} has schema {version} of a development version that was never released:"
+            " choose another --dbfile"
+        )
+    elif version > SCHEMA_VERSION:
         raise Unavailable(
             f"{path} has schema {version}, and Linger {__version__} knows up to"
             f" {SCHEMA_VERSION}: use the newer Linger that made it"
         )
 
 
-def _make(path: str, version: int = 0) -> None:
-    """Makes the database aside and moves it to its place whole, so that a crash leaves no half.
+def create_database(path: str, migrate: bool = False) -> None:
+    """Creates the database under another name and renames it when it is whole, so that a crash
+    leaves no half.
 
-    One of an earlier `version` that is there is taken over, and kept as `<path>.v1` (or `.v1.2`,
-    ...).  The move is on disk before the first commit is: SQLite syncs the folder with a new log.
+    `migrate` takes over the database of 1.0.1 that is there, which is kept as `<path>.v1` (or
+    `.v1.2`, ...).  The rename is on disk before the first commit is: SQLite syncs the directory
+    with a new log.
     """
     new = path + ".new"
     with contextlib.ExitStack() as undo:
-        undo.callback(_remove, new, "", "-journal")
-        _make_file(new)
+        undo.callback(remove_files, new, "", "-journal")
+        create_file(new)
         with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
-            if version:
+            if migrate:
                 with contextlib.closing(sqlite3.connect(path)) as original:
                     original.backup(connection)
                 connection.execute("pragma journal_mode = delete").fetchall()
-                before, after = UPGRADES[version]
-                _create(connection, before, after + AFTER_UPGRADE)
+                create_schema(connection, BEFORE_MIGRATION, AFTER_MIGRATION)
                 connection.execute("vacuum")
             else:
-                _create(connection)
-        if version:
+                create_schema(connection)
+        if migrate:
             if os.path.exists(path + "-wal"):
                 raise Unavailable(f"{path} is in use by another program: its log could not go")
             shutil.copymode(path, new)
-            _keep_original(path, f"{path}.v{version}")
-        _remove(path, "-wal", "-shm")  # of a database that was deleted: SQLite would replay it
+            save_original(path)
+        remove_files(path, "-wal", "-shm")  # of a deleted database: SQLite would replay it
         os.rename(new, path)
         undo.pop_all()
 
 
-def _make_file(path: str) -> None:
-    """Makes an empty file for its owner only, in place of what a killed process left there."""
-    _remove(path, "", "-journal")
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-
-
-@contextlib.contextmanager
-def write_aside(path: str) -> Iterator[str]:
-    """A file to write that is then moved to `path`, where there must be none, whole and on disk.
-
-    If writing fails, nothing is left.
-    """
-    if os.path.lexists(path):
-        raise Conflict(f"there is already a file {path}: choose another name")
-    part = path + ".part"
-    try:
-        _make_file(part)
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.rename(part, path)
-    except OSError as error:
-        raise Unavailable(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        _remove(part, "", "-journal")
-
-
-def _remove(path: str, *suffixes: str) -> None:
-    for suffix in suffixes:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + suffix)
-
-
-def _keep_original(path: str, second: str) -> None:
-    """Gives the file a second name: whole at once, and before it loses its own."""
-    for number in itertools.count(1):
-        name = second if number == 1 else f"{second}.{number}"
-        if not os.path.exists(name):
-            try:
-                os.link(path, name)
-            except OSError:  # a file system without links
-                shutil.copy2(path, name)
-            return
-        if os.path.samefile(path, name):
-            return  # kept by a start that was killed just after
-
-
-def _create(
+def create_schema(
     connection: sqlite3.Connection, before: Sequence[str] = (), after: Sequence[str] = ()
 ) -> None:
-    """Makes our tables in one transaction, between the statements of a take-over if it is one."""
+    """Creates the tables in one transaction, between the statements of a migration if it is one."""
     connection.execute("begin exclusive")
     for statement in (*before, *SCHEMA, *after):
         connection.execute(statement)
@@ -2072,16 +2046,66 @@ def _create(
     connection.execute("commit")
 
 
+def save_original(path: str) -> None:
+    """Gives the file of 1.0.1 a second name: whole at once, and before it loses its own."""
+    for number in itertools.count(1):
+        name = f"{path}.v1" if number == 1 else f"{path}.v1.{number}"
+        if not os.path.exists(name):
+            try:
+                os.link(path, name)
+            except OSError:  # a file system without links
+                shutil.copy2(path, name)
+            return
+        if os.path.samefile(path, name):
+            return  # saved by a start that was killed just after
+
+
 def _is_version_1(path: str) -> bool:
-    """Whether the file holds the tables of Linger 1.0.1; looks at nothing but the file itself."""
+    """Whether the file holds the tables of Linger 1.0.1; reads nothing but the file itself."""
     uri = "file:" + urllib.parse.quote(path) + "?mode=ro&immutable=1"
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
         found = connection.execute("select name from sqlite_master where type = 'table'")
         return {"config", "messages", "subscriptions"} <= {name for (name,) in found}
 
 
+def create_file(path: str) -> None:
+    """Creates an empty file for its owner only, in place of what a killed process left there."""
+    remove_files(path, "", "-journal")
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def remove_files(path: str, *suffixes: str) -> None:
+    """Removes those of the files that exist."""
+    for suffix in suffixes:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + suffix)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[str]:
+    """A file to write that is then renamed to `path`, where there must be none, whole and on disk.
+
+    If writing fails, nothing is left.
+    """
+    if os.path.lexists(path):
+        raise Conflict(f"there is already a file {path}: choose another name")
+    part = path + ".part"
+    try:
+        create_file(part)
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except OSError as error:
+        raise Unavailable(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        remove_files(part, "", "-journal")
+
+
 # ---------------------------------------------------------------------------------------------
-# Broker: the rules of queue and pub-sub.  Knows nothing of sockets, headers, JSON, argv.
+# State: what the broker keeps in memory: the time, waiting consumers, channels, timers, counters.
+# All of it can be thrown away, for the rows are the truth.  It changes after a commit, in the
+# order of commits, so most of it is written by the committer thread only.
 # ---------------------------------------------------------------------------------------------
 
 COUNTERS = (
@@ -2105,50 +2129,7 @@ COUNTERS = (
     "subscription-add",
     "subscription-delete",
 )
-STATES = ("ready", "hidden", "delayed")  # by the number that SQL has for it; hidden is in flight
-
-NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0}  # for POST_MESSAGE
-POST = (ADD_MESSAGE,)
-POST_BELOW_MARK = (POST_MESSAGE,)
-POST_KEYED: tuple[str, ...] = (DEDUP_ANSWER, UNIQUE_MESSAGE, POST_MESSAGE, KEEP_DEDUP)
-PUBLISH = (PUBLISH_DROPS, PUBLISH_MESSAGE, PUBLISHED)
-PUBLISH_KEYED = (DEDUP_ANSWER, *PUBLISH, KEEP_TOPIC_DEDUP)
-DELETE = (DELETE_MESSAGE,)
-ACKNOWLEDGE = (DELETE_LEASED,)
-TAKE = (TAKE_MESSAGE, HIDE_TAKEN)
-TAKE_PICKED_ONES = (TAKE_PICKED, HIDE_PICKED)
-TAKE_AND_DELETE = (PICKED_ROWS, TAKE_PICKED, DELETE_PICKED)
-GIVE_UP = (DEAD_COUNTS, MOVE_DEAD, DELETE_GIVEN_UP)
-TOUCH = (MESSAGE_HOLDING, TOUCH_MESSAGE, MESSAGE_DUE)
-RELEASE = (
-    MESSAGE_HOLDING,
-    RELEASE_MESSAGE,
-    REJECT_USED_UP,
-    GIVE_UP_LINGERED,
-    *GIVE_UP,
-    MESSAGE_DUE,
-)
-REJECT = (MESSAGE_HOLDING, REJECT_MESSAGE, *GIVE_UP)
-REDRIVE = (REDRIVE_COUNTS, REDRIVE_MESSAGES)
-DRAIN = (DRAIN_READY, DRAIN_HIDDEN, FORGET_SCOPE)
-SETTLE = (
-    GIVE_UP_LINGERED,
-    GIVE_UP_LINGERED_IN_FLIGHT,
-    GIVE_UP_DELIVERED,
-    *GIVE_UP,
-    DELAY_TIMED_OUT,
-    COUNT_DUE,
-    SHOW_DUE,
-    PAUSES_OVER,
-    END_PAUSES,
-    FORGET_DEDUPS,
-    NEXT_DUE,
-    NEXT_LINGERING,
-    NEXT_PAUSE,
-)
-
-
-DoneCallback = Callable[[Operation], None]  # is told what is done: its value is what came of it
+NEVER = float("inf")
 
 
 class Clock(Protocol):
@@ -2161,29 +2142,58 @@ class Clock(Protocol):
         """Seconds that never step back."""
 
 
-class Consumer:
-    """A consumer that takes messages of one or several channels, and waits until it is called.
+class BrokerClock:
+    """Wall-clock seconds since 1970 that do not step back, for any thread.
 
-    `operation` is its take from the moment when it is called (or tries for the first time), None
-    while it is parked; the broker's lock guards that.  `told(operation)` is called once, when its
-    take is over: the value of that is the messages, or it raises.
+    When the wall clock is set back, also while the server was down, this one goes on from where
+    it was: nothing hidden stays hidden for longer than its timeout.
+    """
+
+    def __init__(self, source: Clock, latest: float) -> None:
+        """`latest`: a time that has been reached, perhaps by a server before this one."""
+        self.source = source
+        self._lock = threading.RLock()  # guards the two below, and the order of what they follow
+        self._latest = latest
+        self._offset = 0.0  # seconds that this clock is ahead of its source
+
+    @locked
+    def now(self) -> float:
+        """The time; raises what the source raises."""
+        now = self.source.time() + self._offset
+        if now < self._latest:
+            self._offset += self._latest - now
+            now = self._latest
+        self._latest = now
+        return now
+
+    def now_or_latest(self) -> float:
+        """The time, or if the source raises, what it was last."""
+        with contextlib.suppress(Exception):
+            return self.now()
+        return self._latest
+
+
+class Consumer:
+    """A consumer that takes messages of one or several channels, and waits until it is woken.
+
+    `on_done(operation)` is called once, when its take is over: the result is the messages, or it
+    raises.  The lock of the waiting list guards `waiting`, `closed` and `ticket`.
     """
 
     __slots__ = (
         "auto",
-        "called_by",
         "channels",
-        "ended",
+        "closed",
+        "deleted_rows",
         "is_disconnected",
         "n",
-        "operation",
-        "removed",
+        "on_done",
         "ticket",
         "timeout",
-        "told",
+        "waiting",
     )  # fmt: skip
 
-    told: DoneCallback
+    on_done: DoneCallback
 
     def __init__(
         self,
@@ -2198,836 +2208,1112 @@ class Consumer:
         self.timeout = timeout
         self.auto = auto
         self.is_disconnected = is_disconnected
-        self.operation: Optional[Operation] = None
-        self.removed: list[tuple[Any, ...]] = []  # whole rows of what was taken with `auto`
-        self.called_by = ""  # the channel that called it last
-        self.ticket = 0  # its place in the order of those who came; 0 before it is parked
-        self.ended = False  # whether it must not wait, or no more
+        self.deleted_rows: list[tuple[Any, ...]] = []  # what was taken with `auto`, for an undo
+        self.ticket = 0  # its place in the order of arrival; 0 before it waits
+        self.waiting = False  # whether it is in the waiting list
+        self.closed = False  # whether it must not wait, or no more
 
 
-class Broker:
-    """ChannelNames, topics and messages over a `Store`; usable from any thread, without HTTP.
+class WaitingList:
+    """The consumers that wait for each channel, in their order.
 
-    What has come due is settled before an operation runs, so that limits hold at that moment; a
-    ticker does the same for those who wait.  Who waits, the counters, the time of the next thing
-    due, and a copy of the channels' settings and pauses are in memory: all are changed after a
-    commit, in the order of commits (`_lock` guards who waits, since waiters also leave by
-    themselves).
+    Consumers are added and woken by the committer thread, in the order of commits, and canceled
+    by any.  No foreign code runs under the lock.
+    """
+
+    def __init__(self, counters: dict[str, int]) -> None:
+        self._lock = threading.RLock()  # guards all below, and the two counters of channels
+        self._queues: dict[str, collections.OrderedDict[int, Consumer]] = {}  # none is empty
+        self._idle: collections.OrderedDict[str, float] = collections.OrderedDict()  # since when
+        self._tickets = itertools.count(1)
+        self._counters = counters
+        self._closed = False
+
+    @locked
+    def add(self, consumer: Consumer) -> bool:
+        """Lets a consumer that found nothing wait, in its old place if it had one.
+
+        False if it must not wait.  Called in the order of commits, so that a message added after
+        the take that found nothing wakes it.
+        """
+        if consumer.closed or self._closed:
+            consumer.closed = True
+            return False
+        returning = consumer.ticket
+        if not returning:
+            consumer.ticket = next(self._tickets)
+        consumer.waiting = True
+        for channel in consumer.channels:
+            queue = self._queues.get(channel)
+            if queue is None:
+                queue = self._queues[channel] = collections.OrderedDict()
+                if self._idle.pop(channel, None) is None:
+                    self._counters["channel-create"] += 1
+            queue[consumer.ticket] = consumer
+            if returning:
+                ahead = itertools.takewhile(lambda ticket: ticket < returning, list(queue))
+                for ticket in (returning, *reversed(list(ahead))):
+                    queue.move_to_end(ticket, last=False)
+        return True
+
+    @locked
+    def pop(self, channel: str, now: float) -> Optional[Consumer]:
+        """Removes and returns the first consumer of a channel, or None if there is none."""
+        queue = self._queues.get(channel)
+        if queue is None:
+            return None
+        consumer = next(iter(queue.values()))
+        self._remove(consumer, now)
+        return consumer
+
+    @locked
+    def cancel(self, consumer: Consumer, now: float) -> bool:
+        """Ends a wait; False if the consumer is not waiting: its take is still to end, or over."""
+        consumer.closed = True
+        if not consumer.waiting:
+            return False
+        self._remove(consumer, now)
+        return True
+
+    @locked
+    def close(self) -> None:
+        """Lets no further consumer wait."""
+        self._closed = True
+
+    @locked
+    def consumers(self) -> list[Consumer]:
+        """All consumers that wait."""
+        consumers = {c.ticket: c for queue in self._queues.values() for c in queue.values()}
+        return list(consumers.values())
+
+    def _remove(self, consumer: Consumer, now: float) -> None:
+        for channel in consumer.channels:
+            queue = self._queues.get(channel)
+            if queue and queue.pop(consumer.ticket, None) and not queue:
+                del self._queues[channel]
+                self._idle[channel] = now
+        consumer.waiting = False
+        self._forget_idle(now)
+
+    def _forget_idle(self, now: float) -> None:
+        """Forgets the channels whose last consumer has been gone for long, or that are too many."""
+        idle = self._idle
+        while idle and (
+            len(idle) > MAX_IDLE_CHANNELS or next(iter(idle.values())) <= now - CHANNEL_TTL
+        ):
+            idle.popitem(last=False)
+            self._counters["channel-remove"] += 1
+
+    @locked
+    def count(self, channel: str) -> int:
+        """How many consumers wait for a channel."""
+        return len(self._queues.get(channel, ()))
+
+    def is_empty(self, channel: Optional[str] = None) -> bool:
+        """Whether no consumer waits, for one channel or any; takes no lock.
+
+        If it says so in the committer thread, which alone adds consumers, it is certain.
+        """
+        return not self._queues if channel is None else channel not in self._queues
+
+    @locked
+    def forget_idle(self, now: float) -> None:
+        """Forgets the channels for which no consumer has waited for CHANNEL_TTL seconds."""
+        self._forget_idle(now)
+
+    @locked
+    def channels(self, now: float) -> set[str]:
+        """The channels for which consumers wait, or did so less than CHANNEL_TTL seconds ago."""
+        self._forget_idle(now)
+        return {*self._queues, *self._idle}
+
+    @locked
+    def has_place(self, channels: Sequence[str], max_channels: int) -> bool:
+        """Whether a consumer of these channels may wait, if so many channels are the limit."""
+        new = sum(channel not in self._queues for channel in channels)
+        return not new or len(self._queues) + new <= max_channels
+
+
+class Channels:
+    """Which channels exist, with copies of their settings and pauses.
+
+    Settings and pauses are written by the committer thread; a setting is never changed in place.
+    """
+
+    def __init__(
+        self, max_channels: int, read: Callable[[str], list[list[Any]]], clock: BrokerClock
+    ) -> None:
+        (settings,), (pauses,) = read(ALL_SETTINGS), read(ALL_PAUSES)
+        self.settings = {row[0]: _settings_of(row[1:]) for row in settings}
+        self.pauses: dict[str, float] = dict(pauses)  # until when; NEVER: until it is ended
+        self.max_channels = max_channels
+        self._read = read
+        self._clock = clock
+        self._lock = threading.RLock()  # guards the two below, and is held while counting
+        self._names: set[str] = set()  # all channels that hold something, and some that did
+        self._counted_at = 0.0
+        self._count()
+
+    def reserve(self, channel: str) -> None:
+        """`Full` if a channel that is to hold something would be one too many.
+
+        A channel that came to hold nothing is noticed only by a count.  Dead channels are not
+        checked: the dead letter would be lost.
+        """
+        if channel not in self._names:
+            self._reserve(channel)
+
+    @locked
+    def _reserve(self, channel: str) -> None:
+        if len(self._names) >= self.max_channels:
+            if self._clock.source.monotonic() - self._counted_at >= RECOUNT_INTERVAL:
+                self._count()
+            if len(self._names) >= self.max_channels and channel not in self._names:
+                raise Full(f"there are {self.max_channels} channels, and no more can be made")
+        self._names.add(channel)
+
+    def _count(self) -> None:
+        (rows,) = self._read(CHANNEL_NAMES)
+        self._names = {name for (name,) in rows}.union(self.settings.copy(), self.pauses.copy())
+        self._counted_at = self._clock.source.monotonic()
+
+
+def _settings_of(values: Sequence[object]) -> dict[str, Any]:
+    """The settings in a row of ALL_SETTINGS: those that are set."""
+    named = zip((p.name for p in CHANNEL_PARAMETERS), values)
+    return {name: value for name, value in named if value is not None}
+
+
+class Timers:
+    """When something is due next, and a thread, the ticker, that has it processed at that moment.
+
+    Callers process what is due before they look at the rows; the ticker does it for consumers
+    that wait, and now and then for messages that no consumer asks for.
+    """
+
+    def __init__(self, process_due: Callable[[], None], clock: BrokerClock) -> None:
+        self.next_due = 0.0  # written by the committer thread, under the lock
+        self._process_due = process_due
+        self._clock = clock
+        self._lock = threading.Lock()  # guards `next_due` and `_stopping` for the ticker
+        self._earlier = threading.Condition(self._lock)  # something is due earlier than it was
+        self._stopping = False
+        self._thread = threading.Thread(target=self._tick, name="linger-ticker", daemon=True)
+
+    def start(self) -> None:
+        """Starts the ticker."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Lets the ticker end."""
+        with self._lock:
+            self._stopping = True
+            self._earlier.notify()
+
+    def join(self) -> None:
+        """Waits until the ticker has ended."""
+        self._thread.join()
+
+    def is_alive(self) -> bool:
+        """Whether the ticker runs."""
+        return self._thread.is_alive()
+
+    def schedule(self, moment: float) -> None:
+        """Notes, after a commit, that something comes due at a moment."""
+        if moment < self.next_due:
+            self.set_next(moment)
+
+    def set_next(self, moment: float) -> None:
+        """Sets the moment when something is due next."""
+        with self._lock:
+            if moment < self.next_due:
+                self._earlier.notify()
+            self.next_due = moment
+
+    def _tick(self) -> None:
+        while not self._stopping:
+            try:
+                self._wait_until_due()
+                if not self._stopping:
+                    self._process_due()
+            except Exception as error:  # of the database, or of the clock
+                log(f"linger: messages that are due are processed later: {error!r}")
+                with self._lock:
+                    self._earlier.wait_for(lambda: self._stopping, TICKER_RETRY_DELAY)
+
+    def _wait_until_due(self) -> None:
+        """Waits until something is due, but no longer than CHANNEL_TTL."""
+        began = self._clock.source.monotonic()
+        while not self._stopping:
+            now, waited = self._clock.now(), self._clock.source.monotonic() - began
+            with self._lock:
+                delay = min(self.next_due - now, CHANNEL_TTL - waited)
+                if delay <= 0 or self._stopping:
+                    return
+                self._earlier.wait(delay)
+
+
+# ---------------------------------------------------------------------------------------------
+# Operations: one class for each kind of call, with its statements, its effects and its result.
+# They know rows, consumers and counters, and nothing of threads: the committer calls them.
+# ---------------------------------------------------------------------------------------------
+
+STATES = ("ready", "hidden", "delayed")  # by the number that SQL has for it; hidden is in flight
+BURY_DEAD = (DEAD_COUNTS, MOVE_DEAD, DELETE_DEAD)
+
+
+class BatchKey(str):
+    """A dedup key given for a whole batch: sending the batch again adds nothing.
+
+    Each of its messages has the key together with its position, apart from the keys of single
+    messages.
+    """
+
+    position: int
+
+    def __new__(cls, key: str, position: int) -> BatchKey:
+        batch_key = super().__new__(cls, key)
+        batch_key.position = position
+        return batch_key
+
+
+class State:
+    """What operations read and change in memory, and how they wake consumers."""
+
+    def __init__(
+        self, committer: Committer, clock: BrokerClock, channels: Channels, timers: Timers
+    ) -> None:
+        self.committer = committer
+        self.clock = clock
+        self.channels = channels
+        self.timers = timers
+        self.counters = dict.fromkeys(COUNTERS, 0)  # each written by the committer thread only,
+        self.waiting = WaitingList(self.counters)  # but those of channels, which this guards
+
+    def wake(self, channel: str, count: int, now: float, join: bool = False) -> int:
+        """Wakes up to `count` consumers of a channel to take a message; returns how many.
+
+        Each take gets its place here, in the transaction under way (`join`) or the next one, so
+        that consumers are served in order.
+        """
+        if self.waiting.is_empty(channel) or channel in self.channels.pauses:
+            return 0
+        submit = self.committer.join_transaction if join else self.committer.submit
+        woken = 0
+        while woken < count:
+            consumer = self.waiting.pop(channel, now)
+            if consumer is None:
+                break
+            try:
+                gone = consumer.is_disconnected()
+            except BaseException as error:  # foreign code: the consumer gets it as its error
+                submit(EndWait(consumer, error))
+                continue
+            if gone:
+                submit(EndWait(consumer))
+            else:
+                submit(Take(self, consumer, now, woken_by=channel))
+                woken += 1
+        return woken
+
+    def message_added(self, message: Mapping[str, Any], now: float, woken: bool) -> None:
+        """After a message was added; wakes a consumer for it unless that was done before."""
+        self.counters["msg-add"] += 1
+        if message["expires_at"]:
+            self.timers.schedule(message["expires_at"])
+        if message["state"]:
+            self.timers.schedule(message["due_at"])
+        elif not woken:
+            self.messages_ready(message["channel"], 1, now)
+
+    def messages_ready(self, channel: str, count: int, now: float) -> None:
+        """After messages became ready; what no consumer waits for is counted as shown."""
+        self.counters["msg-show"] += count - self.wake(channel, count, now)
+
+    def dead_buried(self, results: Sequence[Any], now: float) -> None:
+        """After BURY_DEAD, from its results."""
+        dead, _, (deleted, _) = results
+        self.counters["msg-delete"] += deleted
+        for channel, count in dead:
+            self.counters["msg-dead"] += count
+            self.messages_ready(channel, count, now)
+
+
+class Change(Operation):
+    """A change whose effect is short: `effect` gets the results after the commit."""
+
+    def __init__(
+        self,
+        statements: Sequence[str],
+        parameters: Parameters,
+        effect: Callable[[list[Any]], None],
+    ) -> None:
+        super().__init__(statements, parameters)
+        self._effect = effect
+
+    def on_commit(self) -> None:
+        self._effect(self.results)
+
+
+# -- producing
+
+POST_KEYED = (FIND_DEDUP, FIND_UNIQUE, POST_MESSAGE, SAVE_DEDUP)
+
+
+class Post(Operation):
+    """Adds a message to a channel."""
+
+    def __init__(self, state: State, message: dict[str, Any]) -> None:
+        """`message`: the parameters of POST_MESSAGE."""
+        statements: Sequence[str] = (POST_MESSAGE,) if message["hlm"] else (ADD_MESSAGE,)
+        if message["dedup"] is not None or message["unique"] is not None:
+            statements = POST_KEYED
+        super().__init__(statements, message)
+        self._state = state
+        self._message = message
+        self._woken = 0
+
+    def on_executed(self) -> None:
+        """A waiting consumer takes the message in the same transaction.
+
+        One that begins to wait in that transaction is woken after it, by `on_commit`.
+        """
+        message = self._message
+        if not message["state"] and _was_added(self.results):
+            self._woken = self._state.wake(message["channel"], 1, message["now"], join=True)
+
+    def on_commit(self) -> None:
+        if _was_added(self.results):
+            self._state.message_added(self._message, self._message["now"], bool(self._woken))
+
+    def result(self) -> PostResult:
+        result = _post_result(self.rows())
+        if result is None:
+            hlm = self._message["hlm"]
+            raise Full(f"the channel is at its high-level mark of {hlm} messages")
+        return result
+
+
+class PostBatch(Operation):
+    """Adds messages to a channel in order, all or none; their ids."""
+
+    def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
+        """`messages`: the parameters of POST_MESSAGE for each."""
+        first = messages[0]
+        self._hlm = first["hlm"]
+        self._keyed = any(m["dedup"] is not None or m["unique"] is not None for m in messages)
+        if self._keyed:
+            statements = POST_KEYED * len(messages)
+            parameters: list[Any] = [message for message in messages for _ in POST_KEYED]
+        else:
+            statements = (POST_MESSAGE if self._hlm else ADD_MESSAGE, LAST_ID)
+            parameters = [messages, {}]
+        fits = {"channel": first["channel"], "hlm": self._hlm, "count": len(messages)}
+        super().__init__((CHECK_BATCH_FITS, *statements, CLEAR_BATCH_FITS), [fits, *parameters, {}])
+        self._state = state
+        self._messages = messages
+        self._channel: str = first["channel"]
+        self._now: float = first["now"]
+        self._woken = 0
+
+    def on_executed(self) -> None:
+        ready = sum(not message["state"] for message in self._added())
+        self._woken = self._state.wake(self._channel, ready, self._now, join=True)
+
+    def on_commit(self) -> None:
+        left = self._woken
+        for message in self._added():
+            self._state.message_added(message, self._now, left > 0)
+            left -= not message["state"]
+
+    def _added(self) -> Iterator[dict[str, Any]]:
+        for message, result in zip(self._messages, self._outcome()):
+            if result and not result.duplicate:
+                yield message
+
+    def _outcome(self) -> list[Optional[PostResult]]:
+        """The result of each message; None if the batch does not fit."""
+        results = self.rows()[1:-1]  # without those of CHECK_ and CLEAR_BATCH_FITS
+        if self._keyed:
+            size = len(POST_KEYED)
+            return [_post_result(results[i : i + size]) for i in range(0, len(results), size)]
+        (added, _), ((last,),) = results
+        if not added:
+            return [None] * len(self._messages)
+        first = last - len(self._messages) + 1
+        return [PostResult(first + i) for i in range(len(self._messages))]
+
+    def result(self) -> list[int]:
+        ids = [result.id for result in self._outcome() if result]
+        if len(ids) < len(self._messages):
+            raise Full(f"the batch does not fit below the high-level mark of {self._hlm}")
+        return ids
+
+
+def _was_added(results: Sequence[Any]) -> bool:
+    """Whether a message was added: that statement stands third in POST_KEYED."""
+    return bool(results[0 if len(results) == 1 else 2][0])
+
+
+def _post_result(results: list[Any]) -> Optional[PostResult]:
+    """The result of POST_KEYED, or of its POST_MESSAGE alone; None if the channel is full."""
+    if len(results) == 1:
+        ((added, id),) = results
+        return PostResult(id) if added else None
+    known, messages, (added, id), _ = results
+    if known:
+        return PostResult(int(known[0][0]), duplicate=True)
+    if messages:
+        return PostResult(messages[0][0], duplicate=True)
+    return PostResult(id) if added else None
+
+
+class Publication(NamedTuple):
+    """The result of one publication."""
+
+    ids: dict[str, int]  # of the copies, by channel
+    full: list[str]  # the channels left out since they are at their high-level mark
+    duplicate: bool
+
+
+class Publish(Operation):
+    """Adds copies of messages to each channel subscribed to a topic; their `Publication`s."""
+
+    def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
+        """`messages`: the parameters of PUBLISH_MESSAGE for each."""
+        each: Sequence[str] = (FULL_SUBSCRIBERS, PUBLISH_MESSAGE, PUBLISHED)
+        self._keyed = any(message["dedup"] is not None for message in messages)
+        if self._keyed:
+            each = (FIND_DEDUP, *each, SAVE_TOPIC_DEDUP)
+        self._size = len(each)
+        super().__init__(
+            [statement for _ in messages for statement in each],
+            [message for message in messages for _ in each],
+        )
+        self._state = state
+        self._now: float = messages[0]["now"]
+        self._woken: collections.Counter[str] = collections.Counter()
+
+    def on_executed(self) -> None:
+        if self._state.waiting.is_empty():
+            return
+        for copy in self._copies():
+            if not copy["state"]:
+                channel = copy["channel"]
+                self._woken[channel] += self._state.wake(channel, 1, self._now, join=True)
+
+    def on_commit(self) -> None:
+        for copy in self._copies():
+            channel = copy["channel"]
+            self._state.counters["publish"] += 1
+            self._state.message_added(copy, self._now, self._woken[channel] > 0)
+            self._woken[channel] -= not copy["state"]
+
+    def _copies(self) -> Iterator[dict[str, Any]]:
+        names = ("channel", "id", "state", "due_at", "expires_at")
+        for rows in self.results[self._keyed + 2 :: self._size]:
+            yield from (dict(zip(names, row)) for row in rows)
+
+    def result(self) -> list[Publication]:
+        results = self.rows()
+        publications = []
+        for i in range(0, len(results), self._size):
+            known = results[i] if self._keyed else []
+            if known:
+                lines = (line.partition(" ") for line in known[0][0].split("\n") if line)
+                ids = {channel: int(id) for id, _, channel in lines}
+                publications.append(Publication(ids, [], duplicate=True))
+            else:
+                full, _, copies = results[i + self._keyed : i + self._keyed + 3]
+                ids = {row[0]: row[1] for row in copies}
+                publications.append(Publication(ids, [channel for (channel,) in full], False))
+        return publications
+
+
+# -- consuming
+
+
+class Take(Operation):
+    """Takes messages for a consumer, which waits if there are none and it may; the messages.
+
+    With `ack`, deletes that message first; if that cannot be done, takes nothing.  `woken_by` is
+    the channel that woke the consumer.
     """
 
     def __init__(
         self,
-        store: Store,
-        hlm: int = 0,
-        max_message: int = MAX_MESSAGE,
-        clock: Clock = time,
-        max_channels: int = MAX_CHANNELS,
-    ) -> None:
-        """`hlm`: messages that a channel may hold, 0 for any number; `max_message`: in bytes;
-        `max_channels`: those with messages, subscriptions, settings or a pause, and also those at
-        which consumers wait."""
-        self.hlm = hlm
-        self.max_message = max_message
-        self.max_channels = max_channels
-        self.counters = dict.fromkeys(COUNTERS, 0)
-        self._store = store
-        self._clock = clock
-        self._offset = 0.0
-        self._latest = store.last_written
-        self._started = clock.time()
-        self._lock = threading.Lock()
-        self._sooner = threading.Condition(self._lock)  # something is due earlier than it was
-        self._tickets = itertools.count(1)
-        self._waiting: dict[str, collections.OrderedDict[int, Consumer]] = {}
-        self._deserted: collections.OrderedDict[str, float] = collections.OrderedDict()
-        self._stopping = False
-        self._due = 0.0
-        ids, settings, pauses = store.read(GET_CONFIG, ALL_SETTINGS, ALL_PAUSES, key="server_id")
-        self.id: str = ids[0][0]
-        self._settings = {row[0]: _settings_of(row[1:]) for row in settings}
-        self._retry_delays: dict[str, float] = dict(pauses)
-        self._counting = threading.Lock()
-        self._channels: set[str] = set()  # all channels that hold something, and some that did
-        self._count_channels()
-        self.process_due()
-        self._ticker = threading.Thread(target=self._tick, name="linger-ticker", daemon=True)
-        self._ticker.start()
-
-    def close(self) -> None:
-        """Ends all waits and closes the store."""
-        self.cancel_all()
-        self._ticker.join()
-        self._store.close()
-
-    def now(self) -> float:
-        """Wall-clock seconds since 1970 that do not step back.
-
-        When the wall clock is set back, also while the server was down, this one goes on from
-        where it was: nothing hidden stays hidden for longer than its timeout.
-        """
-        now: float = self._clock.time() + self._offset
-        if now > self._latest:
-            self._latest = now
-        elif now < self._latest - 1:  # a step, not two threads that overtake each other
-            self._offset += self._latest - now
-            now = self._latest
-        return now
-
-    # -- adding messages
-
-    def post(
-        self, channel: str, body: bytes, type: str = DEFAULT_TYPE, **parameters: object
-    ) -> PostResult:
-        """Adds a message to a channel; when it returns the message is on disk.
-
-        `parameters` are those of `MESSAGE_PARAMETERS` and `DEDUP_PARAMETERS`; what is not given is
-        as the channel's settings say.  Raises `BadRequest` for an empty body, `TooLarge`, and
-        `Full` at the channel's high-level mark.
-        """
-        operation = self._post(channel, body, type, parameters)
-        self._store.run(operation)
-        return _posted_value(operation)
-
-    def post_async(
-        self,
-        told: DoneCallback,
-        channel: str,
-        body: bytes,
-        type: str = DEFAULT_TYPE,
-        **parameters: object,
-    ) -> None:
-        """As `post`, but may return before it is done: `told(operation)` then gives its value."""
-        operation = self._post(channel, body, type, parameters)
-        operation.finished = told
-        self._store.start(operation)
-
-    def _post(self, channel: str, body: bytes, type: str, given: Mapping[str, object]) -> Operation:
-        self._store.check_room()
-        message = self._message(check_name("channel", channel), body, type, given)
-        statements = POST_KEYED
-        if message["dedup"] is None and message["unique"] is None:
-            statements = POST_BELOW_MARK if message["hlm"] else POST
-        if channel not in self._channels:
-            self._make_place(channel)
-        self._process_due_now(message["now"])
-        operation = Operation(statements, message, self._posted)
-        operation.ran = self._posting
-        operation.means = _posted_value
-        return operation
-
-    def _message(
-        self, channel: str, body: bytes, type: str, given: Mapping[str, object]
-    ) -> dict[str, Any]:
-        """The parameters of POST_MESSAGE."""
-        _check_body(body, self.max_message)
-        message = NEW_MESSAGE.copy()
-        message["hlm"] = self.hlm
-        if channel in self._settings:
-            message.update(self._settings[channel])
-        if given:
-            message.update(parse_parameters(given, ALL_PARAMETERS))
-        delay, linger = message["delay"], message["linger"]
-        if linger:
-            validate_linger(message)
-        if message["dedup"] is not None:
-            message["scope"] = f"channel {channel}"
-            message["dedup_for"] = message["dedup-for"]
-        message["channel"] = channel
-        message["body"] = body
-        message["type"] = type
-        message["now"] = now = self.now()
-        message["state"] = 2 if delay else 0
-        message["due"] = now + delay
-        message["lingers_until"] = now + linger if linger else 0
-        return message
-
-    def _posting(self, operation: Operation) -> None:
-        """Calls who waits for the message, to take it in the same transaction.
-
-        Who begins to wait in that transaction is called after it, by `_added`.
-        """
-        message: Any = operation.parameters
-        channel = message["channel"]
-        if channel in self._waiting and not message["state"] and _was_posted(operation.results):
-            operation.called = self._call(channel, 1)
-
-    def _posted(self, operation: Operation) -> None:
-        if _was_posted(operation.results):
-            message: Any = operation.parameters
-            self._added(message, operation.called)
-
-    def _added(self, message: Mapping[str, Any], called: int) -> None:
-        """After a message was added, for which somebody was already `called` or not."""
-        self.counters["msg-add"] += 1
-        if message["lingers_until"]:
-            self._schedule(message["lingers_until"])
-        if message["state"]:
-            self._schedule(message["due"])
-        elif not called and not self._call(message["channel"], 1):
-            self.counters["msg-show"] += 1
-
-    def post_batch(
-        self, channel: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
-    ) -> list[int]:
-        """Adds messages (body, type, parameters) to a channel in order, all or none; their ids.
-
-        A bad one raises its error with its `index`.
-        """
-        check_name("channel", channel)
-        self._store.check_room()
-        rows = _each(messages, lambda m: {**self._message(channel, *m), "batch": 1})
-        self._make_place(channel)
-
-        def added(operation: Operation) -> Iterable[dict[str, Any]]:
-            for row, outcome in zip(rows, _batch_outcome(operation.results, len(rows))):
-                if outcome and not outcome.duplicate:
-                    yield row
-
-        def ran(operation: Operation) -> None:
-            if channel in self._waiting:
-                ready = sum(not row["state"] for row in added(operation))
-                operation.called = self._call(channel, ready)
-
-        def posted(operation: Operation) -> None:
-            left = operation.called
-            for row in added(operation):
-                self._added(row, left)
-                left = max(left - (not row["state"]), 0)
-
-        fit = {"channel": channel, "hlm": rows[0]["hlm"], "count": len(rows)}
-        if any(row["dedup"] is not None or row["unique"] is not None for row in rows):
-            statements = POST_KEYED * len(rows)
-            values: list[Any] = [row for row in rows for _ in POST_KEYED]
-        else:
-            add = POST_MESSAGE if rows[0]["hlm"] else ADD_MESSAGE
-            statements, values = (add, LAST_ID), [rows, {}]
-        results = self._run((MARK_FIT, *statements, UNMARK_FIT), [fit, *values, {}], posted, ran)
-        ids = [outcome.id for outcome in _batch_outcome(results, len(rows)) if outcome]
-        if len(ids) < len(rows):
-            raise Full(f"the batch does not fit below the high-level mark of {rows[0]['hlm']}")
-        return ids
-
-    def publish(
-        self, topic: str, body: bytes, type: str = DEFAULT_TYPE, **keys: object
-    ) -> tuple[dict[str, int], list[str], bool]:
-        """Adds a copy of a message to each subscribed channel, in one transaction.
-
-        `keys` may be `dedup` and `dedup_for`.  Returns the copies' ids by channel, the channels
-        left out since they are at their high-level mark, and whether it was a duplicate.
-        """
-        (published,), dropped, duplicates = self._publish(topic, [(body, type, keys)])
-        return published, dropped, duplicates[0]
-
-    def publish_batch(
-        self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
-    ) -> tuple[dict[str, list[int]], list[str]]:
-        """Publishes messages in order in one transaction; the ids of each channel's copies."""
-        published, dropped, _ = self._publish(topic, messages)
-        ids: dict[str, list[int]] = {}
-        for copies in published:
-            for channel, id in copies.items():
-                ids.setdefault(channel, []).append(id)
-        return ids, dropped
-
-    def _publish(
-        self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
-    ) -> tuple[list[dict[str, int]], list[str], list[bool]]:
-        check_name("topic", topic)
-        self._store.check_room()
-        rows = _each(messages, lambda m: self._publication(topic, *m))
-        if len(rows) > 1:
-            self._check_copies(topic, rows)
-        keyed = any(row["dedup"] is not None for row in rows)
-        statements = PUBLISH_KEYED if keyed else PUBLISH
-
-        called: collections.Counter[str] = collections.Counter()
-
-        def copies(operation: Operation) -> Iterator[dict[str, Any]]:
-            names = ("channel", "id", "state", "due", "lingers_until")
-            for published in operation.results[keyed + 2 :: len(statements)]:
-                yield from (dict(zip(names, row)) for row in published)
-
-        def ran(operation: Operation) -> None:
-            for copy in copies(operation) if self._waiting else ():
-                if not copy["state"]:
-                    called[copy["channel"]] += self._call(copy["channel"], 1)
-
-        def published(operation: Operation) -> None:
-            for copy in copies(operation):
-                self.counters["publish"] += 1
-                self._added(copy, called[copy["channel"]])
-                if called[copy["channel"]] and not copy["state"]:
-                    called[copy["channel"]] -= 1
-
-        results = self._run(
-            [sql for _ in rows for sql in statements], [row for row in rows for _ in statements],
-            published, ran,
-        )  # fmt: skip
-        return _published(results, keyed)
-
-    def _publication(
-        self, topic: str, body: bytes, type: str, given: Mapping[str, object]
-    ) -> dict[str, Any]:
-        _check_body(body, self.max_message)
-        if given.get("unique") is not None:
-            raise BadRequest("unique belongs to a channel, and cannot be given with a publication")
-        keys = {"dedup": None, "dedup-for": 300, **parse_parameters(given, DEDUP_PARAMETERS)}
-        return {
-            "topic": topic,
-            "body": body,
-            "type": type,
-            "hlm": self.hlm,
-            "now": self.now(),
-            "scope": f"topic {topic}",
-            "dedup": keys["dedup"],
-            "dedup_for": keys["dedup-for"],
-        }
-
-    def _check_copies(self, topic: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """`TooLarge` if a batch of publications would become too much at once."""
-        copies = len(self.subscribers(topic))
-        size = sum(len(row["body"]) for row in rows)
-        if copies * len(rows) > MAX_BATCH_COPIES or copies * size > MAX_BATCH_COPY_BYTES:
-            raise TooLarge(
-                f"copied to {copies} channels this batch would be more than {MAX_BATCH_COPIES}"
-                f" messages or {MAX_BATCH_COPY_BYTES} bytes: publish fewer at once"
-            )
-
-    def _make_place(self, channel: str) -> None:
-        """`Full` if a channel that is to hold something would be one too many.
-
-        A channel that came to hold nothing is noticed only by a count.  A dead letter is not
-        asked: it would be lost.
-        """
-        if channel in self._channels:
-            return
-        with self._counting:
-            if len(self._channels) >= self.max_channels:
-                if self._clock.monotonic() - self._counted >= RECOUNT_INTERVAL:
-                    self._count_channels()
-                if len(self._channels) >= self.max_channels and channel not in self._channels:
-                    raise Full(f"there are {self.max_channels} channels, and no more can be made")
-            self._channels.add(channel)
-
-    def _count_channels(self) -> None:
-        (rows,) = self._store.read(CHANNELS)
-        self._channels = {name for (name,) in rows}.union(self._settings, self._retry_delays)
-        self._counted = self._clock.monotonic()
-
-    # -- taking messages
-
-    def get(self, channel: str, wait: float = 0, **options: Any) -> Optional[Message]:
-        """Takes the next message of a channel, waiting up to `wait` seconds; None if none came.
-
-        `options` are those of `waiter`.
-        """
-        messages = self.take(self.consumer([channel], **options), wait)
-        return messages[0] if messages else None
-
-    def consumer(
-        self,
-        channels: Sequence[str],
-        n: int = 1,
-        timeout: Optional[int] = None,
-        auto: bool = False,
-        is_disconnected: Callable[[], bool] = bool,
-    ) -> Consumer:
-        """A consumer for `take`, which another thread may `cancel`.
-
-        It takes up to `n` messages, from the first of the channels that has any.  `timeout`:
-        seconds that they stay hidden, in place of their own; `auto`: they are deleted as they are
-        delivered.  `is_disconnected()` tells whether its client has gone away: then it is passed
-        over.
-        """
-        names = [check_name("channel", channel) for channel in channels]
-        if len(names) > 1:
-            names = list(dict.fromkeys(names))
-        if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
-            raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
-        return Consumer(names, n, timeout, auto, is_disconnected)
-
-    def take(
-        self,
-        waiter: Consumer,
-        wait: float = 0,
-        ack: Optional[int] = None,
-        lease: Optional[int] = None,
-        expected_channel: Optional[str] = None,
-    ) -> list[Message]:
-        """Takes messages for a waiter, who waits up to `wait` seconds; none if none came.
-
-        `ack`, with its `lease` and `expected_channel`, deletes that message in the same
-        transaction; if that cannot be done nothing is taken, and it raises as `delete` does.
-        """
-        over = _thread.allocate_lock()
-        over.acquire()
-        told: list[Operation] = []
-
-        def tell(operation: Operation) -> None:
-            told.append(operation)
-            over.release()
-
-        self.take_async(tell, waiter, wait > 0, ack, lease, expected_channel)
-        try:
-            if not over.acquire(timeout=max(wait, 0)):
-                self.cancel(waiter)
-                over.acquire()
-        except BaseException:  # Ctrl-C, of who embeds a broker: nobody gets what was taken
-            self.cancel(waiter)
-            over.acquire()
-            self.undo_take(waiter, told[0].result())
-            raise
-        messages: list[Message] = told[0].result()
-        return messages
-
-    def take_async(
-        self,
-        told: DoneCallback,
-        waiter: Consumer,
-        waits: bool,
-        ack: Optional[int] = None,
-        lease: Optional[int] = None,
-        expected_channel: Optional[str] = None,
-    ) -> None:
-        """As `take`, but may return before it is over: `told(operation)` then gives its value.
-
-        If it `waits` it does so until something comes, or it is dismissed.
-        """
-        waiter.told = told
-        waiter.ended = not waits
-        if waits:
-            self._check_wait(waiter)
-        now = self.now()
-        self._process_due_now(now)
-        waiter.operation = operation = self._take_for(waiter, now, ack, lease, expected_channel)
-        self._store.start(operation)
-
-    def _check_wait(self, waiter: Consumer) -> None:
-        """`Unavailable` if consumers wait at too many channels for a wait at others."""
-        free = self.max_channels - len(self._waiting)
-        if free < len(waiter.channels) and free < sum(
-            channel not in self._waiting for channel in waiter.channels
-        ):
-            raise Unavailable(f"consumers wait at {self.max_channels} channels, and none is free")
-
-    def _take_for(
-        self,
-        waiter: Consumer,
+        state: State,
+        consumer: Consumer,
         now: float,
         ack: Optional[int] = None,
         lease: Optional[int] = None,
         expected_channel: Optional[str] = None,
-    ) -> Operation:
-        channels, n = waiter.channels, waiter.n
+        woken_by: str = "",
+    ) -> None:
+        channels, n = consumer.channels, consumer.n
         parameters = {
-            "channel": channels[0], "timeout": waiter.timeout, "now": now, "ack": ack,
+            "channel": channels[0], "timeout": consumer.timeout, "now": now, "ack": ack,
         }  # fmt: skip
-        statements: tuple[str, ...] = TAKE
-        if waiter.auto or n > 1 or len(channels) > 1 or self._retry_delays:
-            statements = TAKE_AND_DELETE if waiter.auto else TAKE_PICKED_ONES
-            parameters.update(channels="\n".join(channels), n=n, most=MAX_BATCH_BYTES)
+        statements: tuple[str, ...] = (NEXT_MESSAGE, LEASE_NEXT)
+        if consumer.auto or n > 1 or len(channels) > 1 or state.channels.pauses:
+            statements = (SELECT_BATCH, LEASE_BATCH)
+            if consumer.auto:
+                statements = (SELECT_BATCH_ROWS, SELECT_BATCH, DELETE_BATCH)
+            parameters.update(channels="\n".join(channels), n=n, max_bytes=MAX_BATCH_BYTES)
         if ack is not None:
-            statements = ACKNOWLEDGE + statements
+            statements = (DELETE_LEASED, *statements)
             parameters.update(id=ack, lease=lease, expected_channel=expected_channel)
-        operation = Operation(statements, parameters, self._taken)
-        if ack is not None:
-            operation.ran = self._look_at_kept
-        operation.finished = self._not_taken
-        operation.means = _messages_taken
-        operation.owner = waiter
-        return operation
+        super().__init__(statements, parameters)
+        self.owner = self._consumer = consumer
+        self._state = state
+        self._now = now
+        self._ack = ack
+        self._woken_by = woken_by
+        self._waits = False
+        self._lookup: Optional[Operation] = None  # why the message of `ack` was not deleted
 
-    def _not_taken(self, operation: Operation) -> None:
-        """After a take that failed; calls the next one in its place, so that all learn of it."""
-        waiter: Consumer = operation.owner
-        if waiter.called_by:
-            self._call(waiter.called_by, 1)
-        waiter.told(operation)
+    def on_executed(self) -> None:
+        if self._ack is not None:
+            self._lookup = _look_up_undeleted(self._state, self)
 
-    def _taken(self, operation: Operation) -> None:
-        waiter: Consumer = operation.owner
-        parameters: Any = operation.parameters
-        counters = self.counters
-        if not waiter.ticket:
+    def on_commit(self) -> None:
+        consumer, counters = self._consumer, self._state.counters
+        if not self._woken_by:
             counters["msg-get"] += 1
-        if parameters["ack"] is not None:
-            if not operation.results[0][0]:
+        if self._ack is not None:
+            if not self.results[0][0]:
                 return
             counters["msg-delete"] += 1
-        rows = operation.results[-2]  # in each kind of take
+        rows = self.results[-2]  # in each kind of take
         if not rows:
-            operation.finished = None if self._park(waiter) else waiter.told
+            self._waits = self._state.waiting.add(consumer)
             return
-        operation.finished = waiter.told
         count = len(rows)
         counters["delivered"] += count
-        if waiter.auto:
-            waiter.removed = operation.results[-3]
+        if consumer.auto:
+            consumer.deleted_rows = self.results[-3]
             counters["msg-delete"] += count
         else:
             counters["msg-hide"] += count
             timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
-            self._schedule(parameters["now"] + timeout)
-        if waiter.called_by and waiter.called_by != rows[0][1]:
-            self._call(waiter.called_by, 1)  # what called it is still there
+            self._state.timers.schedule(self._now + timeout)
+        if self._woken_by and self._woken_by != rows[0][1]:
+            self._wake_next()  # the message that woke this consumer is still there
 
-    def undo_take(self, waiter: Consumer, messages: Sequence[Message]) -> None:
-        """Puts back what could not be handed over; those deliveries are not counted."""
-        if not messages:
-            return
-        now = self.now()
-        if waiter.auto:
-            names = ("id", "channel", "priority", "timeout", "deliver", "delivered", "lease",
-                     "received", "linger", "lingers_until", "topic", "type", "dead", "backoff",
-                     "unique_key", "dead_from", "dead_reason", "error", "body")  # fmt: skip
+    def on_done(self) -> None:
+        if self.error is not None and self._woken_by:
+            self._wake_next()  # so that all consumers learn of it
+        if not self._waits:
+            self._consumer.on_done(self)
+
+    def _wake_next(self) -> None:
+        self._state.wake(self._woken_by, 1, self._now)
+
+    def result(self) -> list[Message]:
+        results = self.rows()
+        if self._ack is not None:
+            _check_deleted(self, self._lookup)
+        messages = [message_of(row) for row in results[-2]]
+        if len(messages) > 1:
+            messages.sort(key=lambda message: message.priority)  # the rows are sorted by id
+        return messages
+
+
+class EndWait(Operation):
+    """Ends the wait of a consumer without a message; an empty list, or the error of the wait."""
+
+    def __init__(self, consumer: Consumer, reason: Optional[BaseException] = None) -> None:
+        super().__init__()
+        self.owner = consumer
+        self._reason = reason
+
+    def on_done(self) -> None:
+        self.owner.on_done(self)
+
+    def result(self) -> list[Message]:
+        if self._reason is not None:
+            raise self._reason
+        return []
+
+
+RESTORED_COLUMNS = (
+    "id", "channel", "priority", "timeout", "deliver", "delivered", "lease", "received", "linger",
+    "expires_at", "topic", "type", "dead", "backoff", "unique_key", "dead_from", "dead_reason",
+    "error", "body",
+)  # fmt: skip
+
+
+class UndoTake(Operation):
+    """Puts back messages that could not be handed over; those deliveries are not counted."""
+
+    def __init__(
+        self, state: State, consumer: Consumer, messages: Sequence[Message], now: float
+    ) -> None:
+        if consumer.auto:
             statement = RESTORE_MESSAGE
-            rows = [{**dict(zip(names, row)), "now": now} for row in waiter.removed]
+            rows = [dict(zip(RESTORED_COLUMNS, row), now=now) for row in consumer.deleted_rows]
         else:
             statement = UNDO_TAKE
             rows = [{"id": m.id, "lease": m.lease, "now": now} for m in messages]
+        super().__init__(
+            [statement] * len(rows) + [EXPIRE_WAITING, *BURY_DEAD],
+            rows + [{"now": now}] * (1 + len(BURY_DEAD)),
+        )
+        self._state = state
+        self._auto = consumer.auto
+        self._channel = messages[0].channel
+        self._now = now
 
-        def undone(operation: Operation) -> None:
-            *undos, (lingered, _), dead, _, removed = operation.results
-            count = sum(changed for changed, _ in undos)
-            self.counters["delivered"] -= count
-            self.counters["msg-delete" if waiter.auto else "msg-hide"] -= count
-            self.counters["msg-retention"] += lingered
-            self._given_up(dead, removed)
-            self._schedule(now)  # their lingering may end
-            self._call(messages[0].channel, count)
+    def on_commit(self) -> None:
+        counters = self._state.counters
+        *undone, (expired, _), dead, moved, deleted = self.results
+        count = sum(changed for changed, _ in undone)
+        counters["delivered"] -= count
+        counters["msg-delete" if self._auto else "msg-hide"] -= count
+        counters["msg-retention"] += expired
+        self._state.dead_buried((dead, moved, deleted), self._now)
+        self._state.timers.schedule(self._now)  # their lingering may end
+        self._state.wake(self._channel, count, self._now)
 
-        statements = [statement] * len(rows) + [GIVE_UP_LINGERED, *GIVE_UP]
-        self._run(statements, rows + [{"now": now}] * (1 + len(GIVE_UP)), undone)
 
-    # -- the end of a delivery
+# -- acknowledging
 
-    def touch(
-        self,
-        id: int,
-        lease: Optional[int] = None,
-        timeout: Optional[int] = None,
-        expected_channel: Optional[str] = None,
+
+class Delete(Operation):
+    """Deletes a message."""
+
+    def __init__(
+        self, state: State, id: int, lease: Optional[int], expected_channel: Optional[str]
     ) -> None:
-        """Starts the visibility timeout of a message in flight anew, from now.
+        statement = DELETE_LEASED
+        if lease is None and expected_channel is None:
+            statement = DELETE_MESSAGE
+        super().__init__(
+            (statement,), {"id": id, "lease": lease, "expected_channel": expected_channel}
+        )
+        self._state = state
+        self._lookup: Optional[Operation] = None  # why it was not deleted
 
-        `timeout`: seconds for this delivery, in place of the message's own.  With `lease`, only
-        if that delivery is the latest; with `expected_channel`, only if the message is in that
-        channel.  `NotFound`, or `Conflict` when it is not in flight or the
-        lease has been overtaken.
-        """
+    def on_executed(self) -> None:
+        self._lookup = _look_up_undeleted(self._state, self)
 
-        def touched(operation: Operation) -> None:
-            if operation.results[1][0]:
-                self.counters["msg-touch"] += 1
-                self._schedule(operation.results[2][0][1])
+    def on_commit(self) -> None:
+        self._state.counters["msg-delete"] += self.results[0][0]
 
-        parameters = {
-            "id": id,
-            "lease": lease,
-            "timeout": timeout,
-            "expected_channel": expected_channel,
-        }
-        holding, (changed, _), _ = self._run(TOUCH, {**parameters, "now": self.now()}, touched)
-        if not changed:
-            _refuse(id, lease, holding, "touched")
+    def result(self) -> None:
+        self.rows()
+        _check_deleted(self, self._lookup)
 
-    def delete(
-        self, id: int, lease: Optional[int] = None, expected_channel: Optional[str] = None
-    ) -> None:
-        """Deletes a message; `lease` and `expected_channel` as for `touch`."""
-        operation = self._delete(id, lease, expected_channel)
-        self._store.run(operation)
-        _check_deleted(operation)
 
-    def delete_async(
-        self,
-        told: DoneCallback,
-        id: int,
-        lease: Optional[int] = None,
-        expected_channel: Optional[str] = None,
-    ) -> None:
-        """As `delete`, but may return before it is done: `told(operation)` then gives its value."""
-        operation = self._delete(id, lease, expected_channel)
-        operation.finished = told
-        self._store.start(operation)
+def _look_up_undeleted(state: State, operation: Operation) -> Optional[Operation]:
+    """Reads, in the same transaction, the lease of a message that was not deleted."""
+    if operation.results[0][0]:
+        return None
+    lookup = Operation((LEASE_STATE,), operation.parameters)
+    state.committer.join_transaction(lookup)
+    return lookup
 
-    def _delete(self, id: int, lease: Optional[int], expected_channel: Optional[str]) -> Operation:
-        self._process_due_now()
-        statements = DELETE if lease is None and expected_channel is None else ACKNOWLEDGE
-        parameters = {"id": id, "lease": lease, "expected_channel": expected_channel}
-        operation = Operation(statements, parameters, self._deleted)
-        operation.ran = self._look_at_kept
-        operation.means = _check_deleted
-        return operation
 
-    def _look_at_kept(self, operation: Operation) -> None:
-        """Adds what tells of a message that was not deleted, to the transaction of that."""
-        if not operation.results[0][0]:
-            self._look_at(operation, [operation.parameters])
+def _check_deleted(operation: Operation, lookup: Optional[Operation]) -> None:
+    if not operation.results[0][0]:
+        parameters: Any = operation.parameters
+        lease_state = lookup.rows()[0] if lookup else ()
+        refuse_lease(parameters["id"], parameters["lease"], lease_state, "deleted")
 
-    def _look_at(self, operation: Operation, rows: list[Any]) -> None:
-        operation.added = Operation((MESSAGE_HOLDING,) * len(rows), rows)
-        self._store.add(operation.added)
 
-    def _deleted(self, operation: Operation) -> None:
-        self.counters["msg-delete"] += operation.results[-1][0]
+class DeleteBatch(Operation):
+    """Deletes messages; the ids deleted, in conflict, and missing."""
 
-    def delete_batch(
-        self,
-        messages: Sequence[tuple[int, Optional[int]]],
-        expected_channel: Mapping[int, Optional[str]] = types.MappingProxyType({}),
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Deletes messages (id, lease or None); the ids deleted, in conflict, and missing.
+    def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
+        """`messages`: the parameters of DELETE_LEASED for each."""
+        super().__init__([DELETE_LEASED] * len(messages), messages)
+        self._state = state
+        self._messages = messages
+        self._lookup: Optional[Operation] = None  # why some were not deleted
 
-        `expected_channel` may tell for an id the channel in which the message must be.
-        """
-        wanted = dict(messages)
-        rows = [
-            {"id": id, "lease": lease, "expected_channel": expected_channel.get(id)}
-            for id, lease in wanted.items()
-        ]
+    def on_executed(self) -> None:
+        undeleted = [m for m, (deleted, _) in zip(self._messages, self.results) if not deleted]
+        if undeleted:
+            self._lookup = Operation([LEASE_STATE] * len(undeleted), undeleted)
+            self._state.committer.join_transaction(self._lookup)
 
-        def deleted(operation: Operation) -> None:
-            self.counters["msg-delete"] += sum(deleted for deleted, _ in operation.results)
+    def on_commit(self) -> None:
+        self._state.counters["msg-delete"] += sum(deleted for deleted, _ in self.results)
 
-        def ran(operation: Operation) -> None:
-            kept = [row for row, (deleted, _) in zip(rows, operation.results) if not deleted]
-            if kept:
-                self._look_at(operation, kept)
-
-        operation = Operation([DELETE_LEASED] * len(rows), rows, deleted)
-        operation.ran = ran
-        self._process_due_now()
-        results = self._store.run(operation)
-        holdings = iter(operation.added.rows() if operation.added else ())
+    def result(self) -> tuple[list[int], list[int], list[int]]:
         outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
-        for id, (gone, _) in zip(wanted, results):
-            place = 0 if gone else 1 if next(holdings, None) else 2
-            outcome[place].append(id)
+        lease_states = iter(self._lookup.rows() if self._lookup else ())
+        for message, (deleted, _) in zip(self._messages, self.rows()):
+            kind = 0 if deleted else 1 if next(lease_states, None) else 2
+            outcome[kind].append(message["id"])
         return outcome
 
-    def release(
-        self,
-        id: int,
-        lease: Optional[int] = None,
-        delay: Optional[int] = None,
-        reason: str = "",
-        expected_channel: Optional[str] = None,
-    ) -> None:
-        """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
 
-        The delivery stays counted; if it was the last one that is allowed this is a rejection.
-        `reason` goes out with the next delivery.  Raises as `touch` does.
-        """
-        now = self.now()
+class Touch(Operation):
+    """Restarts the visibility timeout of a message in flight."""
 
-        def released(operation: Operation) -> None:
-            holding, (changed, _), (rejected, _), (lingered, _), *given_up, state = (
-                operation.results
-            )
-            self.counters["msg-release"] += changed
-            self.counters["msg-reject"] += rejected
-            self.counters["msg-retention"] += lingered
-            self._given_up(given_up[0], given_up[2])
-            for delayed, due, lingers_until in state if changed else ():
-                self._schedule(lingers_until or due)
-                if delayed:
-                    self._schedule(due)
-                else:
-                    self._call(holding[0][2], 1)
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__((LEASE_STATE, TOUCH_MESSAGE, DUE_TIMES), parameters)
+        self._state = state
 
-        parameters = {
-            "id": id,
-            "lease": lease,
-            "expected_channel": expected_channel,
-            "delay": delay,
-            "now": now,
-        }
-        results = self._run(RELEASE, {**parameters, "reason": _check_reason(reason)}, released)
-        if not (results[1][0] or results[2][0]):
-            _refuse(id, lease, results[0], "released")
+    def on_commit(self) -> None:
+        _, (changed, _), due_times = self.results
+        if changed:
+            self._state.counters["msg-touch"] += 1
+            self._state.timers.schedule(due_times[0][1])
 
-    def reject(
-        self,
-        id: int,
-        lease: Optional[int] = None,
-        reason: str = "",
-        expected_channel: Optional[str] = None,
-    ) -> None:
-        """Gives a message up: it goes to its dead channel, or away.
-
-        With `lease`, only if that delivery is the latest and has not ended: raises as `touch`.
-        """
-
-        def rejected(operation: Operation) -> None:
-            _, (changed, _), dead, _, removed = operation.results
-            self.counters["msg-reject"] += changed
-            self._given_up(dead, removed)
-
-        parameters = {
-            "id": id,
-            "lease": lease,
-            "expected_channel": expected_channel,
-            "now": self.now(),
-        }
-        parameters["reason"] = _check_reason(reason)
-        holding, (changed, _), *_ = self._run(REJECT, parameters, rejected)
+    def result(self) -> None:
+        lease_state, (changed, _), _ = self.rows()
         if not changed:
-            _refuse(id, lease, holding, "rejected")
+            _refuse(self, lease_state, "touched")
 
-    def _given_up(self, dead: list[tuple[str, int]], removed: tuple[int, int]) -> None:
-        """After GIVE_UP: calls those who wait at the dead channels."""
-        self.counters["msg-delete"] += removed[0]
-        for channel, count in dead:
-            self.counters["msg-dead"] += count
-            self.counters["msg-show"] += count - self._call(channel, count)
 
-    def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
-        """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
-        came from, or all to the channel `to`; returns how many."""
-        if to is not None and check_name("channel", to) == channel:
-            raise BadRequest("to must be another channel than the one that is emptied")
-        if to is not None:
-            self._make_place(to)
+class Release(Operation):
+    """Gives a message in flight back; rejects it if that was its last delivery."""
 
-        def redriven(operation: Operation) -> None:
-            for target, count in operation.results[0]:
-                self.counters["msg-redrive"] += count
-                self.counters["msg-show"] += count - self._call(target, count)
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__(
+            (LEASE_STATE, RELEASE_MESSAGE, REJECT_EXHAUSTED, EXPIRE_WAITING, *BURY_DEAD, DUE_TIMES),
+            parameters,
+        )
+        self._state = state
+        self._now: float = parameters["now"]
 
-        parameters = {"channel": check_name("channel", channel), "to": to}
-        limits = {"n": -1 if n is None else n, "now": self.now()}
-        _, (moved, _) = self._run(REDRIVE, {**parameters, **limits}, redriven)
+    def on_commit(self) -> None:
+        state = self._state
+        lease_state, (changed, _), (rejected, _), (expired, _), *buried, due_times = self.results
+        state.counters["msg-release"] += changed
+        state.counters["msg-reject"] += rejected
+        state.counters["msg-retention"] += expired
+        state.dead_buried(buried, self._now)
+        for delayed, due_at, expires_at in due_times if changed else ():
+            state.timers.schedule(expires_at or due_at)
+            if delayed:
+                state.timers.schedule(due_at)
+            else:
+                state.wake(lease_state[0][2], 1, self._now)
+
+    def result(self) -> None:
+        lease_state, (changed, _), (rejected, _), *_ = self.rows()
+        if not (changed or rejected):
+            _refuse(self, lease_state, "released")
+
+
+class Reject(Operation):
+    """Moves a message to its dead channel, or deletes it."""
+
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__((LEASE_STATE, REJECT_MESSAGE, *BURY_DEAD), parameters)
+        self._state = state
+        self._now: float = parameters["now"]
+
+    def on_commit(self) -> None:
+        _, (changed, _), *buried = self.results
+        self._state.counters["msg-reject"] += changed
+        self._state.dead_buried(buried, self._now)
+
+    def result(self) -> None:
+        lease_state, (changed, _), *_ = self.rows()
+        if not changed:
+            _refuse(self, lease_state, "rejected")
+
+
+def _refuse(operation: Operation, lease_state: Sequence[Any], done: str) -> NoReturn:
+    parameters: Any = operation.parameters
+    refuse_lease(parameters["id"], parameters["lease"], lease_state, done)
+
+
+def refuse_lease(
+    id: int, lease: Optional[int], lease_state: Sequence[tuple[int, int, str]], done: str
+) -> NoReturn:
+    """Says why a message could not be `done` with, from its row of LEASE_STATE, if any."""
+    if not lease_state:
+        raise NotFound(f"there is no message {id}")
+    if lease is not None and lease_state[0][0] != lease:
+        raise Conflict(f"lease {lease} of message {id} has been overtaken: it was delivered again")
+    raise Conflict(f"message {id} is not in flight: only what was delivered can be {done}")
+
+
+class Redrive(Operation):
+    """Moves ready messages to the channels that they came from, or all to one; how many."""
+
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__((REDRIVE_COUNTS, REDRIVE_MESSAGES), parameters)
+        self._state = state
+        self._now: float = parameters["now"]
+
+    def on_commit(self) -> None:
+        for target, count in self.results[0]:
+            self._state.counters["msg-redrive"] += count
+            self._state.messages_ready(target, count, self._now)
+
+    def result(self) -> int:
+        _, (moved, _) = self.rows()
         return int(moved)
+
+
+# -- timers
+
+PROCESS_DUE = (
+    EXPIRE_WAITING,
+    EXPIRE_TIMED_OUT,
+    EXHAUST_TIMED_OUT,
+    *BURY_DEAD,
+    BACK_OFF_TIMED_OUT,
+    COUNT_DUE,
+    MAKE_DUE_READY,
+    ENDED_PAUSES,
+    END_PAUSES,
+    DELETE_OLD_DEDUPS,
+    NEXT_DUE,
+    NEXT_EXPIRY,
+    NEXT_PAUSE,
+)
+
+
+class ProcessDue(Operation):
+    """Returns timed-out and delayed messages to ready, removes expired ones, ends pauses, and
+    wakes the consumers waiting for them."""
+
+    def __init__(self, state: State, now: float) -> None:
+        super().__init__(PROCESS_DUE, {"now": now})
+        self._state = state
+        self._now = now
+
+    def on_commit(self) -> None:
+        state = self._state
+        (
+            (expired, _), (expired_in_flight, _), (exhausted, _), dead, moved, deleted,
+            (delayed, _), ready, _, pauses, _, _, *next_due,
+        ) = self.results  # fmt: skip
+        timed_out = sum(row[2] for row in ready)
+        state.counters["msg-timeouts"] += expired_in_flight + exhausted + delayed + timed_out
+        state.counters["msg-retention"] += expired + expired_in_flight
+        moments = [moment for ((moment,),) in next_due if moment is not None]
+        state.timers.set_next(min(moments, default=NEVER))
+        state.dead_buried((dead, moved, deleted), self._now)
+        for channel, count, _ in ready:
+            state.messages_ready(channel, count, self._now)
+        for channel, count in pauses:
+            state.channels.pauses.pop(channel, None)
+            state.wake(channel, count, self._now)
+
+
+def message_of(row: Sequence[Any]) -> Message:
+    """The message in a row of NEXT_MESSAGE, or of READ_MESSAGE without the state."""
+    message = Message(*row)
+    return message._replace(backoff=backoff_text(message.backoff)) if message.backoff else message
+
+
+def backoff_text(backoff: str) -> str:
+    """A backoff as it was given, from the fields in which it is kept."""
+    return ",".join(backoff.split())
+
+
+# ---------------------------------------------------------------------------------------------
+# Broker: the public calls.  Knows nothing of sockets, headers, JSON, argv.
+#
+# How a call runs through the file, from its connection (C) and in the committer thread (W):
+#
+# POST      1. C: the connection's thread reads the request and finds its route
+#           2. C: the route's method calls `Broker.post_async` with the reply as `on_done`
+#           3. C: `_message` checks and completes the parameters, `Channels.reserve` the channel;
+#                 what is due is processed first
+#           4. C: `Committer.submit` puts a `Post` on the list; the thread reads on
+#           5. W: `Store.transact` runs its statements; `Post.on_executed` joins the take of a
+#                 waiting consumer to the transaction
+#           6. W: the transaction is committed and synced
+#           7. W: `Post.on_commit` counts the message, and schedules its delay or expiry
+#           8. W: `Post.on_done` sends the response, made of `Post.result`
+#
+# GET that  1. C: as above: the route's method calls `Broker.consumer` and `Broker.take_async`
+# waits     2. W: `Take` finds no message; `Take.on_commit` puts the consumer into the `WaitingList`
+#           3. C: the thread listens for a hang-up and for the end of the wait: `Broker.cancel`
+#           4. W: another operation makes a message ready (as 5. above) and calls `State.wake`
+#           5. W: `WaitingList.pop` gives the consumer; if its client is there, a second `Take`
+#                 joins the transaction, so nobody else gets the message
+#           6. W: `Take.on_commit` counts the delivery and schedules the timeout
+#           7. W: `Take.on_done` sends the message; one that cannot be sent is undone (`UndoTake`)
+#
+# DELETE    1. C: as above: the route's method calls `Broker.delete_async`
+#           2. C: what is due is processed first, then `Committer.submit` gets a `Delete`
+#           3. W: its statement deletes the row only if the lease is the latest
+#           4. W: if it deleted nothing, `Delete.on_executed` joins a look-up of the lease
+#           5. W: after the commit `Delete.on_commit` counts it, and `Delete.on_done` sends the
+#                 response: `Delete.result` returns, or raises `NotFound` or `Conflict`
+# ---------------------------------------------------------------------------------------------
+
+# All that POST_MESSAGE asks for and that a message need not say.
+NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0}
+
+
+class Administration:
+    """The calls that neither produce nor consume: they set up channels and topics, and read.
+
+    What they read is as of the last commit.
+    """
+
+    def __init__(self, store: Store, state: State, max_message: int) -> None:
+        self.max_message = max_message
+        self.counters = state.counters
+        self._store = store
+        self._state = state
+        self._committer = state.committer
+        self._read = state.committer.read
+        self._started = state.clock.source.time()
+        ((row,),) = store.read(GET_CONFIG, key="server_id")
+        self.id: str = row[0]
+
+    def now(self) -> float:
+        """Wall-clock seconds since 1970 that do not step back."""
+        return self._state.clock.now()
+
+    def process_due(self) -> None:
+        """Returns timed-out and delayed messages to ready, removes expired ones, and wakes the
+        consumers waiting for them."""
+        self._committer.run(ProcessDue(self._state, self.now()))
+
+    def _process_due_now(self, now: Optional[float] = None) -> None:
+        if self._state.timers.next_due <= (self.now() if now is None else now):
+            self.process_due()
+
+    def _run(self, operation: Operation) -> Any:
+        self._process_due_now()
+        return self._committer.run(operation)
 
     # -- channels and topics
 
     def drain(self, channel: str) -> None:
         """Deletes all messages of a channel, whatever their state, and its dedup keys."""
-
-        def drained(_: Operation) -> None:
-            self.counters["channel-drain"] += 1
-
-        parameters = {"channel": check_name("channel", channel), "scope": f"channel {channel}"}
-        self._run(DRAIN, parameters, drained)
+        scope = f"channel {check_name('channel', channel)}"
+        parameters = {"channel": channel, "scope": scope, "batch_scope": f"batch {scope}"}
+        self._run(
+            Change(
+                (DRAIN_READY, DRAIN_HIDDEN, DELETE_DEDUPS),
+                parameters,
+                lambda _: self._count("channel-drain", 1),
+            )
+        )
 
     def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
-        """Subscribes a channel to a topic: copies get `parameters`; replaces what was there."""
-
-        def subscribed(operation: Operation) -> None:
-            self.counters["subscription-add"] += operation.results[0][0]
-
+        """Subscribes a channel to a topic: copies get `parameters`; replaces a subscription."""
         _check_no_keys(parameters)
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
         given = parse_parameters(parameters)
-        validate_linger({**self._settings.get(channel, {}), **given})
+        validate_linger({**self._state.channels.settings.get(channel, {}), **given})
         unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
-        values = {**unset, **given, **names, "now": self.now(), "most": MAX_SUBSCRIBERS}
-        self._store.check_room()
-        self._make_place(channel)
-        ((changed, _),) = self._run((SUBSCRIBE,), values, subscribed)
+        values = {**unset, **given, **names, "now": self.now(), "max_subscribers": MAX_SUBSCRIBERS}
+        self._store.check_space()
+        self._state.channels.reserve(channel)
+        ((changed, _),) = self._run(
+            Change((SUBSCRIBE,), values, lambda r: self._count("subscription-add", r[0][0]))
+        )
         if not changed:
             raise Full(f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made")
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; it is no error if there is none."""
-
-        def unsubscribed(operation: Operation) -> None:
-            self.counters["subscription-delete"] += operation.results[0][0]
-
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
-        self._run((UNSUBSCRIBE,), names, unsubscribed)
+        self._run(
+            Change((UNSUBSCRIBE,), names, lambda r: self._count("subscription-delete", r[0][0]))
+        )
+
+    def _count(self, counter: str, count: int) -> None:
+        self.counters[counter] += count
 
     def set_settings(self, channel: str, **parameters: object) -> None:
         """Sets what holds for messages posted to a channel that do not say otherwise, and its
-        own `hlm`; replaces what was set."""
+        own `hlm`; replaces earlier settings."""
         _check_no_keys(parameters)
         check_name("channel", channel)
         settings = parse_parameters(parameters, CHANNEL_PARAMETERS)
-        self._make_place(channel)
+        self._state.channels.reserve(channel)
 
-        def set(_: Operation) -> None:
-            self._settings[channel] = settings
+        def effect(_: list[Any]) -> None:
+            self._state.channels.settings[channel] = settings
 
         unset = dict.fromkeys(p.name for p in CHANNEL_PARAMETERS)
-        self._run((SET_SETTINGS,), {**unset, **settings, "channel": channel}, set)
+        self._run(Change((SET_SETTINGS,), {**unset, **settings, "channel": channel}, effect))
 
     def clear_settings(self, channel: str) -> None:
         """Clears the settings of a channel; it is no error if there are none."""
 
-        def cleared(_: Operation) -> None:
-            self._settings.pop(channel, None)
+        def effect(_: list[Any]) -> None:
+            self._state.channels.settings.pop(channel, None)
 
-        self._run((CLEAR_SETTINGS,), {"channel": check_name("channel", channel)}, cleared)
-
-    def settings(self, channel: str) -> dict[str, Any]:
-        """The settings of a channel: those that are set."""
-        settings = dict(self._settings.get(check_name("channel", channel), {}))
-        if "backoff" in settings:
-            settings["backoff"] = _backoff_text(settings["backoff"])
-        return settings
+        self._run(Change((CLEAR_SETTINGS,), {"channel": check_name("channel", channel)}, effect))
 
     def pause(self, channel: str, seconds: Optional[int] = None) -> None:
-        """Lets nobody take messages of a channel until `resume`, or for some seconds."""
-        self._make_place(check_name("channel", channel))
-        until = float("inf") if seconds is None else self.now() + seconds
+        """Keeps all consumers from taking messages of a channel until `resume`, or for some
+        seconds."""
+        self._state.channels.reserve(check_name("channel", channel))
+        until = NEVER if seconds is None else self.now() + seconds
 
-        def paused(_: Operation) -> None:
-            self._retry_delays[channel] = until
-            self._schedule(until)
+        def effect(_: list[Any]) -> None:
+            self._state.channels.pauses[channel] = until
+            self._state.timers.schedule(until)
 
-        self._run((PAUSE,), {"channel": channel, "until": until}, paused)
+        self._run(Change((PAUSE,), {"channel": channel, "until": until}, effect))
 
     def resume(self, channel: str) -> None:
         """Ends a pause; it is no error if there is none."""
+        now = self.now()
 
-        def resumed(operation: Operation) -> None:
-            self._retry_delays.pop(channel, None)
-            self._call(channel, sum(row[0] for row in operation.results[1]))
+        def effect(results: list[Any]) -> None:
+            self._state.channels.pauses.pop(channel, None)
+            self._state.wake(channel, sum(row[0] for row in results[1]), now)
 
         parameters = {"channel": check_name("channel", channel)}
-        self._run((RESUME, CHANNEL_COUNTS), parameters, resumed)
+        self._run(Change((RESUME, CHANNEL_COUNTS), parameters, effect))
+
+    # -- inspection
 
     def channels(self) -> list[str]:
-        """The names, sorted, of channels with messages, subscriptions, or consumers who wait or
+        """The sorted names of channels with messages, subscriptions, or consumers that wait or
         have been gone for less than three minutes."""
         self._process_due_now()
-        (rows,) = self._store.read(CHANNELS)
-        with self._lock:
-            self._forget_deserted()
-            return sorted({name for (name,) in rows}.union(self._waiting, self._deserted))
+        (rows,) = self._read(CHANNEL_NAMES)
+        return sorted({name for (name,) in rows} | self._state.waiting.channels(self.now()))
 
     def topics(self, channel: Optional[str] = None) -> list[str]:
         """The sorted topics that have subscriptions: of one channel, or of all."""
         if channel is None:
-            (rows,) = self._store.read(TOPICS)
+            (rows,) = self._read(TOPIC_NAMES)
         else:
-            (rows,) = self._store.read(TOPICS_OF_CHANNEL, channel=check_name("channel", channel))
+            (rows,) = self._read(TOPICS_OF_CHANNEL, channel=check_name("channel", channel))
         return [topic for (topic,) in rows]
 
     def subscribers(self, topic: str) -> list[str]:
         """The sorted channels that are subscribed to a topic."""
-        (rows,) = self._store.read(CHANNELS_OF_TOPIC, topic=check_name("topic", topic))
+        (rows,) = self._read(CHANNELS_OF_TOPIC, topic=check_name("topic", topic))
         return [channel for (channel,) in rows]
 
-    # -- looking
+    def settings(self, channel: str) -> dict[str, Any]:
+        """The settings of a channel: those that are set."""
+        settings = dict(self._state.channels.settings.get(check_name("channel", channel), {}))
+        if "backoff" in settings:
+            settings["backoff"] = backoff_text(settings["backoff"])
+        return settings
 
     def channels_of(self, ids: Sequence[int]) -> dict[int, str]:
-        """The channel of each message that there is, by its id: who has an id was told of it after
-        the commit."""
+        """The channel of each message that exists, by its id.
+
+        Does not wait for what was submitted: a client learns an id only after its commit.
+        """
+        self._committer.check_thread()
         channels: dict[int, str] = {}
         for id in ids:
-            (rows,) = self._store.read_committed(CHANNEL_OF_MESSAGE, id=id)
+            (rows,) = self._store.read(CHANNEL_OF_MESSAGE, id=id)
             channels.update(rows)
         return channels
 
     def read_message(self, id: int) -> tuple[Message, str]:
         """A message and its state (of `STATES`), without taking it; `NotFound`."""
         self._process_due_now()
-        (rows,) = self._store.read(LOOK_AT_MESSAGE, id=id, now=self.now())
+        (rows,) = self._read(READ_MESSAGE, id=id, now=self.now())
         if not rows:
             raise NotFound(f"there is no message {id}")
-        return _message_of(rows[0][:-1]), STATES[rows[0][-1]]
+        return message_of(rows[0][:-1]), STATES[rows[0][-1]]
 
     def list_messages(
         self,
@@ -3048,11 +3334,11 @@ class Broker:
         if state == "ready" and after is not None:
             self.read_message(after)  # its place in the order is known only while it exists
         statement = {None: LIST_ALL, "ready": LIST_READY}.get(state, LIST_HIDDEN)
-        (rows,) = self._store.read(
-            statement, channel=check_name("channel", channel), n=n, after=after, cut=cut,
-            state=STATES.index(state) if state else 0, now=self.now(),
+        (rows,) = self._read(
+            statement, channel=check_name("channel", channel), n=n, after=after,
+            preview_bytes=cut, state=STATES.index(state) if state else 0, now=self.now(),
         )  # fmt: skip
-        return [(_message_of(row[:-1]), STATES[row[-1]]) for row in rows]
+        return [(message_of(row[:-1]), STATES[row[-1]]) for row in rows]
 
     def list_whole(
         self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
@@ -3074,9 +3360,9 @@ class Broker:
             after = page[-1][0].id
 
     def info(self, channel: str) -> dict[str, Any]:
-        """What there is to know of a channel."""
+        """A channel's counts, age, consumers, topics, pause and settings."""
         self._process_due_now()
-        counts, oldest, topics = self._store.read(
+        counts, oldest, topics = self._read(
             CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, channel=check_name("channel", channel)
         )
         ready, in_flight, delayed = counts[0] if counts else (0, 0, 0)
@@ -3087,23 +3373,23 @@ class Broker:
             "delayed": delayed,
             "in-flight": in_flight,
             "oldest": None if posted is None else max(int(self.now() - posted), 0),
-            "waiting": len(self._waiting.get(channel, ())),
+            "waiting": self._state.waiting.count(channel),
             "topics": [topic for (topic,) in topics],
-            "paused": channel in self._retry_delays,
+            "paused": channel in self._state.channels.pauses,
             "settings": self.settings(channel),
         }
 
     def channel_stats(self, channel: str) -> dict[str, int]:
         """How many messages of a channel are `ready`, and how many `hidden`."""
         self._process_due_now()
-        (rows,) = self._store.read(CHANNEL_COUNTS, channel=check_name("channel", channel))
+        (rows,) = self._read(CHANNEL_COUNTS, channel=check_name("channel", channel))
         ready, in_flight, delayed = rows[0] if rows else (0, 0, 0)
         return {"ready": ready, "hidden": in_flight + delayed}
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and what there is now."""
+        """Counters since the start, and current totals."""
         self._process_due_now()
-        totals, subscriptions, newest = self._store.read(
+        totals, subscriptions, newest = self._read(
             MESSAGE_TOTALS, SUBSCRIPTION_TOTALS, NEWEST_MESSAGE
         )
         ready, hidden, urgent, niced = totals[0]
@@ -3120,7 +3406,7 @@ class Broker:
             "current-messages-hidden": hidden,
             "current-messages-urgent": urgent,
             "current-messages-niced": niced,
-            "current-uptime": int(self._clock.time() - self._started),
+            "current-uptime": int(self._state.clock.source.time() - self._started),
             "db-file": self._store.path,
             "db-size": self._store.size(),
             "pid": os.getpid(),
@@ -3133,188 +3419,447 @@ class Broker:
             "hostname": socket.gethostname(),
         }
 
+    # -- the database
+
     def backup(self, path: str) -> None:
         """Copies the database, as it is now, to a new file, from which a server can start.
 
         `Conflict` if there is a file already; when it returns the copy is whole and on disk.
         """
-        with write_aside(path) as part:
+        with atomic_write(path) as part:
+            self._committer.run(Operation())  # copies what was submitted, and no deleted file
             self._store.copy(part)
 
     def open_copy(self) -> BinaryIO:
         """The same copy in a file without a name, which is gone when it is closed."""
-        return self._store.open_copy()
+        self._committer.run(Operation())
+        return self._store.open_snapshot()
 
     def check_health(self) -> None:
         """Returns if a message could be stored now: it writes to the database, and syncs."""
-        self._store.check_room()
-        self._store.run(Operation((SET_CONFIG,), {"key": "health", "value": str(self.now())}))
+        if not self._state.timers.is_alive():
+            raise Unavailable("the ticker has stopped: restart the server")
+        self._store.check_space()
+        parameters = {"key": "health", "value": str(self.now())}
+        self._committer.run(Operation((SET_CONFIG,), parameters))
 
-    # -- what comes due
 
-    def process_due(self) -> None:
-        """Lets come back, or go, what is due by now; calls those who wait for it."""
-        self._store.run(Operation(SETTLE, {"now": self.now()}, self._on_due_processed))
+class Broker(Administration):
+    """Channels, topics and messages over a `Store`; usable from any thread, without HTTP.
 
-    def _process_due_now(self, now: Optional[float] = None) -> None:
-        if self._due <= (self.now() if now is None else now):
-            self.process_due()
+    A call returns when its effect is committed; the variants with `_async` return before, and call
+    `on_done(operation)` once, in the committer thread: it must be short, and must not make calls
+    that wait.  What is due is processed before an operation runs, so that limits hold at that
+    moment.
+    """
 
-    def _on_due_processed(self, operation: Operation) -> None:
-        (
-            (lingered, _), (lingered_in_flight, _), (used_up, _), dead, _, removed,
-            (delayed, _), shown, _, pauses, _, _, *next_due,
-        ) = operation.results  # fmt: skip
-        timed_out = sum(row[2] for row in shown)
-        self.counters["msg-timeouts"] += lingered_in_flight + used_up + delayed + timed_out
-        self.counters["msg-retention"] += lingered + lingered_in_flight
-        moments = [moment for ((moment,),) in next_due if moment is not None]
-        self._due = min(moments, default=float("inf"))
-        self._given_up(dead, removed)
-        for channel, count, _ in shown:
-            self.counters["msg-show"] += count - self._call(channel, count)
-        for channel, ready in pauses:
-            self._retry_delays.pop(channel, None)
-            self._call(channel, ready)
-
-    def _schedule(self, moment: float) -> None:
-        """Notes, after a commit, that something comes due at a moment."""
-        if moment < self._due:
-            with self._lock:
-                self._due = moment
-                self._sooner.notify()
-
-    def _tick(self) -> None:
-        """The ticker: settles what is due at the moment when it is, for those who wait; also
-        now and then what nobody waits for."""
-        idle_since = self._clock.monotonic()
-        while True:
-            with self._lock:
-                if self._stopping:
-                    return
-                self._forget_deserted()
-                delay = self._due - self.now()
-                if delay > 0 and self._clock.monotonic() - idle_since < CHANNEL_TTL:
-                    self._sooner.wait(min(delay, CHANNEL_TTL))
-                    continue
-            idle_since = self._clock.monotonic()
-            try:
-                self.process_due()
-            except Exception as error:
-                log(f"linger: what is due is tried again: {error!r}")
-                with self._lock:
-                    self._sooner.wait_for(lambda: self._stopping, TICKER_RETRY_DELAY)
-
-    # -- who waits
-
-    def _run(
+    def __init__(
         self,
-        statements: Sequence[str],
-        parameters: Parameters,
-        committed: Callable[[Operation], None],
-        ran: Optional[Callable[[Operation], None]] = None,
-    ) -> list[Any]:
-        self._process_due_now()
-        operation = Operation(statements, parameters, committed)
-        operation.ran = ran
-        return self._store.run(operation)
+        store: Store,
+        hlm: int = 0,
+        max_message: int = MAX_MESSAGE,
+        clock: Clock = time,
+        max_channels: int = MAX_CHANNELS,
+    ) -> None:
+        """`hlm`: messages that a channel may hold, 0 for any number; `max_message`: in bytes;
+        `max_channels`: those with messages, subscriptions, settings or a pause, and also those
+        for which consumers wait."""
+        self.hlm = hlm
+        self.max_channels = max_channels
+        committer = Committer(store)
+        try:
+            self._clock = BrokerClock(clock, store.last_written)
+            channels = Channels(max_channels, committer.read, self._clock)
+            timers = Timers(self._on_tick, self._clock)
+            super().__init__(store, State(committer, self._clock, channels, timers), max_message)
+            self._channels = channels
+            self._waiting = self._state.waiting
+            self.process_due()
+            timers.start()
+        except BaseException:
+            committer.close()
+            raise
 
-    def _park(self, waiter: Consumer) -> bool:
-        """Lets a waiter that found nothing wait, in its old place if it had one; whether it does.
+    def close(self) -> None:
+        """Ends all waits and closes the store."""
+        self._committer.check_thread()
+        self.cancel_all()
+        self._state.timers.join()
+        self._committer.close()
+        self._store.close()
 
-        Runs in the order of commits: a message added after the take that found nothing calls it.
+    def _on_tick(self) -> None:
+        self._waiting.forget_idle(self.now())
+        self.process_due()
+
+    # -- producing
+
+    def post(
+        self, channel: str, body: bytes, type: str = DEFAULT_TYPE, **parameters: object
+    ) -> PostResult:
+        """Adds a message to a channel.
+
+        `parameters` are those of `MESSAGE_PARAMETERS` and `DEDUP_PARAMETERS`; for what is not
+        given the channel's settings hold.  Raises `BadRequest` for an empty body, `TooLarge`, and
+        `Full` at the channel's high-level mark.
         """
-        with self._lock:
-            waiter.operation = None
-            waiter.called_by = ""
-            if waiter.ended or self._stopping:
-                waiter.ended = True
-                return False
-            returning = waiter.ticket
-            if not returning:
-                waiter.ticket = next(self._tickets)
-            for channel in waiter.channels:
-                queue = self._waiting.get(channel)
-                if queue is None:
-                    queue = self._waiting[channel] = collections.OrderedDict()
-                    if self._deserted.pop(channel, None) is None:
-                        self.counters["channel-create"] += 1
-                queue[waiter.ticket] = waiter
-                if returning:
-                    ahead = itertools.takewhile(lambda ticket: ticket < returning, list(queue))
-                    for ticket in (returning, *reversed(list(ahead))):
-                        queue.move_to_end(ticket, last=False)
-        return True
+        operation = self._post(channel, body, type, parameters)
+        result: PostResult = self._committer.run(operation)
+        return result
 
-    def _call(self, channel: str, count: int) -> int:
-        """Calls up to `count` waiters of a channel to take a message; returns how many.
+    def post_async(
+        self,
+        on_done: DoneCallback,
+        channel: str,
+        body: bytes,
+        type: str = DEFAULT_TYPE,
+        **parameters: object,
+    ) -> None:
+        """As `post`, for a caller that does not wait."""
+        operation = self._post(channel, body, type, parameters)
+        operation.done_callback = on_done
+        self._committer.submit(operation)
 
-        Each gets its place in the next transaction here, so that they are served in order.
+    def _post(self, channel: str, body: bytes, type: str, given: Mapping[str, object]) -> Post:
+        self._store.check_space()
+        message = self._message(check_name("channel", channel), body, type, given)
+        self._channels.reserve(channel)
+        self._process_due_now(message["now"])
+        return Post(self._state, message)
+
+    def _message(
+        self, channel: str, body: bytes, type: str, given: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """The parameters of POST_MESSAGE."""
+        _check_body(body, self.max_message)
+        message = NEW_MESSAGE.copy()
+        message["hlm"] = self.hlm
+        settings = self._channels.settings.get(channel)
+        if settings is not None:
+            message.update(settings)
+        if given:
+            message.update(parse_parameters(given, ALL_PARAMETERS))
+        delay, linger = message["delay"], message["linger"]
+        if linger:
+            validate_linger(message)
+        if message["dedup"] is not None:
+            message["scope"], message["dedup"] = _dedup(f"channel {channel}", message["dedup"])
+            message["dedup_for"] = message["dedup-for"]
+        message["channel"] = channel
+        message["body"] = body
+        message["type"] = type
+        message["now"] = now = self.now()
+        message["state"] = 2 if delay else 0
+        message["due_at"] = now + delay
+        message["expires_at"] = now + linger if linger else 0
+        return message
+
+    def post_batch(
+        self, channel: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
+    ) -> list[int]:
+        """Adds messages (body, type, parameters) to a channel in order, all or none; their ids.
+
+        A bad one raises its error with its `index`.
         """
-        if channel not in self._waiting or channel in self._retry_delays:
-            return 0
-        called = 0
-        gone = []
-        with self._lock:
-            queue = self._waiting.get(channel)
-            while queue and called < count:
-                waiter = next(iter(queue.values()))
-                self._leave(waiter)
-                if waiter.is_disconnected():
-                    waiter.ended = True
-                    gone.append(waiter)
-                else:
-                    waiter.called_by = channel
-                    waiter.operation = self._take_for(waiter, self.now())
-                    self._store.add(waiter.operation)
-                    called += 1
-        for waiter in gone:
-            waiter.told(_nothing_taken(waiter))
-        return called
+        check_name("channel", channel)
+        self._store.check_space()
+        rows = _each(messages, lambda m: {**self._message(channel, *m), "batch": 1})
+        self._channels.reserve(channel)
+        ids: list[int] = self._run(PostBatch(self._state, rows))
+        return ids
 
-    def _leave(self, waiter: Consumer) -> None:
-        for channel in waiter.channels:
-            queue = self._waiting.get(channel)
-            if queue and queue.pop(waiter.ticket, None) and not queue:
-                del self._waiting[channel]
-                self._deserted[channel] = self._clock.monotonic()
-                self._forget_deserted()
+    def publish(
+        self, topic: str, body: bytes, type: str = DEFAULT_TYPE, **keys: object
+    ) -> tuple[dict[str, int], list[str], bool]:
+        """Adds a copy of a message to each subscribed channel, in one transaction.
 
-    def cancel(self, waiter: Consumer) -> None:
-        """Ends a wait: it is told of no messages, unless it was just called."""
-        with self._lock:
-            parked = bool(waiter.ticket) and waiter.operation is None and not waiter.ended
-            waiter.ended = True
-            if parked:
-                self._leave(waiter)
-        if parked:
-            waiter.told(_nothing_taken(waiter))
+        `keys` may be `dedup` and `dedup_for`.  Returns the copies' ids by channel, the channels
+        left out since they are at their high-level mark, and whether it was a duplicate.
+        """
+        (publication,) = self._publish(topic, [(body, type, keys)])
+        return publication
+
+    def publish_batch(
+        self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
+    ) -> tuple[dict[str, list[int]], list[str]]:
+        """Publishes messages in order in one transaction; the ids of each channel's copies, and
+        the channels left out."""
+        ids: dict[str, list[int]] = {}
+        full: set[str] = set()
+        for publication in self._publish(topic, messages):
+            full.update(publication.full)
+            for channel, id in publication.ids.items():
+                ids.setdefault(channel, []).append(id)
+        return ids, sorted(full)
+
+    def _publish(
+        self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
+    ) -> list[Publication]:
+        check_name("topic", topic)
+        self._store.check_space()
+        rows = _each(messages, lambda m: self._publication(topic, *m))
+        if len(rows) > 1:
+            self._check_copies(topic, rows)
+        publications: list[Publication] = self._run(Publish(self._state, rows))
+        return publications
+
+    def _publication(
+        self, topic: str, body: bytes, type: str, given: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """The parameters of PUBLISH_MESSAGE."""
+        _check_body(body, self.max_message)
+        if given.get("unique") is not None:
+            raise BadRequest("unique belongs to a channel, and cannot be given with a publication")
+        keys = parse_parameters(given, DEDUP_PARAMETERS)
+        scope, dedup = _dedup(f"topic {topic}", keys.get("dedup"))
+        return {
+            "topic": topic,
+            "body": body,
+            "type": type,
+            "hlm": self.hlm,
+            "now": self.now(),
+            "scope": scope,
+            "dedup": dedup,
+            "dedup_for": keys.get("dedup-for", DEFAULTS["dedup-for"]),
+        }
+
+    def _check_copies(self, topic: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """`TooLarge` if a batch of publications would become too much at once."""
+        copies = len(self.subscribers(topic))
+        size = sum(len(row["body"]) for row in rows)
+        if copies * len(rows) > MAX_BATCH_COPIES or copies * size > MAX_BATCH_COPY_BYTES:
+            raise TooLarge(
+                f"copied to {copies} channels this batch would be more than {MAX_BATCH_COPIES}"
+                f" messages or {MAX_BATCH_COPY_BYTES} bytes: publish fewer at once"
+            )
+
+    # -- consuming
+
+    def get(self, channel: str, wait: float = 0, **options: Any) -> Optional[Message]:
+        """Takes the next message of a channel, waiting up to `wait` seconds; None if none came.
+
+        `options` are those of `consumer`.
+        """
+        messages = self.take(self.consumer([channel], **options), wait)
+        return messages[0] if messages else None
+
+    def consumer(
+        self,
+        channels: Sequence[str],
+        n: int = 1,
+        timeout: Optional[int] = None,
+        auto: bool = False,
+        is_disconnected: Callable[[], bool] = bool,
+    ) -> Consumer:
+        """A consumer for one `take`, which another thread may `cancel`.
+
+        It takes up to `n` messages, from the first of the channels that has any.  `timeout`:
+        seconds that they stay hidden, in place of their own; `auto`: they are deleted as they are
+        delivered.  `is_disconnected()` tells whether its client has gone away: then it is passed
+        over.  It is called in the committer thread, as `on_done` is.
+        """
+        names = [check_name("channel", channel) for channel in channels]
+        if len(names) > 1:
+            names = list(dict.fromkeys(names))
+        if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
+            raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
+        return Consumer(names, n, timeout, auto, is_disconnected)
+
+    def take(
+        self,
+        consumer: Consumer,
+        wait: float = 0,
+        ack: Optional[int] = None,
+        lease: Optional[int] = None,
+        expected_channel: Optional[str] = None,
+    ) -> list[Message]:
+        """Takes messages for a consumer, which waits up to `wait` seconds; none if none came.
+
+        `ack`, with its `lease` and `expected_channel`, deletes that message in the same
+        transaction; if that cannot be done nothing is taken, and it raises as `delete` does.
+        """
+        self._committer.check_thread()
+        done: queue.SimpleQueue[Operation] = queue.SimpleQueue()
+        try:
+            self.take_async(done.put, consumer, wait > 0, ack, lease, expected_channel)
+            try:
+                operation = done.get(timeout=wait) if wait > 0 else done.get()
+            except queue.Empty:
+                self.cancel(consumer)
+                operation = done.get()
+        except LingerError:  # the take was not submitted
+            raise
+        except BaseException:  # of a signal handler: nobody gets what was taken
+            undone: queue.SimpleQueue[None] = queue.SimpleQueue()
+            _thread.start_new_thread(self._undo_interrupted, (consumer, done, undone.put))
+            undone.get()
+            raise
+        messages: list[Message] = operation.result()
+        return messages
+
+    def _undo_interrupted(
+        self,
+        consumer: Consumer,
+        done: queue.SimpleQueue[Operation],
+        on_undone: Callable[[None], None],
+    ) -> None:
+        """Ends a take whose caller was interrupted; in a thread that no signal interrupts."""
+        try:
+            self.cancel(consumer)
+            with contextlib.suppress(LingerError):
+                self._committer.run(Operation())  # when this is done, so is the take
+            with contextlib.suppress(queue.Empty, LingerError):
+                self.undo_take(consumer, done.get_nowait().result())
+        finally:
+            on_undone(None)
+
+    def take_async(
+        self,
+        on_done: DoneCallback,
+        consumer: Consumer,
+        waits: bool,
+        ack: Optional[int] = None,
+        lease: Optional[int] = None,
+        expected_channel: Optional[str] = None,
+    ) -> None:
+        """As `take`, for a caller that does not wait.
+
+        If the consumer `waits`, it does so until it gets a message or is canceled.
+        """
+        consumer.on_done = on_done
+        consumer.closed = not waits
+        if waits and not self._waiting.has_place(consumer.channels, self.max_channels):
+            raise Unavailable(f"consumers wait at {self.max_channels} channels, and none is free")
+        now = self.now()
+        self._process_due_now(now)
+        self._committer.submit(Take(self._state, consumer, now, ack, lease, expected_channel))
+
+    def cancel(self, consumer: Consumer) -> None:
+        """Ends a wait: the consumer gets no messages, unless it was just woken."""
+        if self._waiting.cancel(consumer, self._clock.now_or_latest()):
+            consumer.on_done(EndWait(consumer))
 
     def cancel_all(self) -> None:
         """Ends all waits, now and from now on."""
-        with self._lock:
-            self._stopping = True
-            self._sooner.notify()
-            waiters = {w.ticket: w for queue in self._waiting.values() for w in queue.values()}
-        for waiter in waiters.values():
-            self.cancel(waiter)
+        self._state.timers.stop()
+        self._waiting.close()
+        for consumer in self._waiting.consumers():
+            self.cancel(consumer)
 
-    def _forget_deserted(self) -> None:
-        """Forgets the channels whose last consumer has been gone for long, or that are too many."""
-        limit = self._clock.monotonic() - CHANNEL_TTL
-        deserted = self._deserted
-        while deserted and (
-            len(deserted) > MAX_IDLE_CHANNELS or next(iter(deserted.values())) <= limit
-        ):
-            deserted.popitem(last=False)
-            self.counters["channel-remove"] += 1
+    def undo_take(self, consumer: Consumer, messages: Sequence[Message]) -> None:
+        """Puts back what could not be handed over; those deliveries are not counted."""
+        if messages:
+            self._run(UndoTake(self._state, consumer, messages, self.now()))
+
+    # -- acknowledging
+
+    def touch(
+        self,
+        id: int,
+        lease: Optional[int] = None,
+        timeout: Optional[int] = None,
+        expected_channel: Optional[str] = None,
+    ) -> None:
+        """Restarts the visibility timeout of a message in flight, from now.
+
+        `timeout`: seconds for this delivery, in place of the message's own.  With `lease`, only
+        if that delivery is the latest; with `expected_channel`, only if the message is in that
+        channel.  `NotFound`, or `Conflict` when it is not in flight or the lease was lost.
+        """
+        parameters = self._lease_parameters(id, lease, expected_channel)
+        self._run(Touch(self._state, {**parameters, "timeout": timeout}))
+
+    def delete(
+        self, id: int, lease: Optional[int] = None, expected_channel: Optional[str] = None
+    ) -> None:
+        """Deletes a message; `lease` and `expected_channel` as for `touch`."""
+        self._run(Delete(self._state, id, lease, expected_channel))
+
+    def delete_async(
+        self,
+        on_done: DoneCallback,
+        id: int,
+        lease: Optional[int] = None,
+        expected_channel: Optional[str] = None,
+    ) -> None:
+        """As `delete`, for a caller that does not wait."""
+        self._process_due_now()
+        operation = Delete(self._state, id, lease, expected_channel)
+        operation.done_callback = on_done
+        self._committer.submit(operation)
+
+    def delete_batch(
+        self,
+        messages: Sequence[tuple[int, Optional[int]]],
+        expected_channel: Mapping[int, Optional[str]] = types.MappingProxyType({}),
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Deletes messages (id, lease or None); the ids deleted, in conflict, and missing.
+
+        `expected_channel` may name for an id the channel in which the message must be.
+        """
+        rows = [
+            {"id": id, "lease": lease, "expected_channel": expected_channel.get(id)}
+            for id, lease in dict(messages).items()
+        ]
+        outcome: tuple[list[int], list[int], list[int]] = self._run(DeleteBatch(self._state, rows))
+        return outcome
+
+    def release(
+        self,
+        id: int,
+        lease: Optional[int] = None,
+        delay: Optional[int] = None,
+        reason: str = "",
+        expected_channel: Optional[str] = None,
+    ) -> None:
+        """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
+
+        The delivery stays counted; if it was the last one that is allowed this is a rejection.
+        `reason` goes out with the next delivery.  Raises as `touch` does.
+        """
+        parameters = self._lease_parameters(id, lease, expected_channel)
+        parameters.update(delay=delay, reason=_check_reason(reason))
+        self._run(Release(self._state, parameters))
+
+    def reject(
+        self,
+        id: int,
+        lease: Optional[int] = None,
+        reason: str = "",
+        expected_channel: Optional[str] = None,
+    ) -> None:
+        """Moves a message to its dead channel, or deletes it if it has none.
+
+        With `lease`, only if that delivery is the latest and has not ended: raises as `touch`.
+        """
+        parameters = self._lease_parameters(id, lease, expected_channel)
+        parameters["reason"] = _check_reason(reason)
+        self._run(Reject(self._state, parameters))
+
+    def _lease_parameters(
+        self, id: int, lease: Optional[int], expected_channel: Optional[str]
+    ) -> dict[str, Any]:
+        names = {"id": id, "lease": lease, "expected_channel": expected_channel}
+        return {**names, "now": self.now()}
+
+    def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
+        """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
+        came from, or all to the channel `to`; returns how many."""
+        if to is not None and check_name("channel", to) == channel:
+            raise BadRequest("to must be another channel than the one that is emptied")
+        if to is not None:
+            self._channels.reserve(to)
+        parameters = {"channel": check_name("channel", channel), "to": to}
+        limits = {"n": -1 if n is None else n, "now": self.now()}
+        moved: int = self._run(Redrive(self._state, {**parameters, **limits}))
+        return moved
 
 
-def _check_body(body: bytes, most: int) -> None:
+def _check_body(body: bytes, max_message: int) -> None:
     if not body:
         raise BadRequest("the message is empty: send 1 byte or more as the body, or as msg")
-    if len(body) > most:
-        raise TooLarge(f"the message has {len(body)} bytes, and at most {most} are taken")
+    if len(body) > max_message:
+        raise TooLarge(f"the message has {len(body)} bytes, and at most {max_message} are taken")
 
 
 def _check_no_keys(parameters: Mapping[str, object]) -> None:
@@ -3329,123 +3874,23 @@ def _check_reason(reason: str) -> str:
     return reason
 
 
-def _settings_of(values: Sequence[object]) -> dict[str, Any]:
-    """The settings in a row of ALL_SETTINGS: those that are set."""
-    named = zip((p.name for p in CHANNEL_PARAMETERS), values)
-    return {name: value for name, value in named if value is not None}
+def _dedup(scope: str, key: Optional[str]) -> tuple[str, Optional[str]]:
+    """The scope and key under which a dedup key is kept."""
+    if isinstance(key, BatchKey):
+        return f"batch {scope}", f"{key.position} {key}"
+    return scope, key
 
 
-def _each(items: Sequence[Any], shape: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-    """The shape of each item of a batch; the error of a bad one tells its index."""
+def _each(items: Sequence[Any], convert: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Converts each item of a batch; the error of a bad one gets its index."""
     rows = []
     for index, item in enumerate(items):
         try:
-            rows.append(shape(item))
+            rows.append(convert(item))
         except LingerError as error:
             error.index = index
             raise
     return rows
-
-
-def _was_posted(results: Sequence[Any]) -> bool:
-    """Whether a message was added: that statement stands third if it has keys."""
-    return bool(results[0 if len(results) == 1 else 2][0])
-
-
-def _posted_value(operation: Operation) -> PostResult:
-    posted = _posted_once(operation.results)
-    if posted is None:
-        message: Any = operation.parameters
-        raise Full(f"the channel is at its high-level mark of {message['hlm']} messages")
-    return posted
-
-
-def _posted_once(results: list[Any]) -> Optional[PostResult]:
-    """What came of POST_KEYED, or of POST_MESSAGE alone; None if the channel is full."""
-    if len(results) == 1:
-        ((added, id),) = results
-        return PostResult(id) if added else None
-    answers, messages, (added, id), _ = results
-    if answers:
-        return PostResult(int(answers[0][0]), duplicate=True)
-    if messages:
-        return PostResult(messages[0][0], duplicate=True)
-    return PostResult(id) if added else None
-
-
-def _published(
-    results: list[Any], keyed: bool
-) -> tuple[list[dict[str, int]], list[str], list[bool]]:
-    """What came of publications, from the results of PUBLISH or PUBLISH_KEYED of each: the ids of
-    the copies by channel, the channels left out of any, and whether it was a duplicate."""
-    answers, dropped, duplicates = [], set[str](), []
-    size = len(PUBLISH_KEYED if keyed else PUBLISH)
-    for i in range(0, len(results), size):
-        known = results[i] if keyed else []
-        duplicates.append(bool(known))
-        if known:
-            lines = (line.partition(" ") for line in known[0][0].split("\n") if line)
-            answers.append({channel: int(id) for id, _, channel in lines})
-        else:
-            left_out, _, copies = results[i + keyed : i + keyed + 3]
-            dropped.update(channel for (channel,) in left_out)
-            answers.append({row[0]: row[1] for row in copies})
-    return answers, sorted(dropped), duplicates
-
-
-def _batch_outcome(results: list[Any], count: int) -> list[Optional[PostResult]]:
-    """What came of each message of a batch, from the results of its operation."""
-    results = results[1:-1]  # without those of MARK_FIT and UNMARK_FIT
-    if len(results) == 2:
-        (added, _), ((last,),) = results
-        return [PostResult(last - count + 1 + i) if added else None for i in range(count)]
-    size = len(POST_KEYED)
-    return [_posted_once(results[i : i + size]) for i in range(0, len(results), size)]
-
-
-def _nothing_taken(waiter: Consumer) -> Operation:
-    """For who ends to wait: its value is no messages."""
-    operation = Operation((), {})
-    operation.owner = waiter
-    return operation
-
-
-def _messages_taken(operation: Operation) -> list[Message]:
-    parameters: Any = operation.parameters
-    if parameters["ack"] is not None:
-        _check_deleted(operation)
-    messages = [_message_of(row) for row in operation.results[-2]]
-    if len(messages) > 1:
-        messages.sort(key=lambda message: message.priority)  # they are sorted by id
-    return messages
-
-
-def _check_deleted(operation: Operation) -> None:
-    if not operation.results[0][0]:
-        parameters: Any = operation.parameters
-        holding = operation.added.rows()[0] if operation.added else ()
-        _refuse(parameters["id"], parameters["lease"], holding, "deleted")
-
-
-def _message_of(row: Sequence[Any]) -> Message:
-    message = Message(*row)
-    return message._replace(backoff=_backoff_text(message.backoff)) if message.backoff else message
-
-
-def _backoff_text(backoff: str) -> str:
-    """A backoff as it was given, from the fields in which it is kept."""
-    return ",".join(backoff.split())
-
-
-def _refuse(
-    id: int, lease: Optional[int], holding: Sequence[tuple[int, int, str]], done: str
-) -> NoReturn:
-    """Says why a message could not be `done` with, from its row of MESSAGE_HOLDING, if any."""
-    if not holding:
-        raise NotFound(f"there is no message {id}")
-    if lease is not None and holding[0][0] != lease:
-        raise Conflict(f"lease {lease} of message {id} has been overtaken: it was delivered again")
-    raise Conflict(f"message {id} is not in flight: only what was delivered can be {done}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4367,7 +4812,7 @@ def with_place(index: int, common: dict[str, str]) -> dict[str, str]:
     holds for the batch, so that sending it again adds nothing."""
     if "dedup" not in common:
         return common
-    return {**common, "dedup": f"{common['dedup']}#{index}"}
+    return {**common, "dedup": BatchKey(common["dedup"], index)}
 
 
 def parse_item(
@@ -5754,6 +6199,8 @@ def serve(
 # and the records of a dump.  Knows JSON and header values, but no connection.
 # ---------------------------------------------------------------------------------------------
 
+T = TypeVar("T")
+
 ChannelNames = Union[str, Sequence[str]]
 MessageOrId = Union[Message, int]
 Delivery = tuple[int, Optional[int]]  # id of a message, and its lease or None for any lease
@@ -6222,7 +6669,7 @@ class Client:
 
         The file is complete and on disk when this returns; `Conflict` if it already exists.
         """
-        with write_aside(path) as part, open(part, "wb") as file:
+        with atomic_write(path) as part, open(part, "wb") as file:
             self._request("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
 
     # -- producing
