@@ -6338,7 +6338,7 @@ def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list
 # ---------------------------------------------------------------------------------------------
 
 DEFAULT_URL = "http://127.0.0.1:8989"
-ERRORS = {
+ERRORS_BY_STATUS = {
     error.status: error
     for error in (BadRequest, AccessDenied, NotFound, Conflict, TooLarge, Unavailable, Full)
 }
@@ -6552,7 +6552,8 @@ def error_in_response(url: str, status: int, body: bytes) -> LingerError:
         value = json.loads(body)
     if not isinstance(value, dict) or not isinstance(value.get("error"), str):
         value = {"error": f"{url} responds with status {status}, and not as Linger does"}
-    error = ERRORS.get(403 if status == 401 else status, LingerError)(value["error"], status)
+    kind = ERRORS_BY_STATUS.get(403 if status == 401 else status, LingerError)
+    error = kind(value["error"], status)
     if isinstance(value.get("index"), int):
         error.index = value["index"]
     return error
@@ -8112,9 +8113,9 @@ def _environment_of(message: Message) -> dict[bytes, bytes]:
 # requests and parses little of the responses, because it competes with the server for the CPU.
 # ---------------------------------------------------------------------------------------------
 
-LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]+)")
+CONTENT_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]+)")
 MESSAGE_ID = re.compile(rb"\r\n[Xx]-[Ll]inger-[Mm]sg-[Ii]d: *([0-9]+)")
-IDS = re.compile(rb'"id":([0-9]+)')
+MESSAGE_IDS = re.compile(rb'"id":([0-9]+)')
 # A task yields requests and receives their responses; it returns the number of messages, 0 if
 # there are no more.
 Task = Generator[bytes, bytes, int]
@@ -8134,7 +8135,7 @@ class _BenchConnection:
         while (end := response.find(b"\r\n\r\n")) < 0:
             response += self._receive_some()
         status = int(response[9:12])
-        found = LENGTH.search(response, 0, end)
+        found = CONTENT_LENGTH.search(response, 0, end)
         end += 4 + int(found[1] if found else 0)
         while len(response) < end:
             response += self._receive_some()
@@ -8282,7 +8283,7 @@ class Benchmark:
 
     def _batch(self) -> Task:
         yield self._post_batch
-        ids = IDS.findall((yield self._get_batch))
+        ids = MESSAGE_IDS.findall((yield self._get_batch))
         body = b"[" + b",".join(ids) + b"]"
         yield self._encode("POST", "/messages/delete", None, body, JSON_TYPE)
         return len(ids)

@@ -5625,7 +5625,7 @@ class Script:
             while True:
                 connection, _ = self.listener.accept()
                 self.connections += 1
-                with connection:
+                with connection, contextlib.suppress(ConnectionError):  # reset by the client
                     self.serve(connection)
 
     def serve(self, connection):
