@@ -375,7 +375,7 @@ class StoreTest(Folder):
         other.execute("rollback")
         self.run_sql(committer, linger.SET_CONFIG, key="k", value="1")
 
-    def test_while_the_database_is_locked_all_who_wait_fail_at_once(self):
+    def test_while_the_database_is_locked_all_pending_operations_fail_at_once(self):
         committer, store = self.open(), self.store
         store._writer.execute("pragma busy_timeout = 300")
         other = sqlite3.connect(self.dbfile, isolation_level=None)
@@ -573,7 +573,7 @@ class BackupTest(Folder):
                 self.assertEqual(file.read(15), b"SQLite format 3")
         self.assertEqual(self.bodies(self.copy), [b"x"])
 
-    def test_it_is_of_one_moment_and_ends_though_others_write_between_its_pages(self):
+    def test_a_copy_is_of_one_moment_and_ends_though_others_write_between_its_pages(self):
         self.broker.post_batch("q", [(b"%d" % n + b"x" * 4000, "x", {}) for n in range(100)])
         looks = []
 
@@ -602,7 +602,7 @@ class BackupTest(Folder):
             self.broker.backup(other)
         self.assertEqual([n for n in os.listdir(self.folder) if "other" in n], [])
 
-    def test_a_stop_ends_it(self):
+    def test_a_stop_ends_a_copy(self):
         self.broker._store._closed = True
         self.addCleanup(setattr, self.broker._store, "_closed", False)
         with self.assertRaisesRegex(linger.Unavailable, "stops"):
@@ -643,7 +643,7 @@ class TakeOverTest(Folder):
         self.assertEqual((partly.deliver, partly.delivered, partly.lease), (2, 2, 2))
         self.assertEqual(broker.get("keep").linger, 1_000_000_000)
 
-    def test_what_is_due_comes_back_or_goes(self):
+    def test_messages_that_are_due_come_back_or_expire(self):
         broker = self.open()
         self.assertEqual((broker.get("late").id, broker.get("late")), (9, None))
 
@@ -702,7 +702,7 @@ class TakeOverTest(Folder):
         self.assertEqual(Path(self.dbfile + ".v1").read_bytes(), self.original)
         self.assertFalse(os.path.exists(self.dbfile + ".v1.2"))
 
-    def test_it_happens_once(self):
+    def test_a_migration_happens_once(self):
         self.open().close()
         self.open()
         self.assertFalse(os.path.exists(self.dbfile + ".v1.2"))
@@ -847,7 +847,7 @@ class DeliveryTest(BrokerTest):
         self.broker.delete(self.broker.post("q", b"x").id)
         self.assertIsNone(self.broker.get("q"))
 
-    def test_touch_starts_the_timeout_anew(self):
+    def test_touch_restarts_the_timeout(self):
         id = self.broker.post("q", b"x", timeout=10).id
         self.broker.get("q")
         self.clock.now += 9
@@ -867,7 +867,7 @@ class DeliveryTest(BrokerTest):
         with self.assertRaises(linger.NotFound):
             self.broker.touch(77)
 
-    def test_a_lease_that_was_overtaken_counts_no_more(self):
+    def test_a_lost_lease_is_refused(self):
         id = self.broker.post("q", b"x", timeout=10).id
         first = self.broker.get("q").lease
         self.clock.now += 10
@@ -892,9 +892,9 @@ class DeliveryTest(BrokerTest):
 
     def test_an_undone_delivery_is_not_counted_and_its_lease_not_used_again(self):
         self.broker.post("q", b"x", deliver=1)
-        waiter = self.broker.consumer(["q"])
-        (first,) = taken = self.broker.take(waiter)
-        self.broker.undo_take(waiter, taken)
+        consumer = self.broker.consumer(["q"])
+        (first,) = taken = self.broker.take(consumer)
+        self.broker.undo_take(consumer, taken)
         with self.assertRaises(linger.Conflict):
             self.broker.touch(first.id, first.lease)
         second = self.broker.get("q")
@@ -903,11 +903,11 @@ class DeliveryTest(BrokerTest):
 
     def test_undoing_a_delivery_that_was_overtaken_changes_nothing(self):
         self.broker.post("q", b"x", timeout=1)
-        waiter = self.broker.consumer(["q"])
-        taken = self.broker.take(waiter)
+        consumer = self.broker.consumer(["q"])
+        taken = self.broker.take(consumer)
         self.clock.now += 1
         second = self.broker.get("q")
-        self.broker.undo_take(waiter, taken)
+        self.broker.undo_take(consumer, taken)
         self.assertIsNone(self.broker.get("q"))
         self.broker.delete(second.id, second.lease)
 
@@ -1176,7 +1176,7 @@ class WaitingTest(BrokerTest):
         self.assertGreaterEqual(time.monotonic() - start, 0.05)
         self.assertEqual(count_waiting(broker), 0)
 
-    def test_a_vanished_consumer_is_passed_over(self):
+    def test_a_disconnected_consumer_is_passed_over(self):
         gone = threading.Event()
         is_disconnected = self.park("q", is_disconnected=gone.is_set)
         present = self.park("q")
@@ -1187,18 +1187,18 @@ class WaitingTest(BrokerTest):
 
     def test_an_undone_delivery_goes_to_the_next_consumer(self):
         message_id = self.broker.post("q", b"x").id
-        waiter = self.broker.consumer(["q"])
-        taken = self.broker.take(waiter)
+        consumer = self.broker.consumer(["q"])
+        taken = self.broker.take(consumer)
         future = self.park("q")
-        self.broker.undo_take(waiter, taken)
+        self.broker.undo_take(consumer, taken)
         self.assertEqual(future.result(PATIENCE).id, message_id)
         self.assertEqual(future.result().delivered, 1)
 
-    def test_a_dismissed_waiter_gets_nothing(self):
-        waiter = self.broker.consumer(["q"])
-        future = self.thread(self.broker.take, waiter, PATIENCE)
+    def test_a_canceled_consumer_gets_nothing(self):
+        consumer = self.broker.consumer(["q"])
+        future = self.thread(self.broker.take, consumer, PATIENCE)
         until(lambda: count_waiting(self.broker, "q"))
-        self.broker.cancel(waiter)
+        self.broker.cancel(consumer)
         self.assertEqual(future.result(PATIENCE), [])
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
 
@@ -1295,7 +1295,7 @@ class WaitingTest(BrokerTest):
         writer.set_trace_callback(None)
         return statements.count("commit")
 
-    def test_what_is_added_is_taken_in_the_same_transaction_by_who_waits_for_it(self):
+    def test_a_waiting_consumer_takes_a_message_in_the_transaction_that_adds_it(self):
         self.broker.subscribe("a", "t")
         self.broker.subscribe("b", "t")
         two = [(b"1", "x/y", {}), (b"2", "x/y", {})]
@@ -1339,7 +1339,7 @@ class WaitingTest(BrokerTest):
             for message in messages:
                 broker.delete(message.id)
 
-    def test_what_nobody_waits_for_is_counted_as_shown(self):
+    def test_a_message_without_a_waiting_consumer_is_counted_as_shown(self):
         two = [(b"1", "x/y", {}), (b"2", "x/y", {})]
         self.broker.subscribe("q", "t")
         self.broker.post("q", b"0")
@@ -1425,7 +1425,7 @@ class WaitingTest(BrokerTest):
         with self.assertRaisesRegex(linger.Unavailable, "ticker has stopped"):
             self.broker.check_health()
 
-    def test_nobody_waits_once_the_broker_stops(self):
+    def test_no_consumer_waits_once_the_broker_stops(self):
         future = self.park("q")
         self.broker.cancel_all()
         self.assertIsNone(future.result(PATIENCE))
@@ -1740,7 +1740,7 @@ class LeaseAndReleaseTest(BrokerTest):
         self.broker.release(id, delay=0)
         self.assertIsNotNone(self.broker.get("q"))
 
-    def test_a_delivery_tells_the_backoff_as_it_was_given(self):
+    def test_a_delivery_shows_the_backoff_as_it_was_given(self):
         self.broker.post("q", b"x", backoff="10,60")
         self.broker.post("q", b"y")
         self.assertEqual([self.broker.get("q").backoff for _ in "xy"], ["10,60", ""])
@@ -1761,7 +1761,7 @@ class LeaseAndReleaseTest(BrokerTest):
             with self.subTest(backoff), self.assertRaisesRegex(linger.BadRequest, "backoff"):
                 self.broker.post("q", b"x", backoff=backoff)
 
-    def test_what_is_released_after_its_lingering_goes_at_once_and_to_nobody(self):
+    def test_a_message_released_after_it_expired_is_removed_at_once(self):
         for delay in (0, 100):
             id = self.broker.post("q", b"x", linger=2, timeout=60, dead="d").id
             self.broker.get("q")
@@ -1772,14 +1772,14 @@ class LeaseAndReleaseTest(BrokerTest):
             self.broker.post("q", b"next")
             self.assertEqual(future.result(PATIENCE).body, b"next")
 
-    def test_what_is_undone_after_its_lingering_goes_at_once_and_to_nobody(self):
+    def test_a_delivery_undone_after_its_message_expired_removes_it_at_once(self):
         for auto in (False, True):
             self.broker.post("q", b"x", linger=2)
-            waiter = self.broker.consumer(["q"], auto=auto)
-            taken = self.broker.take(waiter)
+            consumer = self.broker.consumer(["q"], auto=auto)
+            taken = self.broker.take(consumer)
             self.clock.now += 3
             future = self.park("q")
-            self.broker.undo_take(waiter, taken)
+            self.broker.undo_take(consumer, taken)
             self.broker.post("q", b"next")
             self.assertEqual(future.result(PATIENCE).body, b"next")
 
@@ -2019,8 +2019,8 @@ class KeyTest(BrokerTest):
 
 class TakingTest(BrokerTest):
     def take(self, *channels, wait=0, ack=None, lease=None, **options):
-        waiter = self.broker.consumer(channels or ["q"], **options)
-        return self.broker.take(waiter, wait, ack, lease)
+        consumer = self.broker.consumer(channels or ["q"], **options)
+        return self.broker.take(consumer, wait, ack, lease)
 
     def test_a_timeout_given_with_a_take_is_for_that_delivery(self):
         self.broker.post("q", b"x", timeout=10)
@@ -2088,10 +2088,10 @@ class TakingTest(BrokerTest):
     def test_auto_can_be_undone(self):
         self.broker.post("q", b"1", "a/b", priority=3, deliver=2, dead="d", unique="k")
         self.broker.post("q", b"2", priority=3)
-        waiter = self.broker.consumer(["q"], auto=True, n=2)
+        consumer = self.broker.consumer(["q"], auto=True, n=2)
         before = [self.broker.read_message(id) for id in (1, 2)]
-        taken = self.broker.take(waiter)
-        self.broker.undo_take(waiter, taken)
+        taken = self.broker.take(consumer)
+        self.broker.undo_take(consumer, taken)
         after = [self.broker.read_message(id) for id in (1, 2)]
         self.assertEqual([(m._replace(lease=0), s) for m, s in after], before)
         self.assertEqual(self.broker.get("q").lease, 2)
@@ -2155,7 +2155,7 @@ class BatchTest(BrokerTest):
         self.assertFalse(futures[2].done())
         self.broker.cancel_all()
 
-    def test_a_bad_item_changes_nothing_and_is_told(self):
+    def test_a_bad_item_changes_nothing_and_is_named_by_its_index(self):
         items = self.items(b"1", b"2") + self.items(b"3", timeout=0)
         with self.assertRaisesRegex(linger.BadRequest, "timeout") as caught:
             self.broker.post_batch("q", items)
@@ -2187,7 +2187,7 @@ class BatchTest(BrokerTest):
         self.assertEqual((ids, dropped), ({"a": [1, 3], "b": [2, 4]}, []))
         self.assertEqual(self.bodies("b"), [b"1", b"2"])
 
-    def test_a_batch_delete_tells_what_became_of_each(self):
+    def test_a_batch_delete_reports_the_outcome_of_each(self):
         self.broker.post_batch("q", self.items(b"1", b"2", b"3"))
         lease = self.broker.get("q").lease
         outcome = self.broker.delete_batch([(1, lease), (2, 7), (3, None), (9, None)])
@@ -2262,7 +2262,7 @@ class SettingsTest(BrokerTest):
         self.assertEqual(future.result(PATIENCE).id, id)
         self.assertIsNotNone(self.broker.get("q"))
 
-    def test_a_pause_that_ends_by_itself_wakes_those_who_wait(self):
+    def test_a_pause_that_ends_by_itself_wakes_waiting_consumers(self):
         self.broker.pause("q", 10)
         self.broker.post("q", b"1")
         self.broker.post("q", b"2")
@@ -2291,7 +2291,7 @@ class SettingsTest(BrokerTest):
 
 
 class LookingTest(BrokerTest):
-    def test_looking_changes_nothing(self):
+    def test_reading_a_message_changes_nothing(self):
         id = self.broker.post("q", b"x").id
         delayed = self.broker.post("q", b"x", delay=5).id
         for _ in range(2):
@@ -2322,7 +2322,7 @@ class LookingTest(BrokerTest):
         with self.assertRaises(linger.NotFound):
             ids("ready", 2, 99)
 
-    def test_info_tells_all_of_a_channel(self):
+    def test_info_shows_all_of_a_channel(self):
         self.broker.set_settings("q", hlm=9)
         self.broker.subscribe("q", "t")
         self.broker.post("q", b"old", priority=5)
@@ -2491,10 +2491,10 @@ class ModelTest(BrokerTest):
                 elif call < 6:
                     names = chance.sample("abc", chance.randint(1, 3))
                     auto = chance.random() < 0.2
-                    waiter = self.broker.consumer(names, n=chance.randint(1, 3), auto=auto)
-                    taken = self.broker.take(waiter)
+                    consumer = self.broker.consumer(names, n=chance.randint(1, 3), auto=auto)
+                    taken = self.broker.take(consumer)
                     if taken and chance.random() < 0.3:
-                        self.broker.undo_take(waiter, taken)
+                        self.broker.undo_take(consumer, taken)
                 elif call < 10:
                     methods = (self.broker.delete, self.broker.release, self.broker.reject)
                     chance.choice((*methods, self.broker.touch))(id)
