@@ -31,7 +31,7 @@ The file reads downwards: a section uses only what stands above it.
     Encoding      values of Python as requests, responses as messages
     Transport     connections of a client, retries
     Client        the HTTP API as methods, and the loop that takes messages
-    Options       of the server: one table; how it starts and stops
+    Options       the server's options in one table; a server as a process
     Commands      what each command does, and how it writes the result
     Worker        `linger work`: a process for each message
     Bench         `linger bench`: measures a server
@@ -7673,8 +7673,8 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Options: one table of the server's, their values from arguments, environment and file, and the
-# process of a server that is made with them.  Knows no other command.
+# Options: the table of the server's options, with values from arguments, environment and file.
+# Creates a server with them and runs it until a signal.  Knows no other command.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -8261,7 +8261,7 @@ def _settings(client: Client, options: argparse.Namespace) -> int:
 
 # ---------------------------------------------------------------------------------------------
 # Worker: `linger work`, which runs a command as a process for each message.  Knows processes and
-# signals; takes and settles messages through the consumer loop of the client.
+# signals, but no requests: the client's consumer loop takes and settles the messages.
 # ---------------------------------------------------------------------------------------------
 
 STOPPED = "the worker was stopped"
@@ -8493,8 +8493,9 @@ def _environment_of(message: Message) -> dict[bytes, bytes]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Bench: `linger bench`, which measures a server with many connections at a time.  Sends encoded
-# requests and parses little of the responses, because it competes with the server for the CPU.
+# Bench: `linger bench`, which measures a server through its HTTP API, with many connections at a
+# time.  It competes with the server for the CPU, so it encodes each request once and parses only
+# what it needs of a response.  Knows nothing of the server's inside.
 # ---------------------------------------------------------------------------------------------
 
 CONTENT_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]+)")
@@ -8787,7 +8788,8 @@ def _run_benchmark(
 
 
 # ---------------------------------------------------------------------------------------------
-# Command line: the table of commands with their arguments, and `main`, which runs one of them.
+# Command line: the table of commands, and `main`, which parses the arguments and runs one of them.
+# Knows the arguments and help texts of a command, but not what it does with a server.
 # ---------------------------------------------------------------------------------------------
 
 _Argument = tuple[tuple[str, ...], dict[str, Any]]
