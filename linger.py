@@ -4359,13 +4359,15 @@ def allowed_methods(routes: Mapping[str, Route]) -> str:
 # bounded in bytes and lines.  After an error the connection is closed, so that no byte of a
 # doubtful request is ever read as another one.
 #
-# The HTTP part is four sections, from here to Connections.  A request passes through them thus:
-#   1. `Connection._read_request` receives bytes and feeds them to `RequestReader`;
-#   2. the reader parses the head (`parse_head`), and before it reads the body
-#   3. `Api.admit` checks Host, Origin and token, and says how long the body may be;
-#   4. `Api.handle` finds the endpoint, authorizes it (`authorize`), and calls it;
-#   5. the endpoint calls the broker and returns a `Response`, which the connection sends.
-# What waits for a commit goes on in another thread: see Connections.
+# The HTTP part is four sections, from here to Connections.  The steps of a request:
+#   1. `Connection._read_request` receives bytes and feeds them to `RequestReader`.
+#   2. The reader parses the head: `parse_head`.  Before it reads the body (`_read_body`, or
+#      `_read_chunks` for a chunked one),
+#   3. `Api.admit` checks Host and Origin (`Access.check_origin`), looks up the token
+#      (`Access.identify`), and says how long the body may be.
+#   4. `Api.handle` finds the endpoint, checks the token's rights (`authorize`), and calls it.
+#   5. The endpoint calls the broker and returns a `Response`; `Connection._send` sends it.
+# A reply that waits for a commit is sent by another thread: see Connections.
 # ---------------------------------------------------------------------------------------------
 
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -4694,7 +4696,7 @@ def parse_head(head: bytes, cache: HeaderCache) -> Request:
     return Request(method.decode("ascii"), path, headers, http10)
 
 
-def parse_headers_lines(lines: bytes) -> Headers:
+def parse_header_lines(lines: bytes) -> Headers:
     """The headers in lines that each begin with CR LF."""
     if len(lines) > MAX_HEAD or lines.count(b"\r\n") > MAX_FIELDS:
         raise LingerError(f"the limit is {MAX_FIELDS} headers of {MAX_HEAD} bytes in all", 431)
@@ -4775,7 +4777,7 @@ class HeaderCache:
         """The headers in these lines, each of which begins with CR LF."""
         headers = self._headers.get(lines)
         if headers is None:
-            headers = parse_headers_lines(lines)
+            headers = parse_header_lines(lines)
             if len(lines) <= MAX_CACHED_HEAD and UNCACHED_HEADERS.isdisjoint(headers.fields):
                 with self._lock:
                     if len(self._headers) >= HEADER_CACHE:
@@ -5620,12 +5622,23 @@ class Api:
 # Connections: a thread each, which reads requests and sends responses.  Knows nothing of what the
 # requests ask for.
 #
-# Pending replies: an endpoint that must wait for a commit (POST, GET, DELETE of a message) calls
-# `Connection.defer`.  The thread that commits then renders and sends the reply, without blocking;
-# what the socket does not take at once is sent by a new thread.  The connection's thread meanwhile
-# receives: so it need not be woken for each reply, it notices a disconnect, and it ends the wait
-# of a consumer in time.  It waits for the pending reply before it handles the next request.
-# `ReplySlot` is the state that the two threads share.
+# The pending reply.  What must wait for a commit calls `Connection.defer`, and the committer
+# thread replies.  The connection's thread meanwhile receives: so it need not be woken for each
+# reply, it notices a disconnect, and it ends the wait of a consumer in time.  `ReplySlot` is the
+# state that both threads share.  POST, GET and DELETE of a message:
+#   1. `_serve_request` reads the request, and `Api.handle` calls its endpoint.
+#   2. The endpoint calls `defer`, which makes a reply pending, and then the broker's `post_async`,
+#      `take_async` or `delete_async`, which submits a `Post`, `Take` or `Delete`.
+#   3. The connection's thread is back in `_await_data`.  It handles no other request until
+#      `_await_reply` says that no reply is pending.
+#   4. The committer runs the statements and commits (see Commits).  A `Take` that finds nothing
+#      is put on the waiting list.  The next `Post` to its channel takes for it, in its own
+#      transaction: `Post.on_executed` calls `State.wake`.  At the deadline, or when the client
+#      disconnects, `_await_reply` cancels it.
+#   5. The committer calls `_reply`: it renders the response and sends it, without blocking.
+#   6. What the socket does not take at once is sent by a new thread (`_finish_reply_blocking`).
+#      A delivery that cannot be sent is undone (`_abandon_reply`), and counts as if not made.
+#   7. `_complete_reply` ends the pending reply.
 # ---------------------------------------------------------------------------------------------
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -5840,7 +5853,7 @@ class ReplySlot:
 class Connection:
     """A client's connection, from the first byte to the last; its thread runs `run`.
 
-    Other threads call what the thread that commits needs (`defer` returns it), and read `idle`.
+    The committer calls what `defer` returned; `wake` and `is_disconnected` are for any thread.
     """
 
     __slots__ = (

@@ -2644,7 +2644,7 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 class CallTest(ServerTest):
     """Every call of the API, as an ordinary client sees it."""
 
-    def test_welcome_tells_who_answers(self):
+    def test_welcome_names_the_server(self):
         status, value = self.json("GET", "/")
         self.assertEqual(status, 200)
         self.assertEqual(list(value), ["Linger", "version", "id", "hostname"])
@@ -2721,7 +2721,7 @@ class CallTest(ServerTest):
         _, headers, body = self.call("GET", "/channels/q")
         self.assertEqual((body, headers["x-linger-timeout"]), (b" \r\n--\xff\0", "7"))
 
-    def test_a_multipart_body_that_is_no_form_of_ours_is_the_message(self):
+    def test_a_multipart_body_that_is_not_a_linger_form_is_the_message(self):
         part = b"--B\r\nContent-Disposition: form-data; name=%s\r\n\r\n1\r\n"
         for type, body in (
             ("multipart/form-data", b"--B--"),
@@ -2890,7 +2890,7 @@ class CallTest(ServerTest):
                 self.assertEqual(self.call("GET", f"/topics/{part}/channels")[0], 400)
         self.assertEqual(self.broker.channels(), [])
 
-    def test_no_name_or_type_can_break_a_header(self):
+    def test_no_name_or_type_can_inject_a_header(self):
         self.call("PUT", "/channels/q/topics/%E4%BD%A0%20x")
         self.call("POST", "/topics/%E4%BD%A0%20x", "y", {"Content-Type": "text/\xe4"})
         _, headers, _ = self.call("GET", "/channels/q")
@@ -2949,14 +2949,14 @@ class CallTest(ServerTest):
         for wait in ("-1", "3601", "x", ""):
             self.assertEqual(self.call("GET", f"/channels/q?wait={wait}")[0], 400)
 
-    def test_a_mistake_while_an_answer_is_sent_ends_the_connection(self):
+    def test_a_bug_while_a_response_is_sent_closes_the_connection(self):
         with contextlib.redirect_stderr(io.StringIO()) as log:
             with unittest.mock.patch.object(linger.Response, "render", side_effect=KeyError):
                 self.assertEqual(self.talk(CANARY, half_close=False), b"")
             until(lambda: not self.server.active and "KeyError" in log.getvalue())
         self.assertEqual(self.call("POST", "/channels/q", b"x")[0], 202)
 
-    def test_a_mistake_of_ours_is_500_and_logged_and_the_server_goes_on(self):
+    def test_a_bug_is_500_and_logged_and_the_server_goes_on(self):
         broken = unittest.mock.patch.object(linger.Broker, "topics", side_effect=ZeroDivisionError)
         with broken, contextlib.redirect_stderr(io.StringIO()) as log:
             status, value = self.json("GET", "/topics")
@@ -3012,7 +3012,7 @@ class ConsumerCallTest(ServerTest):
         self.assertEqual(self.call("POST", f"/messages/{id}/touch?timeout=100")[0], 204)
         self.assertEqual(self.call("POST", f"/messages/{id}/touch?timeout=0")[0], 400)
 
-    def test_duplicates_are_told(self):
+    def test_duplicates_are_reported(self):
         for key in ("?dedup=k", "?unique=u"):
             id = self.post(query=key)
             status, value = self.json("POST", f"/channels/q{key}", "x", {"Content-Type": "a/b"})
@@ -3025,7 +3025,7 @@ class ConsumerCallTest(ServerTest):
             self.json("POST", "/topics/t", "x", headers), (202, {**first, "duplicate": True})
         )
 
-    def test_many_messages_come_as_json(self):
+    def test_many_messages_are_a_json_array(self):
         self.post("text ü".encode())
         self.post(b"\xff\0")
         status, messages = self.json("GET", "/channels/q?n=10&timeout=77")
@@ -3053,7 +3053,7 @@ class ConsumerCallTest(ServerTest):
         self.assertEqual(self.call("GET", f"/channels/q?ack={second}&nowait")[0], 204)
         self.assertEqual(self.json("GET", "/channels/q/stats")[1], {"ready": 0, "hidden": 0})
 
-    def test_auto_is_undone_when_the_answer_cannot_be_sent(self):
+    def test_auto_is_undone_when_the_response_cannot_be_sent(self):
         self.broker.post("q", b"x")  # not over HTTP: the one handler must be that of the GET
         real = linger.message_headers
 
@@ -3136,7 +3136,7 @@ class ConsumerCallTest(ServerTest):
         self.assertEqual(self.call("POST", "/channels/q/batch", b"x", FORM)[0], 415)
         self.assertEqual(self.broker.channels(), [])
 
-    def test_a_dedup_key_of_a_batch_holds_for_all_of_it(self):
+    def test_a_dedup_key_of_a_batch_holds_for_the_whole_batch(self):
         ndjson = {"Content-Type": "application/x-ndjson", "Idempotency-Key": "k\xc3\xbc"}
         for path in ("/channels/q/batch", "/channels/q/batch?dedup=k%C3%BC"):
             for _ in range(2):
@@ -3172,7 +3172,7 @@ class ConsumerCallTest(ServerTest):
         self.assertEqual(self.call("POST", "/messages/delete", '[{"id": "x"}]')[0], 400)
         self.assertEqual(self.call("POST", "/messages/1")[0], 405)
 
-    def test_looking_at_messages(self):
+    def test_messages_are_listed_without_taking_them(self):
         id = self.post("y" * 1025)
         status, headers, body = self.call("GET", f"/messages/{id}")
         self.assertEqual((status, len(body), headers["x-linger-state"]), (200, 1025, "ready"))
@@ -3705,7 +3705,7 @@ class ReaderTest(unittest.TestCase):
             self.error = str(error)
         return found
 
-    def test_requests_and_errors_do_not_depend_on_how_the_bytes_come(self):
+    def test_requests_and_errors_do_not_depend_on_how_the_bytes_arrive(self):
         for table in (REFUSED, CLOSED, SERVED):
             for _, _, requests in table:
                 for name, data in requests.items():
@@ -3735,7 +3735,7 @@ class ReaderTest(unittest.TestCase):
             [("POST", "/channels/q", b"ab"), ("GET", "/x", b"")],
         )
 
-    def test_the_head_is_judged_before_the_body_comes(self):
+    def test_the_head_is_checked_before_the_body_arrives(self):
         heads = []
 
         def refuse(request):
@@ -3748,7 +3748,7 @@ class ReaderTest(unittest.TestCase):
             reader.next_request()
         self.assertEqual((heads, reader.request.method), (["POST"], "POST"))
 
-    def test_a_client_that_waits_for_100_is_told_apart(self):
+    def test_a_client_that_expects_100_continue_is_recognized(self):
         expects = LENGTH + b"5\r\nExpect: 100-continue\r\n\r\n"
         for data, expected in (
             (expects, True), (expects + b"h", False), (expects.replace(b"1.1", b"1.0"), False),
@@ -3759,7 +3759,7 @@ class ReaderTest(unittest.TestCase):
             self.assertIsNone(reader.next_request())
             self.assertEqual(reader.expects_continue, expected, data)
 
-    def test_the_limit_of_a_body_holds_whatever_its_coding(self):
+    def test_the_limit_of_a_body_holds_for_both_codings(self):
         for data in (LENGTH + b"6\r\n\r\n", CHUNKED + b"6\r\n", CHUNKED + b"4\r\nabcd\r\n2\r\n"):
             self.assertEqual(self.read(data, 1_000, limit=5), [413])
 
@@ -3774,7 +3774,7 @@ class ReaderTest(unittest.TestCase):
             self.assertEqual(self.read(data, 1_000), [400])
             self.assertEqual(self.error, f"the request ended in its {part}")
 
-    def test_a_head_that_comes_again_is_not_parsed_again(self):
+    def test_a_repeated_head_is_not_parsed_again(self):
         cache = linger.RequestCache(linger.HeaderCache())
         first = cache.request(CALL[:-4])
         self.assertIs(cache.request(CALL[:-4]), first)
@@ -3793,7 +3793,7 @@ class ReplySlotTest(unittest.TestCase):
     def setUp(self):
         self.slot = linger.ReplySlot()
 
-    def test_nobody_waits_when_no_reply_is_pending(self):
+    def test_wait_returns_at_once_when_no_reply_is_pending(self):
         self.assertTrue(self.slot.wait())
         self.slot.expect()
         self.assertTrue(self.slot.pending)
@@ -3888,7 +3888,7 @@ class PortabilityTest(unittest.TestCase):
         expected = [(linger.SEND_TIMEOUT, 0), (2, 500_000)]
         self.assertEqual([struct.unpack("=qq", timeout) for timeout in timeouts], expected)
 
-    def test_a_disconnect_is_seen_also_where_poll_does_not_report_it(self):
+    def test_a_disconnect_is_noticed_even_where_poll_does_not_report_it(self):
         events = select.POLLHUP | select.POLLERR
         for patch in (
             {"POLLRDHUP": linger.POLLRDHUP},
@@ -3932,16 +3932,16 @@ class WireTest(ServerTest):
                     counts = [self.broker.channel_stats(c)["ready"] for c in ("canary", "smuggled")]
                     self.assertEqual(counts, [not closed, 0])
 
-    def test_what_leaves_its_end_in_doubt_is_refused_and_the_connection_closed(self):
+    def test_requests_without_a_certain_end_are_refused_and_the_connection_closed(self):
         self.check(REFUSED, closed=True)
 
-    def test_what_asks_for_it_is_served_and_the_connection_closed(self):
+    def test_requests_that_ask_for_it_are_served_and_the_connection_closed(self):
         self.check(CLOSED, closed=True)
 
-    def test_what_is_whole_is_answered_and_the_connection_goes_on(self):
+    def test_complete_requests_are_answered_and_the_connection_stays_open(self):
         self.check(SERVED, closed=False)
 
-    def test_it_is_all_the_same_when_every_byte_comes_by_itself(self):
+    def test_responses_are_the_same_when_every_byte_arrives_separately(self):
         def short(table):
             for statuses, sentence, requests in table:
                 yield statuses, sentence, {n: r for n, r in requests.items() if len(r) < 2_000}
@@ -3962,7 +3962,7 @@ class WireTest(ServerTest):
                 self.assertEqual(self.statuses(request), [400])
                 self.assertEqual(self.broker.channels(), [])
 
-    def test_405_tells_the_methods_that_are_allowed(self):
+    def test_405_lists_the_allowed_methods(self):
         for path, allowed in (
             ("/topics", "GET, HEAD, OPTIONS"),
             ("/channels/x", "GET, POST, DELETE, OPTIONS"),
@@ -3973,7 +3973,7 @@ class WireTest(ServerTest):
             self.assertEqual(self.call("PATCH", path)[1]["Allow"], allowed)
             self.assertEqual(self.call("OPTIONS", path)[1]["Allow"], allowed)
 
-    def test_head_answers_like_get_and_takes_nothing(self):
+    def test_head_responds_like_get_and_takes_nothing(self):
         self.broker.post("q", b"x")
         for path in ("/", "/channels", "/channels/q/stats", "/topics"):
             get, head = self.call("GET", path), self.call("HEAD", path)
@@ -3982,7 +3982,7 @@ class WireTest(ServerTest):
         self.assertEqual(self.call("HEAD", "/channels/q")[0], 405)
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
 
-    def test_every_answer_has_date_server_and_length(self):
+    def test_every_response_has_date_server_and_length(self):
         for path in ("/", "/nowhere", "/channels/q?nowait"):
             status, headers, body = self.call("GET", path)
             self.assertEqual(headers["Server"], f"Linger/{linger.__version__}")
@@ -3990,7 +3990,7 @@ class WireTest(ServerTest):
             if status != 204:
                 self.assertEqual(int(headers["Content-Length"]), len(body))
 
-    def test_a_request_may_come_one_byte_at_a_time(self):
+    def test_a_request_may_arrive_one_byte_at_a_time(self):
         request = (
             b"POST /channels/q HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
             b"3;a=b\r\nabc\r\n00A \r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
@@ -3998,7 +3998,7 @@ class WireTest(ServerTest):
         self.assertEqual(self.statuses(*(request[i : i + 1] for i in range(len(request)))), [202])
         self.assertEqual(self.broker.get("q").body, b"abc0123456789")
 
-    def test_the_limits_of_a_head_are_the_same_however_it_comes(self):
+    def test_the_limits_of_a_head_are_the_same_however_it_arrives(self):
         pieces = []
         longest = linger.MAX_REQUEST_LINE - len("GET / HTTP/1.1")
         headers = b"".join(b"A:%s\r\n" % (b"x" * n) for n in [8_188] * 7 + [8_179])
@@ -4012,7 +4012,7 @@ class WireTest(ServerTest):
                     self.assertEqual(self.statuses(line + b"\r\n"), [statuses[0]], size)
                     self.assertEqual(self.statuses(b"GET /no" + HOST + end), [statuses[1]], size)
 
-    def test_empty_lines_before_a_request_may_come_in_pieces(self):
+    def test_empty_lines_before_a_request_may_arrive_in_pieces(self):
         connection = self.connect()
         connection.sendall(b"\r\n\r")
         self.await_read()
@@ -4020,14 +4020,14 @@ class WireTest(ServerTest):
         self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200"))
         self.assertEqual(self.statuses(b"\r\n\n\r" + CALL), [400])
 
-    def test_long_headers_are_not_remembered(self):
+    def test_long_headers_are_not_cached(self):
         connection = self.connect()
         for n in range(3):
             connection.sendall(CALL[:-2] + b"A: %d" % n + b"x" * 5_000 + b"\r\n\r\n")
             connection.recv(1000)
         self.assertEqual(len(self.server.header_cache), 0)
 
-    def test_headers_are_remembered_for_all_connections_but_not_what_is_secret(self):
+    def test_headers_are_cached_for_all_connections_unless_they_are_secret(self):
         for line in (b"A: b", b"Authorization: Bearer x", b"Idempotency-Key: x", b"A: b"):
             self.talk(CALL[:-2] + line + b"\r\n\r\n")
         self.assertEqual(len(self.server.header_cache), 1)
@@ -4035,7 +4035,7 @@ class WireTest(ServerTest):
             self.talk(CALL[:-2] + b"A: %d\r\n\r\n" % n)
         self.assertLessEqual(len(self.server.header_cache), linger.HEADER_CACHE)
 
-    def test_heads_that_come_again_are_remembered_but_not_their_bodies(self):
+    def test_repeated_heads_are_cached_but_not_their_bodies(self):
         connection = self.connect()
         head = (
             b" /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 17\r\n"
@@ -4071,14 +4071,14 @@ class WireTest(ServerTest):
             linger.serve().close()
         self.assertEqual(len(os.listdir("/proc/self/fd")), before)
 
-    def test_an_answer_can_be_read_although_more_was_sent_than_is_served(self):
+    def test_a_response_can_be_read_although_more_was_sent_than_is_served(self):
         for _ in range(20):
             with self.connect() as connection:
                 connection.sendall(GET + b"Connection: close\r\n\r\n" + CALL * 1000)
                 answer = b"".join(iter(lambda c=connection: c.recv(1), b""))  # no reset before
             self.assertEqual(answer.count(b"HTTP/1.1 200 OK"), 1)
 
-    def test_nothing_is_served_after_a_close_also_if_another_thread_sends_the_answer(self):
+    def test_nothing_is_served_after_a_close_even_if_another_thread_replies(self):
         for close in (POST.replace(b"/1.1", b"/1.0"), POST + b"Connection: close\r\n"):
             connection = self.connect()
             until(lambda: self.server.connections)
@@ -4161,7 +4161,7 @@ class WireTest(ServerTest):
         answer = self.talk(b"GET /channels/q HTTP/1.1\r\nHost: x\r\n\r\n")
         self.assertTrue(answer.endswith(b"\r\n\r\nx"))
 
-    def test_heads_that_differ_only_in_an_id_are_told_apart(self):
+    def test_heads_that_differ_only_in_an_id_are_different_requests(self):
         targets = [
             *(f"POST /channels/a%20b/batch?n={n}" for n in range(4)),
             *("GET /channels/a%20b?nowait",) * 2,
@@ -4202,7 +4202,7 @@ class WireTest(ServerTest):
         for connection in connections:
             self.assertTrue(connection.recv(100).startswith(b"HTTP/1.1 200"))
 
-    def test_connections_that_come_and_go_leave_nothing(self):
+    def test_closed_connections_leave_nothing_behind(self):
         for _ in range(300):
             self.connect().close()
         until(lambda: not self.server.connections and not self.server.active)
@@ -4288,7 +4288,7 @@ class FuzzTest(ServerTest):
         self.assertEqual((self.mistakes, b"500" in statuses), ([], False), data)
         return [s in self.MAX_REFUSED_CONNECTIONS for s in statuses if s != b"100"]
 
-    def test_no_bytes_make_it_fail_or_differ_by_how_they_come(self):
+    def test_no_bytes_make_it_fail_or_depend_on_how_they_arrive(self):
         corpus = [
             request
             for table in (REFUSED, CLOSED, SERVED)
@@ -4329,13 +4329,13 @@ class StopTest(ServerTest):
     def test_a_whole_request_is_answered(self):
         self.assertTrue(self.answer(self.WHOLE).startswith(b"HTTP/1.1 202 "))
 
-    def test_one_whose_body_is_still_to_come_is_closed_without_an_answer(self):
+    def test_one_whose_body_has_not_arrived_gets_no_response(self):
         self.assertEqual(self.answer(self.WHOLE[:-5]), b"")
 
-    def test_one_whose_head_has_just_begun_is_closed_without_an_answer(self):
+    def test_one_whose_head_has_just_begun_gets_no_response(self):
         self.assertEqual(self.answer(self.WHOLE[:20]), b"")
 
-    def test_one_in_the_middle_of_a_chunk_is_closed_without_an_answer(self):
+    def test_one_in_the_middle_of_a_chunk_gets_no_response(self):
         head = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         for begun in (head, head + b"5\r\nhel", head + b"5\r\nhello\r\n0\r\n"):
             self.setUp()
@@ -4437,7 +4437,7 @@ class TogetherTest(ServerTest):
             reading.sendall(get)
             self.assertTrue(reading.recv(1000).startswith(b"HTTP/1.1 204 "))
 
-    def test_two_that_look_do_not_wait_for_each_other(self):
+    def test_two_that_read_do_not_wait_for_each_other(self):
         with unittest.mock.patch.object(linger, "SIMULTANEOUS_WINDOW", PATIENCE):
             connections = [self.connect() for _ in range(2)]
             until(lambda: len(self.server.active) == 2)
@@ -4458,7 +4458,7 @@ class TogetherTest(ServerTest):
 class CapTest(ServerTest):
     options = types.MappingProxyType({"max_connections": 3})
 
-    def test_connections_beyond_the_limit_get_503_and_others_go_on(self):
+    def test_connections_beyond_the_limit_get_503_and_others_stay(self):
         kept = [self.connect() for _ in range(3)]
         for connection in kept:
             connection.sendall(CALL)
@@ -4490,7 +4490,7 @@ class ClientCapTest(ServerTest):
         until(lambda: not self.server.connections)
         self.assertEqual(len(self.server.clients), 0)
 
-    def test_beyond_the_refusals_connections_are_just_closed(self):
+    def test_beyond_the_limit_of_503s_connections_are_closed(self):
         with unittest.mock.patch.object(linger, "MAX_REFUSED_CONNECTIONS", 0):
             kept = [self.connect() for _ in range(2)]
             until(lambda: len(self.server.connections) == 2)
@@ -4525,7 +4525,7 @@ class WaitingCapTest(ServerTest):
             self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 "))
         self.park()
 
-    def test_unless_it_is_said_a_quarter_of_the_connections_is_for_those_who_do_not_wait(self):
+    def test_by_default_a_quarter_of_the_connections_is_not_for_waiting(self):
         with linger.serve(max_connections=100) as server:
             self.assertEqual(server.max_waiting, 75)
         with linger.serve(max_connections=1) as server:
@@ -4535,7 +4535,7 @@ class WaitingCapTest(ServerTest):
 class BodiesTest(ServerTest):
     LARGE = POST + b"Content-Length: 200000\r\n\r\n"
 
-    def test_large_bodies_together_have_a_bounded_size_and_small_ones_go_on(self):
+    def test_large_bodies_are_bounded_together_and_small_ones_pass(self):
         with unittest.mock.patch.object(linger, "MAX_BUFFERED", 250_000):
             slow = self.connect()
             slow.sendall(self.LARGE + b"x" * 190_000)
@@ -4553,7 +4553,7 @@ class BodiesTest(ServerTest):
             self.assertEqual(self.server.reserve_bytes(0), 0)
             self.assertEqual(self.statuses(self.LARGE + b"x" * 200_000), [202])
 
-    def test_a_body_that_breaks_off_holds_nothing(self):
+    def test_an_aborted_body_frees_its_bytes(self):
         connection = self.connect()
         connection.sendall(self.LARGE + b"x" * 100_000)
         until(lambda: self.server.reserve_bytes(0))
@@ -4563,7 +4563,7 @@ class BodiesTest(ServerTest):
 
 
 class HygieneTest(ServerTest):
-    def test_every_answer_forbids_to_guess_its_type(self):
+    def test_every_response_forbids_type_sniffing(self):
         self.broker.post("q", b"x")
         for request in (
             CALL,
@@ -4575,7 +4575,7 @@ class HygieneTest(ServerTest):
         ):
             self.assertIn(b"\r\nX-Content-Type-Options: nosniff\r\n", self.talk(request))
 
-    def test_no_message_is_run_by_a_browser_as_a_page_of_ours(self):
+    def test_no_message_is_run_by_a_browser_as_a_page_of_this_server(self):
         for type in ("text/html", "TEXT/HTML; charset=x", "image/svg+xml", "text/xml", "a/b"):
             id = self.broker.post("q", b"<script>alert(1)</script>", type).id
             for path in ("/channels/q", f"/messages/{id}"):
@@ -4656,7 +4656,7 @@ class LongPollTest(ServerTest):
         message = self.broker.get("q")
         self.assertEqual((message.body, message.delivered), (b"x", 1))
 
-    def test_a_client_that_hung_up_behind_a_second_request_is_let_go(self):
+    def test_a_client_that_hung_up_behind_a_second_request_is_dropped(self):
         self.hasten(DISCONNECT_CHECK_INTERVAL=0.01)
         connection = self.park()
         connection.sendall(CALL)
@@ -4683,7 +4683,7 @@ class LongPollTest(ServerTest):
             answers += connection.recv(10_000)
         self.assertIn(b"\r\n\r\n" + body + b"HTTP/1.1 200 OK\r\n", answers)
 
-    def test_clients_that_hung_up_are_let_go_although_no_message_comes(self):
+    def test_clients_that_hung_up_are_dropped_although_no_message_arrives(self):
         for connection in [self.park() for _ in range(20)]:
             connection.close()
         until(lambda: not count_waiting(self.broker) and not self.server.connections)
@@ -4701,7 +4701,7 @@ class LongPollTest(ServerTest):
         until(lambda: self.broker.channel_stats("q") == {"ready": 1, "hidden": 0})
         self.assertEqual(self.broker.get("q").delivered, 1)
 
-    def test_a_thousand_waiting_consumers_disturb_nobody(self):
+    def test_a_thousand_waiting_consumers_delay_no_other_request(self):
         connections = []
         for _ in range(1000):
             connection = self.connect()
@@ -4721,7 +4721,7 @@ class LongPollTest(ServerTest):
             connection.close()
         until(lambda: not self.server.connections)
 
-    def test_who_takes_an_answer_too_slowly_is_cut_off_and_the_delivery_undone(self):
+    def test_a_client_that_reads_too_slowly_is_disconnected_and_the_delivery_undone(self):
         self.broker.max_message = 20_000_000
         self.broker.post("q", b"x" * 20_000_000)
         with unittest.mock.patch.object(linger, "SEND_TIMEOUT", 1):
@@ -4733,7 +4733,7 @@ class LongPollTest(ServerTest):
                 connection.recv(100)
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
 
-    def test_stopping_answers_waiting_gets_with_204(self):
+    def test_a_stop_ends_waiting_gets_with_204(self):
         waiting, idle = self.park(), self.connect()
         idle.sendall(CALL)
         idle.recv(1000)
@@ -4780,7 +4780,7 @@ class RulesTest(Folder):
         self.assertEqual(grant.visible("channels", names), ["orders-", "orders-1\n2", "abc"])
         self.assertEqual(grant.visible("topics", names), ["news-1"])
 
-    def test_without_patterns_it_is_for_all_and_with_those_of_one_kind_for_none_of_the_other(self):
+    def test_without_patterns_it_covers_all_and_with_one_kind_none_of_the_other(self):
         self.assertTrue(self.grant("w t read").covers("topics", "x"))
         self.assertFalse(self.grant("w t read *").covers("topics", "x"))
         self.assertFalse(self.grant("w t read topic:*").covers("channels", "topic:x"))
@@ -4810,7 +4810,7 @@ class RulesTest(Folder):
             self.assertRegex(str(caught.exception), f"/tokens, line {line}: .*{said}")
             self.assertNotIn("s3c", str(caught.exception))
 
-    def test_a_file_without_tokens_or_that_cannot_be_read_lets_nobody_in_and_does_not_load(self):
+    def test_a_file_without_tokens_or_unreadable_does_not_load(self):
         for text in ("", "# a s3cret read\n", "x" * (linger.MAX_TOKENS_FILE + 1)):
             with self.assertRaises(linger.BadRequest):
                 linger.Access(tokens=self.write(text))
@@ -4819,7 +4819,7 @@ class RulesTest(Folder):
             with self.assertRaisesRegex(linger.BadRequest, "cannot read"):
                 linger.Access(tokens=name and str(self.folder / name))
 
-    def test_a_file_that_others_can_read_is_told(self):
+    def test_a_file_that_others_can_read_is_logged(self):
         for mode, said in ((0o600, ""), (0o640, "chmod 600"), (0o604, "chmod 600")):
             with contextlib.redirect_stderr(io.StringIO()) as log:
                 linger.Access(tokens=self.write("a s3cret read\n", mode))
@@ -4836,7 +4836,7 @@ class RulesTest(Folder):
         access.reload()
         self.assertIsNone(access.identify("Bearer s3cret"))
 
-    def test_a_token_may_be_shown_in_several_ways_and_nothing_else_is_one(self):
+    def test_a_token_may_be_sent_in_several_ways_and_nothing_else_is_one(self):
         access = linger.Access(token="a:b")
         for value in (":a:b", "user:a:b"):
             basic = base64.b64encode(value.encode()).decode()
@@ -4859,7 +4859,7 @@ class RulesTest(Folder):
             with self.subTest(options), self.assertRaises(linger.BadRequest):
                 linger.Access(**options)
 
-    def test_only_this_machine_may_come_without_tokens_unless_that_is_wanted(self):
+    def test_only_loopback_has_access_without_tokens_unless_no_auth_is_given(self):
         for address in ("127.0.0.1", "127.3.2.1", "::1"):
             linger.Access().listen(address)
         for address in ("0.0.0.0", "::", "192.0.2.1", "fe80::1%eth0"):
@@ -4927,7 +4927,7 @@ class TokenTest(ServerTest):
     def as_shop(self, method, path, body=None, headers=None):
         return self.json(method, path, body, {**bearer("sh0p"), **(headers or {})})
 
-    def test_every_route_asks_for_its_right_and_no_other(self):
+    def test_every_route_needs_its_right_and_no_other(self):
         tokens = {"read": "r3ad", "write": "wr1te", "admin": "adm1n"}
         for route in linger.ROUTES:
             path = re.sub("<[a-z]+>", "7", route.path)
@@ -4951,7 +4951,7 @@ class TokenTest(ServerTest):
         self.assertEqual(self.call("HEAD", "/health")[0], 200)
         self.assertEqual(self.call("GET", "/health", None, bearer("wrong"))[0], 200)
 
-    def test_401_tells_how_to_come_in_and_nothing_is_stored(self):
+    def test_401_names_the_schemes_and_nothing_is_stored(self):
         status, headers, body = self.call("POST", "/channels/q", "x", bearer("wrong"))
         self.assertEqual(status, 401)
         challenges = headers.get_all("WWW-Authenticate")
@@ -4960,7 +4960,7 @@ class TokenTest(ServerTest):
         self.assertEqual((other, others.keys()), (body, headers.keys()))
         self.assertEqual(self.broker.channels(), [])
 
-    def test_401_comes_before_the_body_and_leaves_no_request_behind(self):
+    def test_401_is_sent_before_the_body_and_leaves_no_request_behind(self):
         head = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: "
         body = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx"
         answer = self.talk(head + b"100000\r\nExpect: 100-continue\r\n\r\n", half_close=False)
@@ -4986,7 +4986,7 @@ class TokenTest(ServerTest):
         )
         self.assertEqual(self.statuses(get % b"b0ss" + CALL), [200, 401])
 
-    def test_new_rules_hold_from_the_next_request_of_an_open_connection(self):
+    def test_reloaded_tokens_hold_from_the_next_request_of_an_open_connection(self):
         connection = self.connect()
         get = b"GET /topics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer r3ad\r\n\r\n"
         connection.sendall(get)
@@ -4996,7 +4996,7 @@ class TokenTest(ServerTest):
         connection.sendall(get)
         self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 401 "))
 
-    def test_broken_rules_are_logged_and_the_old_ones_hold(self):
+    def test_invalid_tokens_are_logged_and_the_old_ones_hold(self):
         self.tokens.write_text("reader r3ad\n")
         with contextlib.redirect_stderr(io.StringIO()) as log:
             self.server.reload()
@@ -5121,7 +5121,7 @@ class TokenTest(ServerTest):
             with self.subTest(method + " " + path):
                 self.assertEqual(self.call(method, path, None, bearer("sh0p"))[0], status)
 
-    def test_a_message_that_moved_away_meanwhile_is_not_reached(self):
+    def test_a_message_that_has_moved_away_is_not_accessible(self):
         id = self.broker.post("orders-1", b"x", dead="other").id
         real = linger.Broker.channels_of
 
@@ -5150,7 +5150,7 @@ class TokenTest(ServerTest):
             self.as_shop("GET", "/topics/orders/channels")[1], {"channels": ["orders-1"]}
         )
 
-    def test_a_publication_tells_of_those_channels_only_that_the_token_may_see(self):
+    def test_a_publication_reports_only_channels_that_the_token_covers(self):
         for channel in ("orders-1", "other", "full", "orders-2"):
             self.broker.subscribe(channel, "orders")
         for channel in ("full", "orders-2"):
@@ -5170,7 +5170,7 @@ class TokenTest(ServerTest):
             list(self.as_shop("POST", "/topics/orders/batch", "1", batch)[1]), ["orders-1"]
         )
 
-    def test_no_answer_or_log_shows_a_token(self):
+    def test_no_response_or_log_contains_a_token(self):
         self.server.log_requests = True
         with contextlib.redirect_stderr(io.StringIO()) as log:
             answers = self.call("GET", "/stats", None, bearer("b0ss"))[2]
@@ -5185,7 +5185,7 @@ class TokenTest(ServerTest):
 class OneTokenTest(ServerTest):
     options = types.MappingProxyType({"token": "T0ken"})
 
-    def test_one_token_gives_full_access_and_costs_no_look_at_the_message(self):
+    def test_one_token_gives_full_access_without_reading_the_message(self):
         self.broker.post("q", b"x")
         with unittest.mock.patch.object(linger.Broker, "channels_of", side_effect=AssertionError):
             self.assertEqual(self.call("GET", "/channels/q", None, BEARER)[0], 200)
@@ -5205,7 +5205,7 @@ class SiteTest(ServerTest):
         head = "".join(f"{line}\r\n" for line in (f"{method} {target} HTTP/1.1", *lines))
         return self.statuses(head.encode() + b"\r\n")
 
-    def test_on_loopback_the_host_is_a_loopback_address_localhost_or_one_that_is_allowed(self):
+    def test_on_loopback_the_host_must_be_loopback_localhost_or_allowed(self):
         for host, status in (
             ("127.0.0.1", 200), ("127.0.0.1:8989", 200), ("[::1]:8989", 200), ("127.9.8.7", 200),
             ("localhost", 200), ("LOCALHOST:1", 200), ("a.localhost", 200), ("localhost.", 200),
@@ -5246,7 +5246,7 @@ class SiteTest(ServerTest):
                     self.assertEqual(answer, [403])
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
 
-    def test_its_own_pages_and_those_who_are_no_browser_pass(self):
+    def test_pages_of_the_server_and_programs_pass(self):
         for lines in (
             (),
             ("Origin: http://127.0.0.1:8989",),
@@ -5255,14 +5255,14 @@ class SiteTest(ServerTest):
         ):
             self.assertEqual(self.status_of("Host: 127.0.0.1:8989", *lines), [200], lines)
 
-    def test_what_was_found_of_headers_is_remembered_only_if_they_pass(self):
+    def test_checked_headers_are_cached_only_if_they_pass(self):
         bad = b"GET /topics HTTP/1.1\r\nHost: x.example\r\n\r\n"
         good = b"GET /topics HTTP/1.1\r\nHost: localhost\r\n\r\n"
         self.assertEqual(self.statuses(good * 3 + bad), [200, 200, 200, 403])
         absolute = good.replace(b"/topics", b"http://evil.example/topics")
         self.assertEqual(self.statuses(good + absolute), [200, 403])
 
-    def test_no_answer_lets_a_page_read_it(self):
+    def test_no_response_lets_a_foreign_page_read_it(self):
         _, headers, _ = self.call("OPTIONS", "/topics")
         self.assertEqual([n for n in headers if n.startswith("Access-Control")], [])
 
@@ -5389,7 +5389,7 @@ class PageTest(ServerTest):
             self.broker.post("q", b"x")
             self.assertEqual(self.take(headers), 200, headers)
 
-    def test_a_browser_may_look(self):
+    def test_a_browser_may_read(self):
         for headers in ({**self.BROWSER, "Accept": self.PAGE}, {"Accept": self.IMAGE}):
             self.assertEqual(self.take(headers, "/channels/q/messages"), 200)
 
@@ -5500,7 +5500,7 @@ class TlsTest(ServerTest):
             )
             self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 413 "))
 
-    def test_a_connection_goes_on_and_its_end_is_told(self):
+    def test_a_connection_is_kept_and_closed_with_close_notify(self):
         with self.open() as connection:
             for _ in range(3):
                 connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -5512,7 +5512,7 @@ class TlsTest(ServerTest):
             connection.suppress_ragged_eofs = False
             self.assertEqual(connection.recv(1000), b"")
 
-    def test_the_client_speaks_it_and_trusts_only_whom_it_was_told_to(self):
+    def test_the_client_trusts_only_the_given_certificates(self):
         body = random.Random(1).getrandbits(8 * 250_000).to_bytes(250_000, "big")
         with linger.Client(self.server.url, "T0ken", cafile=str(self.cert)) as client:
             for _ in range(2):
@@ -5529,7 +5529,7 @@ class TlsTest(ServerTest):
         with linger.Client(self.server.url, "T0ken") as client, untrusted:
             client.stats()
 
-    def test_a_worker_that_waits_over_it_stops_when_it_is_told_to(self):
+    def test_a_worker_that_waits_over_tls_stops_when_asked(self):
         self.hasten(HEARTBEAT_INTERVAL=0.02)
         stop = threading.Event()
         with linger.Client(self.server.url, "T0ken", cafile=str(self.cert)) as client:
@@ -5556,7 +5556,7 @@ class TlsTest(ServerTest):
             answer = waiting.recv(1000)
         self.assertIn(b"x-linger-delivered: 1\r\n", answer)
 
-    def test_handshakes_that_stall_stop_nobody_and_end_in_time(self):
+    def test_stalled_handshakes_delay_no_others_and_time_out(self):
         def stall():
             connections = [self.connect() for _ in range(100)]
             for connection in connections[::2]:
@@ -6424,7 +6424,7 @@ for thread in threads:
         )
         self.assertEqual(set(process.stderr.split("\n")), {"one whole line", ""})
 
-    def test_few_open_files_are_told_and_lower_the_number_of_connections(self):
+    def test_a_low_limit_of_open_files_is_logged_and_lowers_max_connections(self):
         def lower():
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
@@ -6432,7 +6432,7 @@ for thread in threads:
         self.assertEqual(server.call("GET", "/topics")[0], 200)
         self.assertIn("only 32 connections", server.end()[1])
 
-    def test_without_tokens_it_listens_on_this_machine_only_unless_told_otherwise(self):
+    def test_without_tokens_it_listens_on_loopback_only_unless_no_auth_is_given(self):
         self.assertIn("--no-auth", self.refused("--host=0.0.0.0"))
         self.start("--host=0.0.0.0", "--no-auth").end()
         self.start("--host=0.0.0.0", environment={"LINGER_TOKEN": "T0ken"}).end()
@@ -6593,7 +6593,7 @@ class AttackTest(ProcessCase):
         self.check_service()
         self.assertEqual(self.server.end(), (0, ""))
 
-    def test_requests_that_come_in_small_pieces_for_ever(self):
+    def test_requests_that_arrive_in_small_pieces_forever(self):
         kinds = (
             (GET + b"A: ", b"x"),
             (GET, b"A: b\r\n" * 100),
@@ -6617,7 +6617,7 @@ class AttackTest(ProcessCase):
         self.disconnect()
         self.check_base()
 
-    def test_a_terabyte_is_refused_before_any_of_it_has_come(self):
+    def test_a_terabyte_is_refused_before_any_of_it_arrives(self):
         self.attack(LENGTH + b"1000000000000\r\n\r\n")
         for connection in self.connections:
             connection.setblocking(True)
