@@ -48,7 +48,6 @@ import collections
 import contextlib
 import email.utils
 import errno
-import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -61,7 +60,6 @@ import json
 import os
 import queue
 import re
-import resource
 import select
 import shutil
 import signal
@@ -93,6 +91,14 @@ from typing import (
     cast,
     get_type_hints,
 )
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows, where only the client works
+    IS_POSIX = False
+else:
+    IS_POSIX = True
 
 __version__ = "2.0.0"
 __all__ = [
@@ -291,6 +297,12 @@ class Full(LingerError):
     """The channel is at its high-level mark, or the disk is full."""
 
     status = 507
+
+
+def require_posix(program: str) -> None:
+    """`Unavailable` on a system on which this program cannot run."""
+    if not IS_POSIX:
+        raise Unavailable(f"{program} needs a POSIX system such as Linux or macOS")
 
 
 def log(text: str) -> None:
@@ -1659,6 +1671,7 @@ class Store:
         commits at a power failure, `off` leaves all to the system; none loses anything when only
         the process dies.  `max_size`: bytes that the database may have, 0 for any number.
         """
+        require_posix("a server of Linger")
         if sync not in SYNC_LEVELS:
             raise BadRequest(f"sync must be one of {', '.join(SYNC_LEVELS)}")
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
@@ -2099,7 +2112,7 @@ def atomic_write(path: str) -> Iterator[str]:
     try:
         create_file(part)
         yield part
-        with open(part, "rb") as file:
+        with open(part, "rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.rename(part, path)
     except OSError as error:
@@ -5643,7 +5656,7 @@ class Api:
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)  # Linux only: the client has closed its end
-DISCONNECT_EVENTS = POLLRDHUP | select.POLLHUP | select.POLLERR
+DISCONNECT_EVENTS = POLLRDHUP | select.POLLHUP | select.POLLERR if IS_POSIX else 0
 
 
 def timeval_format(connection: socket.socket) -> str:
@@ -6603,6 +6616,7 @@ MessageOrId = Union[Message, int]
 Delivery = tuple[int, Optional[int]]  # id of a message, and its lease or None for any lease
 Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]  # of a batch
 
+TEXT_TYPE = f"{DEFAULT_TYPE}; charset=utf-8"
 JSON_TYPE = "application/json"
 INTEGER_FIELDS = {name for name, kind in get_type_hints(Message).items() if kind is int}
 
@@ -6616,13 +6630,16 @@ def encode_text(text: str) -> bytes:
 
 
 def encode_message(body: object, type: Optional[str] = None) -> tuple[bytes, str]:
-    """Returns the bytes and type of a body: bytes and str are text/plain, all else is JSON."""
+    """Returns the bytes and type of a body: a str is sent as UTF-8, and what is no bytes as JSON.
+
+    The type of bytes is text/plain, as the server's: their character set is not known.
+    """
     if type is not None and not HEADER_VALUE.fullmatch(type):
         raise BadRequest("type must be a valid header value")
     if isinstance(body, (bytes, bytearray, memoryview)):
         return bytes(body), type or DEFAULT_TYPE
     if isinstance(body, str):
-        return encode_text(body), type or DEFAULT_TYPE
+        return encode_text(body), type or TEXT_TYPE
     return encode_text(TO_JSON(body)), type or JSON_TYPE
 
 
@@ -6904,9 +6921,8 @@ class _HTTPConnection:
     def open(self) -> socket.socket:
         """Returns the socket, of a new connection if the server has closed the last one."""
         if self._connection is not None:
-            poller = select.poll()
-            poller.register(self._connection.sock, select.POLLIN | DISCONNECT_EVENTS)
-            if time.monotonic() - self._used < KEEPALIVE_TIMEOUT and not poller.poll(0):
+            recent = time.monotonic() - self._used < KEEPALIVE_TIMEOUT
+            if recent and _is_idle(self._connection.sock):
                 return self._connection.sock
             self.close()
         connection = self._connect()
@@ -6937,9 +6953,21 @@ class _HTTPConnection:
             connection.close()
             descriptor = sock.detach()
             if descriptor >= 0:  # an interrupted response still has a file of it
-                os.close(descriptor)
+                socket.close(descriptor)
 
     __del__ = close
+
+
+def _is_idle(sock: socket.socket) -> bool:
+    """Returns whether a socket between two requests is open: there must be nothing to receive."""
+    sock.settimeout(0)
+    try:
+        socket.socket.recv(sock, 1, socket.MSG_PEEK)  # of the TCP connection under any TLS
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def error_in_response(url: str, status: int, body: bytes) -> LingerError:
@@ -7082,10 +7110,10 @@ class Client:
     ) -> PostResult:
         """Adds a message to a channel; it is on disk when this returns.
 
-        `body`: bytes, or a str that is sent in UTF-8, both text/plain unless `type` says otherwise;
-        anything else is sent as JSON.  `parameters`: those of a message, with `_` for `-`.
-        `retry`: send it again for up to `timeout` seconds until the server responds; a `dedup` key
-        ensures that it is added once.
+        `body`: bytes (text/plain, unless `type` says otherwise), a str (in UTF-8, as text/plain;
+        charset=utf-8), or anything else, as JSON.  `parameters`: those of a message, with `_` for
+        `-`.  `retry`: send it again for up to `timeout` seconds until the server responds; a
+        `dedup` key ensures that it is added once.
         """
         keyed = "dedup" in parameters or "unique" in parameters  # not only because of `retry`
         return self._add(
@@ -8371,6 +8399,7 @@ class Worker:
     """
 
     def __init__(self, client: Client, options: argparse.Namespace) -> None:
+        require_posix("linger work")
         self._client = client
         self._options = options
         self._environment = {**os.environb, b"LINGER_URL": client.url.encode()}
@@ -8768,6 +8797,7 @@ def _bench(_: Client, options: argparse.Namespace) -> int:
 
     LINGER_URL is ignored: a server in production is measured only when it is named.
     """
+    require_posix("linger bench")
     url = options.server or options.url
     if url:
         if options.sync or options.folder:
@@ -9041,7 +9071,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # or Python reports it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + getattr(signal, "SIGPIPE", 13)
     except (LingerError, OSError) as error:
         log(f"linger: {error}")
         return 1 if isinstance(error, NotFound) else 2

@@ -5640,7 +5640,7 @@ class ClientTest(ClientCase):
         for body, sent, kind in (
             (b"\0\xff", b"\0\xff", "text/plain"),
             (bytearray(b"x"), b"x", "text/plain"),
-            ("grüße", "grüße".encode(), "text/plain"),
+            ("grüße", "grüße".encode(), "text/plain; charset=utf-8"),
             ({"ä": [1, None]}, '{"ä":[1,null]}'.encode(), "application/json"),
             (7, b"7", "application/json"),
         ):
@@ -6227,6 +6227,72 @@ class WorkerTest(ClientCase):
         until(lambda: self.broker.info("q")["waiting"])
         self.client.close()
         self.assertRaises(linger.Unavailable, work.result, PATIENCE)
+
+
+class OtherSystemTest(Folder):
+    """On a system that is not POSIX, such as Windows: the client works, the server says why not."""
+
+    LINGER = """
+import os, select, signal, socket, sys
+
+sys.modules.update(fcntl=None, resource=None)
+for module, names in (
+    (os, "EX_TEMPFAIL environb fork killpg register_at_fork sched_yield set_blocking statvfs"),
+    (select, "POLLERR POLLHUP POLLIN POLLRDHUP epoll poll"),
+    (signal, "SIGHUP SIGKILL SIGPIPE pthread_sigmask"),
+    (socket, "AF_UNIX MSG_DONTWAIT"),
+):
+    for name in names.split():
+        vars(module).pop(name, None)
+import linger
+"""
+    REFUSAL = " needs a POSIX system such as Linux or macOS\n"
+
+    def run_there(self, program, *arguments):
+        """Runs a program that has imported linger; returns its exit status, output and errors."""
+        ended = subprocess.run(
+            [sys.executable, *STRICT, "-c", self.LINGER + program, *arguments],
+            cwd=os.path.dirname(compiled), capture_output=True, text=True, timeout=PATIENCE,
+        )  # fmt: skip
+        return ended.returncode, ended.stdout, ended.stderr
+
+    def test_client_works(self):
+        program = """
+with linger.Client(sys.argv[1]) as client:
+    client.post_batch("q", ["1", "2", "3"])
+    client.delete(client.get("q", 0))
+    client.work("q", lambda message: print(message.text), wait=0)
+    client.backup(sys.argv[2])
+"""
+        backup = str(self.folder / "backup")
+        with linger.serve() as server:
+            ended = self.run_there(program, server.url, backup)
+        self.assertEqual(ended, (0, "2\n3\n", ""))
+        self.assertGreater(os.path.getsize(backup), 0)
+
+    def test_commands_work(self):
+        command = 'sys.exit(linger.main(["get", "q", "--url", *sys.argv[1:]]))'
+        with linger.serve() as server:
+            server.broker.post("q", b"x")
+            self.assertEqual(self.run_there(command, server.url), (0, "x", ""))
+            self.assertEqual(self.run_there(command, server.url), (1, "", ""))
+
+    def test_what_needs_a_posix_system_says_so_in_one_line(self):
+        command = "sys.exit(linger.main(sys.argv[1:]))"
+        for program, *arguments in (
+            ("a server of Linger", "--port", "0", "--dbfile", self.dbfile),
+            ("linger work", "work", "q", "--", "true"),
+            ("linger bench", "bench"),
+        ):
+            with self.subTest(program):
+                ended = self.run_there(command, *arguments)
+                self.assertEqual(ended, (2, "", f"linger: {program}{self.REFUSAL}"))
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_embedded_server_is_refused_with_that_reason(self):
+        status, _, errors = self.run_there("linger.serve()")
+        self.assertEqual(status, 1)
+        self.assertTrue(errors.endswith(f"Unavailable: a server of Linger{self.REFUSAL}"), errors)
 
 
 class Process:
