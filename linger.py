@@ -36,6 +36,17 @@ The file reads downwards: a section uses only what stands above it.
     Worker        `linger work`: a process for each message
     Bench         `linger bench`: measures a server
     Command line  the table of commands; `main`
+
+Where to look for the rules that matter most:
+
+    a lease is checked           `DELETE_LEASED` and its neighbors in SQL, `Delete` in Operations
+    a message is taken           `Take` in Operations
+    a consumer waits, is woken   `WaitingList` in State, `State.wake` in Operations
+    operations share a commit    `Committer` in Commits
+    timeouts and delays end      `ProcessDue` in Operations, `Timers` in State
+    a request is read            `RequestReader` in Requests (`_read_chunks`: a chunked body)
+    a token is compared          `Access.identify` in Access
+    a reply waits for a commit   `ReplySlot` in Connections, and the comment above it
 """
 
 from __future__ import annotations

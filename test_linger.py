@@ -6599,7 +6599,7 @@ for thread in threads:
 @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs Linux")
 class AttackTest(ProcessCase):
     """Who means ill: memory, threads and descriptors stay bounded and come back, and a normal
-    client is served expected_channel a second meanwhile."""
+    client is served within a second meanwhile."""
 
     many = int(os.environ.get("LINGER_TEST_ATTACKERS", "200"))  # connections of an attack
     SLACK = 16  # threads and descriptors more than at rest
@@ -8216,6 +8216,19 @@ FIRST, SECOND = 1, 2
             oversized(source + 516 * "\n"),
             [("section", "Long", 1_001), ("class", "TooLarge", 482), ("function", "f", 41)],
         )
+
+    def test_the_signs_on_the_first_screen_point_to_what_is_there(self):
+        signs = ast.get_docstring(self.tree, False).partition("Where to look")[2]
+        found = re.findall(r"`([\w.]+)`[^`]*? in ([A-Z][A-Za-z ]*?)(?=[, \n(]|$)", signs)
+        self.assertGreater(len(found), 7)
+        texts = re.split(r"(?m)^# -{90,}\n# ", self.source)
+        by_section = {text.partition(":")[0]: text for text in texts}
+        for name, section in found:
+            last = name.rpartition(".")[2]
+            with self.subTest(name):
+                self.assertRegex(
+                    sections[section], rf"(?m)^(class {last}\b|    def {last}\(|{last} = )"
+                )
 
     def test_every_public_name_has_a_docstring(self):
         for name in linger.__all__:
