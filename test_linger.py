@@ -8227,7 +8227,7 @@ FIRST, SECOND = 1, 2
             last = name.rpartition(".")[2]
             with self.subTest(name):
                 self.assertRegex(
-                    sections[section], rf"(?m)^(class {last}\b|    def {last}\(|{last} = )"
+                    by_section[section], rf"(?m)^(class {last}\b|    def {last}\(|{last} = )"
                 )
 
     def test_every_public_name_has_a_docstring(self):
