@@ -86,6 +86,7 @@ import threading
 import time
 import traceback
 import types
+import unicodedata
 import urllib.parse
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -238,6 +239,7 @@ TOUCHES_PER_TIMEOUT = 3  # heartbeats of a worker within a message's timeout
 HEARTBEAT_INTERVAL = 0.3  # seconds between checks whether one is due: below the shortest timeout/3
 MAX_LINES_BYTES = 1_000_000  # lines per batch, bytes: in JSON less than MAX_BATCH_BYTES
 MAX_TIMER = 1_000_000  # longest time limit of a command, seconds: a timer accepts no more
+MIN_COLUMN = 8  # width to which a column of a table may be shortened, characters
 MAX_JOBS = 1_000  # commands that a worker runs at the same time
 KILL_GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a command
 STDERR_TAIL = 3_072  # end of a command's standard error kept as the reason, bytes
@@ -2112,13 +2114,16 @@ def remove_files(path: str, *suffixes: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[str]:
-    """A file to write that is then renamed to `path`, where there must be none, whole and on disk.
+def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
+    """A file to write that is then renamed to `path`, whole and on disk.
 
-    If writing fails, nothing is left.
+    If writing fails, nothing is left.  Only with `replace` may there be a file already, but no
+    database with a log: a server uses it, or SQLite would replay that log into the new file.
     """
-    if os.path.lexists(path):
-        raise Conflict(f"there is already a file {path}: choose another name")
+    if replace and os.path.lexists(path + "-wal"):
+        raise Conflict(f"{path} is a database in use, or was not closed: choose another name")
+    if not replace and os.path.lexists(path):
+        raise Conflict(f"there is already a file {path}: choose another name, or replace it")
     part = path + ".part"
     try:
         create_file(part)
@@ -7101,12 +7106,13 @@ class Client:
         """Returns the counters since the server's start, and the current totals."""
         return self._request_json(dict, "GET", "/stats")
 
-    def backup(self, path: str) -> None:
+    def backup(self, path: str, force: bool = False) -> None:
         """Copies the server's database to a new file, from which a server can start.
 
-        The file is complete and on disk when this returns; `Conflict` if it already exists.
+        The file is complete and on disk when this returns.  `Conflict` if it already exists;
+        `force` replaces it, unless it is a database in use.
         """
-        with atomic_write(path) as part, open(part, "wb") as file:
+        with atomic_write(path, force) as part, open(part, "wb") as file:
             self._request("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
 
     # -- producing
@@ -7809,6 +7815,9 @@ OPTIONS = (
 # fmt: on
 
 
+SERVICE_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://[^/]+:[0-9]+")
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose texts keep their line breaks."""
 
@@ -7820,6 +7829,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"linger: {message}\n")
 
+    def exit(self, status: int = 0, message: Optional[str] = None) -> NoReturn:
+        sys.stdout.flush()  # reports a closed pipe here, where `main` expects it
+        super().exit(status, message)
+
 
 def _option_parser(commands: str) -> argparse.ArgumentParser:
     parser = _Parser(
@@ -7828,7 +7841,9 @@ def _option_parser(commands: str) -> argparse.ArgumentParser:
         description="A message queue and pub-sub server with a plain HTTP API.\n\n"
         f"commands:\n{commands}",
         epilog="Each option is also LINGER_<NAME> in the environment and `name = value` in the\n"
-        "file of --config; the command line has priority, then the environment.",
+        "file of --config; the command line has priority, then the environment.\n\n"
+        "exit status:\n  0  stopped by SIGTERM or SIGINT\n  2  cannot start: the reason is a line"
+        " on standard error",
     )
     for option in OPTIONS:
         flag, help = f"--{option.name}", option.help.replace("%", "%%")  # argparse formats it
@@ -7873,6 +7888,14 @@ def read_config(path: str) -> dict[str, str]:
     return options
 
 
+def _own_variable(value: Optional[str]) -> Optional[str]:
+    """Returns the value of a variable, unless Kubernetes or a Docker link has set it.
+
+    For a service named `linger` they set LINGER_PORT=tcp://10.0.0.1:8989; no option looks so.
+    """
+    return None if value and SERVICE_ADDRESS.fullmatch(value) else value
+
+
 def read_options(
     arguments: Sequence[str], environment: Mapping[str, str], commands: str = ""
 ) -> dict[str, Any]:
@@ -7888,7 +7911,7 @@ def read_options(
         variable = f"LINGER_{option.key.upper()}"
         sources = (
             (f"--{option.name}", given[option.key]),
-            (variable, environment.get(variable)),
+            (variable, _own_variable(environment.get(variable))),
             (f"{option.name} in {config}", in_file.get(option.name)),
         )
         found = ((source, text) for source, text in sources if text is not None)
@@ -7986,6 +8009,14 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
 
 PUBLISH_PARAMETERS = tuple(p for p in DEDUP_PARAMETERS if p.name != "unique")
 
+# The columns of lists
+COPY_COLUMNS = ("channel", "id")
+MESSAGE_COLUMNS = ("id", "state", "priority", "delivered", "age", "error", "body")
+CHANNEL_COLUMNS = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
+PAIR_COLUMNS = ("name", "value")
+RATE_COLUMNS = ("name", "now", "per second")
+BENCH_COLUMNS = ("measurement", "per-second", "p50-ms", "p99-ms")
+
 # -- output: bytes and lines for pipes, tables for people
 
 
@@ -8017,7 +8048,7 @@ def _write_pairs(pairs: Mapping[str, object], as_json: bool) -> int:
     """Writes a record: one object of JSON, or a line for each name and value."""
     if as_json:
         return _write_records([pairs] if pairs else [], as_json)
-    return _write_records([{"name": name, "value": value} for name, value in pairs.items()])
+    return _write_records([dict(zip(PAIR_COLUMNS, pair)) for pair in pairs.items()])
 
 
 def _format_value(value: object) -> str:
@@ -8030,18 +8061,55 @@ def _format_value(value: object) -> str:
 
 
 def _format_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table, cut to the terminal's width, with numbers to the right."""
+    """Returns the lines of a table that fits the terminal, with numbers to the right."""
     columns = list(zip(*rows))
     numeric = [all(re.fullmatch(r"-|-?[0-9.]+", cell) for cell in column) for column in columns]
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
-    width = shutil.get_terminal_size().columns
+    widths = [max(map(_display_width, column)) for column in zip(heads, *rows)]
+    _shrink_to_terminal(widths, [n for n, is_number in enumerate(numeric) if not is_number])
     lines = []
     for row in (heads, *rows):
-        cells = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric))
-        lines.append("  ".join(cells).rstrip()[:width])
+        cells = map(_format_cell, row, widths, numeric)
+        lines.append("  ".join(cells).rstrip())
     if "NO_COLOR" not in os.environ:  # no-color.org
         lines[0] = f"\x1b[1m{lines[0]}\x1b[0m"
     return lines
+
+
+def _shrink_to_terminal(widths: list[int], shrinkable: Sequence[int]) -> None:
+    """Takes the excess from the widest of the shrinkable columns, of several from the last.
+
+    The lines of a table that is wider even then are wrapped by the terminal, not cut.
+    """
+    excess = sum(widths) + 2 * len(widths) - 2 - shutil.get_terminal_size().columns
+    for _ in range(excess if shrinkable else 0):
+        widest = max(shrinkable, key=lambda n: (widths[n], n))
+        widths[widest] = max(widths[widest] - 1, MIN_COLUMN)
+
+
+def _format_cell(text: str, width: int, is_number: bool) -> str:
+    """Returns a text in so many columns of a terminal, shortened if it takes more."""
+    missing = width - _display_width(text)
+    if missing < 0:
+        text = _shorten(text, width)
+        missing = width - _display_width(text)
+    return " " * missing + text if is_number else text + " " * missing
+
+
+def _shorten(text: str, width: int) -> str:
+    """Returns the start of a text, with an ellipsis for what is left out."""
+    for end, character in enumerate(text):
+        width -= _display_width(character)
+        if width < 1:
+            return f"{text[:end]}…"
+    return text
+
+
+def _display_width(text: str) -> int:
+    """Returns how many columns of a terminal a text takes (Unicode Standard Annex 11)."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in ("W", "F") for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
 
 
 def _show_progress(text: str) -> None:
@@ -8130,8 +8198,22 @@ def _read_batches(file: Any) -> Iterator[list[tuple[int, bytes]]]:
 def _publish(client: Client, options: argparse.Namespace) -> None:
     keys = _given_parameters(options, PUBLISH_PARAMETERS)
     copies = client.publish(options.topic, _read_body(options), options.type, retry=True, **keys)
-    records = [{"channel": channel, "id": id} for channel, id in copies.items()]
+    records = [dict(zip(COPY_COLUMNS, copy)) for copy in copies.items()]
     _write_records(records, options.json)
+    if not copies:
+        _explain_no_copies(client, options.topic)
+
+
+def _explain_no_copies(client: Client, topic: str) -> None:
+    """Logs why a publication reached nobody, as far as the token lets us see."""
+    subscribers: Sequence[str] = ()
+    with contextlib.suppress(LingerError):
+        subscribers = client.subscribers(topic)
+    if subscribers:
+        reason = f"the channels subscribed to {topic} are at their high-level mark"
+    else:
+        reason = f"no subscription to {topic} is visible (linger subscribe CHANNEL {topic})"
+    log(f"linger: no channel got a copy: {reason}")
 
 
 def _load(client: Client, options: argparse.Namespace) -> int:
@@ -8156,8 +8238,6 @@ def _read_records(lines: Iterable[bytes]) -> Iterator[Any]:
 
 def _get(client: Client, options: argparse.Namespace) -> int:
     """Writes messages; with `--ack` each is deleted after it was written, not before."""
-    if options.ack and options.auto:
-        raise BadRequest("--ack and --auto exclude each other: a message is deleted once")
     wait = DEFAULT_WAIT if options.follow else options.wait or 0
     channels = options.channel.split(",")
     take = functools.partial(client.get, channels, wait, options.timeout, auto=options.auto)
@@ -8230,17 +8310,30 @@ def _peek(client: Client, options: argparse.Namespace) -> int:
     if options.json:
         records = [{**message_object(message), "state": state} for message, state in listed]
         return _write_records(records, as_json=True)
-    names = ("id", "state", "priority", "delivered", "age", "error", "body")
+    shown = _last_line if sys.stdout.isatty() else str
     rows = (
-        (m.id, state, m.priority, m.delivered, m.received, m.error, m.body.decode(errors="replace"))
+        (
+            m.id,
+            state,
+            m.priority,
+            m.delivered,
+            m.received,
+            shown(m.error),
+            m.body.decode(errors="replace"),
+        )
         for m, state in listed
     )
-    return _write_records([dict(zip(names, row)) for row in rows])
+    return _write_records([dict(zip(MESSAGE_COLUMNS, row)) for row in rows])
+
+
+def _last_line(error: str) -> str:
+    """Returns the line of an error that says the most: in a traceback it is the last one."""
+    return error.strip().rpartition("\n")[2].strip()
 
 
 def _dump(client: Client, options: argparse.Namespace) -> int:
     status = 1
-    for record in client.dump(options.channels or None):
+    for record in client.dump(list(dict.fromkeys(options.channels)) or None):
         status = _write_records([record], as_json=True)
     return status
 
@@ -8248,8 +8341,7 @@ def _dump(client: Client, options: argparse.Namespace) -> int:
 def _channels(client: Client, options: argparse.Namespace) -> int:
     infos = client.channel_infos()
     if not options.json:
-        names = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
-        infos = [{name: info[name] for name in names} for info in infos]
+        infos = [{name: info[name] for name in CHANNEL_COLUMNS} for info in infos]
     return _write_records(infos, options.json)
 
 
@@ -8274,12 +8366,28 @@ def _stats(client: Client, options: argparse.Namespace) -> int:
         rates = {name: round((stats[name] - before[name]) / (now - then), 1) for name in names}
         if sys.stdout.isatty():
             _write(b"\x1b[H\x1b[J")  # clear the screen
-        records = [{"name": n, "now": stats[n], "per second": rates[n]} for n in names]
+        records = [dict(zip(RATE_COLUMNS, (name, stats[name], rates[name]))) for name in names]
         _write_records(records, options.json)
         before, then = stats, now
 
 
-# -- changing a channel
+# -- changing messages and channels
+
+
+def _delete(client: Client, options: argparse.Namespace) -> int:
+    """Deletes messages; of several, those that are missing stop nothing."""
+    ids = list(dict.fromkeys(options.ids))
+    if len(ids) == 1:
+        client.delete(ids[0], options.lease)
+        return 0
+    if options.lease is not None:
+        raise BadRequest("--lease is the number of one delivery: delete one ID with it")
+    missing = []
+    for start in range(0, len(ids), MAX_BATCH):
+        missing += client.delete_batch(ids[start : start + MAX_BATCH])[2]
+    for id in missing:
+        log(f"linger: there is no message {id}")
+    return 1 if missing else 0
 
 
 def _drain(client: Client, options: argparse.Namespace) -> int:
@@ -8302,12 +8410,12 @@ def _redrive(client: Client, options: argparse.Namespace) -> int:
 
 def _settings(client: Client, options: argparse.Namespace) -> int:
     parameters = _given_parameters(options, CHANNEL_PARAMETERS)
-    if not parameters and not options.clear:
-        return _write_pairs(client.settings(options.channel), options.json)
     if options.clear:
         client.clear_settings(options.channel)
-    else:
+    elif parameters:
         client.set_settings(options.channel, **parameters)
+    else:
+        return _write_pairs(client.settings(options.channel), options.json)
     return 0
 
 
@@ -8811,9 +8919,9 @@ def _bench(_: Client, options: argparse.Namespace) -> int:
     require_posix("linger bench")
     url = options.server or options.url
     if url:
-        if options.sync or options.folder:
-            raise BadRequest("--sync and --folder are for the temporary server: pass no URL")
         return _run_benchmark(url, None, [], options)
+    if options.token or options.cafile:
+        raise BadRequest("--token and --cafile are for a running server: pass its URL")
     sync = options.sync or SYNC_LEVELS[0]
     parent = options.folder or "."
     with tempfile.TemporaryDirectory(prefix="linger-bench-", dir=parent) as directory:
@@ -8837,8 +8945,7 @@ def _run_benchmark(
                   "python": sys.version.split()[0], "sqlite": sqlite3.sqlite_version,
                   "processors": os.cpu_count(), "measurements": measured}  # fmt: skip
         return _write_records([record], as_json=True)
-    names = ("measurement", "per-second", "p50-ms", "p99-ms")
-    return _write_records([{name: record[name] for name in names} for record in measured])
+    return _write_records([{name: record[name] for name in BENCH_COLUMNS} for record in measured])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8900,15 +9007,31 @@ BODY = _argument(
 )
 TYPE = _argument("--type", default=DEFAULT_TYPE, help="Content-Type of the body")
 ID = _number("id", "ID", "id of the message", 0)
+IDS_TO_DELETE = _number("ids", "ID", "ids of the messages", 0, nargs="+")
 LEASE = _number("--lease", "N", "fail unless this is the latest delivery", 0)
 REASON = _argument("--reason", metavar="TEXT", default="", help="text for the next consumer")
 TIMEOUT = _seconds("--timeout", "visibility timeout, in place of the message's own")
 JSON = _flag("--json", "write JSON, one object per line")
+NO_MESSAGE = "there is no such message"
+DEDUP_FOR_ALONE = ("--dedup-for", "--dedup", "without a key there is nothing to remember")
 CONNECTION = (
     _argument("--url", help=f"URL of the server (default: LINGER_URL, or {DEFAULT_URL})"),
     _argument("--token", help="token; prefer LINGER_TOKEN, because other users see arguments"),
     _argument("--cafile", metavar="FILE", help="certificates to trust instead of the system's"),
 )
+
+
+WORK_NOTES = f"""\
+environment of COMMAND, in addition to that of the worker:
+  LINGER_URL of the server, LINGER_MESSAGE_ID, and the rest of the message:
+  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[1:6])},
+  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[6:11])},
+  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:16])}
+exit status of COMMAND:
+  0  the message is deleted
+  {os.EX_TEMPFAIL} (EX_TEMPFAIL)  the message is released
+  any other  the message is released; with --reject-on-failure it is rejected
+"""
 
 
 class Command(NamedTuple):
@@ -8917,8 +9040,13 @@ class Command(NamedTuple):
     name: str
     summary: str
     example: str
-    run: Optional[Callable[[Client, argparse.Namespace], Optional[int]]]  # None: the server
+    run: Optional[Callable[[Client, argparse.Namespace], Optional[int]]]  # None: needs no client
     arguments: Sequence[_Argument] = ()
+    nothing: str = ""  # meaning of the exit status 1; empty: there is none
+    columns: Sequence[str] = ()  # of the lines that it writes
+    excludes: Sequence[tuple[str, str, str]] = ()  # two arguments, and why not both
+    requires: Sequence[tuple[str, str, str]] = ()  # an argument, the one it needs, and why
+    notes: str = ""  # more for --help
 
 
 # fmt: off
@@ -8928,7 +9056,9 @@ COMMANDS = (
     Command("post", "post a message to a channel, or one per line, and write its id",
             "linger post jobs 'Do this!'", _post,
             (CHANNEL, BODY, _flag("--lines", "post each line of standard input as a message"),
-             TYPE, *_parameters(ALL_PARAMETERS), JSON)),
+             TYPE, *_parameters(ALL_PARAMETERS), JSON), columns=("id",),
+            excludes=(("--lines", "--unique", "all lines but the first would be duplicates"),),
+            requires=(DEDUP_FOR_ALONE,)),
     Command("get", "take messages and write their bodies",
             "linger get jobs --ack", _get,
             (CHANNELS_IN_ORDER,
@@ -8936,7 +9066,11 @@ COMMANDS = (
              _number("--count", "N", "maximum number of messages (default: 1)"),
              _flag("--follow", "take messages until interrupted, across server restarts"),
              _flag("--ack", "delete each message after it was written"),
-             _flag("--auto", "delete each message on delivery"), TIMEOUT, JSON)),
+             _flag("--auto", "delete each message on delivery"), TIMEOUT, JSON),
+            nothing="no message came",
+            excludes=(("--ack", "--auto", "a message is deleted once"),
+                      ("--auto", "--timeout", "a message deleted on delivery is never hidden"),
+                      ("--follow", "--wait", "--follow waits for as long as it takes"))),
     Command("work", "run a command for each message, with the body as its standard input",
             "linger work jobs --once -- cat",
             lambda client, options: Worker(client, options).run(),
@@ -8950,10 +9084,12 @@ COMMANDS = (
                       " message released", 1, MAX_TIMER),
              _seconds("--retry-delay", "delay after a failure, for messages without backoff",
                       0, default=FAILURE_DELAY),
-             _flag("--reject-on-failure", "reject a message after a failure"))),
+             _flag("--reject-on-failure", "reject a message after a failure")),
+            nothing="no message came, with --once", notes=WORK_NOTES),
     Command("publish", "publish a message on a topic, and write the channels and ids of its copies",
             "linger publish news 'Have you heard?'", _publish,
-            (TOPIC, BODY, TYPE, *_parameters(PUBLISH_PARAMETERS), JSON)),
+            (TOPIC, BODY, TYPE, *_parameters(PUBLISH_PARAMETERS), JSON),
+            columns=COPY_COLUMNS, requires=(DEDUP_FOR_ALONE,)),
     Command("subscribe", "subscribe a channel to a topic, with parameters for its copies",
             "linger subscribe mail news --linger 3600",
             lambda client, options: client.subscribe(
@@ -8966,43 +9102,54 @@ COMMANDS = (
             "linger peek jobs --state ready", _peek,
             (CHANNEL, _argument("--state", choices=STATES, help="only messages in this state"),
              _number("--count", "N", "maximum number of messages", 1, MAX_BATCH, default=50),
-             _number("--after", "ID", "start after this message", 0), JSON)),
-    Command("show", "write a message without taking it", "linger show 1", _show, (ID, JSON)),
-    Command("delete", "delete a message that is done", "linger delete 1 --lease 1",
-            lambda client, options: client.delete(options.id, options.lease), (ID, LEASE)),
+             _number("--after", "ID", "start after this message", 0), JSON),
+            nothing="there are no messages", columns=MESSAGE_COLUMNS),
+    Command("show", "write a message without taking it", "linger show 1", _show, (ID, JSON),
+            nothing=NO_MESSAGE),
+    Command("delete", "delete messages that are done", "linger delete 1 --lease 1", _delete,
+            (IDS_TO_DELETE, LEASE), nothing="one of the messages is missing; others are deleted"),
     Command("touch", "restart the visibility timeout of a message in flight",
             "linger touch 1 --timeout 600",
             lambda client, options: client.touch(options.id, options.timeout, options.lease),
-            (ID, LEASE, TIMEOUT)),
+            (ID, LEASE, TIMEOUT), nothing=NO_MESSAGE),
     Command("release", "return a message in flight to its channel",
             "linger release 1 --delay 60 --reason 'out of paper'",
             lambda client, options: client.release(
                 options.id, options.delay, options.reason, options.lease),
             (ID, LEASE, REASON,
-             _seconds("--delay", "time until it is ready, in place of its backoff", 0))),
+             _seconds("--delay", "time until it is ready, in place of its backoff", 0)),
+            nothing=NO_MESSAGE),
     Command("reject", "move a message in flight to its dead channel, or delete it",
             "linger reject 1 --reason 'no such order'",
             lambda client, options: client.reject(options.id, options.reason, options.lease),
-            (ID, LEASE, REASON)),
+            (ID, LEASE, REASON), nothing=NO_MESSAGE),
     Command("redrive", "move messages of a dead channel back, and write how many",
             "linger redrive failed --count 10", _redrive,
             (CHANNEL, _number("--count", "N", "maximum number of messages (default: all)"), JSON,
-             _argument("--to", metavar="CHANNEL", help="target, in place of their origin"))),
+             _argument("--to", metavar="CHANNEL", help="target, in place of their origin")),
+            nothing="there was no message to move", columns=("moved",)),
     Command("drain", "delete all messages of a channel", "linger drain jobs --yes", _drain,
-            (CHANNEL, _flag("--yes", "do not ask for confirmation"))),
+            (CHANNEL, _flag("--yes", "do not ask for confirmation")), nothing="not confirmed"),
     Command("channels", "list the channels, with the age of the oldest message in seconds",
-            "linger channels", _channels, (JSON,)),
+            "linger channels", _channels, (JSON,), nothing="there are no channels",
+            columns=CHANNEL_COLUMNS),
     Command("topics", "list the topics, or those of a channel", "linger topics", _topics,
-            (_argument("channel", metavar="CHANNEL", nargs="?", help="only its topics"), JSON)),
+            (_argument("channel", metavar="CHANNEL", nargs="?", help="only its topics"), JSON),
+            nothing="there are no topics", columns=("topic",)),
     Command("subscribers", "list the channels subscribed to a topic",
-            "linger subscribers news", _subscribers, (TOPIC, JSON)),
+            "linger subscribers news", _subscribers, (TOPIC, JSON),
+            nothing="no channel is subscribed", columns=("channel",)),
     Command("stats", "show the counters of the server", "linger stats", _stats,
             (_seconds("--watch", "time between updates, with rates (default: 2)",
-                      1, MAX_TIMER, nargs="?", const=2), JSON)),
+                      1, MAX_TIMER, nargs="?", const=2), JSON),
+            columns=PAIR_COLUMNS, notes=f"columns with --watch: {', '.join(RATE_COLUMNS)}\n"),
     Command("settings", "show the settings of a channel, or replace all of them",
             "linger settings jobs --deliver 5 --dead failed", _settings,
             (CHANNEL, _flag("--clear", "remove all settings"),
-             *_parameters(CHANNEL_PARAMETERS), JSON)),
+             *_parameters(CHANNEL_PARAMETERS), JSON),
+            nothing="nothing is set", columns=PAIR_COLUMNS,
+            excludes=[("--clear", f"--{parameter.name}", "settings are removed or replaced")
+                      for parameter in CHANNEL_PARAMETERS]),
     Command("pause", "stop the delivery of a channel's messages", "linger pause jobs --for 600",
             lambda client, options: client.pause(options.channel, options.seconds),
             (CHANNEL, _seconds("--for", "length of the pause (default: until resume)",
@@ -9011,12 +9158,15 @@ COMMANDS = (
             lambda client, options: client.resume(options.channel), (CHANNEL,)),
     Command("dump", "write the messages of all channels, or of some, for load",
             "linger dump jobs > jobs.ndjson", _dump,
-            (_argument("channels", metavar="CHANNEL", nargs="*", help="only these channels"),)),
+            (_argument("channels", metavar="CHANNEL", nargs="*", help="only these channels"),),
+            nothing="there are no messages"),
     Command("load", "post the output of dump from standard input, and write how many messages",
-            "linger load < jobs.ndjson", _load, (JSON,)),
+            "linger load < jobs.ndjson", _load, (JSON,), columns=("loaded",)),
     Command("backup", "copy the database of the running server to a new file",
-            "linger backup copy.db", lambda client, options: client.backup(options.file),
-            (_argument("file", metavar="FILE", help="path of the new file"),)),
+            "linger backup copy.db",
+            lambda client, options: client.backup(options.file, options.force),
+            (_argument("file", metavar="FILE", help="path of the new file"),
+             _flag("--force", "replace the file if it exists, unless it is a database in use"))),
     Command("bench", "measure a temporary server on this machine, or the one at a URL",
             "linger bench --connections 64", _bench,
             (_argument("server", metavar="URL", nargs="?",
@@ -9029,23 +9179,63 @@ COMMANDS = (
              _argument("--sync", choices=SYNC_LEVELS,
                        help="sync level of the temporary server (default: full)"),
              _argument("--folder", help="directory for its database (default: the current one)"),
-             JSON)),
+             JSON), columns=BENCH_COLUMNS,
+            excludes=[("URL", "--url", "one server is measured"),
+                      *((url, option, f"{option} is for the temporary server")
+                        for url in ("URL", "--url") for option in ("--sync", "--folder"))]),
+    Command("help", "show the options of the server, or of a command", "linger help get", None,
+            (_argument("topic", metavar="COMMAND", nargs="?", help="name of a command"),)),
 )
 # fmt: on
 
 
-def _parse(command: Command, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parses the arguments of a command; exits if they are wrong, and after --help."""
+def _parser_of(command: Command) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"linger {command.name}",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-        epilog=f"example:\n  {command.example}",
+        epilog=_epilog(command),
     )
-    for flags, settings in (*command.arguments, *CONNECTION):
+    for flags, settings in _arguments_of(command):
         parser.add_argument(*flags, **settings)
+    return parser
+
+
+def _epilog(command: Command) -> str:
+    """Returns the end of a command's help: columns, exit statuses, variables, an example."""
+    lines = ["exit status:", "  0  done"]
+    if command.nothing:
+        lines.append(f"  1  {command.nothing}")
+    lines.append("  2  wrong use, or it cannot be done: a line on standard error says why")
+    if command.run:
+        lines.append("  128 + n  ended by signal n; SIGPIPE if the reader of the output is gone")
+        lines += ["", "environment:", "  LINGER_URL, LINGER_TOKEN  in place of --url and --token"]
+    if command.columns:
+        lines[:0] = ["columns of the output, with tabs between:",
+                     f"  {', '.join(command.columns)}", ""]  # fmt: skip
+    if len(command.columns) > 1:
+        lines.append("  NO_COLOR  write the headings of a table at a terminal without bold type")
+    notes = [command.notes] if command.notes else []
+    return "\n".join([*notes, *lines, "", "example:", f"  {command.example}"])
+
+
+def _parse(command: Command, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses the arguments of a command; exits if they are wrong, and after --help."""
+    parser = _parser_of(command)
     options = parser.parse_intermixed_args(arguments)
     if "command" in options and "--" in arguments:  # argparse removes a second `--` from it
         options.command = list(arguments[arguments.index("--") + 1 :])
+    given = set[str]()
+    for flags, settings in _arguments_of(command):
+        name = settings.get("dest") or flags[0].lstrip("-").replace("-", "_")
+        value = getattr(options, name)
+        if value is not None and value is not settings.get("default", False):  # 0 is a value
+            given.update((*flags, settings.get("metavar", "")))
+    for one, other, reason in command.excludes:
+        if {one, other} <= given:
+            raise BadRequest(f"{one} and {other} exclude each other: {reason}")
+    for one, needed, reason in command.requires:
+        if one in given and needed not in given:
+            raise BadRequest(f"{one} needs {needed}: {reason}")
     return options
 
 
@@ -9054,20 +9244,76 @@ def _exit_on_signal(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _run(arguments: Sequence[str]) -> int:
-    """Runs a command; returns its exit status."""
-    named = arguments and not arguments[0].startswith("-")
-    name, *rest = arguments if named else ("serve", *arguments)
+def _find_command(name: str) -> Command:
     command = {command.name: command for command in COMMANDS}.get(name)
     if command is None:
         raise BadRequest(f"there is no command {name}; linger --help lists the commands")
-    if command.run is None:
+    return command
+
+
+def _arguments_of(command: Command) -> tuple[_Argument, ...]:
+    """Returns all arguments of a command."""
+    if command.run:
+        return (*command.arguments, *CONNECTION)
+    if command.name != "serve":
+        return tuple(command.arguments)
+    switch = {"action": None, "nargs": "?"}
+    names = [(option.name, {} if option.metavar else switch) for option in OPTIONS]
+    names += [("config", {}), ("version", {"action": "version"})]
+    return tuple(((f"--{name}",), settings) for name, settings in names)
+
+
+def _flags_of(command: Command) -> set[str]:
+    flags = (flag for flags, _ in _arguments_of(command) for flag in flags if flag[0] == "-")
+    return {"-h", "--help", *flags}
+
+
+def _split_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
+    """Returns the command, and its arguments; without a name it is the server.
+
+    Options may stand before the name: a value, which could look like a name, is passed over.
+    """
+    settings_of = {
+        flag: settings for c in COMMANDS for flags, settings in _arguments_of(c) for flag in flags
+    }
+    names = {command.name for command in COMMANDS}
+    flags, position = [], 0
+    while position < len(arguments) and arguments[position].startswith("-"):
+        argument = arguments[position]
+        flag = argument.partition("=")[0] if argument.startswith("--") else argument[:2]
+        flags.append(flag)
+        settings = settings_of.get(flag, {"action": "store_true"})
+        following = arguments[position + 1 : position + 2]
+        other = following and (following[0] in names or following[0].startswith("-"))
+        optional = settings.get("nargs") == "?" and other
+        if flag == argument and not settings.get("action") and following and not optional:
+            position += 1
+        position += 1
+    rest = list(arguments)
+    name = rest.pop(position) if position < len(arguments) else ""
+    command = _find_command(name or "serve")
+    for flag in flags:
+        if flag not in _flags_of(command):
+            help = f"linger {name} --help lists them" if name else "linger --help lists them"
+            raise BadRequest(f"{name or 'the server'} has no option {flag}; {help}")
+    return command, rest
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Runs a command; returns its exit status."""
+    command, rest = _split_command(arguments)
+    if command.name == "help":
+        command, rest = _find_command(_parse(command, rest).topic or "serve"), ["--help"]
+    if command.name == "serve":
         return run_server(rest, "\n".join(f"  {c.name:12} {c.summary}" for c in COMMANDS))
     options = _parse(command, rest)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
     with Client(options.url, options.token, cafile=options.cafile) as client:
-        return command.run(client, options) or 0
+        url = getattr(options, "server", None) or client.url
+        if options.cafile and not url.startswith("https:"):
+            raise BadRequest(f"--cafile is for https, and the server's URL is {url}")
+        return command.run(client, options) or 0 if command.run else 0
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -6395,6 +6395,24 @@ class ProcessTest(ProcessCase):
             self.assertEqual(server.call("POST", "/channels/q", b"x")[0], status)
         self.assertIn("POST /channels/q 507", server.end()[1])
 
+    def test_variables_of_a_service_named_linger_are_ignored(self):
+        address = "tcp://10.96.0.10:8989"
+        variables = {
+            "LINGER_PORT": address, "LINGER_SERVICE_HOST": "10.96.0.10",
+            "LINGER_SERVICE_PORT": "8989", "LINGER_SERVICE_PORT_HTTP": "8989",
+            "LINGER_PORT_8989_TCP": address, "LINGER_PORT_8989_TCP_PROTO": "tcp",
+            "LINGER_PORT_8989_TCP_PORT": "8989", "LINGER_PORT_8989_TCP_ADDR": "10.96.0.10",
+        }  # fmt: skip
+        options = linger.read_options([], variables)
+        self.assertEqual(options, linger.read_options([], {}))
+        for address in ("tcp://[fd00::1]:53", "udp://10.0.0.1:53", "sctp://10.0.0.1:9"):
+            self.assertEqual(linger.read_options([], {"LINGER_PORT": address})["port"], 8989)
+        for text in ("x", "tcp://", "http://10.0.0.1:8989", ""):
+            with self.subTest(text), self.assertRaisesRegex(linger.BadRequest, "LINGER_PORT"):
+                linger.read_options([], {"LINGER_PORT": text})
+        with self.assertRaisesRegex(linger.BadRequest, "--port"):
+            linger.read_options(["--port", variables["LINGER_PORT"]], {})
+
     def test_bounds_are_given_by_options(self):
         server = self.start(
             "--max-channels=1", "--max-waiting=1", "--max-db-size=2000000", "--idle-timeout=1",
@@ -6431,7 +6449,7 @@ class ProcessTest(ProcessCase):
         busy = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(busy.close)
         for arguments, reason in (
-            (["--nonsense"], "--nonsense"),
+            (["serve", "--nonsense"], "--nonsense"),
             (["--hlm=-1"], "--hlm"),
             ([f"--port={busy.getsockname()[1]}"], "in use"),
             (["--host=203.0.113.1"], "cannot listen"),
@@ -7155,9 +7173,129 @@ class CommandTest(CommandCase):
         self.assertRegex(lines[0], r"^\x1b\[1mchannel    ready  delayed .*\x1b\[0m$")
         self.assertRegex(lines[1], r"^a              1        0 ")
         self.assertEqual(len(bodies.decode().splitlines()[1]), 70)
+        self.assertTrue(bodies.decode().splitlines()[1].endswith("…"))
         self.assertIn(r"\x1b[2Jü", bodies.decode())
         with unittest.mock.patch.dict(os.environ, {"NO_COLOR": "1"}):
             self.assertNotIn(b"\x1b", self.run_command("channels", terminal=True)[1])
+
+    def test_table_is_shortened_with_an_ellipsis_in_its_widest_column_and_never_in_a_number(self):
+        heads, rows = ["channel", "ready", "error"], [["n" * 30, "9" * 12, "e" * 60]]
+        for width, line in (
+            (110, "n" * 30 + "  " + "9" * 12 + "  " + "e" * 60),
+            (80, "n" * 30 + "  " + "9" * 12 + "  " + "e" * 33 + "…"),
+            (66, "n" * 24 + "…  " + "9" * 12 + "  " + "e" * 24 + "…"),
+            (40, "n" * 11 + "…  " + "9" * 12 + "  " + "e" * 11 + "…"),
+            (20, "n" * 7 + "…  " + "9" * 12 + "  " + "e" * 7 + "…"),
+        ):
+            with self.subTest(width), unittest.mock.patch.dict(os.environ, COLUMNS=str(width)):
+                self.assertEqual(linger._format_table(heads, rows)[1], line)
+        with unittest.mock.patch.dict(os.environ, COLUMNS="20"):  # each of these takes two columns
+            lines = linger._format_table(["a", "b"], [["你好" * 9, "x"], ["e\u0301" * 4, "y"]])
+        self.assertEqual(lines[1:], ["你好你好你好你好…  x", "e\u0301" * 4 + " " * 15 + "y"])
+
+    def test_terminal_gets_the_last_line_of_an_error(self):
+        self.broker.post("q", b"x")
+        self.broker.get("q")
+        self.broker.release(1, reason="Traceback:\n  file.py\nValueError: no paper\n")
+        _, table, _ = self.run_command("peek", "q", terminal=True)
+        self.assertRegex(table.decode(), r"(?m)  ValueError: no paper  x$")
+        self.assertIn(r"Traceback:\n  file.py\nValueError", self.linger("peek", "q"))
+
+    def test_arguments_that_exclude_or_need_each_other_are_refused(self):
+        def usage(command, name):
+            """Returns an argument as it is given, with a value that is valid."""
+            for flags, settings in linger._arguments_of(command):
+                if name in (*flags, settings.get("metavar")):
+                    value = [*settings.get("choices", ()), "1"][: "action" not in settings]
+                    return [name, *value] if name[0] == "-" else ["http://127.0.0.1:1"]
+            raise AssertionError(f"{command.name} has no argument {name}")
+
+        pairs = 0
+        for command in linger.COMMANDS:
+            first = ["1"] * any(flags[0] in ("channel", "topic") for flags, _ in command.arguments)
+            for one, other, _ in command.excludes:
+                with self.subTest(command.name, one=one, other=other):
+                    given = [*first, *usage(command, one), *usage(command, other)]
+                    errors = self.refused(command.name, *given)
+                    self.assertIn(f"{one} and {other} exclude each other", errors)
+                    pairs += 1
+            for one, needed, _ in command.requires:
+                with self.subTest(command.name, one=one, needed=needed):
+                    errors = self.refused(command.name, *first, *usage(command, one))
+                    self.assertIn(f"{one} needs {needed}", errors)
+                    pairs += 1
+        self.assertGreater(pairs, 10)
+
+    def test_further_combinations_that_mean_nothing_are_refused(self):
+        for arguments, reason in (
+            (["get", "q", "--follow", "--wait", "0"], "--wait"),
+            (["delete", 1, 2, "--lease", 3], "one ID"),
+            (["bench", "--token", "T0ken"], "pass its URL"),
+            (["stats", "--cafile", "/no/such/file"], "https"),
+        ):
+            with self.subTest(arguments):
+                self.assertIn(reason, self.refused(*arguments))
+
+    def test_options_may_stand_before_the_command(self):
+        self.broker.post("get", b"x")
+        for arguments in (
+            ["--url", self.server.url, "get", "get"],
+            [f"--url={self.server.url}", "--json", "get", "get", "--timeout", "1"],
+            ["--timeout", "1", "--ack", "get", "get"],
+        ):
+            with self.subTest(arguments):
+                self.assertIn("x", self.linger(*arguments))
+                self.broker.release(1) if self.broker.channel_stats("get")["hidden"] else None
+        self.assertIn("usage: linger get ", self.linger("--help", "get"))
+        for arguments, reason in (
+            (["--dbfile", "get", "--port", "x"], "--port must"),  # `get` is a value here
+            (["--debug", "serve", "--port", "x"], "--port must"),
+            (["--debug", "--port", "x"], "--port must"),
+            (["--port", "1", "get", "q"], "get has no option --port"),
+            (["--url", "x"], "the server has no option --url"),
+            (["--nonsense", "get", "q"], "get has no option --nonsense"),
+            (["-x"], "no option -x"),
+        ):
+            with self.subTest(arguments):
+                self.assertIn(reason, self.refused(*arguments))
+        self.assertEqual(self.run_command("-j2", "work", "q", "--once", "--", "true")[0], 1)
+
+    def test_several_messages_are_deleted_and_missing_ones_named(self):
+        for body in (b"a", b"b", b"c", b"d"):
+            self.broker.post("q", body)
+        self.hasten(MAX_BATCH=2)
+        self.linger("delete", 1, 3, 3, 4)
+        self.assertEqual(
+            self.run_command("delete", 2, 8, 9),
+            (1, b"", "linger: there is no message 8\nlinger: there is no message 9\n"),
+        )
+        self.assertEqual(self.broker.channel_stats("q")["ready"], 0)
+
+    def test_backup_replaces_a_file_only_with_force_and_never_a_database_in_use(self):
+        copy = self.folder / "copy.db"
+        self.linger("backup", copy)
+        old = copy.read_bytes()
+        self.broker.post("q", b"x")
+        self.assertIn("already a file", self.refused("backup", copy))
+        self.assertEqual(copy.read_bytes(), old)
+        self.linger("backup", "--force", copy)
+        self.assertNotEqual(copy.read_bytes(), old)
+        with contextlib.closing(linger.Store(str(copy))) as store:
+            self.assertEqual(len(store.read("select id from messages")[0]), 1)
+            self.assertIn("in use", self.refused("backup", "--force", copy))
+        self.linger("backup", "--force", copy)
+        self.assertEqual(list(self.folder.glob("copy.db?*part")), [])
+
+    def test_publication_that_reaches_nobody_gives_a_hint(self):
+        status, output, errors = self.run_command("publish", "news", "x")
+        self.assertEqual((status, output, errors.count("\n")), (0, b"", 1))
+        self.assertIn("linger subscribe CHANNEL news", errors)
+        self.linger("subscribe", "mail", "news")
+        self.assertEqual(self.linger("publish", "news", "x"), "mail\t1\n")
+        self.linger("settings", "mail", "--hlm", "1")
+        status, output, errors = self.run_command("publish", "news", "x")
+        self.assertEqual((status, output), (0, b""))
+        self.assertIn("high-level mark", errors)
 
     def test_terminal_gets_progress_and_whole_lines(self):
         errors = self.run_command("post", "q", "--lines", stdin=b"a\nb\n", terminal=True)[2]
@@ -7176,7 +7314,25 @@ class CommandTest(CommandCase):
             with self.subTest(command.name):
                 self.assertRegex(self.linger("--help"), rf"\n  {command.name} +\S")
                 text = self.linger(command.name, "--help")
-                self.assertIn(command.example if command.run else "--dbfile", text)
+                self.assertIn(command.example if command.name != "serve" else "--dbfile", text)
+                self.assertIn("\nexit status:\n  0  ", text)
+                self.assertEqual(self.linger("help", command.name), text)
+                if command.run:
+                    self.assertIn("LINGER_TOKEN", text.partition("\nenvironment:\n")[2])
+        self.assertEqual(self.linger("help"), self.linger("--help"))
+        self.assertIn("no command psot", self.refused("help", "psot"))
+
+    def test_help_tells_the_columns_and_the_variables_of_a_job(self):
+        self.broker.subscribe("q", "news")
+        self.broker.post("p", b"x")
+        for arguments in (["publish", "news", "x"], ["peek", "q"], ["channels"], ["stats"]):
+            _, table, _ = self.run_command(*arguments, terminal=True)
+            columns = re.findall(r"\S+", table.decode().partition("\x1b[0m")[0][4:])
+            self.assertIn("\n  " + ", ".join(columns) + "\n", self.linger("help", arguments[0]))
+        variables = re.findall("LINGER_[A-Z_]+", self.linger("help", "work"))
+        given = [name.decode() for name in linger._environment_of(self.broker.get("p"))]
+        never = ("LINGER_DEAD", "LINGER_DELAY", "LINGER_UNIQUE")  # in a delivered message
+        self.assertEqual(set(given).difference(never, variables), set())
 
 
 class CommandProcessCase(ProcessCase):
@@ -7231,6 +7387,15 @@ class CommandProcessTest(CommandProcessCase):
         left = self.client.channel_stats("q")
         self.assertGreater(left["ready"], 0)
         self.assertEqual(left["hidden"], 0)
+
+    def test_help_for_a_closed_pipe_causes_no_traceback(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with unittest.mock.patch.dict(os.environ, PYTHONUNBUFFERED=""):
+            process = self.spawn("--help", stdout=writer)
+        os.close(writer)
+        self.assertEqual(process.communicate(timeout=PATIENCE)[1], "")
+        self.assertEqual(process.returncode, 128 + signal.SIGPIPE)
 
     def test_follow_survives_a_restart_and_ends_gracefully(self):
         self.client.post("q", "a")
