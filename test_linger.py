@@ -1436,7 +1436,7 @@ class InterruptTest(Folder):
     """Signals whose handlers raise, in a program that embeds a broker."""
 
     PROGRAM = """
-import linger, random, signal, sys, threading, time
+import linger, os, random, signal, sys, threading, time
 
 class Interrupt(BaseException):
     pass
@@ -1465,7 +1465,7 @@ calls = (
 signal.signal(signal.SIGALRM, interrupt)
 signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
 end = time.monotonic() + 0.2
-while time.monotonic() < end:
+while time.monotonic() < end or interrupts < 6:
     try:
         chance.choice(calls)()
     except Interrupt:
@@ -1482,9 +1482,11 @@ while broker.info("q")["waiting"]:
     assert time.monotonic() < deadline
 while broker.get("q"):
     pass
-assert interrupts > 5, interrupts
 broker.check_health()
 broker.close()
+# Python 3.9 crashes if it exits while a thread (of the clean-up) has not quite begun.
+while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
+    assert time.monotonic() < deadline
 """
 
     def test_a_storm_of_interrupts_leaves_a_broker_that_works(self):
