@@ -18,7 +18,8 @@ The file reads downwards: a section uses only what stands above it.
     SQL           the schema and every statement
     Commits       operations, and the thread that commits them in groups
     Store         SQLite and its files
-    State         what is in memory: time, waiting consumers, channels, timers
+    Time          broker time, which never steps; sleeps that follow it
+    State         what is in memory: waiting consumers, channels, timers
     Operations    a class for each kind of call: statements, effects, result
     Broker        the public calls of queue and pub-sub
     Access        tokens and their rights; which web pages may send requests
@@ -227,6 +228,15 @@ STATEMENT_CACHE = 256  # prepared statements kept per connection: more than ther
 WAL_SIZE_LIMIT = 64 * 1024 * 1024  # size to which SQLite truncates its log, bytes
 MAX_BLOB = 1_000_000_000  # SQLite's largest value, bytes (sqlite.org/limits.html 1)
 BACKUP_PAGES = 1_024  # pages that a backup copies at a time
+
+# Time
+TICK_INTERVAL = 1.0  # seconds between two looks at the clocks: a crash may follow a step
+CLOCK_STEP = 0.5  # difference by which the wall clock has been stepped and not slewed, seconds
+TIME_RECORD_INTERVAL = 60.0  # longest time between two records of broker time, seconds
+TIME_RECORD_RETRY = 1.0  # shortest time between them, also after a failure, seconds
+LONG_DOWNTIME = 30 * 86_400  # time between two runs that is worth a line in the log, seconds
+WAIT_CHECK_INTERVAL = 3.0  # seconds between two looks for waits that a suspend has outlasted
+WAIT_GRACE = 1.0  # time after its end that a wait has to end by itself, seconds
 
 # Client and commands
 CLIENT_TIMEOUT = 30.0  # time to connect, and longest silence of a server, seconds
@@ -494,7 +504,7 @@ def validate_linger(parameters: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------
 # SQL: the schema and every statement, a constant each.
 #
-# A statement sees time only as :now (seconds since 1970), decides by itself, and fits SQLite
+# A statement sees time only as :now (broker time, in seconds), decides by itself, and fits SQLite
 # 3.31: no RETURNING, no clock or random function, no PRAGMA.  Lists of columns and expressions
 # that several statements share stand once, and are put in when the file is loaded.
 # ---------------------------------------------------------------------------------------------
@@ -741,6 +751,26 @@ SET_CONFIG = """
 insert into config (key, value)
 values (:key, :value)
 on conflict (key) do update set value = excluded.value
+"""
+
+# Unless nothing is stored for which the time matters, or :always.
+RECORD_TIME = """
+insert into config (key, value)
+select 'time', :time
+where :always or exists (select 1 from channels) or exists (select 1 from pauses)
+    or exists (select 1 from dedups)
+on conflict (key) do update set value = excluded.value
+"""
+
+# The times of 1.0.1 are of a wall clock that may have been wrong, as may the one of this start:
+# nothing was received later than now, is hidden for longer than its timeout, or lingers for longer
+# than its `linger`.
+TAKE_OVER_TIMES = """
+update messages
+set received = min(received, :now),
+    due_at = case when state = 1 then min(due_at, :now + timeout) else due_at end,
+    expires_at = min(expires_at, :now + linger)
+where received > :now or state = 1 and due_at > :now + timeout or expires_at > :now + linger
 """
 
 # -- producing
@@ -1482,8 +1512,13 @@ class Committer:
     an exception raised there by a signal handler leaves it locked for ever.)
     """
 
-    def __init__(self, store: Transactions) -> None:
+    def __init__(
+        self, store: Transactions, companion: Callable[[], Optional[Operation]] = lambda: None
+    ) -> None:
+        """`companion()` is called before each transaction, and may give an operation that goes
+        with it; it must not raise."""
         self._store = store
+        self._companion = companion
         self._pending: collections.deque[Operation] = collections.deque()  # until they are done
         self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each operation
         self._batch: Optional[list[Operation]] = None  # the transaction under way
@@ -1544,6 +1579,9 @@ class Committer:
             if not batch:  # an operation before took this one along
                 continue
             count = len(batch)
+            companion = self._companion()
+            if companion is not None:
+                batch.append(companion)
             self._commit(batch)
             for _ in range(count):
                 self._pending.popleft()
@@ -1693,7 +1731,6 @@ class Store:
             )
         self.path = path if path == MEMORY else os.path.realpath(path)
         self.sync = sync
-        self.last_written = 0.0  # when the file was last changed before this start, Unix time
         self._lock = threading.RLock()  # guards the reading connection
         self._copying = threading.Lock()  # one copy is made at a time
         self._files: dict[str, tuple[int, int]] = {}  # the inodes of the open files
@@ -1718,9 +1755,6 @@ class Store:
             self._writer = self._reader = self._connect()
             create_schema(self._writer)
             return
-        with contextlib.suppress(FileNotFoundError):
-            self.last_written = os.stat(self.path).st_mtime
-            self.last_written = max(self.last_written, os.stat(self.path + "-wal").st_mtime)
         open_or_migrate(self.path)
         remove_files(self.path, ".copy", ".copy-journal")  # of a server that was killed
         self._writer = self._connect()
@@ -2138,7 +2172,153 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# State: what the broker keeps in memory: the time, waiting consumers, channels, timers, counters.
+# Time: every duration is measured in broker time.  It advances with elapsed time, never steps,
+# and goes on from what the database has recorded of it; no wall clock can delete, delay or hurry
+# a message.
+# ---------------------------------------------------------------------------------------------
+
+NEVER = 9e15  # later than any moment; finite, since rqlite takes no infinite numbers
+# the clock that also runs while the machine is suspended
+ELAPSED = "CLOCK_MONOTONIC_RAW" if sys.platform == "darwin" else "CLOCK_BOOTTIME"
+
+
+class Clock(Protocol):
+    """What the broker asks for the time; tests have their own."""
+
+    def time(self) -> float:
+        """The wall clock: seconds since 1970, which anybody may set."""
+
+    def monotonic(self) -> float:
+        """Seconds that have passed since some moment, whatever happens to the wall clock."""
+
+
+class SystemClock:
+    """The clocks of this machine."""
+
+    def time(self) -> float:
+        """The wall clock, seconds since 1970."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Elapsed seconds, on Linux and macOS with those for which the machine was suspended."""
+        clock: Optional[int] = getattr(time, ELAPSED, None)
+        return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+SYSTEM_CLOCK: Clock = SystemClock()
+
+
+class BrokerClock:
+    """Broker time, in seconds, for any thread.
+
+    A new database begins at the wall time.  From then on broker time advances with elapsed time,
+    and while no server runs, by what the wall clock says has passed: the database has a record of
+    both as they were at one moment.  It is renewed once a minute, when the wall clock has been
+    stepped, and when the server stops.
+    """
+
+    def __init__(self, source: Clock, record: str = "") -> None:
+        """`record` is the last one of the database, or empty."""
+        self.source = source
+        wall = source.time()
+        self._latest = wall
+        self._recorded_at = -NEVER  # broker time of the last record,
+        self._tried_at = -NEVER  # and of the last try, which may have failed or stored nothing
+        self._ahead = NEVER  # by how much the wall clock was ahead of broker time then, seconds
+        if record:
+            latest, wall_then = map(float, record.split())
+            passed = max(wall - wall_then, 0.0)
+            self._latest = latest + passed
+            if passed > LONG_DOWNTIME:
+                log(
+                    f"linger: the system clock says that {passed / 86_400:.0f} days have passed"
+                    " since the database was last in use: what was to end meanwhile ends now"
+                )
+        self._zero = self._latest - source.monotonic()
+
+    def now(self) -> float:
+        """Broker time; raises what the source raises."""
+        self._latest = now = self._zero + self.source.monotonic()
+        return now
+
+    def now_or_latest(self) -> float:
+        """Broker time, or if the source raises, what it was last."""
+        with contextlib.suppress(Exception):
+            return self.now()
+        return self._latest
+
+    def record(self, idle: bool = False, closing: bool = False) -> Optional[RecordTime]:
+        """The operation that records broker time, if that is due, or the server is `closing`.
+
+        For a server that is `idle` it does nothing while nothing is stored, unless the wall clock
+        was stepped: no disk needs to run for that.
+        """
+        try:
+            now, wall = self.now(), self.source.time()
+        except BaseException:  # of a test's clock: must not end the committer thread
+            return None
+        stepped = abs(wall - now - self._ahead) > CLOCK_STEP
+        if not closing and not self._is_record_due(now, stepped, idle):
+            return None
+        self._tried_at = now
+        return RecordTime(self, now, wall, always=stepped or not idle)
+
+    def _is_record_due(self, now: float, stepped: bool, idle: bool) -> bool:
+        old = now - self._recorded_at >= TIME_RECORD_INTERVAL
+        pause = TIME_RECORD_INTERVAL if idle and not stepped else TIME_RECORD_RETRY
+        return (stepped or old) and now - self._tried_at >= pause
+
+    def recorded(self, now: float, wall: float) -> None:
+        """Notes, after a commit, what is the record."""
+        self._recorded_at, self._ahead = now, wall - now
+
+
+class RecordTime(Operation):
+    """Records broker time and wall time, for the next start."""
+
+    def __init__(self, clock: BrokerClock, now: float, wall: float, always: bool) -> None:
+        record = f"{now:.6f} {wall:.6f}"  # of one length, so that SQLite writes it in place
+        super().__init__((RECORD_TIME,), {"time": record, "always": always})
+        self._clock = clock
+        self._now, self._wall = now, wall
+
+    def on_commit(self) -> None:
+        if self.results[0][0]:
+            self._clock.recorded(self._now, self._wall)
+
+
+class Alarm:
+    """Lets one thread sleep until another one wakes it, or for some seconds.
+
+    Not a Condition: until Python 3.10, and on macOS, its timeout follows the wall clock, and a
+    sleep of a second becomes one of an hour when that clock is set back by an hour.
+    """
+
+    def __init__(self) -> None:
+        self._receiver, self._sender = os.pipe()
+        os.set_blocking(self._receiver, False)
+        os.set_blocking(self._sender, False)
+        self._poller = select.poll()
+        self._poller.register(self._receiver, select.POLLIN)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleeps; returns at once if `ring` was called since the last sleep."""
+        if self._poller.poll(seconds * 1000):
+            os.read(self._receiver, 4_096)
+
+    def ring(self) -> None:
+        """Ends the sleep of the other thread."""
+        with contextlib.suppress(BlockingIOError):  # it has been rung thousands of times
+            os.write(self._sender, b"!")
+
+    def close(self) -> None:
+        """Gives back its file descriptors."""
+        os.close(self._receiver)
+        os.close(self._sender)
+
+
+# ---------------------------------------------------------------------------------------------
+# State: what the broker keeps in memory: waiting consumers, channels, timers, counters.
 # All of it can be thrown away, for the rows are the truth.  It changes after a commit, in the
 # order of commits, so most of it is written by the committer thread only.
 # ---------------------------------------------------------------------------------------------
@@ -2164,48 +2344,6 @@ COUNTERS = (
     "subscription-add",
     "subscription-delete",
 )
-NEVER = float("inf")
-
-
-class Clock(Protocol):
-    """What the broker asks for the time; the module `time` is one, tests have another."""
-
-    def time(self) -> float:
-        """Seconds since 1970."""
-
-    def monotonic(self) -> float:
-        """Seconds that never step back."""
-
-
-class BrokerClock:
-    """Wall-clock seconds since 1970 that do not step back, for any thread.
-
-    When the wall clock is set back, also while the server was down, this one goes on from where
-    it was: nothing hidden stays hidden for longer than its timeout.
-    """
-
-    def __init__(self, source: Clock, latest: float) -> None:
-        """`latest`: a time that has been reached, perhaps by a server before this one."""
-        self.source = source
-        self._lock = threading.RLock()  # guards the two below, and the order of what they follow
-        self._latest = latest
-        self._offset = 0.0  # seconds that this clock is ahead of its source
-
-    @locked
-    def now(self) -> float:
-        """The time; raises what the source raises."""
-        now = self.source.time() + self._offset
-        if now < self._latest:
-            self._offset += self._latest - now
-            now = self._latest
-        self._latest = now
-        return now
-
-    def now_or_latest(self) -> float:
-        """The time, or if the source raises, what it was last."""
-        with contextlib.suppress(Exception):
-            return self.now()
-        return self._latest
 
 
 class Consumer:
@@ -2219,6 +2357,7 @@ class Consumer:
         "auto",
         "channels",
         "closed",
+        "deadline",
         "deleted_rows",
         "is_disconnected",
         "n",
@@ -2247,6 +2386,7 @@ class Consumer:
         self.ticket = 0  # its place in the order of arrival; 0 before it waits
         self.waiting = False  # whether it is in the waiting list
         self.closed = False  # whether it must not wait, or no more
+        self.deadline = NEVER  # when its wait ends, by the system's clock of elapsed time
 
 
 class WaitingList:
@@ -2426,28 +2566,37 @@ class Timers:
     that wait, and now and then for messages that no consumer asks for.
     """
 
-    def __init__(self, process_due: Callable[[], None], clock: BrokerClock) -> None:
+    def __init__(self, on_tick: Callable[[bool], None], clock: BrokerClock) -> None:
+        """`on_tick(is_due)` is called at least once in TICK_INTERVAL."""
         self.next_due = 0.0  # written by the committer thread, under the lock
-        self._process_due = process_due
+        self._on_tick = on_tick
         self._clock = clock
-        self._lock = threading.Lock()  # guards `next_due` and `_stopping` for the ticker
-        self._earlier = threading.Condition(self._lock)  # something is due earlier than it was
+        self._lock = threading.Lock()  # guards `next_due`, `_sleeps_until` and the alarm
+        self._alarm: Optional[Alarm] = None  # while the ticker runs
+        self._sleeps_until = NEVER  # when the ticker wakes by itself, in broker time
+        self._swept_at = clock.now_or_latest()  # when messages were last processed, due or not
         self._stopping = False
         self._thread = threading.Thread(target=self._tick, name="linger-ticker", daemon=True)
 
     def start(self) -> None:
         """Starts the ticker."""
+        self._alarm = Alarm()
         self._thread.start()
 
     def stop(self) -> None:
         """Lets the ticker end."""
         with self._lock:
             self._stopping = True
-            self._earlier.notify()
+            if self._alarm is not None:
+                self._alarm.ring()
 
     def join(self) -> None:
         """Waits until the ticker has ended."""
         self._thread.join()
+        with self._lock:
+            alarm, self._alarm = self._alarm, None
+        if alarm is not None:
+            alarm.close()
 
     def is_alive(self) -> bool:
         """Whether the ticker runs."""
@@ -2461,31 +2610,38 @@ class Timers:
     def set_next(self, moment: float) -> None:
         """Sets the moment when something is due next."""
         with self._lock:
-            if moment < self.next_due:
-                self._earlier.notify()
             self.next_due = moment
+            if moment < self._sleeps_until and self._alarm is not None:
+                self._sleeps_until = moment  # it need not be woken again for a later one
+                self._alarm.ring()
 
     def _tick(self) -> None:
+        alarm = self._alarm
+        assert alarm is not None
         while not self._stopping:
             try:
-                self._wait_until_due()
+                alarm.sleep(self._time_to_sleep())
                 if not self._stopping:
-                    self._process_due()
+                    self._on_tick(self._is_due())
             except Exception as error:  # of the database, or of the clock
                 log(f"linger: messages that are due are processed later: {error!r}")
-                with self._lock:
-                    self._earlier.wait_for(lambda: self._stopping, TICKER_RETRY_DELAY)
+                if not self._stopping:
+                    alarm.sleep(TICKER_RETRY_DELAY)
 
-    def _wait_until_due(self) -> None:
-        """Waits until something is due, but no longer than CHANNEL_TTL."""
-        began = self._clock.source.monotonic()
-        while not self._stopping:
-            now, waited = self._clock.now(), self._clock.source.monotonic() - began
-            with self._lock:
-                delay = min(self.next_due - now, CHANNEL_TTL - waited)
-                if delay <= 0 or self._stopping:
-                    return
-                self._earlier.wait(delay)
+    def _time_to_sleep(self) -> float:
+        """Seconds until something is due, or the clocks are to be looked at."""
+        now = self._clock.now()
+        with self._lock:
+            self._sleeps_until = max(min(self.next_due, now + TICK_INTERVAL), now)
+            return 0.0 if self._stopping else self._sleeps_until - now
+
+    def _is_due(self) -> bool:
+        """Whether something is due, or messages have not been looked at for CHANNEL_TTL."""
+        now = self._clock.now()
+        if now < min(self.next_due, self._swept_at + CHANNEL_TTL):
+            return False
+        self._swept_at = now
+        return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3195,12 +3351,13 @@ class Administration:
         self._state = state
         self._committer = state.committer
         self._read = state.committer.read
-        self._started = state.clock.source.time()
+        self._started = state.clock.now()
+        self._start = int(state.clock.source.time())  # Unix time, to be shown
         ((row,),) = store.read(GET_CONFIG, key="server_id")
         self.id: str = row[0]
 
     def now(self) -> float:
-        """Wall-clock seconds since 1970 that do not step back."""
+        """Broker time, in seconds."""
         return self._state.clock.now()
 
     def process_due(self) -> None:
@@ -3431,7 +3588,7 @@ class Administration:
         topics, subscribed = subscriptions[0]
         times = os.times()
         return {
-            "start": int(self._started),
+            "start": self._start,
             **self.counters,
             "current-topics": topics,
             "current-subscriptions": subscribed,
@@ -3441,7 +3598,7 @@ class Administration:
             "current-messages-hidden": hidden,
             "current-messages-urgent": urgent,
             "current-messages-niced": niced,
-            "current-uptime": int(self._state.clock.source.time() - self._started),
+            "current-uptime": int(self.now() - self._started),
             "db-file": self._store.path,
             "db-size": self._store.size(),
             "pid": os.getpid(),
@@ -3493,7 +3650,7 @@ class Broker(Administration):
         store: Store,
         hlm: int = 0,
         max_message: int = MAX_MESSAGE,
-        clock: Clock = time,
+        clock: Clock = SYSTEM_CLOCK,
         max_channels: int = MAX_CHANNELS,
     ) -> None:
         """`hlm`: messages that a channel may hold, 0 for any number; `max_message`: in bytes;
@@ -3501,9 +3658,13 @@ class Broker(Administration):
         for which consumers wait."""
         self.hlm = hlm
         self.max_channels = max_channels
-        committer = Committer(store)
+        self._waits_checked_at = 0.0
+        (record,) = store.read(GET_CONFIG, key="time")
+        self._clock = BrokerClock(clock, record[0][0] if record else "")
+        committer = Committer(store, self._clock.record)
         try:
-            self._clock = BrokerClock(clock, store.last_written)
+            if not record:
+                committer.run(Operation((TAKE_OVER_TIMES,), {"now": self._clock.now()}))
             channels = Channels(max_channels, committer.read, self._clock)
             timers = Timers(self._on_tick, self._clock)
             super().__init__(store, State(committer, self._clock, channels, timers), max_message)
@@ -3520,12 +3681,34 @@ class Broker(Administration):
         self._committer.check_thread()
         self.cancel_all()
         self._state.timers.join()
+        record = self._clock.record(closing=True)
+        if record is not None:
+            with contextlib.suppress(LingerError):  # the database cannot be written, or is closed
+                self._committer.run(record)
         self._committer.close()
         self._store.close()
 
-    def _on_tick(self) -> None:
-        self._waiting.forget_idle(self.now())
-        self.process_due()
+    def _on_tick(self, is_due: bool) -> None:
+        if is_due:
+            self._waiting.forget_idle(self.now())
+            self.process_due()
+        record = self._clock.record(idle=True)
+        if record is not None:
+            self._committer.submit(record)
+        self._end_overdue_waits()
+
+    def _end_overdue_waits(self) -> None:
+        """Ends waits that should have ended by themselves, after what is due was processed.
+
+        The sleeps of their threads stop while the machine is suspended, and some follow the wall
+        clock.
+        """
+        now = SYSTEM_CLOCK.monotonic()
+        if now - self._waits_checked_at >= WAIT_CHECK_INTERVAL:
+            self._waits_checked_at = now
+            for consumer in self._waiting.consumers():
+                if consumer.deadline + WAIT_GRACE <= now:
+                    self.cancel(consumer)
 
     # -- producing
 
@@ -3716,7 +3899,7 @@ class Broker(Administration):
         self._committer.check_thread()
         done: queue.SimpleQueue[Operation] = queue.SimpleQueue()
         try:
-            self.take_async(done.put, consumer, wait > 0, ack, lease, expected_channel)
+            self.take_async(done.put, consumer, wait, ack, lease, expected_channel)
             try:
                 operation = done.get(timeout=wait) if wait > 0 else done.get()
             except queue.Empty:
@@ -3752,19 +3935,24 @@ class Broker(Administration):
         self,
         on_done: DoneCallback,
         consumer: Consumer,
-        waits: bool,
+        wait: float,
         ack: Optional[int] = None,
         lease: Optional[int] = None,
         expected_channel: Optional[str] = None,
     ) -> None:
         """As `take`, for a caller that does not wait.
 
-        If the consumer `waits`, it does so until it gets a message or is canceled.
+        With `wait`, the consumer waits until it gets a message or is canceled, which the caller
+        does after so many seconds.
         """
         consumer.on_done = on_done
-        consumer.closed = not waits
-        if waits and not self._waiting.has_place(consumer.channels, self.max_channels):
-            raise Unavailable(f"consumers wait at {self.max_channels} channels, and none is free")
+        consumer.closed = wait <= 0
+        if wait > 0:
+            if not self._waiting.has_place(consumer.channels, self.max_channels):
+                raise Unavailable(
+                    f"consumers wait at {self.max_channels} channels, and none is free"
+                )
+            consumer.deadline = SYSTEM_CLOCK.monotonic() + wait
         now = self.now()
         self._process_due_now(now)
         self._committer.submit(Take(self._state, consumer, now, ack, lease, expected_channel))
@@ -5448,7 +5636,7 @@ class Api:
         request.release_body()
         expected_channel = () if ack is None else self._expected_channels(request, ack)
         on_done = connection.defer(request, self._taken_response, consumer, wait)
-        self._broker.take_async(on_done, consumer, wait > 0, ack, lease, *expected_channel)
+        self._broker.take_async(on_done, consumer, wait, ack, lease, *expected_channel)
 
     def _taken_response(self, request: Request, operation: Operation) -> Response:
         messages, consumer = operation.result(), operation.owner
