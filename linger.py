@@ -361,6 +361,7 @@ class Message(NamedTuple):
     dead_reason: str = ""  # and why: deliver, linger or reject
     error: str = ""  # reason given with the last release or rejection
     backoff: str = ""  # time hidden after the 1st, 2nd, ... failed delivery, as 10,60,600
+    dead_delivered: int = 0  # for a dead letter: how often it was delivered before
     # Only in listings and read_message:
     dead: str = ""  # channel for the message when it becomes a dead letter
     delay: int = 0  # time until a delayed message is ready
@@ -575,6 +576,7 @@ SCHEMA = (
         unique_key text,
         dead_from text not null default '',
         dead_reason text not null default '',
+        dead_delivered integer not null default 0,
         error text not null default '',
         body blob not null
     )
@@ -856,19 +858,28 @@ where subscriptions.topic = :topic and coalesce(settings.hlm, :hlm) > 0
 order by subscriptions.channel
 """
 
+# A channel's settings may have changed after its subscription was made.  A setting with which the
+# copy would expire before it is ready gives way to what the subscription says.
+COPY_DELAY = """coalesce(subscriptions.delay,
+        case when subscriptions.linger > 0 and subscriptions.linger <= settings.delay
+            then 0 else settings.delay end, 0)"""
+
+COPY_LINGER = """coalesce(subscriptions.linger,
+        case when settings.linger <= subscriptions.delay
+            then 0 else settings.linger end, 0)"""
+
 PUBLISH_MESSAGE = f"""
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
     expires_at, topic, type, dead, backoff, body)
 select subscriptions.channel,
     coalesce(subscriptions.priority, settings.priority, 0),
-    case when coalesce(subscriptions.delay, settings.delay, 0) > 0 then 2 else 0 end,
-    :now + coalesce(subscriptions.delay, settings.delay, 0),
+    case when {COPY_DELAY} > 0 then 2 else 0 end,
+    :now + {COPY_DELAY},
     coalesce(subscriptions.timeout, settings.timeout, 30),
     coalesce(subscriptions.deliver, settings.deliver, 0),
     :now,
-    coalesce(subscriptions.linger, settings.linger, 0),
-    case when coalesce(subscriptions.linger, settings.linger, 0) > 0
-        then :now + coalesce(subscriptions.linger, settings.linger) else 0 end,
+    {COPY_LINGER},
+    case when {COPY_LINGER} > 0 then :now + {COPY_LINGER} else 0 end,
     topic, :type,
     coalesce(subscriptions.dead, settings.dead, ''),
     coalesce(subscriptions.backoff, settings.backoff, ''),
@@ -907,7 +918,7 @@ on conflict (scope, key) do update set until = excluded.until, result = excluded
 # The fields of a `Message` as it is delivered, for NEXT_MESSAGE and SELECT_BATCH.
 DELIVERED_COLUMNS = """id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
-    dead_from, dead_reason, error, backoff"""
+    dead_from, dead_reason, error, backoff, dead_delivered"""
 
 SET_LEASED = """state = 1, due_at = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
     lease = lease + 1, leased = 1"""
@@ -991,7 +1002,8 @@ where id in ({BATCH_IDS})
 # The whole rows, for RESTORE_MESSAGE.
 SELECT_BATCH_ROWS = f"""
 select id, channel, priority, timeout, deliver, delivered, lease, received, linger,
-    expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, error, body
+    expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, dead_delivered,
+    error, body
 from messages
 where id in ({BATCH_IDS})
 order by id
@@ -1000,13 +1012,13 @@ order by id
 RESTORE_MESSAGE = """
 insert into messages (id, channel, priority, state, due_at, timeout, deliver, delivered, lease,
     received, linger, expires_at, topic, type, dead, backoff, unique_key, dead_from,
-    dead_reason, error, body)
+    dead_reason, dead_delivered, error, body)
 select :id, :channel, :priority, 0, :now, :timeout, :deliver, :delivered, :lease + 1,
     :received, :linger, :expires_at, :topic, :type, :dead, :backoff,
     case when exists (
         select 1 from messages where channel = :channel and unique_key = :unique_key)
         then null else :unique_key end,
-    :dead_from, :dead_reason, :error, :body
+    :dead_from, :dead_reason, :dead_delivered, :error, :body
 """
 
 UNDO_TAKE = """
@@ -1068,9 +1080,9 @@ where id = :id and leased = 1 and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel) and (deliver = 0 or delivered < deliver)
 """
 
-REJECT_EXHAUSTED = """
+EXHAUST_RELEASED = """
 update messages
-set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
+set state = 3, dead_reason = 'deliver', error = case when :reason = '' then error else :reason end
 where id = :id and leased = 1 and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel) and deliver > 0 and delivered >= deliver
 """
@@ -1083,6 +1095,13 @@ where id = :id and lease = coalesce(:lease, lease)
     and (:lease is null or leased = 1)
 """
 
+# For a message that moves to the channel {target}: its key, unless another message there has it.
+# The rows of a statement are updated one after the other, so of two with one key one keeps it.
+MOVED_KEY = """case when unique_key is not null and not exists (
+        select 1 from messages as others
+        where others.channel = {target} and others.unique_key = messages.unique_key)
+    then unique_key end"""
+
 # BURY_DEAD: a message in state 3 goes to its dead channel, or is deleted if it has no other.
 DEAD_COUNTS = """
 select dead, count(*)
@@ -1091,10 +1110,11 @@ where state = 3 and state > 2 and dead <> '' and dead <> channel
 group by dead
 """
 
-MOVE_DEAD = """
+MOVE_DEAD = f"""
 update messages
 set channel = dead, dead_from = channel, state = 0, due_at = :now, delivered = 0, leased = 0,
-    linger = 0, expires_at = 0, unique_key = null
+    dead_delivered = delivered, linger = 0, expires_at = 0,
+    unique_key = {MOVED_KEY.format(target="messages.dead")}
 where state = 3 and state > 2 and dead <> '' and dead <> channel
 """
 
@@ -1121,7 +1141,8 @@ group by 1
 REDRIVE_MESSAGES = f"""
 update messages
 set channel = coalesce(:to, dead_from), due_at = :now, delivered = 0, leased = 0,
-    unique_key = null, dead_from = '', dead_reason = ''
+    unique_key = {MOVED_KEY.format(target="coalesce(:to, messages.dead_from)")},
+    dead_from = '', dead_reason = '', dead_delivered = 0
 where id in ({REDRIVE_IDS})
 """
 
@@ -1349,7 +1370,7 @@ order by channel
 BEFORE_BODY = """id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type"""
 
-AFTER_BODY = """dead_from, dead_reason, error, backoff, dead,
+AFTER_BODY = """dead_from, dead_reason, error, backoff, dead_delivered, dead,
     case when state = 2 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end,
     coalesce(unique_key, ''), state"""
 
@@ -3030,7 +3051,7 @@ class EndWait(Operation):
 RESTORED_COLUMNS = (
     "id", "channel", "priority", "timeout", "deliver", "delivered", "lease", "received", "linger",
     "expires_at", "topic", "type", "dead", "backoff", "unique_key", "dead_from", "dead_reason",
-    "error", "body",
+    "dead_delivered", "error", "body",
 )  # fmt: skip
 
 
@@ -3160,11 +3181,11 @@ class Touch(Operation):
 
 
 class Release(Operation):
-    """Gives a message in flight back; rejects it if that was its last delivery."""
+    """Gives a message in flight back; if that was its last delivery, it is a dead letter."""
 
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
         super().__init__(
-            (LEASE_STATE, RELEASE_MESSAGE, REJECT_EXHAUSTED, EXPIRE_WAITING, *BURY_DEAD, DUE_TIMES),
+            (LEASE_STATE, RELEASE_MESSAGE, EXHAUST_RELEASED, EXPIRE_WAITING, *BURY_DEAD, DUE_TIMES),
             parameters,
         )
         self._state = state
@@ -3172,9 +3193,8 @@ class Release(Operation):
 
     def on_commit(self) -> None:
         state = self._state
-        lease_state, (changed, _), (rejected, _), (expired, _), *buried, due_times = self.results
-        state.counters["msg-release"] += changed
-        state.counters["msg-reject"] += rejected
+        lease_state, (changed, _), (exhausted, _), (expired, _), *buried, due_times = self.results
+        state.counters["msg-release"] += changed + exhausted
         state.counters["msg-retention"] += expired
         state.dead_buried(buried, self._now)
         for delayed, due_at, expires_at in due_times if changed else ():
@@ -3185,8 +3205,8 @@ class Release(Operation):
                 state.wake(lease_state[0][2], 1, self._now)
 
     def result(self) -> None:
-        lease_state, (changed, _), (rejected, _), *_ = self.rows()
-        if not (changed or rejected):
+        lease_state, (changed, _), (exhausted, _), *_ = self.rows()
+        if not (changed or exhausted):
             _refuse(self, lease_state, "released")
 
 
@@ -4037,7 +4057,7 @@ class Broker(Administration):
     ) -> None:
         """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
 
-        The delivery stays counted; if it was the last one that is allowed this is a rejection.
+        The delivery stays counted; if it was the last one that is allowed, it is a dead letter.
         `reason` goes out with the next delivery.  Raises as `touch` does.
         """
         parameters = self._lease_parameters(id, lease, expected_channel)
@@ -5313,6 +5333,7 @@ def message_headers(message: Message) -> str:
     if message.dead_from:
         headers += f"x-linger-dead-from: {encode_name(message.dead_from)}\r\n"
         headers += f"x-linger-dead-reason: {message.dead_reason}\r\n"
+        headers += f"x-linger-dead-delivered: {message.dead_delivered}\r\n"
     if message.error:
         headers += f"x-linger-error: {urllib.parse.quote(message.error, safe='')}\r\n"
     if message.backoff:
@@ -5344,6 +5365,8 @@ def message_object(message: Message) -> dict[str, object]:
     value.update(body_object(message.body))
     optional = zip(OPTIONAL_KEYS, message[len(MESSAGE_KEYS) + 1 :])
     value.update({name: field for name, field in optional if field})
+    if message.dead_from:
+        value["dead-delivered"] = message.dead_delivered  # also 0
     return value
 
 
@@ -9214,7 +9237,7 @@ environment of COMMAND, in addition to that of the worker:
   LINGER_URL of the server, LINGER_MESSAGE_ID, and the rest of the message:
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[1:6])},
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[6:11])},
-  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:16])}
+  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:17])}
 exit status of COMMAND:
   0  the message is deleted
   {os.EX_TEMPFAIL} (EX_TEMPFAIL)  the message is released

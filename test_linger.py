@@ -769,7 +769,7 @@ class DeliveryTest(BrokerTest):
         self.clock.now += 2
         self.assertEqual(
             self.broker.get("q"),
-            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", "", "", 0, ""),
+            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", "", 0, "", 0, ""),
         )
 
     def test_an_empty_channel_gives_none(self):
@@ -1296,6 +1296,7 @@ class TopicTest(BrokerTest):
                 "",
                 "",
                 "",
+                0,
                 "",
                 0,
                 "",
@@ -1320,6 +1321,7 @@ class TopicTest(BrokerTest):
                 "",
                 "",
                 "",
+                0,
                 "",
                 0,
                 "",
@@ -1933,12 +1935,14 @@ class LeaseAndReleaseTest(BrokerTest):
                 call(id, lease)
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 1})
 
-    def test_a_release_of_the_last_delivery_is_a_rejection(self):
+    def test_a_release_of_the_last_delivery_uses_the_deliveries_up(self):
         id = self.broker.post("q", b"x", deliver=1, dead="d").id
         self.broker.get("q")
         self.broker.release(id, reason="no")
         message = self.broker.get("d")
-        self.assertEqual((message.dead_reason, message.error), ("reject", "no"))
+        self.assertEqual((message.dead_reason, message.error), ("deliver", "no"))
+        counters = self.broker.counters
+        self.assertEqual((counters["msg-release"], counters["msg-reject"]), (1, 0))
 
     def test_a_rejected_message_without_a_dead_channel_is_gone(self):
         id = self.broker.post("q", b"x").id
@@ -2094,6 +2098,20 @@ class DeadLetterTest(BrokerTest):
         message = self.broker.get("d")
         self.assertEqual((message.dead_reason, message.error), ("reject", "broken"))
 
+    def test_a_dead_letter_says_how_often_it_was_delivered_before(self):
+        id = self.broker.post("q", b"x", dead="d").id
+        for _ in range(3):
+            self.broker.get("q")
+            self.broker.release(id)
+        self.broker.reject(id)
+        taken = self.broker.take(consumer := self.broker.consumer(["d"], auto=True))
+        self.assertEqual((taken[0].delivered, taken[0].dead_delivered), (1, 3))
+        self.broker.undo_take(consumer, taken)
+        self.assertEqual(self.broker.get("d").dead_delivered, 3)
+        self.broker.release(id)
+        self.broker.redrive("d")
+        self.assertEqual(self.broker.read_message(id)[0].dead_delivered, 0)
+
     def test_the_move_ignores_the_mark_of_its_target(self):
         self.restart(hlm=1)
         self.broker.post("d", b"full")
@@ -2245,11 +2263,39 @@ class KeyTest(BrokerTest):
             lingered,
             lambda id: self.broker.drain("q"),
         ):
-            for dead in ("", "d"):
-                posted = self.broker.post("q", b"1", unique="k", dead=dead, linger=9)
-                self.assertFalse(posted.duplicate)
-                end(posted.id)
+            posted = self.broker.post("q", b"1", unique="k", linger=9)
+            self.assertFalse(posted.duplicate)
+            end(posted.id)
         self.assertFalse(self.broker.post("q", b"1", unique="k").duplicate)
+
+    def test_a_unique_key_moves_with_its_message(self):
+        id = self.broker.post("q", b"1", unique="k", dead="d").id
+        self.broker.reject(id)
+        self.assertEqual(self.broker.post("d", b"2", unique="k"), (id, True))
+        self.broker.redrive("d")
+        self.assertEqual(self.broker.post("q", b"2", unique="k"), (id, True))
+        self.assertFalse(self.broker.post("d", b"2", unique="k").duplicate)
+
+    def test_of_messages_with_a_key_that_move_one_keeps_it(self):
+        ids = [self.broker.post(c, b"%d" % n, unique="k", dead="d", linger=9).id
+               for n, c in enumerate("abc")]  # fmt: skip
+        self.clock.now += 9
+        self.broker.process_due()
+        self.assertEqual(self.unique_keys(ids), ["k", "", ""])
+        self.assertEqual(self.broker.post("d", b"4", unique="k"), (ids[0], True))
+        self.broker.delete(ids[0])
+        self.assertFalse(self.broker.post("d", b"4", unique="k").duplicate)
+        self.assertEqual(self.bodies("d"), [b"1", b"2", b"4"])
+
+    def test_of_messages_with_a_key_that_are_redriven_one_keeps_it(self):
+        ids = [self.broker.post(c, b"x", unique="k").id for c in ("a", "b", "q")]
+        self.broker.redrive("a", to="q")
+        self.broker.redrive("b", to="q")
+        self.assertEqual(self.unique_keys(ids), ["", "", "k"])
+        self.assertEqual(len(self.bodies("q")), 3)
+
+    def unique_keys(self, ids):
+        return [self.broker.read_message(id)[0].unique for id in ids]
 
     def batch(self, key, *bodies):
         return [(b, "x/y", {"dedup": linger.BatchKey(key, n)}) for n, b in enumerate(bodies)]
@@ -2490,6 +2536,17 @@ class SettingsTest(BrokerTest):
         self.broker.subscribe("q", "t", delay=4)
         with self.assertRaisesRegex(linger.BadRequest, "longer than delay"):
             self.broker.subscribe("q", "t", delay=10)
+
+    def test_a_setting_that_would_lose_every_copy_gives_way_to_the_subscription(self):
+        self.broker.subscribe("brief", "t", linger=5)
+        self.broker.subscribe("late", "t", delay=9)
+        self.broker.set_settings("brief", delay=5)
+        self.broker.set_settings("late", linger=9, timeout=60)
+        self.broker.publish("t", b"x")
+        self.assertEqual(self.broker.get("brief").linger, 5)
+        self.clock.now += 9
+        message = self.broker.get("late")
+        self.assertEqual((message.linger, message.timeout), (0, 60))
 
     def test_settings_replace_are_cleared_and_survive_a_restart(self):
         self.broker.set_settings("q", timeout=60, dead="d")
