@@ -186,6 +186,13 @@ HEADER_CACHE = 256  # parsed sets of header lines kept for all connections
 MAX_CACHED_HEAD = 2_048  # longest head or set of header lines kept, bytes
 NAME_CACHE = 1_024  # checked, encoded and decoded names kept
 
+# Responses
+MAX_RESPONSE_HEAD = 4_000  # bytes: proxies have a buffer of 4,096 for it, where Via may be added
+COMMON_HEADERS = 600  # its part for those that every response has, and a Content-Type, bytes
+MAX_TYPE = 255  # longest Content-Type of a message, bytes
+MIN_ERROR = 256  # bytes of a reason for which other headers make room
+MAX_IGNORED = 256  # names of unknown parameters in a response's head, bytes
+
 # Connections
 READ_TIMEOUT = 30  # time for a whole head, and again for a whole body, seconds
 IDLE_TIMEOUT = 75  # silence allowed on a kept-alive connection, seconds; as nginx
@@ -4536,6 +4543,28 @@ ROUTES = (
     Route("POST", "/messages/<id>/reject", "reject_message", False, READ, "give it up", CONTENT),
 )
 
+MESSAGE_NAMES = tuple(p.name for p in ALL_PARAMETERS)
+DEDUP_NAMES = tuple(p.name for p in DEDUP_PARAMETERS)
+
+# The parameters of each endpoint that has any; the response names others as ignored.
+PARAMETERS_OF: dict[str, Sequence[str]] = {
+    "list_channels": ("info",),
+    "take_message": ("wait", "nowait", "n", "timeout", "auto", "ack", "lease"),
+    "post_message": ("msg", *MESSAGE_NAMES),
+    "post_batch": MESSAGE_NAMES,
+    "list_messages": ("state", "n", "after", "whole"),
+    "set_settings": (*(p.name for p in CHANNEL_PARAMETERS), *DEDUP_NAMES),  # refused by name
+    "pause_channel": ("for",),
+    "redrive": ("n", "to"),
+    "subscribe": MESSAGE_NAMES,
+    "publish_message": ("msg", *DEDUP_NAMES),
+    "publish_batch": DEDUP_NAMES,
+    "delete_message": ("lease",),
+    "touch_message": ("lease", "timeout"),
+    "release_message": ("msg", "lease", "delay"),
+    "reject_message": ("msg", "lease"),
+}
+
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
 
 
@@ -4770,6 +4799,19 @@ class Headers:
         self.cors_headers: Optional[str] = None  # the result of Access.check_origin, once it passed
 
 
+def ignored_header(names: Sequence[str]) -> str:
+    """The header lines that name parameters that were ignored: those that fit, and if they do
+    not all, how many there are."""
+    lines, room = "x-linger-ignored: ", MAX_IGNORED
+    for name in names:
+        encoded = urllib.parse.quote(name[:MAX_IGNORED], safe="", errors="replace")
+        if len(encoded) >= room:
+            return f"{lines.rstrip(',')}\r\nx-linger-ignored-count: {len(names)}\r\n"
+        lines += encoded + ","
+        room -= len(encoded) + 1
+    return f"{lines.rstrip(',')}\r\n" if names else ""
+
+
 class Request:
     """A request whose head has been read; the reader adds the body.
 
@@ -4781,8 +4823,8 @@ class Request:
 
     __slots__ = (
         "_form", "_query_fields", "base_headers", "body", "body_kind", "body_limit", "close_after",
-        "connection", "endpoint", "grant", "grants", "headers", "http10", "method", "names",
-        "options", "query", "routes", "segments", "target",
+        "connection", "endpoint", "grant", "grants", "headers", "http10", "ignored", "known",
+        "method", "names", "options", "query", "routes", "segments", "target",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: Headers, http10: bool) -> None:
@@ -4806,6 +4848,8 @@ class Request:
         self.body_kind = PARAMETERS  # Route.body
         self.endpoint: Optional[Callable[..., Any]] = None  # the method of Api
         self.names: Sequence[str] = ()  # those in the path
+        self.known: Sequence[str] = ()  # parameters of the endpoint
+        self.ignored = ""  # header line with those given that are not
         self.options: Any = None  # what the endpoint has parsed from the query
 
     def retarget(self, target: str) -> None:
@@ -4820,11 +4864,17 @@ class Request:
 
     def fields(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The fields of the query, and those of the body."""
-        if self._query_fields is None:
-            self._query_fields = parse_pairs(self.query.encode("latin-1")) if self.query else {}
+        query_fields = self._fields_of_query()
         if self._form is None:
             self._form = self._parse_body() if self.body else {}
-        return self._query_fields, self._form
+            if self._form:
+                self.note_ignored(self._form)
+        return query_fields, self._form
+
+    def _fields_of_query(self) -> dict[str, bytes]:
+        if self._query_fields is None:
+            self._query_fields = parse_pairs(self.query.encode("latin-1")) if self.query else {}
+        return self._query_fields
 
     def _parse_body(self) -> dict[str, bytes]:
         if self.body_kind == MANY:
@@ -4843,6 +4893,23 @@ class Request:
                     415,
                 )
         return form or {}
+
+    def note_ignored(self, names: Iterable[str]) -> None:
+        """Names those fields of the body that the endpoint does not know in the response."""
+        unknown = [name for name in names if name not in self.known]
+        if unknown:
+            self.ignored = ignored_header([*self._unknown_in_query(), *unknown])
+            self.endpoint = None  # `recognize` is called again for the next one with this head
+
+    def recognize(self, known: Sequence[str]) -> None:
+        """Takes the parameters that the endpoint knows; the response names others in the query."""
+        self.known = known
+        self.ignored = ignored_header(self._unknown_in_query()) if self.query else ""
+
+    def _unknown_in_query(self) -> list[str]:
+        with contextlib.suppress(BadRequest):  # too many: an endpoint that has any refuses them
+            return [name for name in self._fields_of_query() if name not in self.known]
+        return []
 
     def parameter(self, name: str) -> Optional[str]:
         """The text of a parameter; None if it is not given.  The body's wins over the query's."""
@@ -4887,6 +4954,10 @@ class Request:
                 raise BadRequest("Idempotency-Key must be text in UTF-8") from None
         return values
 
+    def header_room(self) -> int:
+        """Bytes of the response's head that are left for headers of its own."""
+        return MAX_RESPONSE_HEAD - COMMON_HEADERS - len(self.base_headers) - len(self.ignored)
+
     def release_body(self) -> None:
         """Frees the memory, since the request waits, or is used again."""
         self.body = b""
@@ -4907,7 +4978,10 @@ class Request:
         form = self.fields()[1]
         if form:
             return form["msg"], DEFAULT_TYPE
-        return self.body, self.headers.content_type or DEFAULT_TYPE
+        content_type = self.headers.content_type or DEFAULT_TYPE
+        if len(content_type) > MAX_TYPE:
+            raise BadRequest(f"the Content-Type is too long: the limit is {MAX_TYPE} bytes")
+        return self.body, content_type
 
 
 def parse_head(head: bytes, cache: HeaderCache) -> Request:
@@ -5256,6 +5330,9 @@ class RequestReader:
 
 TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 NO_STORE = "Cache-Control: no-store\r\n"
+PLAIN_NAME = re.compile("[!-$&-~]*")  # visible ASCII without %
+TYPE_IN_HEADER = re.compile(f"[\t -~\x80-\xff]{{1,{MAX_TYPE}}}")
+FIRST_OPTIONAL = Message._fields.index("body") + 1  # fields from here on may be empty
 STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nServer: Linger/{__version__}\r\n"
     "X-Content-Type-Options: nosniff\r\n"
@@ -5282,7 +5359,7 @@ class Response(NamedTuple):
             headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
         if close:
             headers += "Connection: close\r\n"
-        base_headers = "" if request is None else request.base_headers
+        base_headers = "" if request is None else request.base_headers + request.ignored
         head = f"{STATUS_LINES[status]}{date}{base_headers}{headers}\r\n".encode("latin-1")
         return head if request is not None and request.method == "HEAD" else head + body
 
@@ -5308,12 +5385,39 @@ def error_response(error: LingerError) -> Response:
 
 @functools.lru_cache(NAME_CACHE)
 def encode_name(name: str) -> str:
-    """A name as it may stand in a header: itself if it is visible ASCII, else percent-encoded."""
-    return name if VISIBLE.fullmatch(name) else urllib.parse.quote(name, safe="")
+    """A name as it may stand in a header: itself if it is visible ASCII without %, else
+    percent-encoded, so that decoding is exact."""
+    return name if PLAIN_NAME.fullmatch(name) else urllib.parse.quote(name, safe="")
 
 
-def message_headers(message: Message) -> str:
-    """All of a message but its body and type, as header lines.
+def list_header(header: str, names: Sequence[str], room: int) -> str:
+    """A header line with names; only their count, in `<header>-count`, if they do not fit.
+
+    A comma in a name is encoded: it separates them.
+    """
+    if sum(map(len, names)) <= room:
+        encoded = ",".join(encode_name(name).replace(",", "%2C") for name in names)
+        line = f"{header}: {encoded}\r\n"
+        if len(line) <= room:
+            return line
+    return f"{header}-count: {len(names)}\r\n"
+
+
+def cut_encoded(text: str, size: int) -> str:
+    """The percent-encoded beginning of a text, of at most `size` bytes and whole characters."""
+    encoded = re.sub("%.?$", "", urllib.parse.quote(text[:size], safe="")[:size])
+    whole = urllib.parse.unquote_to_bytes(encoded).decode("utf-8", "ignore")
+    return urllib.parse.quote(whole, safe="")
+
+
+@functools.lru_cache(NAME_CACHE)
+def type_in_header(type: str) -> str:
+    """The type of a message as it may stand in a header: one of Linger 1.0.1 had no limit."""
+    return type if TYPE_IN_HEADER.fullmatch(type) else "application/octet-stream"
+
+
+def message_headers(message: Message, room: int = MAX_RESPONSE_HEAD) -> str:
+    """All of a message but its body and type, as header lines of at most `room` bytes.
 
     A browser that shows the body must not run it as a page of this server, hence the sandbox.
     """
@@ -5330,40 +5434,55 @@ def message_headers(message: Message) -> str:
         f"x-linger-topic: {encode_name(message.topic)}\r\n"
         f"x-linger-lease: {message.lease}\r\n"
     )
-    if message.dead_from:
-        headers += f"x-linger-dead-from: {encode_name(message.dead_from)}\r\n"
-        headers += f"x-linger-dead-reason: {message.dead_reason}\r\n"
-        headers += f"x-linger-dead-delivered: {message.dead_delivered}\r\n"
-    if message.error:
-        headers += f"x-linger-error: {urllib.parse.quote(message.error, safe='')}\r\n"
-    if message.backoff:
-        headers += f"x-linger-backoff: {message.backoff}\r\n"
-    if message.dead:
-        headers += f"x-linger-dead: {encode_name(message.dead)}\r\n"
-    if message.delay:
-        headers += f"x-linger-delay: {message.delay}\r\n"
-    if message.unique:
-        headers += f"x-linger-unique: {encode_name(message.unique)}\r\n"
+    if any(message[FIRST_OPTIONAL:]):
+        headers += _optional_headers(message, room - len(headers))
     return headers
 
 
-def dropped_header(channels: Sequence[str]) -> str:
-    """The header line that names the channels that a publication did not reach."""
-    if not channels:
-        return ""
-    names = ",".join(urllib.parse.quote(channel, safe="") for channel in channels)
-    return f"x-linger-dropped: {names}\r\n"
+def _optional_headers(message: Message, room: int) -> str:
+    """The header lines of what most messages do not have."""
+    fields: dict[str, object] = {
+        "dead-from": encode_name(message.dead_from),
+        "dead-reason": message.dead_reason,
+        "dead-delivered": message.dead_delivered if message.dead_from else "",
+        "error": cut_encoded(message.error, room),
+        "backoff": message.backoff,
+        "dead": encode_name(message.dead),
+        "delay": message.delay or "",
+        "unique": encode_name(message.unique),
+    }
+    lines = {n: f"x-linger-{n}: {value}\r\n" for n, value in fields.items() if value != ""}
+    size = sum(map(len, lines.values()))
+    if size > room or len(message.error) > room:
+        _fit_lines(lines, message.error, room)
+    return "".join(lines.values())
 
 
-MESSAGE_KEYS = Message._fields[: Message._fields.index("body")]
-OPTIONAL_KEYS = tuple(name.replace("_", "-") for name in Message._fields[len(MESSAGE_KEYS) + 1 :])
+def _fit_lines(lines: dict[str, str], error: str, room: int) -> None:
+    """Makes header lines fit: leaves out the longest and names them, then cuts the error."""
+    omitted: list[str] = []
+    while True:
+        lines["omitted"] = f"x-linger-omitted: {','.join(omitted)}\r\n" if omitted else ""
+        left = room - sum(len(line) for name, line in lines.items() if name != "error")
+        if left >= min(len(lines.get("error", "")), MIN_ERROR):
+            break
+        longest = max(lines.keys() - {"error", "omitted"}, key=lambda name: len(lines[name]))
+        omitted.append(longest)
+        del lines[longest]
+    if len(lines.get("error", "")) > left:
+        head, mark = "x-linger-error: ", "\r\nx-linger-error-cut: true\r\n"
+        lines["error"] = head + cut_encoded(error, left - len(head + mark)) + mark
+
+
+MESSAGE_KEYS = Message._fields[: FIRST_OPTIONAL - 1]
+OPTIONAL_KEYS = tuple(name.replace("_", "-") for name in Message._fields[FIRST_OPTIONAL:])
 
 
 def message_object(message: Message) -> dict[str, object]:
     """A message as a JSON object; `body` is text, or base64 where it is not UTF-8."""
     value: dict[str, object] = dict(zip(MESSAGE_KEYS, message))
     value.update(body_object(message.body))
-    optional = zip(OPTIONAL_KEYS, message[len(MESSAGE_KEYS) + 1 :])
+    optional = zip(OPTIONAL_KEYS, message[FIRST_OPTIONAL:])
     value.update({name: field for name, field in optional if field})
     if message.dead_from:
         value["dead-delivered"] = message.dead_delivered  # also 0
@@ -5394,7 +5513,9 @@ def body_object(body: bytes, is_cut: bool = False) -> dict[str, object]:
 # wait for a commit asks the request's connection to reply later.  Knows nothing of bytes.
 # ---------------------------------------------------------------------------------------------
 
-HEADER_VALUE = re.compile("[!-~\xa1-\xff](?:[ -~\xa1-\xff]{0,253}[!-~\xa1-\xff])?")
+HEADER_VALUE = re.compile(  # of at most MAX_TYPE characters
+    f"[!-~\xa1-\xff](?:[ -~\xa1-\xff]{{0,{MAX_TYPE - 2}}}[!-~\xa1-\xff])?"
+)
 ITEM_KEYS = frozenset(("body", "type", "encoding"))  # of a message in JSON, beside its parameters
 
 BatchItem = tuple[bytes, str, Mapping[str, object]]  # body, type and parameters of a message
@@ -5432,8 +5553,11 @@ def parse_batch(request: Request, table: Sequence[Parameter]) -> list[BatchItem]
         lines = check_count([line for line in map(bytes.strip, request.body.split(b"\n")) if line])
         return [(line, JSON_TYPE, _item_parameters(n, common)) for n, line in enumerate(lines)]
     if request.headers.media_type == JSON_TYPE:
-        items = enumerate(parse_array(request.body))
-        return [parse_item(n, item, _item_parameters(n, common)) for n, item in items]
+        items = parse_array(request.body)
+        messages = [parse_item(n, i, _item_parameters(n, common)) for n, i in enumerate(items)]
+        given = set().union(*(item.keys() for item in items)) - ITEM_KEYS
+        request.note_ignored(sorted(n for n in given if n.replace("_", "-") not in request.known))
+        return messages
     raise LingerError("a batch must be application/x-ndjson or application/json", 415)
 
 
@@ -5598,6 +5722,7 @@ class Api:
             self._access.check_browser(request.headers.fields)
             request.base_headers = NO_STORE + (request.headers.cors_headers or "")
         request.body_kind = route.body
+        request.recognize(PARAMETERS_OF.get(route.endpoint, ()))
         segments, kinds = request.segments[1::2], request.segments[::2]
         if route.endpoint == "take_message":
             segments = segments[0].split(",")
@@ -5664,13 +5789,17 @@ class Api:
     def _taken_response(self, request: Request, operation: Operation) -> Response:
         messages, consumer = operation.result(), operation.owner
         if not messages:
-            names = ",".join(map(encode_name, consumer.channels))
-            return Response(204, headers=f"x-linger-channel: {names}\r\n")
+            names = consumer.channels
+            if len(names) == 1:
+                return Response(204, headers=f"x-linger-channel: {encode_name(names[0])}\r\n")
+            header = list_header("x-linger-channel", names, request.header_room())
+            return Response(204, headers=header)
         undo = functools.partial(self._broker.undo_take, consumer, messages)
         if request.options.n is not None:
             return json_response(list(map(message_object, messages)))._replace(undo=undo)
         message = messages[0]
-        return Response(200, message.body, message.type, message_headers(message), undo)
+        headers = message_headers(message, request.header_room())
+        return Response(200, message.body, type_in_header(message.type), headers, undo)
 
     def post_message(self, request: Request, channel: str) -> None:
         body, content_type = request.message()
@@ -5708,7 +5837,10 @@ class Api:
         self, request: Request, ids: Mapping[str, object], dropped: Sequence[str]
     ) -> Response:
         visible = request.grant.visible("channels", dropped)
-        return json_response(self._visible_ids(request, ids), 202, dropped_header(visible))
+        header = ""
+        if visible:
+            header = list_header("x-linger-dropped", visible, request.header_room())
+        return json_response(self._visible_ids(request, ids), 202, header)
 
     def _visible_ids(self, request: Request, ids: Mapping[str, object]) -> Mapping[str, object]:
         """The ids of a publication's copies in those channels that the token covers."""
@@ -5799,8 +5931,9 @@ class Api:
         message, state = self._broker.read_message(parse_integer("id", id))
         if not request.grant.covers("channels", message.channel):
             raise NotFound(f"there is no message {message.id}")
-        headers = message_headers(message) + f"x-linger-state: {state}\r\n"
-        return Response(200, message.body, message.type, headers)
+        line = f"x-linger-state: {state}\r\n"
+        headers = message_headers(message, request.header_room() - len(line)) + line
+        return Response(200, message.body, type_in_header(message.type), headers)
 
     def drain_channel(self, _: Request, channel: str) -> Response:
         self._broker.drain(channel)
@@ -6927,14 +7060,9 @@ def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Messag
     for name in Message._fields:
         value = headers.get("x-linger-" + ("msg-id" if name == "id" else name.replace("_", "-")))
         if value is not None:
-            fields[name] = int(value) if name in INTEGER_FIELDS else decode_header(name, value)
+            convert = int if name in INTEGER_FIELDS else urllib.parse.unquote
+            fields[name] = convert(value)
     return Message(**fields), headers["x-linger-state"]
-
-
-def decode_header(name: str, value: str) -> str:
-    """Returns the text of a header: `error` is always percent-encoded, others only if needed."""
-    text = urllib.parse.unquote(value)
-    return value if name != "error" and VISIBLE.fullmatch(text) else text
 
 
 def dumped_record(item: Mapping[str, Any]) -> dict[str, Any]:

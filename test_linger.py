@@ -3198,7 +3198,7 @@ class CallTest(ServerTest):
             with self.subTest(name):
                 self.assertEqual(self.call("POST", f"/channels/{part}", "x")[0], 202)
                 header = self.call("GET", f"/channels/{part}")[1]["x-linger-channel"]
-                visible = re.fullmatch("[!-~]*", name)
+                visible = re.fullmatch("[!-$&-~]*", name)
                 self.assertEqual(header, name if visible else part)
                 self.assertIn(name, self.json("GET", "/channels")[1]["channels"])
 
@@ -3376,9 +3376,9 @@ class ConsumerCallTest(ServerTest):
         self.broker.post("q", b"x")  # not over HTTP: the one handler must be that of the GET
         real = linger.message_headers
 
-        def break_connection(message):
+        def break_connection(*arguments):
             next(iter(self.server.connections)).shutdown(socket.SHUT_RDWR)
-            return real(message)
+            return real(*arguments)
 
         with unittest.mock.patch.object(linger, "message_headers", break_connection):
             self.talk(b"GET /channels/q?auto HTTP/1.1\r\nHost: x\r\n\r\n", half_close=False)
@@ -3536,6 +3536,207 @@ class MarkTest(ServerTest):
         status, headers, body = self.call("POST", "/topics/t", "x")
         self.assertEqual((status, body), (202, b'{"free":3}\n'))
         self.assertEqual(headers["x-linger-dropped"], "a,%C3%BC%2C")
+
+
+class HeadTest(ServerTest):
+    """The heads of responses: proxies with default buffers take fewer than 4,096 bytes."""
+
+    options = types.MappingProxyType({"cors": "https://a.example", "hlm": 1})
+    ORIGIN = b"Origin: https://a.example\r\n"
+
+    def longest(self, n):
+        """A name that takes the most bytes in a header."""
+        return "ü" * 126 + f"{n:03}"
+
+    def quoted(self, n):
+        return urllib.parse.quote(self.longest(n), safe="")
+
+    def head(self, line, extra=b"", body=b""):
+        """The head of a response, which is below the limit, and its header fields."""
+        request = line.encode() + HOST + self.ORIGIN + extra
+        answer = self.talk(request + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        head, _, self.body = answer.partition(b"\r\n\r\n")
+        self.assertLess(len(head) + 4, 4096)
+        lines = head.decode("latin-1").split("\r\n")
+        return int(lines[0][9:12]), dict(line.split(": ", 1) for line in lines[1:])
+
+    def post_worst(self):
+        """Puts a dead letter with all that a message can have, as long as it can be."""
+        for n in range(4):
+            self.broker.set_settings(self.longest(n), hlm=0)
+        most = 2**63 - 1
+        self.broker.subscribe(
+            self.longest(0), self.longest(1), priority=-most, timeout=999999999, deliver=most,
+            linger=most, dead=self.longest(2), backoff=",".join(["999999999"] * 32),
+        )  # fmt: skip
+        self.broker.publish(self.longest(1), b"x" * 200_000, "a/" + "b" * (linger.MAX_TYPE - 2))
+        self.broker._committer.run(
+            linger.Operation(
+                ("update messages set id = :id, lease = 9e17, unique_key = :key",),
+                {"id": most, "key": self.longest(3)},
+            )
+        )
+        self.broker.get(self.longest(0))
+        self.reason = "ü€🦄" * (linger.MAX_REASON // 9)
+        self.broker.reject(most, reason=self.reason)
+        return most
+
+    def test_the_head_of_the_worst_message_is_small(self):
+        id = self.post_worst()
+        unknown = "&".join(f"{'ü' * 8}{n}=1" for n in range(90))
+        status, fields = self.head(f"GET /messages/{id}?{unknown}", b"Connection: close\r\n")
+        self.assertEqual((status, fields["x-linger-channel"]), (200, self.quoted(2)))
+        self.assertEqual(fields["x-linger-ignored-count"], "90")
+        self.assertEqual(fields["x-linger-omitted"].split(",")[0], "dead-from")
+        status, fields = self.head(f"GET /channels/{self.quoted(2)}?{unknown}")
+        self.assertEqual((status, fields["x-linger-topic"]), (200, self.quoted(1)))
+        self.assertEqual(self.body, b"x" * 200_000)
+        error = urllib.parse.unquote(fields["x-linger-error"], errors="strict")
+        self.assertEqual(fields["x-linger-error-cut"], "true")
+        self.assertTrue(len(error) > 9 and self.reason.startswith(error), error)
+        self.broker.release(id, delay=0)
+        fields = self.head(f"GET /channels/{self.quoted(2)}")[1]
+        self.assertEqual(fields["x-linger-dead-from"], self.quoted(0))
+        self.assertNotIn("x-linger-omitted", fields)
+
+    def test_the_whole_reason_is_in_json(self):
+        id = self.post_worst()
+        listed = self.json("GET", f"/channels/{self.quoted(2)}/messages")[1][0]
+        self.assertEqual((listed["id"], listed["error"]), (id, self.reason))
+        self.assertEqual((listed["dead-from"], listed["dead-delivered"]), (self.longest(0), 1))
+        self.assertEqual(listed["unique"], self.longest(3))
+        taken = self.json("GET", f"/channels/{self.quoted(2)}?n=1")[1][0]
+        self.assertEqual((taken["error"], "error-cut" in taken), (self.reason, False))
+
+    def test_a_reason_that_fits_is_not_cut(self):
+        id = self.broker.post("q", b"x").id
+        for reason in ("€" * 150, "a%b" * 200):
+            self.broker.get("q")
+            self.broker.release(id, reason=reason)
+            fields = self.head(f"GET /messages/{id}")[1]
+            self.assertEqual(urllib.parse.unquote(fields["x-linger-error"]), reason)
+            self.assertNotIn("x-linger-error-cut", fields)
+
+    def test_a_reason_is_cut_between_characters(self):
+        for text in ("a€🦄ü" * 9, "🦄" * 30, "%" * 50):
+            for size in range(130):
+                with self.subTest(text, size=size):
+                    cut = linger.cut_encoded(text, size)
+                    self.assertLessEqual(len(cut), size)
+                    self.assertGreater(len(cut), min(size, len(urllib.parse.quote(text))) - 12)
+                    self.assertTrue(text.startswith(urllib.parse.unquote(cut, errors="strict")))
+
+    def test_channels_of_a_204_are_named_if_they_fit_and_else_counted(self):
+        fields = self.head("GET /channels/a%2Cb,c%25?nowait")[1]
+        self.assertEqual(fields["x-linger-channel"], "a%2Cb,c%25")
+        many = ",".join(map(self.quoted, range(9)))
+        status, fields = self.head(f"GET /channels/{many}?nowait")
+        self.assertEqual((status, fields["x-linger-channel-count"]), (204, "9"))
+        self.assertNotIn("x-linger-channel", fields)
+
+    def test_dropped_channels_are_named_if_they_fit_and_else_counted(self):
+        for n in range(9):
+            self.broker.post(self.longest(n), b"full")
+            self.broker.subscribe(self.longest(n), "t")
+        status, fields = self.head("POST /topics/t", body=b"x")
+        self.assertEqual((status, fields["x-linger-dropped-count"]), (202, "9"))
+        self.assertNotIn("x-linger-dropped", fields)
+        for n in range(3, 9):
+            self.broker.unsubscribe(self.longest(n), "t")
+        names = self.head("POST /topics/t", body=b"x")[1]["x-linger-dropped"]
+        self.assertEqual(names, ",".join(map(self.quoted, range(3))))
+
+    def test_a_long_content_type_is_refused_and_an_old_one_replaced(self):
+        name = b"Content-Type: a/"
+        fits = name + b"b" * (linger.MAX_TYPE - 2) + b"\r\n"
+        self.assertEqual(self.head("POST /channels/q", fits, b"x")[0], 202)
+        self.assertEqual(self.head("POST /channels/r", name + b"b" + fits[16:], b"x")[0], 400)
+        self.broker.post("old", b"x", "a/" + "b" * 5000)
+        fields = self.head("GET /channels/old")[1]
+        self.assertEqual(fields["Content-Type"], "application/octet-stream")
+
+    def test_names_in_headers_decode_exactly(self):
+        client = linger.Client(self.server.url)
+        self.addCleanup(client.close)
+        for name in ("a%20b", "%", "100%25", "a b", "ü", "a,b", "+", "%zz"):
+            with self.subTest(name):
+                client.subscribe(name, name)
+                client.publish(name, b"x")
+                taken = client.get(name, wait=0)
+                self.assertEqual((taken.channel, taken.topic), (name, name))
+                client.delete(taken)
+                client.post("q", b"x", dead=name, unique=name)
+                client.reject(client.get("q", wait=0))
+                self.assertEqual(client.get(name, wait=0).dead_from, "q")
+                client.drain(name)
+
+
+class IgnoredTest(ServerTest):
+    """Parameters that an endpoint does not know: ignored, but named."""
+
+    def ignored(self, *request):
+        headers = self.call(*request)[1]
+        return headers["x-linger-ignored"], headers["x-linger-ignored-count"]
+
+    def test_unknown_parameters_are_named(self):
+        for method, path, expected in (
+            ("POST", "/channels/q?proirity=9&msg=x&topic=t", "proirity,topic"),
+            ("GET", "/channels/q?nowait&delay=1", "delay"),
+            ("GET", "/stats?a,b=1&%C3%BC&%0D%0A", "a%2Cb,%C3%BC,%0D%0A"),
+            ("GET", "/messages/7?lease=1", "lease"),
+            ("GET", "/channels/q?wait=x&y=1", "y"),
+            ("GET", "/channels/q?nowait", None),
+        ):
+            with self.subTest(path):
+                self.assertEqual(self.ignored(method, path), (expected, None))
+
+    def test_those_of_a_body_are_named_and_forgotten_with_it(self):
+        forms = {"Content-Type": FORM["Content-Type"]}
+        client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        self.addCleanup(client.close)
+        for body, expected in (
+            ("msg=x&proi=9", "q1,proi"), ("msg=x&dead=d", "q1"), ("proi=9&ms=x", "q1"),
+        ):  # fmt: skip
+            client.request("POST", "/channels/q?q1=1", body, forms)
+            answer = client.getresponse()
+            answer.read()
+            self.assertEqual((answer.status, answer.headers["x-linger-ignored"]), (202, expected))
+        body, kind = '{"timeout": 5, "x_y": 6}', {"Content-Type": "application/json"}
+        self.assertEqual(self.ignored("PUT", "/channels/q/settings", body, kind), ("x_y", None))
+
+    def test_those_of_the_items_of_a_batch_are_named(self):
+        kind = {"Content-Type": "application/json"}
+        items = '[{"body": "x", "dedup_for": 5, "tpye": "x"}, {"body": "x", "\\ud800": 1}]'
+        self.assertEqual(self.ignored("POST", "/channels/q/batch", items, kind), ("tpye,%3F", None))
+        items = '[{"body": "x", "priority": 5}]'
+        self.assertEqual(self.ignored("POST", "/topics/t/batch", items, kind), ("priority", None))
+
+    def test_many_are_counted(self):
+        names = [f"name{n}" for n in range(100)]
+        named, count = self.ignored("GET", "/topics?" + "&".join(names))
+        self.assertEqual((named.split(",")[:2], count), (["name0", "name1"], "100"))
+        self.assertLessEqual(len(named), linger.MAX_IGNORED)
+        self.assertEqual(self.ignored("GET", "/topics?" + "z" * 4000), ("", "1"))
+        self.assertEqual(self.ignored("GET", "/topics?" + "&".join(["a"] * 101)), (None, None))
+
+    def test_the_table_of_parameters_says_what_the_endpoints_read(self):
+        tables = {"ALL_PARAMETERS", "DEDUP_PARAMETERS", "CHANNEL_PARAMETERS"}
+        for method in ast.parse(inspect.getsource(linger.Api)).body[0].body:
+            if getattr(method, "name", None) not in {route.endpoint for route in linger.ROUTES}:
+                continue
+            read = set()
+            for node in ast.walk(method):
+                if isinstance(node, ast.Name) and node.id in tables:
+                    read |= {p.name for p in getattr(linger, node.id)}
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                    if node.func.attr in ("integer", "switch", "parameter"):
+                        read.add(node.args[0].value)
+                    elif node.func.attr in ("reason", "message"):
+                        read.add("msg")
+            if method.name == "take_message":
+                read |= {*linger.TakeOptions._fields, "nowait"} - {"has_ack"}
+            known = set(linger.PARAMETERS_OF.get(method.name, ()))
+            self.assertEqual(known, read, method.name)
 
 
 # Requests as bytes, and what they get: the statuses of all answers, how the last error begins, and
@@ -5011,9 +5212,9 @@ class LongPollTest(ServerTest):
         self.broker.post("q", b"x")
         real = linger.message_headers
 
-        def break_connection(message):
+        def break_connection(*arguments):
             next(iter(self.server.connections)).shutdown(socket.SHUT_RDWR)
-            return real(message)
+            return real(*arguments)
 
         with unittest.mock.patch.object(linger, "message_headers", break_connection):
             self.talk(b"GET /channels/q HTTP/1.1\r\nHost: x\r\n\r\n", half_close=False)
