@@ -4783,13 +4783,15 @@ class Headers:
 
     __slots__ = (
         "chunked", "close", "content_type", "cors_headers", "expects_continue", "fields", "is_form",
-        "length", "media_type",
+        "keep_alive", "length", "media_type",
     )  # fmt: skip
 
     def __init__(self, fields: dict[str, str]) -> None:
         self.fields = fields  # by name in lower case; values of one name are joined with ", "
         options = fields.get("connection", "").lower().replace("\t", " ").split(",")
-        self.close = "close" in (option.strip(" ") for option in options)
+        names = [option.strip(" ") for option in options]
+        self.close = "close" in names  # which wins (RFC 9112 9.3)
+        self.keep_alive = "keep-alive" in names  # asked for by HTTP/1.0 only
         self.content_type = fields.get("content-type", "")
         self.media_type = media_type(self.content_type)
         self.is_form = self.media_type in (URLENCODED, MULTIPART)
@@ -4832,7 +4834,8 @@ class Request:
         self.target = target
         self.headers = headers
         self.http10 = http10
-        self.close_after = http10 or headers.close  # whether the response is the last
+        # whether the response is the last (RFC 9112 9.3, C.2.2)
+        self.close_after = headers.close or (http10 and not headers.keep_alive)
         path, _, self.query = target.partition("?")
         self.segments = path[1:].split("/")
         self.routes = routes_for(self.segments)  # of its path, by method
@@ -5330,6 +5333,7 @@ class RequestReader:
 
 TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 NO_STORE = "Cache-Control: no-store\r\n"
+CLOSE = "Connection: close\r\n"
 PLAIN_NAME = re.compile("[!-$&-~]*")  # visible ASCII without %
 TYPE_IN_HEADER = re.compile(f"[\t -~\x80-\xff]{{1,{MAX_TYPE}}}")
 FIRST_OPTIONAL = Message._fields.index("body") + 1  # fields from here on may be empty
@@ -5350,17 +5354,16 @@ class Response(NamedTuple):
     undo: Optional[Callable[[], None]] = None
     file: Optional[BinaryIO] = None  # sent in place of the body, and closed
 
-    def render(self, request: Optional[Request], date: str, close: bool) -> bytes:
-        """Its bytes but those of the file.  `request` is None for one that is malformed, `date` a
-        header line; `close` says that it is the last on its connection."""
+    def render(self, request: Optional[Request], date: str, connection: str) -> bytes:
+        """Its bytes but those of the file.  `request` is None for one that is malformed; `date` and
+        `connection` are header lines."""
         status, body, content_type, headers, _, file = self
         if status != 204:  # which has no body (RFC 9110 8.6)
             length = len(body) if file is None else os.fstat(file.fileno()).st_size
             headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
-        if close:
-            headers += "Connection: close\r\n"
         base_headers = "" if request is None else request.base_headers + request.ignored
-        head = f"{STATUS_LINES[status]}{date}{base_headers}{headers}\r\n".encode("latin-1")
+        lines = f"{STATUS_LINES[status]}{date}{base_headers}{headers}{connection}\r\n"
+        head = lines.encode("latin-1")
         return head if request is not None and request.method == "HEAD" else head + body
 
 
@@ -6418,12 +6421,12 @@ class Connection:
                 break
             except BlockingIOError:
                 timeout = self._idle_time_left()
+        if not data:
+            self._closing = True  # the pending reply, if there is one, is the last
         if self._slot.pending:
             self._await_reply(over=not data)
         self.idle = False
         self._reader.feed(data)
-        if not data:
-            self._closing = True
         return not self._closing
 
     def _receive_first(self, size: int) -> bytes:
@@ -6521,10 +6524,11 @@ class Connection:
                 response = self._response_to_error(request, error)
             if request.close_after or self._server.stopping:
                 self._closing = True
-            data = response.render(request, self._server.date_line(), self._closing)
+            data = self._render(request, response)
             consumer = self._slot.consumer
-            if consumer is not None and consumer.ticket and self.is_disconnected():  # it waited
-                _thread.start_new_thread(self._abandon_reply, (response,))
+            waited = consumer is not None and consumer.ticket
+            if waited and response.undo is not None and self.is_disconnected():
+                _thread.start_new_thread(self._abandon_reply, (response, request))
                 return
             rest = self._stream.send_at_once(data)
             if rest:
@@ -6546,11 +6550,19 @@ class Connection:
         except OSError:
             self._abandon_reply(response)
 
-    def _abandon_reply(self, response: Response) -> None:
-        """Undoes what a reply would have said, since it cannot be sent; in a thread of its own."""
+    def _abandon_reply(self, response: Response, request: Optional[Request] = None) -> None:
+        """Undoes what a reply would have said, since it cannot be sent; in a thread of its own.
+
+        With `request`, nothing has been sent: the client may have closed its sending side only,
+        and reads a 204 then.
+        """
         self._closing = True
         try:
             self._undo(response)
+            if request is not None:
+                with contextlib.suppress(OSError):
+                    self._send(request, NO_CONTENT, close=True)
+                    self._note_answered(request, NO_CONTENT.status)
         finally:
             self._complete_reply()
 
@@ -6570,7 +6582,7 @@ class Connection:
         """Sends a response; undoes what it says if it cannot be sent."""
         if close or self._server.stopping:
             self._closing = True
-        data = response.render(request, self._server.date_line(), self._closing)
+        data = self._render(request, response)
         try:
             self._stream.send(data)
             if response.file is not None:
@@ -6578,6 +6590,10 @@ class Connection:
         except OSError:
             self._undo(response)
             raise
+
+    def _render(self, request: Optional[Request], response: Response) -> bytes:
+        connection = CLOSE if self._closing else self._server.keep_alive
+        return response.render(request, self._server.date_line(), connection)
 
     def _send_file(self, file: BinaryIO) -> None:
         with file:
@@ -6757,6 +6773,7 @@ class Server(ThreadingHTTPServer):
         self.access = access or Access()
         self.read_timeout = read_timeout
         self.idle_timeout = idle_timeout
+        self.keep_alive = f"Connection: keep-alive\r\nKeep-Alive: timeout={int(idle_timeout)}\r\n"
         self.max_connections = max_connections
         self.max_waiting = max_waiting or int(max_connections * WAITING_SHARE) or 1
         self.log_requests = log_requests

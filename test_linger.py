@@ -3671,6 +3671,24 @@ class HeadTest(ServerTest):
                 client.drain(name)
 
 
+class KeepAliveTest(ServerTest):
+    options = types.MappingProxyType({"idle_timeout": 20})
+
+    def test_a_response_says_how_long_its_connection_is_kept(self):
+        for version in ("1.1", "1.0"):
+            for path in ("/topics", "/channels/q?nowait", "/nowhere"):
+                request = f"GET {path} HTTP/{version}\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"
+                answers = self.talk(request.encode(), CALL)
+                self.assertEqual(answers.count(b"HTTP/1.1 "), 2)
+                self.assertIn(b"Connection: keep-alive\r\nKeep-Alive: timeout=20\r\n", answers)
+
+    def test_http_1_0_is_closed_unless_it_asks_for_keep_alive(self):
+        answer = self.talk(b"GET /topics HTTP/1.0\r\n\r\n", CALL)
+        self.assertEqual(answer.count(b"HTTP/1.1 "), 1)
+        self.assertIn(b"Connection: close\r\n", answer)
+        self.assertNotIn(b"Keep-Alive:", answer)
+
+
 class IgnoredTest(ServerTest):
     """Parameters that an endpoint does not know: ignored, but named."""
 
@@ -4052,7 +4070,8 @@ CLOSED = (
         "200", "",
         {
             "HTTP/1.0": b"GET /topics HTTP/1.0\r\n\r\n",
-            "HTTP/1.0 kept alive": b"GET /topics HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+            "HTTP/1.0 kept alive and closed": b"GET /topics HTTP/1.0\r\n"
+            b"Connection: keep-alive, close\r\n\r\n",
             "close": GET + b"Connection: close\r\n\r\n",
             "CLOSE in a list": GET + b"Connection: x,\tCLOSE\r\n\r\n",
             "close in a second header": GET + b"Connection: x\r\nConnection: close\r\n\r\n",
@@ -4082,6 +4101,9 @@ SERVED = (
             "blanks around values": b"GET /topics HTTP/1.1\r\nHOST:x\r\nA:\r\nB: \t x\xff \r\n\r\n",
             "hard blanks in a value": GET + b"A: \xa0\x85\r\n\r\n",
             "connection that is not close": GET + b"Connection: closed, keep-alive\r\n\r\n",
+            "HTTP/1.0 kept alive": b"GET /topics HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
+            "HTTP/1.0 kept alive with a body": b"GET /topics HTTP/1.0\r\n"
+            b"Connection: x, keep-alive\r\nContent-Length: 5\r\n\r\nhello",
             "upgrade": GET + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
             "HEAD": b"HEAD /topics" + HOST + b"\r\n",
             "GET with a body": GET + b"Content-Length: 5\r\n\r\nhello",
@@ -5183,6 +5205,42 @@ class LongPollTest(ServerTest):
         self.await_read()
         connection.close()
         until(lambda: not count_waiting(self.broker) and not self.server.connections)
+
+    def half_closed(self, line, before=lambda: None):
+        """What a client reads that closes its sending side after `line` once `before` is done."""
+        connection = self.connect()
+        connection.sendall(line + HOST + b"\r\n")
+        before()
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while data := connection.recv(1000):
+            answer += data
+        return answer
+
+    def test_a_half_closed_client_is_served_what_is_there(self):
+        self.broker.post("q", b"hello")
+        self.assertTrue(self.half_closed(b"GET /channels/q").endswith(b"\r\n\r\nhello"))
+
+    def test_a_half_closed_client_that_waits_gets_204_at_once(self):
+        for before in (lambda: None, lambda: until(lambda: count_waiting(self.broker) == 1)):
+            answer = self.half_closed(b"GET /channels/q?wait=3600", before)
+            self.assertTrue(answer.startswith(b"HTTP/1.1 204 "), answer)
+            self.assertIn(b"\r\nConnection: close\r\n", answer)
+            self.assertEqual(count_waiting(self.broker), 0)
+
+    def test_a_client_that_half_closes_after_it_was_woken_gets_204_and_no_message(self):
+        connection, real = self.park(), linger.PlainStream.is_disconnected
+
+        def half_close(stream):
+            found = real(stream)
+            connection.shutdown(socket.SHUT_WR)
+            return found
+
+        with unittest.mock.patch.object(linger.PlainStream, "is_disconnected", half_close):
+            self.broker.post("q", b"x")
+            answer = connection.recv(1000)
+        self.assertTrue(answer.startswith(b"HTTP/1.1 204 "), answer)
+        self.assertEqual(self.broker.get("q").delivered, 1)
 
     def test_a_large_message_goes_to_a_client_that_is_slow_to_read_it(self):
         body = b"x" * linger.MAX_MESSAGE
