@@ -37,6 +37,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -5322,6 +5323,196 @@ class LongPollTest(ServerTest):
         self.assertTrue(answer.startswith(b"HTTP/1.1 204 "))
         self.assertIn(b"\r\nConnection: close\r\n", answer)
         self.assertEqual((waiting.recv(1), idle.recv(1)), (b"", b""))
+
+
+class ProxyCase(ServerTest):
+    """A server behind a proxy, which has the configuration of README.md but for TLS and ports."""
+
+    NAME = ""  # of the program
+    HOST = types.MappingProxyType({"Host": "queue.example.com"})
+    options = types.MappingProxyType({"allow_host": "queue.example.com"})
+
+    @classmethod
+    def setUpClass(cls):
+        places = os.pathsep.join(
+            (os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin")
+        )
+        cls.program = shutil.which(cls.NAME, path=places)
+        if cls.program is None:
+            raise unittest.SkipTest(f"{cls.NAME or 'a proxy'} is not installed")
+
+    def setUp(self):
+        super().setUp()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.front = free.getsockname()[1]
+        readme = (HERE / "README.md").read_text()
+        section = readme.partition("### Reverse proxies\n")[2].partition("\n### ")[0]
+        blocks = re.findall(r"(?:^(?:    .*)?\n)+", section, re.MULTILINE)
+        marker = {"nginx": "proxy_pass", "caddy": "reverse_proxy", "haproxy": "backend"}[self.NAME]
+        (block,) = (textwrap.dedent(block) for block in blocks if marker in block)
+        self.assertEqual(block.count("127.0.0.1:8989"), 1)
+        config = self.folder / "proxy.conf"
+        there = block.replace("127.0.0.1:8989", f"127.0.0.1:{self.address[1]}")
+        config.write_text(self.configure(there))
+        stderr = self.folder / "stderr"
+        with stderr.open("wb") as file:
+            proxy = subprocess.Popen(
+                [self.program, *self.arguments(str(config))],
+                env={**os.environ, "HOME": str(self.folder), "XDG_DATA_HOME": str(self.folder)},
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+            )
+        self.addCleanup(proxy.wait)
+        self.addCleanup(proxy.terminate)
+        until(lambda: proxy.poll() is not None or self.is_up())
+        self.assertIsNone(proxy.poll(), stderr.read_text())
+        self.address = ("127.0.0.1", self.front)
+
+    def is_up(self):
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", self.front), PATIENCE).close()
+            return True
+        return False
+
+    def arguments(self, config):
+        raise NotImplementedError
+
+    def configure(self, block):
+        raise NotImplementedError
+
+    def replace(self, block, *pairs):
+        for old, new in pairs:
+            self.assertEqual(block.count(old), 1, old)
+            block = block.replace(old, new)
+        return block
+
+    def call(self, method, path, body=None, headers=None):
+        return super().call(method, path, body, {**self.HOST, **(headers or {})})
+
+    def check_messages(self):
+        """A long reason, many channels, large bodies, and names that must not be touched."""
+        reason = 'File "/opt/jobs/do.py", line 10, in <module>\n' * 90
+        id = json.loads(self.call("POST", "/channels/jobs?delay=0", b"work")[2])["id"]
+        self.broker.get("jobs")
+        self.assertEqual(self.call("POST", f"/messages/{id}/release", reason)[0], 204)
+        status, headers, body = self.call("GET", "/channels/jobs?nowait")
+        self.assertEqual((status, body, headers["x-linger-error-cut"]), (200, b"work", "true"))
+        many = ",".join(f"%C3%BC{n}" * 9 for n in range(99))
+        status, headers, _ = self.call("GET", f"/channels/{many}?nowait")
+        self.assertEqual((status, headers["x-linger-channel-count"]), (204, "99"))
+        for name in ("a%2Fb", "a%2520b", "%C3%BC%3F", "a%2Cb"):
+            self.assertEqual(self.call("POST", f"/channels/{name}", b"x")[0], 202, name)
+            channel = self.call("GET", f"/channels/{name}?nowait")[1]["x-linger-channel"]
+            self.assertEqual(urllib.parse.unquote(channel), urllib.parse.unquote(name))
+        body = bytes(range(256)) * 1000
+        self.assertEqual(self.call("POST", "/channels/large", body)[0], 202)
+        self.assertEqual(self.call("GET", "/channels/large")[2], body)
+        line = b'"' + b"x" * 249_990 + b'"\n'
+        kind = {"Content-Type": "application/x-ndjson"}
+        status, _, body = self.call("POST", "/channels/large/batch", line * 31, kind)
+        self.assertEqual((status, len(json.loads(body)["ids"])), (202, 31))
+        self.assertEqual(self.call("POST", "/channels/large", b"x" * 256_001)[0], 413)
+
+    def check_waiting(self):
+        """Long polls get messages; a client that hangs up gets none, and frees its place."""
+        request = b"GET /channels/q HTTP/1.1\r\nHost: queue.example.com\r\n\r\n"
+        for _ in range(2):
+            gone = self.connect()
+            gone.sendall(request)
+            until(lambda: count_waiting(self.broker))
+            gone.close()
+            until(lambda: not count_waiting(self.broker))
+        live = self.connect()
+        live.sendall(request)
+        until(lambda: count_waiting(self.broker))
+        self.broker.post("q", b"hello")
+        answer = b""
+        while not answer.endswith(b"hello"):
+            answer += live.recv(10_000)
+        self.assertIn(b"x-linger-delivered: 1\r\n", answer.lower())
+
+    def check_connections(self):
+        """The proxy keeps its connections to the server, and the client's."""
+        client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        self.addCleanup(client.close)
+        used = set()
+        for _ in range(9):
+            client.request("GET", "/topics", headers=self.HOST)
+            self.assertEqual(client.getresponse().read(), b'{"topics":[]}\n')
+            used |= {connection.getpeername() for connection in list(self.server.connections)}
+        self.assertLess(len(used), 3)
+
+
+class NginxTest(ProxyCase):
+    NAME = "nginx"
+
+    def arguments(self, config):
+        return "-p", str(self.folder), "-c", config
+
+    def configure(self, block):
+        block = self.replace(
+            block,
+            ("listen 443 ssl;", f"listen 127.0.0.1:{self.front};"),
+            ("    ssl_certificate /etc/ssl/queue.pem;\n", ""),
+            ("    ssl_certificate_key /etc/ssl/queue.key;\n", ""),
+        )
+        paths = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        folders = " ".join(f"{name}_temp_path {self.folder}/{name};" for name in paths)
+        return (
+            f"daemon off; user root; pid {self.folder}/pid; error_log stderr;\n"
+            f"events {{ }}\nhttp {{\naccess_log off; {folders}\n{block}}}\n"
+        )
+
+    def test_it_passes_all_that_linger_sends(self):
+        self.check_messages()
+
+    def test_it_passes_on_who_waits_and_who_is_gone(self):
+        self.check_waiting()
+
+    def test_it_keeps_connections(self):
+        self.check_connections()
+
+
+class CaddyTest(ProxyCase):
+    NAME = "caddy"
+
+    def arguments(self, config):
+        return "run", "--adapter", "caddyfile", "--config", config
+
+    def configure(self, block):
+        site = f"http://queue.example.com:{self.front} {{\n    bind 127.0.0.1"
+        block = self.replace(block, ("queue.example.com {", site))
+        return "{\n    admin off\n}\n" + block
+
+    def test_it_passes_all_that_linger_sends(self):
+        self.check_messages()
+
+    def test_it_passes_on_who_waits_and_who_is_gone(self):
+        self.check_waiting()
+
+    def test_it_keeps_connections(self):
+        self.check_connections()
+
+
+class HaproxyTest(ProxyCase):
+    NAME = "haproxy"
+
+    def arguments(self, config):
+        return "-db", "-f", config
+
+    def configure(self, block):
+        bind = "bind :443 ssl crt /etc/ssl/queue.pem"
+        return self.replace(block, (bind, f"bind 127.0.0.1:{self.front}"))
+
+    def test_it_passes_all_that_linger_sends(self):
+        self.check_messages()
+
+    def test_it_passes_on_who_waits_and_who_is_gone(self):
+        self.check_waiting()
+
+    def test_it_keeps_connections(self):
+        self.check_connections()
 
 
 # -- access --------------------------------------------------------------------------------------
