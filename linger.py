@@ -7072,13 +7072,18 @@ def parse_message(item: Mapping[str, Any]) -> Message:
 
 
 def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Message, str]:
-    """Returns the message, and its state, in a response with `x-linger-*` headers."""
+    """Returns the message, and its state, in a response with `x-linger-*` headers.
+
+    A reason that was too long for a header ends in an ellipsis.
+    """
     fields: dict[str, Any] = {"type": headers["content-type"], "body": body}
     for name in Message._fields:
         value = headers.get("x-linger-" + ("msg-id" if name == "id" else name.replace("_", "-")))
         if value is not None:
             convert = int if name in INTEGER_FIELDS else urllib.parse.unquote
             fields[name] = convert(value)
+    if "x-linger-error-cut" in headers:
+        fields["error"] += "…"
     return Message(**fields), headers["x-linger-state"]
 
 

@@ -3618,6 +3618,18 @@ class HeadTest(ServerTest):
             self.assertEqual(urllib.parse.unquote(fields["x-linger-error"]), reason)
             self.assertNotIn("x-linger-error-cut", fields)
 
+    def test_the_client_gets_the_whole_reason_and_marks_one_that_it_reads_cut(self):
+        client = linger.Client(self.server.url)
+        self.addCleanup(client.close)
+        for reason in ("short", "long" * 1000):
+            id = self.broker.post("q", b"x").id
+            self.broker.get("q")
+            self.broker.release(id, reason=reason)
+            error = client.read_message(id)[0].error
+            self.assertEqual(error[-1], "…" if len(reason) > 100 else "t")
+            self.assertTrue(reason.startswith(error.rstrip("…")))
+            self.assertEqual(client.get("q", auto=True).error, reason)
+
     def test_a_reason_is_cut_between_characters(self):
         for text in ("a€🦄ü" * 9, "🦄" * 30, "%" * 50):
             for size in range(130):
@@ -6919,7 +6931,7 @@ class WorkerTest(ClientCase):
         self.client.post("q", "good")
         self.work(do, delay=60).result(PATIENCE)
         self.assertEqual(self.counts(), (0, 0, 2))
-        bad, slow = (self.client.read_message(id)[0] for id in (1, 2))
+        bad, slow = (message for message, _ in self.client.list_messages("q"))
         self.assertEqual((bad.delay, slow.delay > 900), (60, True))
         self.assertEqual(bad.error[-5:], "übad\n")
         self.assertLessEqual(len(bad.error.encode()), linger.MAX_REASON)
