@@ -9390,7 +9390,7 @@ environment of COMMAND, in addition to that of the worker:
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:17])}
 exit status of COMMAND:
   0  the message is deleted
-  {os.EX_TEMPFAIL} (EX_TEMPFAIL)  the message is released
+  75 (EX_TEMPFAIL)  the message is released
   any other  the message is released; with --reject-on-failure it is rejected
 """
 
