@@ -226,13 +226,21 @@ MAX_FAILING_ADDRESSES = 4_096  # addresses whose wrong tokens are counted
 CORS_MAX_AGE = 600  # time that a browser may cache a preflight response, seconds
 
 # Database
-DISK_RESERVE = 32 * 1024 * 1024  # free disk space kept for takes and deletes, bytes,
+DISK_RESERVE = 32 * 1024 * 1024  # disk space kept for takes and deletes, bytes,
 DISK_RESERVE_SHARE = 10  # but at most one part in this many of a small disk
+RESERVE_STEPS = 4  # parts in which the reserve is given up: another program may take each
 SPACE_CHECK_INTERVAL = 0.02  # seconds between two looks at the free space
+RESERVE_RETRY_DELAY = 1.0  # pause after the reserve could not be made whole, seconds
+MIN_GROWTH = 65_536  # room that a post leaves in the file for takes and deletes, bytes,
+MAX_GROWTH = 1_048_576  # and with which the file grows ahead where the disk is large
 BUSY_TIMEOUT = 5.0  # wait for another program's lock on the database, seconds
 TICKER_RETRY_DELAY = 1.0  # pause of the ticker after an error of the database, seconds
 STATEMENT_CACHE = 256  # prepared statements kept per connection: more than there are
-WAL_SIZE_LIMIT = 64 * 1024 * 1024  # size to which SQLite truncates its log, bytes
+LOG_PAGES = 1_000  # pages in the log at which SQLite writes them back into the file
+LOG_SIZE_LIMIT = 16 * 1024 * 1024  # size to which SQLite cuts its log, bytes
+SHM_PAGES = 4_096  # pages of the log per region of the `-shm` file,
+SHM_REGION = 32_768  # and the size of one, bytes (sqlite.org/walformat.html 2.2)
+MAX_SHM = 1_048_576  # bytes of the `-shm` file that are allocated at the start
 MAX_BLOB = 1_000_000_000  # SQLite's largest value, bytes (sqlite.org/limits.html 1)
 BACKUP_PAGES = 1_024  # pages that a backup copies at a time
 
@@ -1477,6 +1485,7 @@ class Operation:
     done_callback: Optional[DoneCallback] = None  # called once with the finished operation
     error: Optional[Exception] = None
     executed = False  # whether `on_executed` has been called
+    adds = False  # whether it adds messages: refused while space is short
     owner: Any = None  # for the done callback: whose operation it is
 
     def __init__(self, statements: Sequence[str] = (), parameters: Parameters = parameters) -> None:
@@ -1679,10 +1688,70 @@ SYNC_LEVELS = ("full", "normal", "off")
 OLDEST_SQLITE = (3, 31)
 
 
-class SpaceGuard:
-    """Refuses what adds to the database while space is short, so that takes and deletes still work.
+class Reserve:
+    """A file that holds room on the disk until takes and deletes need it.
 
-    May be used from any thread: what two threads find out at the same time is the same.
+    Looking at the free space would not do: other programs use it up, and posts between two looks.
+    Usable from any thread.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path = path
+        self._lock = threading.RLock()
+        self._fill_at = 0.0  # not to try again at once what has failed
+        self.size = size  # what it should hold, bytes; less where the system allows no such file
+        self.held = 0  # what it holds
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            self.held = min(size, status.st_size, status.st_blocks * 512)
+
+    @property
+    def missing(self) -> int:
+        return self.size - self.held
+
+    @locked
+    def fill(self) -> None:
+        """Makes it whole, or leaves it as it was."""
+        if time.monotonic() < self._fill_at:
+            return
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                allocate(file, self.held, self.size)
+            finally:
+                os.close(file)
+            self.held = self.size
+        except OSError as error:
+            self._fill_at = time.monotonic() + RESERVE_RETRY_DELAY
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self.size = self.held
+            self._shrink()
+
+    @locked
+    def give_up(self, size: int) -> None:
+        """Gives bytes back to the disk."""
+        self.held = max(0, self.held - size)
+        self._shrink()
+
+    def _shrink(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.held:
+                os.truncate(self._path, self.held)
+            else:
+                os.unlink(self._path)
+
+
+class SpaceGuard:
+    """Keeps so much of the disk, and of `max_size`, that takes and deletes always work.
+
+    - The file grows before a commit, not when SQLite writes the log back into it: so that can
+      always be done, and then the log is used again from its start.
+    - On a small disk this happens early, and the log is cut to a bounded size.
+    - A reserve is given up when a take or delete needs more room, and made again when there is.
+    - What adds is refused from when nearly nothing is free, on the disk and inside the file, until
+      there is room for a whole reserve more.
+
+    `check` may be called by any thread, the other methods by the one that writes.
     """
 
     def __init__(self, path: str, max_size: int, measure: Callable[[], tuple[int, int]]) -> None:
@@ -1691,28 +1760,67 @@ class SpaceGuard:
         self._path = path
         self._max_size = max_size
         self._measure = measure
-        self._enough_until = 0.0  # when to look again how much of the disk is free
+        self._lock = threading.RLock()  # one thread looks at a time
+        self._file = self._shm = -1  # descriptors; without a file there is no disk to look at
+        self._look_at = 0.0
+        self._spare = 0  # bytes of the disk that posts may use
+        self._is_short = False  # whether that is little: each commit looks
+        self._is_full = False  # whether what adds is refused
+        self.failures = 0  # how often SQLite found no room
+
+    def prepare(self) -> None:
+        """Before SQLite opens the database, which takes some room."""
+        free, self._unit = free_space(os.statvfs(os.path.dirname(self._path)))
+        self._step = self._unit // RESERVE_STEPS
+        self._log_limit = min(self._unit, LOG_SIZE_LIMIT)
+        growth = self._unit // 8 // MIN_GROWTH * MIN_GROWTH  # in whole pages
+        self._growth = min(MAX_GROWTH, max(MIN_GROWTH, growth))
+        self._reserve = Reserve(self._path + "-reserve", self._unit)
+        if free < self._step:
+            self._reserve.give_up(self._step)
+        self._file = os.open(self._path, os.O_RDWR)
+
+    def start(self, writer: sqlite3.Connection) -> None:
+        """After SQLite has opened the database.
+
+        Allocates the `-shm` file: SQLite leaves holes in it, and on a full disk the system would
+        kill a process that writes to them.  Its descriptor must stay open, as that of the
+        database: closing one would drop SQLite's locks on the file.
+        """
+        self._page: int = writer.execute("pragma page_size").fetchone()[0]
+        pages = min(LOG_PAGES, self._unit // 2 // self._page)
+        writer.execute(f"pragma wal_autocheckpoint = {max(1, pages)}").fetchall()
+        writer.execute(f"pragma journal_size_limit = {self._log_limit}").fetchall()
+        if hasattr(os, "posix_fallocate"):
+            disk = os.statvfs(self._path)
+            longest = disk.f_blocks * disk.f_frsize // self._page  # log that the disk holds, pages
+            with contextlib.suppress(OSError):
+                self._shm = os.open(self._path + "-shm", os.O_RDWR)
+                size = (longest // SHM_PAGES + 1) * SHM_REGION
+                os.posix_fallocate(self._shm, 0, min(MAX_SHM, size))
+        self._look(refused=True)  # a disk that was full at the stop still is
+
+    def close(self) -> None:
+        """After SQLite has closed the database."""
+        files = (self._file, self._shm)
+        self._file = self._shm = -1
+        for file in files:
+            if file >= 0:
+                os.close(file)
 
     def check(self) -> None:
         """`Full` when so little of the disk, or of `max_size`, is free that only takes and
         deletes may go on.
 
-        What is in the log may need as much again in the database, unless there is free space
-        inside that.  A disk that had enough is looked at again a moment later.
+        A disk that had enough is looked at again a moment later.
         """
         if self._max_size:
             self._check_size()
-        if self._path == MEMORY or time.monotonic() < self._enough_until:
+        if self._file < 0 or (not self._is_full and time.monotonic() < self._look_at):
             return
-        try:
-            disk = os.statvfs(self._path)
-            log = os.stat(self._path + "-wal").st_size
-        except OSError:
-            return  # a deleted file: the transaction reports it
-        free, reserve = free_space(disk)
-        if free < log + reserve and (free < reserve or free + self._measure()[1] < log + reserve):
+        self._look()
+        if self._is_full:
             raise Full("the disk is full: messages can be taken and deleted, but none added")
-        self._enough_until = time.monotonic() + SPACE_CHECK_INTERVAL
 
     def _check_size(self) -> None:
         limit = self._max_size - reserve_of(self._max_size)
@@ -1726,6 +1834,115 @@ class SpaceGuard:
                 " and deleted, but none added"
             )
 
+    @locked
+    def _look(self, refused: bool = False) -> None:
+        """Sees how much room there is, makes the reserve whole, and says when the disk is full.
+
+        `refused`: whether a transaction found too little room, so that it is full unless there
+        is room for a whole reserve, or the queue is nearly empty.
+        """
+        try:
+            free, _ = free_space(os.statvfs(self._path))
+            log_room = max(0, self._log_limit - os.stat(self._path + "-wal").st_size)
+            missing = self._reserve.missing
+            if missing and free >= missing + log_room + self._growth:
+                self._reserve.fill()
+                free, _ = free_space(os.statvfs(self._path))
+        except OSError:
+            return  # a deleted file: the transaction reports it
+        self._spare = spare = free - log_room - self._reserve.missing
+        self._is_short = spare < self._unit
+        self._look_at = time.monotonic() + SPACE_CHECK_INTERVAL
+        size, inside = self._measure() if self._is_short else (0, 0)
+        room = inside + max(0, spare)
+        if room >= self._unit or inside * 4 > size * 3:
+            self._set_full(False)
+        elif refused or room < self._unit // 8:
+            self._set_full(True)
+
+    def _set_full(self, is_full: bool) -> None:
+        if is_full and not self._is_full:
+            log("linger: the disk is full: messages can be taken and deleted, but none added")
+        elif self._is_full and not is_full:
+            log("linger: there is room on the disk again: messages can be added")
+        self._is_full = is_full
+
+    def before_commit(self, writer: sqlite3.Connection, adds: bool) -> None:
+        """Lets the file grow for the transaction under way; `Full` if it adds too much."""
+        if adds and self._max_size:
+            self._check_used(writer)
+        if self._file < 0 or not (adds or self._is_short):
+            return
+        pages = writer.execute("pragma page_count").fetchone()[0]
+        self._extend(writer, pages * self._page, adds)
+        if self._is_short:
+            self._look()
+            inside = self._free_inside(writer, self._page)
+            if adds and (self._is_full or inside + max(0, self._spare) < self._unit // 8):
+                self._refuse()
+
+    def _check_used(self, writer: sqlite3.Connection) -> None:
+        """Many posts at once must not fill the part of `max_size` that is kept for takes."""
+        limit = self._max_size - reserve_of(self._max_size) // 2
+        page = writer.execute("pragma page_size").fetchone()[0]
+        size = writer.execute("pragma page_count").fetchone()[0] * page
+        if size > limit and size - self._free_inside(writer, page) > limit:
+            raise Full(f"the database is near its limit of {self._max_size} bytes")
+
+    def _free_inside(self, writer: sqlite3.Connection, page: int) -> int:
+        pages: int = writer.execute("pragma freelist_count").fetchone()[0]
+        return pages * page
+
+    def _extend(self, writer: sqlite3.Connection, size: int, adds: bool) -> None:
+        """Lets the file grow to `size`; what adds leaves MIN_GROWTH for takes and deletes."""
+        now = os.fstat(self._file).st_size
+        left = now - size
+        if left >= MIN_GROWTH or (left >= 0 and not adds):
+            return
+        if left >= 0 and left + self._free_inside(writer, self._page) >= MIN_GROWTH:
+            return
+        if adds:
+            self._look()
+            size += self._growth
+            if self._spare < size - now:
+                self._refuse()
+        try:
+            allocate(self._file, now, size)
+        except OSError:
+            if adds:
+                self._refuse()
+            self._reserve.give_up(self._step)
+            try:
+                allocate(self._file, now, size)
+            except OSError as error:
+                reason = f"the database cannot grow, nothing was changed: {error.strerror}"
+                raise Full(reason) from error
+
+    def _refuse(self) -> NoReturn:
+        """Refuses one transaction, and all that add from now on if there is little room."""
+        self._look(refused=True)
+        raise Full("there is no room for this on the disk, nothing was changed")
+
+    def make_room(self, writer: sqlite3.Connection) -> None:
+        """After SQLite found no room, and with no transaction under way.
+
+        Lets it use the log from its start, and cuts the log, which the next commit does.
+        """
+        self.failures += 1
+        if self._file < 0:
+            return
+        for _ in range(2):
+            try:
+                writer.execute("pragma wal_checkpoint(restart)").fetchall()
+                writer.execute(f"pragma user_version = {SCHEMA_VERSION}").fetchall()
+                break
+            except sqlite3.Error:
+                self._reserve.give_up(self._step)
+        free, _ = free_space(os.statvfs(self._path))
+        if free < self._step:
+            self._reserve.give_up(self._step)
+        self._look(refused=True)
+
 
 def reserve_of(total: int) -> int:
     """The bytes of `total` that are kept for takes and deletes."""
@@ -1733,8 +1950,21 @@ def reserve_of(total: int) -> int:
 
 
 def free_space(disk: os.statvfs_result) -> tuple[int, int]:
-    """The bytes that are free on a disk, and how many of them are kept free."""
+    """The bytes that are free on a disk, and how many of all are kept for takes and deletes."""
     return disk.f_bavail * disk.f_frsize, reserve_of(disk.f_blocks * disk.f_frsize)
+
+
+def allocate(file: int, start: int, end: int) -> None:
+    """Makes a file longer, with room on the disk for all of it; `OSError` if there is none."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, start, end - start)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    while start < end:
+        start += os.pwrite(file, bytes(min(FILE_CHUNK, end - start)), start)
 
 
 class Store:
@@ -1770,6 +2000,7 @@ class Store:
             self._lock_file = None if path == MEMORY else lock_database(self.path)
             if self._lock_file is not None:
                 undo.callback(os.close, self._lock_file)
+            undo.callback(self._space.close)
             try:
                 self._open()
                 self._limit_size(max_size)
@@ -1785,11 +2016,13 @@ class Store:
             return
         open_or_migrate(self.path)
         remove_files(self.path, ".copy", ".copy-journal")  # of a server that was killed
+        self._space.prepare()
         self._writer = self._connect()
         self._reader = self._connect()
         self._reader.execute("pragma query_only = on")
         for path in (self.path, self.path + "-wal"):
             self._files[path] = inode_of(path)
+        self._space.start(self._writer)
 
     def _limit_size(self, max_size: int) -> None:
         """Lets SQLite enforce the limit; a database that is larger still gets room for takes."""
@@ -1811,7 +2044,6 @@ class Store:
         connection.execute("pragma fullfsync = on")  # macOS: through the drive's own cache as well
         connection.execute("pragma temp_store = memory")
         connection.execute("pragma secure_delete = off")  # some builds overwrite deleted rows
-        connection.execute(f"pragma journal_size_limit = {WAL_SIZE_LIMIT}")
         connection.execute("pragma journal_mode = wal").fetchall()
         connection.execute("select count(*) from sqlite_master").fetchall()  # makes -wal and -shm
         return connection
@@ -1827,7 +2059,8 @@ class Store:
             except Exception as error:
                 raise CannotBegin(translate_error(error)) from error
             try:
-                self._execute(batch)
+                adds = self._execute(batch)
+                self._space.before_commit(self._writer, adds)
                 self._writer.execute("commit")
             except BaseException as error:
                 self._roll_back(error)
@@ -1835,9 +2068,11 @@ class Store:
                     raise translate_error(error) from error
                 raise
 
-    def _execute(self, batch: list[Operation]) -> None:
+    def _execute(self, batch: list[Operation]) -> bool:
+        """Runs the operations; whether one of them adds messages."""
         cursor = self._writer.cursor()
         execute, fetchall = cursor.execute, cursor.fetchall
+        adds = False
         for operation in batch:  # which may grow
             parameters: Any = operation.parameters
             if type(parameters) is list:
@@ -1852,6 +2087,8 @@ class Store:
             if not operation.executed:
                 operation.executed = True
                 operation.on_executed()
+            adds = adds or operation.adds
+        return adds
 
     def _execute_each(self, cursor: sqlite3.Cursor, operation: Operation) -> None:
         """Runs statements that each have their own parameters, or a list of them."""
@@ -1866,15 +2103,12 @@ class Store:
             operation.results.append(rows if changed < 0 else (changed, cursor.lastrowid))
 
     def _roll_back(self, error: BaseException) -> None:
-        """Ends a failed transaction.
-
-        When space is short, a checkpoint lets the next transaction use the log from its start.
-        """
+        """Ends a failed transaction, and makes room for the next one if that was missing."""
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("rollback")
             if is_caused_by(error, SQLITE_FULL, SQLITE_IOERR):
-                self._writer.execute("pragma wal_checkpoint(restart)").fetchall()
+                self._space.make_room(self._writer)
 
     def _check_files(self) -> None:
         """`Unavailable` if a file was deleted or replaced: what is written would be lost.
@@ -1973,7 +2207,14 @@ class Store:
             free, reserve = free_space(os.statvfs(path))
             if free < size + reserve:
                 raise Full(f"there is no room on the disk for a copy of {size} bytes")
-            source.backup(copy, pages=BACKUP_PAGES, progress=self._check_open)
+            failures = self._space.failures
+
+            def check(*_: int) -> None:
+                self._check_open()
+                if self._space.failures > failures:  # the log cannot be used anew while it is read
+                    raise Full("the disk became full while the database was copied")
+
+            source.backup(copy, pages=BACKUP_PAGES, progress=check)
 
     def _check_open(self, *_: int) -> None:
         if self._closed:
@@ -2008,6 +2249,7 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("pragma wal_checkpoint(truncate)").fetchall()
             self._writer.close()
+        self._space.close()
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
@@ -2782,6 +3024,8 @@ POST_KEYED = (FIND_DEDUP, FIND_UNIQUE, POST_MESSAGE, SAVE_DEDUP)
 class Post(Operation):
     """Adds a message to a channel."""
 
+    adds = True
+
     def __init__(self, state: State, message: dict[str, Any]) -> None:
         """`message`: the parameters of POST_MESSAGE."""
         statements: Sequence[str] = (POST_MESSAGE,) if message["hlm"] else (ADD_MESSAGE,)
@@ -2815,6 +3059,8 @@ class Post(Operation):
 
 class PostBatch(Operation):
     """Adds messages to a channel in order, all or none; their ids."""
+
+    adds = True
 
     def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
         """`messages`: the parameters of POST_MESSAGE for each."""
@@ -2897,6 +3143,8 @@ class Publication(NamedTuple):
 
 class Publish(Operation):
     """Adds copies of messages to each channel subscribed to a topic; their `Publication`s."""
+
+    adds = True
 
     def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
         """`messages`: the parameters of PUBLISH_MESSAGE for each."""

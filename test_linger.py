@@ -204,9 +204,7 @@ INSERT INTO sqlite_sequence VALUES('messages',19);
 """.replace("ALL-BYTES", bytes(range(256)).hex())
 
 
-class StoreTest(Folder):
-    """SQLite and its files, and the group commit over it."""
-
+class StoreCase(Folder):
     def open(self, **options):
         """A committer over a new store, which is `self.store`."""
         self.store = linger.Store(self.dbfile, **options)
@@ -225,6 +223,10 @@ class StoreTest(Folder):
                 committer.submit(operation)
         with contextlib.suppress(linger.LingerError):
             committer.run(linger.Operation())
+
+
+class StoreTest(StoreCase):
+    """SQLite and its files, and the group commit over it."""
 
     def test_operations_share_a_transaction_and_each_gets_its_own_results(self):
         committer = self.open()
@@ -442,30 +444,6 @@ class StoreTest(Folder):
         os.rename(self.dbfile + ".away", self.dbfile)
         self.run_sql(committer, linger.SET_CONFIG, key="k", value="1")
 
-    def test_too_little_free_space_refuses_what_adds(self):
-        self.open()
-        store = self.store
-        store.check_space()
-        real, total = os.statvfs, 1_000_000
-
-        def nearly_full(path):
-            status = list(real(path))
-            status[1], status[2], status[4] = (
-                4096,
-                total,
-                total // linger.DISK_RESERVE_SHARE // 1000,
-            )
-            return os.statvfs_result(status)
-
-        def is_full():
-            with contextlib.suppress(linger.Full):
-                return store.check_space()
-            return True
-
-        self.assertFalse(is_full())
-        with unittest.mock.patch("os.statvfs", nearly_full):
-            until(is_full)  # what was free is taken to be so for a moment
-
     def test_a_second_store_on_the_same_file_is_refused(self):
         self.open()
         with self.assertRaisesRegex(linger.LingerError, "in use by another Linger"):
@@ -508,7 +486,8 @@ class StoreTest(Folder):
         committer.close()
         self.store.close()
         self.assertEqual(
-            sorted(path.name for path in self.folder.iterdir()), ["linger.db", "linger.db-lock"]
+            sorted(path.name for path in self.folder.iterdir()),
+            ["linger.db", "linger.db-lock", "linger.db-reserve"],
         )
         with self.assertRaises(linger.LingerError):
             self.run_sql(committer, linger.SET_CONFIG, key="k", value="1")
@@ -536,6 +515,168 @@ class StoreTest(Folder):
         committer = self.open()
         count = "select count(*) from config"
         self.assertEqual(*committer.read(count, count))
+
+
+class SpaceTest(StoreCase):
+    """Disks that are full, and databases at their limit."""
+
+    def small_disk(self, total=4_000_000):
+        """A disk of `self.total` bytes, of which `self.free` are."""
+        self.total = self.free = total
+        real = os.statvfs
+
+        def statvfs(path):
+            status = list(real(path))
+            status[1], status[2], status[4] = 1, self.total, self.free
+            return os.statvfs_result(status)
+
+        patch = unittest.mock.patch("os.statvfs", statvfs)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def adding(self, size, key="k"):
+        """An operation that adds so many bytes."""
+        operation = linger.Operation((linger.SET_CONFIG,), {"key": key, "value": "x" * size})
+        operation.adds = True
+        return operation
+
+    def is_full(self):
+        with contextlib.suppress(linger.Full):
+            return self.store.check_space()
+        return True
+
+    def is_reserve_whole(self):
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(self.dbfile + "-reserve")
+            size = linger.reserve_of(self.total)
+            return status.st_size == size and status.st_blocks * 512 >= size
+        return False
+
+    def fail_to_allocate(self, number, times=1):
+        """Lets that many files not grow."""
+        real, failures = linger.allocate, [OSError(number, os.strerror(number))] * times
+
+        def allocate(*arguments):
+            if failures:
+                raise failures.pop()
+            real(*arguments)
+
+        self.hasten(allocate=allocate)
+
+    def test_a_full_disk_refuses_what_adds_and_two_lines_say_from_when_to_when(self):
+        self.small_disk()
+        committer = self.open()
+        self.assertFalse(self.is_full())
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            self.free = 1000
+            until(self.is_full)  # what was free is taken to be so for a moment
+            with self.assertRaises(linger.Full):
+                committer.run(self.adding(1000))
+            self.run_sql(committer, linger.SET_CONFIG, key="k", value="1")
+            self.free = self.total // 10  # less than a reserve more than what the log may need
+            self.assertTrue(self.is_full())
+            self.free = self.total
+            self.assertFalse(self.is_full())
+            committer.run(self.adding(1000))
+        full, room = log.getvalue().splitlines()
+        self.assertIn("the disk is full", full)
+        self.assertIn("there is room on the disk again", room)
+
+    def test_free_pages_inside_are_room_although_the_disk_is_full(self):
+        self.small_disk()
+        committer = self.open()
+        committer.run(self.adding(600_000))
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.free = 0
+            until(self.is_full)
+            self.run_sql(committer, linger.SET_CONFIG, key="k", value="")
+            self.assertFalse(self.is_full())
+        committer.run(self.adding(400_000))
+
+    def test_the_reserve_is_a_real_file_and_is_given_up_for_a_take_and_made_again(self):
+        self.small_disk()
+        committer = self.open()
+        self.assertTrue(self.is_reserve_whole())
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.free = 0
+            until(self.is_full)
+            self.fail_to_allocate(errno.ENOSPC)
+            self.run_sql(committer, linger.SET_CONFIG, key="k", value="x" * 100_000)
+            self.assertFalse(self.is_reserve_whole())
+            self.free = self.total
+            self.assertFalse(self.is_full())
+        self.assertTrue(self.is_reserve_whole())
+
+    def test_without_room_for_the_reserve_it_starts_and_makes_it_later(self):
+        self.small_disk()
+        self.fail_to_allocate(errno.ENOSPC)
+        self.hasten(RESERVE_RETRY_DELAY=0)
+        self.open()
+        self.assertFalse(self.is_reserve_whole())
+        until(lambda: not self.is_full() and self.is_reserve_whole())
+
+    def test_a_system_that_allows_no_such_file_is_served_without(self):
+        self.small_disk()
+        self.fail_to_allocate(errno.EFBIG)
+        committer = self.open()
+        self.assertFalse(self.is_full())
+        committer.run(self.adding(100_000))
+        self.assertFalse(os.path.exists(self.dbfile + "-reserve"))
+
+    @unittest.skipUnless(hasattr(os, "posix_fallocate"), "the system allocates no files")
+    def test_the_index_of_the_longest_log_is_allocated_at_the_start(self):
+        self.small_disk(400_000_000)
+        self.open()
+        status = os.stat(self.dbfile + "-shm")
+        self.assertEqual(status.st_size, 24 * linger.SHM_REGION)
+        self.assertGreaterEqual(status.st_blocks * 512, status.st_size)
+
+    def test_the_file_has_room_for_a_commit_before_it(self):
+        committer, store = self.open(), self.store
+        committer.run(self.adding(500_000))
+        pages = store._writer.execute("pragma page_count").fetchone()[0]
+        self.assertGreaterEqual(os.stat(self.dbfile).st_size, pages * 4096 + linger.MIN_GROWTH)
+
+    def test_what_finds_no_room_in_the_file_is_refused_and_no_neighbor_of_it(self):
+        committer = self.open()
+        large, small = self.adding(500_000), linger.Operation((linger.GET_CONFIG,), {"key": "k"})
+        self.fail_to_allocate(errno.EFBIG, times=10)
+        self.run_together(committer, [large, small])
+        with self.assertRaisesRegex(linger.Full, "nothing was changed"):
+            large.rows()
+        self.assertEqual(small.rows(), [[]])
+        self.assertFalse(self.is_full())
+
+    def test_one_that_is_larger_than_the_room_is_refused_and_smaller_ones_are_not(self):
+        self.small_disk()
+        committer = self.open()
+        with self.assertRaisesRegex(linger.Full, "no room for this"):
+            committer.run(self.adding(self.total))
+        committer.run(self.adding(1000))
+
+    def test_the_log_of_a_small_disk_stays_short(self):
+        self.small_disk()
+        committer = self.open()
+        committer.run(self.adding(2_000_000))
+        for n in range(200):
+            self.run_sql(committer, linger.SET_CONFIG, key="k", value=str(n) * 2000)
+        self.assertLess(os.stat(self.dbfile + "-wal").st_size, self.total // 5)
+
+    def test_many_posts_at_once_leave_room_below_the_limit_for_takes(self):
+        committer = self.open(max_size=2_000_000)
+        operations = [self.adding(50_000, f"k{n}") for n in range(50)]
+        self.run_together(committer, operations)
+        size, free = self.store._measure()
+        self.assertIn(size - free, range(1_500_000, 1_900_000))
+        self.run_sql(committer, linger.SET_CONFIG, key="take", value="x" * 50_000)
+
+    def test_a_file_is_allocated_where_the_system_has_no_call_for_it(self):
+        for reason in (errno.EOPNOTSUPP, errno.EINVAL):
+            refusing = unittest.mock.Mock(side_effect=OSError(reason, "no"))
+            with open(self.folder / "file", "wb") as file:
+                with unittest.mock.patch("os.posix_fallocate", refusing, create=True):
+                    linger.allocate(file.fileno(), 0, 1_000_001)
+                self.assertEqual(os.fstat(file.fileno()).st_size, 1_000_001)
 
 
 class BackupTest(Folder):
@@ -7223,7 +7364,8 @@ class ProcessTest(ProcessCase):
             self.assertEqual(server.call("POST", path, name)[0], 202)
             self.assertEqual(server.call("GET", path)[2], name.encode())
         found = {path.name: path.stat().st_mode & 0o777 for path in self.folder.iterdir()}
-        files = ("linger.db", "linger.db-lock", "linger.db-shm", "linger.db-wal")
+        suffixes = ("", "-lock", "-reserve", "-shm", "-wal")
+        files = [f"linger.db{suffix}" for suffix in suffixes]
         self.assertEqual(found, dict.fromkeys(files, 0o600))
 
     def test_what_cannot_start_says_why_in_one_line(self):
@@ -7360,17 +7502,84 @@ for thread in threads:
             self.assertEqual((int(headers["x-linger-msg-id"]), len(body)), (id, 20_000))
         self.assertEqual(server.end(), (0, ""))
 
-    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("mount"), "needs root to mount a disk")
-    def test_on_a_full_disk_messages_can_be_taken_and_deleted_but_none_added(self):
-        disk = self.folder / "disk"
-        disk.mkdir()
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True
-        )
-        if mounted.returncode:
+    def test_at_the_largest_file_size_takes_and_deletes_go_on_and_posts_fit_again(self):
+        server = self.start()
+        limit = (3_000_000, resource.RLIM_INFINITY)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limit)
+        stored = self.fill(server, 50_000)
+        self.assertGreater(len(stored), 20)
+        self.empty(server, stored)
+        for _ in range(3):
+            self.assertEqual(server.call("POST", "/channels/q", b"x" * 50_000)[0], 202)
+        self.assertEqual(server.end(), (0, ""))
+
+    def fill(self, server, size, clients=1):
+        """Posts from several threads until there is no room; the ids."""
+
+        def post():
+            stored, refused = [], 0
+            while refused < 10:
+                status, _, body = server.call("POST", "/channels/q", b"x" * size)
+                self.assertIn(status, (202, 507))
+                refused = refused + 1 if status == 507 else 0
+                stored += [json.loads(body)["id"]] if status == 202 else []
+            return stored
+
+        threads = [self.thread(post) for _ in range(clients)]
+        return sorted(id for thread in threads for id in thread.result(10 * PATIENCE))
+
+    def empty(self, server, stored):
+        """Takes and deletes all messages, of which none may be missing or refused."""
+        for id in stored:
+            status, headers, body = server.call("GET", "/channels/q?nowait")
+            self.assertEqual((status, headers["x-linger-msg-id"]), (200, str(id)), body)
+            self.assertEqual(server.call("DELETE", f"/messages/{id}")[0], 204)
+        self.assertEqual(server.call("GET", "/channels/q?nowait")[0], 204)
+
+    def mount(self, size):
+        """Puts the database on a disk of its own."""
+        if os.geteuid() or not shutil.which("mount"):
+            self.skipTest("needs root to mount a disk")
+        disk = Path(tempfile.mkdtemp(dir=self.folder))
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
             self.skipTest("cannot mount a disk here")
         self.addCleanup(subprocess.run, ["umount", "-l", str(disk)])
         self.dbfile = str(disk / "linger.db")
+        return disk
+
+    def test_a_disk_that_fast_posts_fill_can_be_emptied_also_after_a_kill(self):
+        for size, clients in ((2_000, 8), (250_000, 8), (50_000, 1)):
+            with self.subTest(size=size, clients=clients):
+                self.mount(4)
+                server = self.start()
+                stored = self.fill(server, size, clients)
+                self.assertEqual(server.call("GET", "/health")[0], 503)
+                server.end(signal.SIGKILL)
+                server = self.start()
+                self.empty(server, stored)
+                self.assertEqual(server.call("POST", "/channels/q", b"x" * size)[0], 202)
+                status, errors = server.end()
+                self.assertEqual(status, 0)
+                self.assertRegex(errors, "^linger: the disk is full.*\nlinger: there is room.*\n$")
+
+    def test_another_program_that_fills_the_disk_to_the_last_byte_stops_only_posts(self):
+        disk = self.mount(8)
+        server = self.start()
+        stored = []
+        for _ in range(40):
+            body = server.call("POST", "/channels/q", b"x" * 50_000)[2]
+            stored.append(json.loads(body)["id"])
+        with contextlib.suppress(OSError), open(disk / "other", "wb", buffering=0) as other:
+            while True:
+                other.write(bytes(4096))
+        self.assertEqual(os.statvfs(disk).f_bavail, 0)
+        self.fill(server, 50_000)
+        self.empty(server, stored)
+        self.assertEqual(server.call("POST", "/channels/q", b"x" * 50_000)[0], 202)
+
+    def test_on_a_full_disk_messages_can_be_taken_and_deleted_but_none_added(self):
+        self.mount(16)
         server = self.start()
         self.addCleanup(server.end)
         stored = []
