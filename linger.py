@@ -58,6 +58,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import difflib
 import email.utils
 import errno
 import fnmatch
@@ -93,6 +94,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (
+    TYPE_CHECKING,
     Any,
     BinaryIO,
     NamedTuple,
@@ -104,6 +106,9 @@ from typing import (
     cast,
     get_type_hints,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
 
 try:
     import fcntl
@@ -490,6 +495,54 @@ CHANNEL_PARAMETERS = (
 )
 ALL_PARAMETERS = MESSAGE_PARAMETERS + DEDUP_PARAMETERS
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
+
+
+if TYPE_CHECKING:  # the same tables for a type checker; None is as not given
+
+    class MessageFields(TypedDict, total=False):
+        """The values of MESSAGE_PARAMETERS."""
+
+        priority: Optional[int]
+        timeout: Optional[int]
+        deliver: Optional[int]
+        linger: Optional[int]
+        delay: Optional[int]
+        dead: Optional[str]
+        backoff: Optional[str]
+
+    class PostFields(MessageFields, total=False):
+        """The values of ALL_PARAMETERS."""
+
+        dedup: Optional[str]
+        dedup_for: Optional[int]
+        unique: Optional[str]
+
+    class PublishKeys(TypedDict, total=False):
+        """Those of DEDUP_PARAMETERS that a publication can have."""
+
+        dedup: Optional[str]
+        dedup_for: Optional[int]
+
+    class ChannelFields(MessageFields, total=False):
+        """The values of CHANNEL_PARAMETERS."""
+
+        hlm: Optional[int]
+
+
+def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """`BadRequest` if a name is unknown; it suggests the nearest one."""
+    known = [name.replace("-", "_") for name in known]
+    for name in names:
+        if name.replace("-", "_") not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f", did you mean {nearest[0]}?" if nearest else ","
+            raise BadRequest(f"there is no {kind} {name} here{hint} only {', '.join(known)}")
+
+
+def check_parameters(given: Mapping[str, object], table: Sequence[Parameter]) -> None:
+    """`BadRequest` if a parameter is not in the table, which `parse_parameters` would ignore."""
+    if given:
+        check_names("parameter", given, (parameter.name for parameter in table))
 
 
 def parse_parameters(
@@ -3662,9 +3715,10 @@ class Administration:
             )
         )
 
-    def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
+    def subscribe(self, channel: str, topic: str, **parameters: Unpack[MessageFields]) -> None:
         """Subscribes a channel to a topic: copies get `parameters`; replaces a subscription."""
         _check_no_keys(parameters)
+        check_parameters(parameters, MESSAGE_PARAMETERS)
         names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
         given = parse_parameters(parameters)
         validate_linger({**self._state.channels.settings.get(channel, {}), **given})
@@ -3688,10 +3742,11 @@ class Administration:
     def _count(self, counter: str, count: int) -> None:
         self.counters[counter] += count
 
-    def set_settings(self, channel: str, **parameters: object) -> None:
+    def set_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
         """Sets what holds for messages posted to a channel that do not say otherwise, and its
         own `hlm`; replaces earlier settings."""
         _check_no_keys(parameters)
+        check_parameters(parameters, CHANNEL_PARAMETERS)
         check_name("channel", channel)
         settings = parse_parameters(parameters, CHANNEL_PARAMETERS)
         self._state.channels.reserve(channel)
@@ -3988,7 +4043,11 @@ class Broker(Administration):
     # -- producing
 
     def post(
-        self, channel: str, body: bytes, type: str = DEFAULT_TYPE, **parameters: object
+        self,
+        channel: str,
+        body: bytes,
+        type: str = DEFAULT_TYPE,
+        **parameters: Unpack[PostFields],
     ) -> PostResult:
         """Adds a message to a channel.
 
@@ -3996,6 +4055,7 @@ class Broker(Administration):
         given the channel's settings hold.  Raises `BadRequest` for an empty body, `TooLarge`, and
         `Full` at the channel's high-level mark.
         """
+        check_parameters(parameters, ALL_PARAMETERS)
         operation = self._post(channel, body, type, parameters)
         result: PostResult = self._committer.run(operation)
         return result
@@ -4062,13 +4122,14 @@ class Broker(Administration):
         return ids
 
     def publish(
-        self, topic: str, body: bytes, type: str = DEFAULT_TYPE, **keys: object
+        self, topic: str, body: bytes, type: str = DEFAULT_TYPE, **keys: Unpack[PublishKeys]
     ) -> tuple[dict[str, int], list[str], bool]:
         """Adds a copy of a message to each subscribed channel, in one transaction.
 
         `keys` may be `dedup` and `dedup_for`.  Returns the copies' ids by channel, the channels
         left out since they are at their high-level mark, and whether it was a duplicate.
         """
+        check_parameters(keys, DEDUP_PARAMETERS)
         (publication,) = self._publish(topic, [(body, type, keys)])
         return publication
 
@@ -4128,12 +4189,19 @@ class Broker(Administration):
 
     # -- consuming
 
-    def get(self, channel: str, wait: float = 0, **options: Any) -> Optional[Message]:
+    def get(
+        self,
+        channel: str,
+        wait: float = 0,
+        timeout: Optional[int] = None,
+        auto: bool = False,
+        is_disconnected: Callable[[], bool] = bool,
+    ) -> Optional[Message]:
         """Takes the next message of a channel, waiting up to `wait` seconds; None if none came.
 
-        `options` are those of `consumer`.
+        The other arguments are those of `consumer`.
         """
-        messages = self.take(self.consumer([channel], **options), wait)
+        messages = self.take(self.consumer([channel], 1, timeout, auto, is_disconnected), wait)
         return messages[0] if messages else None
 
     def consumer(
@@ -5187,14 +5255,14 @@ class Request:
         text = self.parameter(name)
         return None if text is None else parse_integer(name, text, minimum, maximum)
 
-    def parameters(self, table: Sequence[Parameter]) -> dict[str, str]:
+    def parameters(self, table: Sequence[Parameter]) -> dict[str, Any]:
         """The texts of those parameters of a table that are given."""
         if not any(self.fields()):
             return {}
         texts = ((p.name, self.parameter(p.name)) for p in table)
         return {name: text for name, text in texts if text is not None}
 
-    def message_parameters(self, table: Sequence[Parameter]) -> dict[str, str]:
+    def message_parameters(self, table: Sequence[Parameter]) -> dict[str, Any]:
         """The same for a message, whose `dedup` may also be in the header Idempotency-Key."""
         values = self.parameters(table)
         key = self.headers.fields.get("idempotency-key")
@@ -7003,7 +7071,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(
         self,
-        broker: Broker,
+        broker: Union[Broker, Callable[[], Broker]],
         host: str = "127.0.0.1",
         port: int = 0,
         *,
@@ -7016,8 +7084,8 @@ class Server(ThreadingHTTPServer):
         access: Optional[Access] = None,
     ) -> None:
         """Binds the address (port 0: a free one).  Without `access`, everybody on this machine has
-        access.  OSError if it cannot be bound, `BadRequest` if `access` forbids it."""
-        self.broker = broker
+        access.  OSError if it cannot be bound, `BadRequest` if `access` forbids it.  `broker` may
+        be a function: then it is called after that, so that a refused start changes no file."""
         self.access = access or Access()
         self.read_timeout = read_timeout
         self.idle_timeout = idle_timeout
@@ -7025,7 +7093,6 @@ class Server(ThreadingHTTPServer):
         self.max_connections = max_connections
         self.max_waiting = max_waiting or int(max_connections * WAITING_SHARE) or 1
         self.log_requests = log_requests
-        self.api = Api(self)
         self.header_cache = HeaderCache()
         self.clients = AddressLimiter(max_connections_per_address)
         self.first_requests = FirstRequests()
@@ -7039,6 +7106,15 @@ class Server(ThreadingHTTPServer):
         self._emptied = threading.Condition()  # a connection was closed while the server stops
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
+        self._open(broker)
+
+    def _open(self, broker: Union[Broker, Callable[[], Broker]]) -> None:
+        try:
+            self.broker = broker if isinstance(broker, Broker) else broker()
+        except BaseException:
+            self._close_listener()
+            raise
+        self.api = Api(self)
 
     def server_bind(self) -> None:
         """Binds without asking the name service for the host's name, as HTTPServer does."""
@@ -7181,9 +7257,7 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
         self._stopped.set()
         with self._accepting:
-            self.server_close()
-            os.close(self._alarm)
-            os.close(self.wake)
+            self._close_listener()
         self.broker.cancel_all()
         for connection in self.active.copy():
             connection.wake()
@@ -7191,42 +7265,13 @@ class Server(ThreadingHTTPServer):
             self._emptied.wait_for(lambda: not self.connections, STOP_TIMEOUT)
         self.broker.close()
 
+    def _close_listener(self) -> None:
+        self.server_close()
+        os.close(self._alarm)
+        os.close(self.wake)
+
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-ACCESS_OPTIONS = ("token", "tokens", "no_auth", "cors", "allow_host", "cert", "key")
-
-
-def serve(
-    host: str = "127.0.0.1",
-    port: int = 0,
-    dbfile: str = MEMORY,
-    sync: str = "full",
-    max_db_size: int = 0,
-    **options: Any,
-) -> Server:
-    """A server that runs in a thread of its own, in this process, until `with` or `close` ends it.
-
-        with linger.serve() as server:
-            print(server.url)
-
-    `options` are those of `Server`, those of `Access`, and `hlm`, `max_message` and
-    `max_channels` of `Broker`.
-    """
-    names = ("hlm", "max_message", "max_channels")
-    limits = {name: options.pop(name) for name in names if name in options}
-    access_options = {name: options.pop(name) for name in ACCESS_OPTIONS if name in options}
-    if access_options:
-        options["access"] = Access(**access_options)
-    broker = Broker(Store(dbfile, sync, max_db_size), **limits)
-    try:
-        server = Server(broker, host, port, **options)
-    except BaseException:
-        broker.close()
-        raise
-    threading.Thread(target=server.serve_forever, name="linger-server", daemon=True).start()
-    return server
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7285,11 +7330,8 @@ def encode_parameters(
     table: Sequence[Parameter], values: Mapping[str, object]
 ) -> dict[str, object]:
     """Returns the values that are not None under their HTTP names; `BadRequest` if one is bad."""
+    check_parameters(values, table)
     named = {name.replace("_", "-"): value for name, value in values.items() if value is not None}
-    unknown = named.keys() - {p.name for p in table}
-    if unknown:
-        names = ", ".join(p.name.replace("-", "_") for p in table)
-        raise BadRequest(f"there is no parameter {min(unknown)} here, only {names}")
     parse_parameters(named, table)
     return named
 
@@ -7718,8 +7760,8 @@ class Client:
     def backup(self, path: str, force: bool = False) -> None:
         """Copies the server's database to a new file, from which a server can start.
 
-        The file is complete and on disk when this returns.  `Conflict` if it already exists;
-        `force` replaces it, unless it is a database in use.
+        It is complete and on disk when this returns.  `Conflict` if the file exists; `force`
+        replaces it, unless it is a database in use.
         """
         with atomic_write(path, force) as part, open(part, "wb") as file:
             self._request("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
@@ -7732,7 +7774,7 @@ class Client:
         body: object,
         type: Optional[str] = None,
         retry: bool = False,
-        **parameters: object,
+        **parameters: Unpack[PostFields],
     ) -> PostResult:
         """Adds a message to a channel; it is on disk when this returns.
 
@@ -7749,17 +7791,17 @@ class Client:
         )  # fmt: skip
 
     def post_batch(
-        self, channel: str, bodies: Iterable[Item], retry: bool = False, **parameters: object
+        self, channel: str, bodies: Iterable[Item], retry: bool = False, **given: Unpack[PostFields]
     ) -> list[int]:
         """Adds up to 1,000 messages to a channel in order, all or none; returns their ids.
 
-        Each is a body as for `post`, or a tuple `(body, type, parameters)`.  `parameters` are the
-        defaults of all; `retry` is as for `post`.  The error of a bad item has its `index`.
+        Each is a body as for `post`, or a tuple `(body, type, parameters)`.  `given`: default
+        parameters of all; `retry` is as for `post`.  The error of a bad item has its `index`.
         """
         return self._add(
             lambda value: list(value["ids"]),
             encode_path("channels", channel, "batch"), encode_batch(bodies, ALL_PARAMETERS), retry,
-            encode_parameters(ALL_PARAMETERS, parameters),
+            encode_parameters(ALL_PARAMETERS, given),
         )  # fmt: skip
 
     def publish(
@@ -7768,7 +7810,7 @@ class Client:
         body: object,
         type: Optional[str] = None,
         retry: bool = False,
-        **keys: object,
+        **keys: Unpack[PublishKeys],
     ) -> dict[str, int]:
         """Adds a copy of a message to each channel subscribed to a topic; ids by channel.
 
@@ -7782,7 +7824,7 @@ class Client:
         )  # fmt: skip
 
     def publish_batch(
-        self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: object
+        self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: Unpack[PublishKeys]
     ) -> dict[str, list[int]]:
         """Publishes up to 1,000 messages, given as to `post_batch`; copies' ids by channel."""
         return self._add(
@@ -7925,7 +7967,7 @@ class Client:
         path = encode_path("topics", topic, "channels")
         return self._request_json(lambda value: list(value["channels"]), "GET", path)
 
-    def subscribe(self, channel: str, topic: str, **parameters: object) -> None:
+    def subscribe(self, channel: str, topic: str, **parameters: Unpack[MessageFields]) -> None:
         """Subscribes a channel to a topic, or changes a subscription: copies get `parameters`."""
         path = encode_path("channels", channel, "topics", topic)
         self._request("PUT", path, encode_parameters(MESSAGE_PARAMETERS, parameters))
@@ -7938,7 +7980,7 @@ class Client:
         """Returns the settings of a channel that are set."""
         return self._request_json(dict, "GET", encode_path("channels", channel, "settings"))
 
-    def set_settings(self, channel: str, **parameters: object) -> None:
+    def set_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
         """Replaces the settings of a channel: its `hlm`, and the defaults of messages posted."""
         path = encode_path("channels", channel, "settings")
         self._request("PUT", path, encode_parameters(CHANNEL_PARAMETERS, parameters))
@@ -8380,6 +8422,19 @@ class Option(NamedTuple):
         """The name in Python."""
         return self.name.replace("-", "_")
 
+    def check(self, value: object) -> None:
+        """`BadRequest` if it cannot have this value, given in Python and not as text."""
+        kind = type(self.default) if self.default is not None else str
+        seconds = self.metavar == "SECONDS" and isinstance(value, float) and value > 0
+        path = self.metavar == "FILE" and isinstance(value, os.PathLike)
+        if seconds or path or (value is None and self.default is None):
+            return
+        if type(value) is not kind:
+            kinds = {int: "an integer", str: "a text", bool: "True or False"}
+            raise BadRequest(f"{self.key} must be {kinds[kind]}")
+        if kind is int or self.parse is _sync_level:
+            self.parse(self.key, cast(Any, value))
+
 
 # fmt: off
 OPTIONS = (
@@ -8545,27 +8600,75 @@ def _raise_file_limit(connections: int) -> int:
 
 
 def _create_server(options: Mapping[str, Any]) -> Server:
-    """Returns a server with these options, not accepting yet; `LingerError` says why it cannot."""
+    """Returns a server with these options, not accepting yet.
+
+    The database is opened last: a start that is refused for any other reason changes no file.
+    """
 
     def of(receiver: str) -> dict[str, Any]:
         return {o.key: options[o.key] for o in OPTIONS if o.receiver == receiver}
 
-    access = Access(**of("Access"))
-    store = Store(options["dbfile"], options["sync"], options["max_db_size"])
-    broker = Broker(store, **of("Broker"))
-    host, port = options["host"], options["port"]
-    connections = _raise_file_limit(options["max_connections"])
-    log_requests = options["log_requests"] or options["debug"]
-    settings = {"max_connections": connections, "log_requests": log_requests, "access": access}
-    try:
-        return Server(broker, host, port, **settings, **of("Server"))
-    except LingerError:
-        broker.close()
-        raise
-    except OSError as error:
-        broker.close()
-        reason = error.strerror or error
-        raise Unavailable(f"cannot listen on {host} port {port}: {reason}") from error
+    def open_broker() -> Broker:
+        store = Store(os.fspath(options["dbfile"]), options["sync"], options["max_db_size"])
+        return Broker(store, **of("Broker"))
+
+    return Server(
+        open_broker, options["host"], options["port"],
+        max_connections=options["max_connections"],
+        log_requests=options["log_requests"] or options["debug"],
+        access=Access(**of("Access")), **of("Server"),
+    )  # fmt: skip
+
+
+if TYPE_CHECKING:
+
+    class ServerOptions(TypedDict, total=False):
+        """The values of OPTIONS, but those that `serve` names itself."""
+
+        hlm: int
+        max_message: int
+        max_connections: int
+        max_connections_per_address: int
+        max_waiting: int
+        max_channels: int
+        read_timeout: float
+        idle_timeout: float
+        token: Optional[str]
+        tokens: Union[str, os.PathLike[str], None]
+        no_auth: bool
+        cors: str
+        allow_host: str
+        cert: Union[str, os.PathLike[str], None]
+        key: Union[str, os.PathLike[str], None]
+        log_requests: bool
+        debug: bool
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int = 0,
+    dbfile: Union[str, os.PathLike[str]] = MEMORY,
+    sync: str = "full",
+    max_db_size: int = 0,
+    **options: Unpack[ServerOptions],
+) -> Server:
+    """A server that runs in a thread of its own, in this process, until `with` or `close` ends it.
+
+        with linger.serve() as server:
+            print(server.url)
+
+    `options` are those of the command line, with `_` for `-`; `BadRequest` names one that is
+    unknown or has a wrong value.
+    """
+    own = {"host": host, "port": port, "dbfile": dbfile, "sync": sync, "max_db_size": max_db_size}
+    given: dict[str, object] = {**own, **options}
+    values = {option.key: option.default for option in OPTIONS}
+    check_names("option", given, values)
+    for option in OPTIONS:
+        option.check(given.get(option.key, option.default))
+    server = _create_server({**values, **given})
+    threading.Thread(target=server.serve_forever, name="linger-server", daemon=True).start()
+    return server
 
 
 def _tune_threads() -> None:
@@ -8587,7 +8690,12 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
     _tune_threads()
     os.umask(0o077)  # files of this process are for its owner only
     options = read_options(arguments, os.environ, commands)
-    server = _create_server(options)
+    options["max_connections"] = _raise_file_limit(options["max_connections"])
+    try:
+        server = _create_server(options)
+    except OSError as error:
+        address, reason = f"{options['host']} port {options['port']}", error.strerror or error
+        raise Unavailable(f"cannot listen on {address}: {reason}") from error
 
     def stop(number: int, _: object) -> None:
         if server.stopping:
@@ -8730,7 +8838,7 @@ def _show_progress(text: str) -> None:
 # -- producing
 
 
-def _given_parameters(options: argparse.Namespace, table: Sequence[Parameter]) -> dict[str, str]:
+def _given_parameters(options: argparse.Namespace, table: Sequence[Parameter]) -> dict[str, Any]:
     """Returns the parameters of a table that were given, by their names in Python."""
     values = ((name, getattr(options, name)) for name in (p.name.replace("-", "_") for p in table))
     return {name: value for name, value in values if value is not None}
@@ -8753,7 +8861,7 @@ def _post(client: Client, options: argparse.Namespace) -> int:
     return _write_records([posted._asdict() if options.json else {"id": posted.id}], options.json)
 
 
-def _post_lines(client: Client, options: argparse.Namespace, parameters: dict[str, str]) -> int:
+def _post_lines(client: Client, options: argparse.Namespace, parameters: dict[str, Any]) -> int:
     """Posts each line of standard input.
 
     The dedup key of each line includes its number: a batch whose response was lost can be sent

@@ -7383,7 +7383,10 @@ class ProcessTest(ProcessCase):
 
     def test_options_and_files_that_cannot_be_are_refused(self):
         """In this process, which must keep its own settings, and serve nobody if it does start."""
-        self.hasten(_tune_threads=bool, Server=unittest.mock.Mock(side_effect=AssertionError))
+        self.hasten(_tune_threads=bool, _raise_file_limit=int)
+        serving = unittest.mock.patch.object(linger.Server, "serve_forever", side_effect=OSError)
+        serving.start()
+        self.addCleanup(serving.stop)
         config = self.folder / "bad.conf"
         config.write_text("import os\n")
         for arguments, reason in (
@@ -8291,6 +8294,137 @@ class CommandTest(CommandCase):
         errors = self.run_command("post", "q", "--lines", stdin=b"a\nb\n", terminal=True)[2]
         self.assertIn("2 posted", errors)
         self.assertEqual(self.run_command("get", "q", terminal=True)[1], b"a\n")
+
+    def test_serve_refuses_names_and_values_that_an_option_cannot_have(self):
+        for options, reason in (
+            ({"prot": 0}, "no option prot here, did you mean port?"),
+            ({"max_conections": 1}, "did you mean max_connections?"),
+            ({"zzz": 1}, "only host, port, "),
+            ({"hlm": "1"}, "hlm must be an integer$"),
+            ({"hlm": True}, "hlm must be an integer$"),
+            ({"hlm": None}, "hlm must be an integer$"),
+            ({"hlm": -1}, "hlm must be an integer from 0 to "),
+            ({"port": "8989"}, "port must be an integer$"),
+            ({"port": 70_000}, "port must be an integer from 0 to 65535"),
+            ({"host": 1}, "host must be a text"),
+            ({"sync": "maybe"}, "sync must be one of full, normal, off"),
+            ({"max_db_size": 1.5}, "max_db_size must be an integer"),
+            ({"read_timeout": 0.0}, "read_timeout must be an integer"),
+            ({"no_auth": "yes"}, "no_auth must be True or False"),
+            ({"token": b"T0ken"}, "token must be a text"),
+            ({"log_requests": 1}, "log_requests must be True or False"),
+        ):
+            with self.subTest(options), self.assertRaisesRegex(linger.BadRequest, reason):
+                linger.serve(**options)
+        with linger.serve(read_timeout=0.5, dbfile=self.folder / "x.db", tokens=None) as server:
+            self.assertEqual(server.read_timeout, 0.5)
+
+    def test_refused_start_leaves_no_file_and_changes_none(self):
+        dbfile = self.folder / "new.db"
+        tokens = self.folder / "tokens"
+        tokens.touch(0o600)
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            for options, kind in (
+                ({"hlm": "1"}, linger.BadRequest),
+                ({"prot": 0}, linger.BadRequest),
+                ({"host": "0.0.0.0"}, linger.BadRequest),
+                ({"host": "203.0.113.1"}, OSError),
+                ({"port": busy.getsockname()[1]}, OSError),
+                ({"tokens": tokens}, linger.BadRequest),
+                ({"tokens": "/no/such/file"}, linger.BadRequest),
+                ({"cert": "/no/such/file"}, linger.LingerError),
+                ({"key": "/no/such/file"}, linger.BadRequest),
+                ({"cors": "nonsense"}, linger.BadRequest),
+                ({"no_auth": True, "token": "T0ken"}, linger.BadRequest),
+            ):
+                with self.subTest(options), self.assertRaises(kind):
+                    linger.serve(dbfile=dbfile, **options)
+                self.assertEqual(list(self.folder.iterdir()), [tokens])
+            sqlite3.connect(dbfile).executescript(V1_DATABASE).connection.close()
+            old = dbfile.read_bytes()
+            with self.assertRaises(OSError):  # perhaps of the 1.0.1 that still uses it
+                linger.serve(port=busy.getsockname()[1], dbfile=dbfile)
+            self.assertEqual(dbfile.read_bytes(), old)
+            self.assertEqual(sorted(self.folder.iterdir()), [dbfile, tokens])
+
+    def test_address_of_a_refused_start_is_free_again(self):
+        self.folder.joinpath("text").write_text("no database" * 99)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        with self.assertRaisesRegex(linger.Unavailable, "not a database"):
+            linger.serve(port=port, dbfile=self.folder / "text")
+        linger.serve(port=port).close()
+
+    def test_broker_and_client_refuse_parameters_that_there_are_not(self):
+        calls = (
+            lambda kind, **names: kind.post("q", b"x", **names),
+            lambda kind, **names: kind.publish("t", b"x", **names),
+            lambda kind, **names: kind.subscribe("q", "t", **names),
+            lambda kind, **names: kind.set_settings("q", **names),
+            lambda kind, **names: linger.Client.post_batch(kind, "q", ["x"], **names),
+            lambda kind, **names: linger.Client.publish_batch(kind, "t", ["x"], **names),
+        )
+        with linger.Client(self.server.url) as client:
+            for call in calls:
+                for kind in (client, self.broker)[: 2 if call in calls[:4] else 1]:
+                    with self.assertRaisesRegex(linger.BadRequest, "no parameter tiemout here"):
+                        call(kind, tiemout=3)
+            with self.assertRaisesRegex(linger.BadRequest, "did you mean timeout?"):
+                client.post("q", "x", tiemout=3)
+            with self.assertRaisesRegex(linger.BadRequest, "did you mean dedup_for?"):
+                self.broker.publish("t", b"x", dedup_fro=3)
+        with self.assertRaisesRegex(TypeError, "tiemout"):
+            self.broker.get("q", tiemout=3)
+        self.assertEqual(self.broker.stats()["current-messages"], 0)
+
+    def test_type_checkers_know_the_same_names_as_the_tables(self):
+        classes = {
+            node.name: {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+            for node in ast.walk(ast.parse((HERE / "linger.py").read_text()))
+            if isinstance(node, ast.ClassDef)
+        }
+
+        def keys(table):
+            return {p.name.replace("-", "_") for p in table}
+
+        common = classes["MessageFields"]
+        self.assertEqual(common, keys(linger.MESSAGE_PARAMETERS))
+        self.assertEqual(common | classes["PostFields"], keys(linger.ALL_PARAMETERS))
+        self.assertEqual(common | classes["ChannelFields"], keys(linger.CHANNEL_PARAMETERS))
+        self.assertEqual(classes["PublishKeys"], keys(linger.PUBLISH_PARAMETERS))
+        own = inspect.signature(linger.serve).parameters.keys() - {"options"}
+        self.assertEqual(classes["ServerOptions"] | own, keys(linger.OPTIONS))
+
+    @unittest.skipUnless(shutil.which("mypy"), "needs mypy")
+    def test_mypy_finds_names_and_types_that_there_are_not(self):
+        program = """
+import linger
+client = linger.Client()
+broker = linger.Broker(linger.Store())
+server = linger.serve(port=0, dbfile="x.db", hlm=1, read_timeout=0.5, tokens=None)
+client.post("q", "x", timeout=3, dedup="a", dead=None)
+client.set_settings("q", hlm=3)
+broker.subscribe("q", "t", priority=3)
+linger.serve(hlm="1")  # no
+linger.serve(prot=0)  # no
+client.post("q", "x", tiemout=3)  # no
+client.post_batch("q", ["x"], timeout="3")  # no
+client.publish("t", "x", unique="u")  # no
+client.subscribe("q", "t", dedup="u")  # no
+client.set_settings("q", dedup="u")  # no
+broker.post("q", b"x", tiemout=3)  # no
+broker.publish("t", b"x", dedup_fro=3)  # no
+broker.get("q", tiemout=3)  # no
+"""
+        (self.folder / "program.py").write_text(program)
+        found = subprocess.run(
+            ["mypy", "--strict", f"--cache-dir={self.folder / 'cache'}", "program.py"],
+            cwd=self.folder, env={**os.environ, "MYPYPATH": str(HERE)},
+            capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        expected = [n for n, line in enumerate(program.split("\n"), 1) if "# no" in line]
+        lines = sorted({int(n) for n in re.findall(r"program.py:(\d+): error", found)})
+        self.assertEqual(lines, expected, found)
 
     def test_each_option_of_the_server_is_a_parameter_of_its_receiver(self):
         for option in linger.OPTIONS:
@@ -9289,6 +9423,7 @@ class FileTest(unittest.TestCase):
                 names.update(alias.name.split(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module.split(".")[0])
+        names.remove("typing_extensions")  # only for a type checker, which has it
         known = getattr(sys, "stdlib_module_names", None)
         if known is None:
             self.skipTest("this Python does not list its modules")
