@@ -101,6 +101,7 @@ from typing import (
     NoReturn,
     Optional,
     Protocol,
+    TextIO,
     TypeVar,
     Union,
     cast,
@@ -206,6 +207,7 @@ SEND_CHUNK = 1_048_576  # bytes sent per call
 FILE_CHUNK = 262_144  # bytes of a backup sent at a time
 LINGERING_CLOSE_BYTES = 16_777_216  # bytes discarded so that a client that still sends can read
 LINGERING_CLOSE_TIMEOUT = 2.0  # its error response (RFC 9112 9.6); and the time for it, seconds
+OVERFLOW_INTERVAL = 50  # between reads from clients that got a 503 without a thread, milliseconds
 DISCONNECT_CHECK_INTERVAL = 2.0  # seconds between checks of a waiting client that pipelines
 STOP_TIMEOUT = 2.0  # time for running requests to finish when the server stops, seconds
 RETRY_AFTER = 1  # seconds in the Retry-After header of a 503
@@ -214,6 +216,9 @@ MAX_SIMULTANEOUS = 1  # connections that a first request waits for: with more, e
 MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 26 kB
 WAITING_SHARE = 0.75  # part of the connections that may wait, so that producers get in
 MAX_REFUSED_CONNECTIONS = 64  # connections beyond the limit that still receive a 503
+PROBE_AFTER = 60  # silence after which the kernel probes whether the peer is still there, seconds;
+PROBE_INTERVAL = 15  # until the next probe, seconds;
+PROBES = 4  # without a response: the connection is closed after two minutes
 BACKLOG = 4_096  # connections that the kernel queues until they are accepted
 SWITCH_INTERVAL = 1.0  # seconds that a thread computes before others get the interpreter
 STACK_SIZE = 256 * 1024  # stack of a thread of the command-line server, bytes
@@ -351,7 +356,14 @@ def require_posix(program: str) -> None:
 def log(text: str) -> None:
     """Writes a line to standard error; a failing log stops nothing."""
     with contextlib.suppress(OSError, ValueError):
+        text = printable(text, sys.stderr)
         print(text + "\n", end="", file=sys.stderr, flush=True)  # one write: lines never mix
+
+
+def printable(text: str, file: TextIO) -> str:
+    """Returns a text with escapes for what a file cannot encode, as in a path that is not UTF-8."""
+    encoding = file.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2020,6 +2032,22 @@ def allocate(file: int, start: int, end: int) -> None:
         start += os.pwrite(file, bytes(min(FILE_CHUNK, end - start)), start)
 
 
+def refuse_mount_point(path: str) -> None:
+    """`Unavailable` if the file is itself a mount point, as one that is bound into a container: its
+    log would be beside it, in the container's own layer, and be lost with the container."""
+    mounts = b""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:  # proc(5)
+        mounts = file.read()
+    for line in mounts.splitlines():
+        escaped = line.split(b" ")[4]
+        point = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), escaped)
+        if point == os.fsencode(path) and not os.path.isdir(path):
+            raise Unavailable(
+                f"the file {path} is a mount point itself, so its log would be on another disk and"
+                f" could be lost: mount its folder {os.path.dirname(path)} instead"
+            )
+
+
 class Store:
     """The database: one connection that writes and one that reads; in memory they are the same.
 
@@ -2049,6 +2077,7 @@ class Store:
         self._directory_changed = -1  # when an entry of it was last made, moved or deleted
         self._closed = False
         self._space = SpaceGuard(self.path, max_size, self._measure)
+        refuse_mount_point(self.path)
         with contextlib.ExitStack() as undo:
             self._lock_file = None if path == MEMORY else lock_database(self.path)
             if self._lock_file is not None:
@@ -2252,7 +2281,7 @@ class Store:
             raise translate_error(error) from error
 
     def _copy_file(self, copy: sqlite3.Connection, path: str) -> None:
-        uri = "file:" + urllib.parse.quote(self.path) + "?mode=ro"
+        uri = "file:" + urllib.parse.quote(os.fsencode(self.path)) + "?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as source:
             source.execute("begin")
             pages: int = source.execute("pragma page_count").fetchone()[0]
@@ -2451,7 +2480,7 @@ def save_original(path: str) -> None:
 
 def _is_version_1(path: str) -> bool:
     """Whether the file holds the tables of Linger 1.0.1; reads nothing but the file itself."""
-    uri = "file:" + urllib.parse.quote(path) + "?mode=ro&immutable=1"
+    uri = "file:" + urllib.parse.quote(os.fsencode(path)) + "?mode=ro&immutable=1"
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
         found = connection.execute("select name from sqlite_master where type = 'table'")
         return {"config", "messages", "subscriptions"} <= {name for (name,) in found}
@@ -4493,6 +4522,7 @@ class Grant(NamedTuple):
     rights: frozenset[str]
     channels: Optional[tuple[re.Pattern[str], ...]] = None  # None: all channels and all topics
     topics: Optional[tuple[re.Pattern[str], ...]] = None
+    token_name: str = "-"  # of the token in the file, for the log
 
     def covers(self, kind: str, name: str) -> bool:
         """Whether it holds for one of the `channels` or `topics` (`kind`)."""
@@ -4583,7 +4613,7 @@ def _parse_token_line(words: Sequence[str], grants: dict[bytes, Grant], names: s
     if name in names or digest in grants:
         raise BadRequest("duplicate name or token")
     names.add(name)
-    grants[digest] = parse_grant(rights, patterns)
+    grants[digest] = parse_grant(rights, patterns)._replace(token_name=name)
 
 
 def token_from_header(authorization: str) -> bytes:
@@ -5688,7 +5718,8 @@ NO_CONTENT = Response(204)
 
 def json_response(value: object, status: int = 200, headers: str = "") -> Response:
     """A response in compact JSON that ends in a newline."""
-    return Response(status, TO_JSON(value).encode() + b"\n", headers=headers)
+    body = TO_JSON(value).encode("utf-8", "backslashreplace")  # \\udcff is also JSON
+    return Response(status, body + b"\n", headers=headers)
 
 
 def error_response(error: LingerError) -> Response:
@@ -6932,13 +6963,16 @@ class Connection:
             self._log(request, status)
 
     def _log(self, request: Optional[Request], status: int) -> None:
-        """Logs a request on one line; of a malformed one only the response."""
+        """Logs a request on one line: the time of the response, the address, the name of the token
+        in its file, the request (but a malformed one), the status, and how long it took."""
         milliseconds = (time.monotonic() - self._started_at) * 1000
-        line = "- -"
+        name, line = "-", "- -"
         if request is not None:  # the target has no control characters but those of latin-1
             target = request.target.encode("ascii", "backslashreplace").decode()
-            line = f"{request.method} {target}"
-        log(f"{self.address} {line} {status} {milliseconds:.1f} ms")
+            name, line = request.grant.token_name, f"{request.method} {target}"
+        now = time.time()
+        utc = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
+        log(f"{utc} {self.address} {name} {line} {status} {milliseconds:.1f} ms")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -7055,6 +7089,67 @@ class FirstRequests:
         return found
 
 
+class Overflow:
+    """Connections for which the system has no thread: they get a 503 from the accepting thread.
+
+    A close while the client still sends could destroy the response, so what it sends is read and
+    discarded first, until it closes or its time is over (RFC 9112 9.6).  Belongs to one thread.
+    """
+
+    def __init__(self, close: Callable[[socket.socket], None]) -> None:
+        """`close(connection)` closes a connection."""
+        self._close = close
+        self._connections: dict[int, tuple[socket.socket, float]] = {}  # with their deadlines
+        self._poller = select.poll()
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def add(self, connection: socket.socket, response: bytes) -> None:
+        """Sends a response, and waits for the client to close the connection."""
+        try:
+            connection.setblocking(False)
+            connection.send(response)
+            connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(connection)
+            return
+        deadline = time.monotonic() + LINGERING_CLOSE_TIMEOUT
+        self._connections[connection.fileno()] = connection, deadline
+        self._poller.register(connection, select.POLLIN)
+
+    def discard_input(self) -> None:
+        """Reads what clients have sent; closes the connections that are over."""
+        now = time.monotonic()
+        ready = {descriptor for descriptor, _ in self._poller.poll(0)}
+        for descriptor, (connection, deadline) in list(self._connections.items()):
+            data = b"x"
+            with contextlib.suppress(OSError):
+                data = connection.recv(RECEIVE_SIZE) if descriptor in ready else data
+            if not data or deadline < now:
+                self.remove(descriptor)
+
+    def remove(self, descriptor: int) -> None:
+        """Closes a connection."""
+        self._poller.unregister(descriptor)
+        self._close(self._connections.pop(descriptor)[0])
+
+    def close(self) -> None:
+        """Closes all connections."""
+        for descriptor in list(self._connections):
+            self.remove(descriptor)
+
+
+def set_keepalive(listener: socket.socket) -> None:
+    """Lets the kernel probe silent peers: one that vanished without a word would keep its
+    connection, and a waiting consumer, until it is written to.  Accepted connections inherit it."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    times = (("KEEPIDLE", PROBE_AFTER), ("KEEPINTVL", PROBE_INTERVAL), ("KEEPCNT", PROBES))
+    for name, value in times:
+        if hasattr(socket, f"TCP_{name}"):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+
+
 class Server(ThreadingHTTPServer):
     """Listens, gives each connection a thread, and stops gracefully.
 
@@ -7096,6 +7191,7 @@ class Server(ThreadingHTTPServer):
         self.header_cache = HeaderCache()
         self.clients = AddressLimiter(max_connections_per_address)
         self.first_requests = FirstRequests()
+        self._overflow = Overflow(self.shutdown_request)
         self.connections: set[socket.socket] = set()  # all that are open
         self.refused: set[socket.socket] = set()  # those of them that exceed a limit
         self.active: set[Connection] = set()  # those whose threads run
@@ -7119,6 +7215,7 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Binds without asking the name service for the host's name, as HTTPServer does."""
         socketserver.TCPServer.server_bind(self)
+        set_keepalive(self.socket)
         host, port = self.server_address[:2]
         self.server_name, self.server_port = str(host), int(port)
         self.access.listen(self.server_name)
@@ -7150,11 +7247,13 @@ class Server(ThreadingHTTPServer):
             poller.register(self.socket, select.POLLIN)
             poller.register(self._alarm, select.POLLIN)
             while not self.stopping:
-                poller.poll()
+                poller.poll(OVERFLOW_INTERVAL if self._overflow else None)
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._alarm, 64)
                 while not self.stopping and self._accept():
                     pass
+                self._overflow.discard_input()
+            self._overflow.close()
 
     def _accept(self) -> bool:
         """Accepts a connection; whether there may be more."""
@@ -7181,8 +7280,17 @@ class Server(ThreadingHTTPServer):
         try:
             _thread.start_new_thread(self.process_request_thread, (connection, address))
         except RuntimeError:  # the system has no more threads
-            self.shutdown_request(connection)
+            self._refuse(connection)
         return True
+
+    def _refuse(self, connection: socket.socket) -> None:
+        """Responds 503 in this thread, which cannot wait for a client or a TLS handshake."""
+        if self.access.tls or len(self._overflow) >= MAX_REFUSED_CONNECTIONS:
+            self.shutdown_request(connection)
+            return
+        error = Unavailable("the system has no thread for this connection: try again soon")
+        close = "Connection: close\r\n"
+        self._overflow.add(connection, error_response(error).render(None, self.date_line(), close))
 
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection."""
@@ -7235,6 +7343,8 @@ class Server(ThreadingHTTPServer):
             self.access.reload()
         except LingerError as error:
             log(f"linger: {error}; what was read before still holds")
+        else:
+            log("linger: the files of tokens and certificate were read again")
 
     # -- stopping
 
@@ -8530,9 +8640,9 @@ def read_config(path: str) -> dict[str, str]:
     Python; this executes nothing.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:  # as of a dbfile
             lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise BadRequest(f"cannot read {path}: {error}") from error
     options = {}
     for number, line in enumerate(lines, 1):
@@ -8710,9 +8820,10 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
     if options["dbfile"] == MEMORY:
         kept = "messages kept in memory only"
     else:
-        kept = f"messages kept in {options['dbfile']} (sync {options['sync']})"
+        kept = f"messages kept in {os.path.abspath(options['dbfile'])} (sync {options['sync']})"
     everywhere = " (all addresses)" if server.server_name in ("0.0.0.0", "::") else ""
-    print(f"Linger {__version__} listening on {server.url}{everywhere}, {kept}", flush=True)
+    line = f"Linger {__version__} listening on {server.url}{everywhere}, {kept}"
+    print(printable(line, sys.stdout), flush=True)
     with server:
         server.serve_forever()
         signal.set_wakeup_fd(-1)
@@ -8744,7 +8855,7 @@ def _write(data: bytes) -> None:
 
 
 def _write_lines(lines: Iterable[str]) -> None:
-    _write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+    _write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
 def _write_records(records: Sequence[Mapping[str, object]], as_json: bool = False) -> int:

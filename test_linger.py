@@ -10,6 +10,7 @@ import base64
 import bisect
 import contextlib
 import ctypes
+import datetime
 import dis
 import doctest
 import errno
@@ -5207,6 +5208,57 @@ class ClientCapTest(ServerTest):
             self.assertEqual(clients.acquire(object(), second), 0 if same else -1)
 
 
+class OverflowTest(ServerTest):
+    """The system refuses threads, as with a limit of processes."""
+
+    REQUEST = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    def refuse_threads(self):
+        refusing = unittest.mock.patch("_thread.start_new_thread", side_effect=RuntimeError)
+        self.addCleanup(refusing.stop)
+        refusing.start()
+        return refusing
+
+    def test_connection_without_a_thread_gets_503_also_while_its_client_still_sends(self):
+        refusing = self.refuse_threads()
+        for request in (self.REQUEST, b"POST /channels/q HTTP/1.1\r\n" + b"x" * 1_000_000):
+            with self.connect() as connection:
+                connection.sendall(request)
+                response = b""
+                while data := connection.recv(1_000):
+                    response += data
+            self.assertTrue(response.startswith(b"HTTP/1.1 503 "), response)
+            self.assertIn(b"\r\nRetry-After: ", response)
+            self.assertIn(b"\r\nConnection: close\r\n", response)
+            self.assertIn(b"no thread", response)
+        until(lambda: not self.server.connections)
+        refusing.stop()
+        self.assertEqual(self.call("GET", "/health")[0], 200)
+
+    def test_only_some_are_kept_for_a_while_and_others_closed_at_once(self):
+        self.hasten(MAX_REFUSED_CONNECTIONS=2, LINGERING_CLOSE_TIMEOUT=0.2)
+        self.refuse_threads()
+        silent = [self.connect() for _ in range(5)]
+        responses = [connection.recv(12) for connection in silent]
+        self.assertEqual(responses.count(b"HTTP/1.1 503"), 2)
+        until(lambda: not self.server.connections)  # although none of the clients has closed
+
+    def test_a_stop_closes_them(self):
+        self.refuse_threads()
+        silent = self.connect()
+        self.assertEqual(silent.recv(12), b"HTTP/1.1 503")
+        self.server.close()
+        self.assertEqual(self.server.connections, set())
+
+    def test_kernel_probes_whether_silent_clients_are_still_there(self):
+        self.park()
+        (connection,) = self.server.connections
+        self.assertTrue(connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            idle = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            self.assertEqual(idle, linger.PROBE_AFTER)
+
+
 class WaitingCapTest(ServerTest):
     options = types.MappingProxyType({"max_waiting": 2})
 
@@ -7456,15 +7508,88 @@ for thread in threads:
         tokens.write_text("a 0ld read")
         server = self.start(f"--tokens={tokens}")
         until(lambda: server.call("GET", "/topics", headers=bearer("0ld"))[0] == 200)
+        lines = []
         for text in ("a n3w read", "a n3wer"):
             tokens.write_text(text)
             server.process.send_signal(signal.SIGHUP)
+            lines.append(server.process.stderr.readline())
             until(lambda: server.call("GET", "/topics", headers=bearer("n3w"))[0] == 200)
             self.assertEqual(server.call("GET", "/topics", headers=bearer("0ld"))[0], 401)
-        until(lambda: select.select([server.process.stderr], [], [], 0)[0])
-        status, errors = server.end()
-        self.assertEqual(status, 0)
-        self.assertRegex(errors, "^linger: .*tokens, line 1: .*still holds\n$")
+        self.assertEqual(server.end(), (0, ""))
+        self.assertRegex(lines[0], "^linger: the files of tokens .* were read again\n$")
+        self.assertRegex(lines[1], "^linger: .*tokens, line 1: .*still holds\n$")
+
+    def test_request_log_has_the_time_and_the_name_of_the_token(self):
+        tokens = self.folder / "tokens"
+        tokens.touch(0o600)
+        tokens.write_text("shop s3cret write\nall 4ll read,write,admin\n")
+        server = self.start(f"--tokens={tokens}", "--log-requests")
+        start = time.time()
+        server.call("POST", "/channels/q", "x", {"Content-Type": "x/y", **bearer("s3cret")})
+        server.call("GET", "/stats", headers=bearer("4ll"))
+        server.call("GET", "/channels/q", headers=bearer("wrong"))
+        with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
+            connection.sendall(b"nonsense\r\n\r\n")
+            while connection.recv(1_000):
+                pass
+        _, errors = server.end()
+        lines = [line.split(" ") for line in errors.splitlines()]
+        expected = [
+            ["127.0.0.1", "shop", "POST", "/channels/q", "202"],
+            ["127.0.0.1", "all", "GET", "/stats", "200"],
+            ["127.0.0.1", "-", "GET", "/channels/q", "401"],
+            ["127.0.0.1", "-", "-", "-", "400"],
+        ]
+        self.assertEqual([line[1:6] for line in lines], expected, errors)
+        for line in lines:
+            then = datetime.datetime.strptime(line[0], "%Y-%m-%dT%H:%M:%S.%fZ")
+            then = then.replace(tzinfo=datetime.timezone.utc).timestamp()
+            self.assertLessEqual(start - 0.001, then)
+            self.assertLessEqual(then, time.time())
+        self.assertNotIn("s3cret", errors)
+
+    def test_start_line_has_the_whole_path_of_the_database(self):
+        here = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, here)
+        self.dbfile = "x.db"
+        self.assertIn(f"messages kept in {os.path.join(os.getcwd(), 'x.db')} ", self.start().line)
+
+    @unittest.skipUnless(sys.platform == "linux", "other systems refuse such names")
+    def test_paths_that_are_not_utf_8_work_everywhere(self):
+        folder = os.fsencode(self.folder) + b"/\xff \xe4?#%"
+        os.mkdir(folder)
+        self.dbfile = os.fsdecode(folder + b"/\xfe.db")
+        config = os.fsdecode(folder + b"/\xfd.conf")
+        with open(os.fsencode(config), "wb") as file:
+            file.write(b"dbfile = '" + os.fsencode(self.dbfile) + b"'\n")
+        server = self.start("--config", config, environment={"PYTHONIOENCODING": "ascii"})
+        self.assertIn(r"\udcfe.db", server.line)
+        self.assertIn(r"\udcfe.db is in use", self.refused())
+        self.assertEqual(server.call("POST", "/channels/q", "x")[0], 202)
+        stats = json.loads(server.call("GET", "/stats")[2])
+        self.assertEqual(stats["db-file"], self.dbfile)
+        copy = folder + b"/copy \xfc.db"
+        url = f"http://127.0.0.1:{server.port}"
+        self.assertEqual(run_command(url, "backup", os.fsdecode(copy))[0], 0)
+        errors = run_command(url, "backup", os.fsdecode(copy))[2]
+        self.assertIn(r"already a file", errors)
+        self.assertIn(r"\udcfc.db", errors)
+        self.assertIn(b"\\udcfe.db", run_command(url, "stats", "--json")[1])
+        self.assertEqual(server.end(), (0, ""))
+        for path in (copy, os.fsencode(self.dbfile)):
+            with contextlib.closing(linger.Store(os.fsdecode(path))) as store:
+                self.assertEqual(store.read("select count(*) from messages"), [[(1,)]])
+        with open(copy, "wb") as file:
+            file.write(b"text" * 99)
+        self.dbfile = os.fsdecode(copy)
+        self.assertIn("not a database", self.refused())
+        os.unlink(copy)
+        connection = sqlite3.connect(copy)
+        connection.executescript(V1_DATABASE)
+        connection.close()
+        self.start().end()
+        self.assertTrue(os.path.exists(copy + b".v1"))
 
     def test_a_database_in_memory_keeps_nothing(self):
         server = self.start("--dbfile=:memory:")
@@ -7504,6 +7629,24 @@ for thread in threads:
             _, headers, body = server.call("GET", "/channels/q")
             self.assertEqual((int(headers["x-linger-msg-id"]), len(body)), (id, 20_000))
         self.assertEqual(server.end(), (0, ""))
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("mount"), "needs root to mount a file")
+    def test_database_that_is_a_mount_point_is_refused_and_nothing_made_beside_it(self):
+        outside, inside = self.folder / "outside", self.folder / "inside \\040"
+        for folder in (outside, inside):
+            folder.mkdir()
+            (folder / "q.db").touch()
+        self.dbfile = str(inside / "q.db")
+        command = ["mount", "--bind", str(outside / "q.db"), self.dbfile]
+        if subprocess.run(command, capture_output=True).returncode:
+            self.skipTest("cannot mount a file here")
+        self.addCleanup(subprocess.run, ["umount", "-l", self.dbfile])
+        os.symlink(self.dbfile, self.folder / "link.db")
+        for path in (self.dbfile, str(self.folder / "link.db")):
+            self.dbfile = path
+            self.assertIn(f"mount its folder {inside} instead", self.refused())
+        self.assertEqual([path.name for path in inside.iterdir()], ["q.db"])
+        self.assertEqual((outside / "q.db").read_bytes(), b"")
 
     def test_at_the_largest_file_size_takes_and_deletes_go_on_and_posts_fit_again(self):
         server = self.start()
