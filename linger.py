@@ -4072,11 +4072,7 @@ class Broker(Administration):
     # -- producing
 
     def post(
-        self,
-        channel: str,
-        body: bytes,
-        type: str = DEFAULT_TYPE,
-        **parameters: Unpack[PostFields],
+        self, channel: str, body: bytes, type: str = DEFAULT_TYPE, **parameters: Unpack[PostFields]
     ) -> PostResult:
         """Adds a message to a channel.
 
@@ -7289,8 +7285,7 @@ class Server(ThreadingHTTPServer):
             self.shutdown_request(connection)
             return
         error = Unavailable("the system has no thread for this connection: try again soon")
-        close = "Connection: close\r\n"
-        self._overflow.add(connection, error_response(error).render(None, self.date_line(), close))
+        self._overflow.add(connection, error_response(error).render(None, self.date_line(), CLOSE))
 
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection."""
@@ -8720,7 +8715,11 @@ def _create_server(options: Mapping[str, Any]) -> Server:
 
     def open_broker() -> Broker:
         store = Store(os.fspath(options["dbfile"]), options["sync"], options["max_db_size"])
-        return Broker(store, **of("Broker"))
+        try:
+            return Broker(store, **of("Broker"))
+        except RuntimeError as error:
+            store.close()
+            raise Unavailable(f"cannot start without threads: {error} (ulimit -u)") from error
 
     return Server(
         open_broker, options["host"], options["port"],
@@ -8776,6 +8775,7 @@ def serve(
     check_names("option", given, values)
     for option in OPTIONS:
         option.check(given.get(option.key, option.default))
+    require_posix("a server of Linger")
     server = _create_server({**values, **given})
     threading.Thread(target=server.serve_forever, name="linger-server", daemon=True).start()
     return server
@@ -8800,6 +8800,7 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
     _tune_threads()
     os.umask(0o077)  # files of this process are for its owner only
     options = read_options(arguments, os.environ, commands)
+    require_posix("a server of Linger")
     options["max_connections"] = _raise_file_limit(options["max_connections"])
     try:
         server = _create_server(options)
