@@ -15,7 +15,8 @@ The file reads downwards: a section uses only what stands above it.
     Limits        every bound, with its unit and its reason
     Errors        what can go wrong, with the HTTP status that says so
     Messages      the message, its parameters, and how they are read
-    SQL           the schema and every statement
+    Schema        tables, indexes and triggers; the migration from 1.0.1
+    SQL           every statement
     Commits       operations, and the thread that commits them in groups
     Store         SQLite and its files
     Time          broker time, which never steps; sleeps that follow it
@@ -64,6 +65,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import heapq
 import http
 import http.client
 import io
@@ -165,6 +167,11 @@ DEFAULT_WAIT = 120  # wait of a GET without `wait`, seconds; as Linger 1.0.1
 CHANNEL_TTL = 180.0  # time that a channel stays listed without consumers, seconds; as 1.0.1
 MAX_IDLE_CHANNELS = 10_000  # channels listed for that reason only
 MAX_CHANNELS = 100_000  # default of --max-channels: their names are kept in memory
+PIECE_ROWS = 1_000  # rows that a piece of bulk work touches in one transaction,
+PIECE_TIME = 0.01  # and seconds that it should take: other calls wait meanwhile
+MAX_EXPIRED = 1_000  # expired messages that a take passes over at a time
+FIRST_PIECE = 64  # rows of the first piece: their bodies may be large
+MAX_DUE_CHANNELS = 64  # channels whose due messages are processed in one transaction
 RECOUNT_INTERVAL = 1.0  # shortest time between two counts of the channels, seconds
 MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to all of them
 MAX_BATCH_COPIES = 100_000  # copies that one published batch may create,
@@ -265,6 +272,7 @@ WAIT_GRACE = 1.0  # time after its end that a wait has to end by itself, seconds
 
 # Client and commands
 CLIENT_TIMEOUT = 30.0  # time to connect, and longest silence of a server, seconds
+BULK_WAIT = 3_600  # wait for the response to a drain or redrive: it may take minutes, seconds
 KEEPALIVE_TIMEOUT = 60.0  # age at which a client drops an idle connection: below IDLE_TIMEOUT, s
 MAX_RESPONSE = 256_000_000  # bytes: in JSON, control characters take six times MAX_BATCH_BYTES
 MIN_RETRY_DELAY = 0.1  # pause before the first retry, seconds; doubled each time
@@ -583,11 +591,8 @@ def validate_linger(parameters: Mapping[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# SQL: the schema and every statement, a constant each.
-#
-# A statement sees time only as :now (broker time, in seconds), decides by itself, and fits SQLite
-# 3.31: no RETURNING, no clock or random function, no PRAGMA.  Lists of columns and expressions
-# that several statements share stand once, and are put in when the file is loaded.
+# Schema: tables, indexes and triggers, and the migration of a database of Linger 1.0.1.  An index
+# names the statements that need it.
 # ---------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x4C494E47  # "LING", at byte 68 of the file (sqlite.org/fileformat2.html 1.3)
@@ -661,19 +666,20 @@ SCHEMA = (
         body blob not null
     )
     """,
-    # for NEXT_MESSAGE and BATCH_IDS: the first ready messages of a channel
+    # for NEXT_MESSAGE and BATCH_IDS: the first ready messages of a channel; with `expires_at`, so
+    # that expired ones are passed over without a look at their rows
     """
-    create index ready_messages on messages (channel, priority, id)
+    create index ready_messages on messages (channel, priority, id, state, expires_at)
     where state = 0
     """,
     # for PROCESS_DUE: timeouts and delays that have ended
     """
-    create index due_messages on messages (due_at)
+    create index due_messages on messages (channel, due_at, priority)
     where state > 0
     """,
     # for PROCESS_DUE: expired messages; one in flight stays until its timeout
     """
-    create index lingering_messages on messages (expires_at)
+    create index lingering_messages on messages (channel, expires_at)
     where expires_at > 0 and state <> 1
     """,
     # for MOVE_DEAD and DELETE_DEAD: messages that an earlier statement has put into state 3
@@ -817,6 +823,15 @@ AFTER_MIGRATION = (
     "drop table old_subscriptions",
 )
 
+
+# ---------------------------------------------------------------------------------------------
+# SQL: every statement that runs again and again, a constant each.
+#
+# A statement sees time only as :now (broker time, in seconds), decides by itself, and fits SQLite
+# 3.31: no RETURNING, no clock or random function, no PRAGMA.  Lists of columns and expressions
+# that several statements share stand once, and are put in when the file is loaded.
+# ---------------------------------------------------------------------------------------------
+
 GET_CONFIG = """
 select value
 from config
@@ -866,10 +881,14 @@ from dedups
 where scope = :scope and key = :dedup and until > :now
 """
 
-FIND_UNIQUE = """
+# An expired message that is still there does not count.
+HOLDS_UNIQUE = """channel = :channel and unique_key = :unique
+            and (expires_at = 0 or expires_at > :now or state = 1)"""
+
+FIND_UNIQUE = f"""
 select id
 from messages
-where channel = :channel and unique_key = :unique
+where {HOLDS_UNIQUE}
 """
 
 # The usual case: no keys and no high-level mark.
@@ -894,7 +913,7 @@ where case
     end
     and (:dedup is null or not {DEDUP_EXISTS})
     and (:unique is null or not exists (
-        select 1 from messages where channel = :channel and unique_key = :unique))
+        select 1 from messages where {HOLDS_UNIQUE}))
 """
 
 # After POST_MESSAGE, if it added a message, or found that of the unique key, but no dedup key.
@@ -904,7 +923,7 @@ select :scope, :dedup, :now + :dedup_for, cast(id as text)
 from (
     select case
             when changes() = 1 then last_insert_rowid()
-            else (select id from messages where channel = :channel and unique_key = :unique)
+            else (select id from messages where {HOLDS_UNIQUE})
         end as id
 )
 where :dedup is not null and id is not null and not {DEDUP_EXISTS}
@@ -1003,12 +1022,16 @@ DELIVERED_COLUMNS = """id, channel, priority, coalesce(:timeout, timeout), deliv
 SET_LEASED = """state = 1, due_at = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
     lease = lease + 1, leased = 1"""
 
+# Of a ready message.  A take passes over those that have expired and that ProcessDue has not come
+# to; while there may be any, takes use BATCH_IDS, which looks at :n_expired more than it needs.
+IS_ALIVE = "(expires_at = 0 or expires_at > :now)"
+
 # One message of one channel, the usual case.  With :ack, only if the statement before has deleted
 # that message.
 NEXT_MESSAGE = f"""
 select {DELIVERED_COLUMNS}
 from messages
-where channel = :channel and state = 0
+where channel = :channel and state = 0 and {IS_ALIVE}
     and (:ack is null or changes() = 1)
 order by priority, id
 limit 1
@@ -1020,7 +1043,7 @@ set {SET_LEASED}
 where id = (
     select id
     from messages
-    where channel = :channel and state = 0
+    where channel = :channel and state = 0 and {IS_ALIVE}
         and (:ack is null or changes() = 1)
     order by priority, id
     limit 1
@@ -1030,7 +1053,8 @@ where id = (
 # For all other takes: of several messages, from several channels (:channels are lines), with
 # `auto`, or while any channel is paused.  The messages are the first of the first channel that
 # has one and is not paused.  They are sorted later, so that their bodies are not copied for that.
-BATCH_IDS = """
+# The limit without an order takes the rows as the subquery yields them: a sort would read them all.
+BATCH_IDS = f"""
     with recursive wanted (position, name, rest) as (
         select 0, '', :channels || char(10)
         union all
@@ -1045,17 +1069,36 @@ BATCH_IDS = """
         from (
             select id, priority, length(body) as size
             from messages
-            where state = 0 and channel = (
-                select name
-                from wanted
-                where exists (select 1 from messages where channel = name and state = 0)
-                    and not exists (select 1 from pauses where channel = name)
-                order by position
-                limit 1
+            where id in (
+                select id
+                from (
+                    select id, priority, expires_at
+                    from messages
+                    where state = 0 and channel = (
+                        select name
+                        from wanted
+                        where not exists (select 1 from pauses where channel = name)
+                            and exists (
+                                select 1
+                                from (
+                                    select expires_at
+                                    from messages
+                                    where channel = name and state = 0
+                                    order by priority, id
+                                    limit :n + :n_expired
+                                )
+                                where {IS_ALIVE}
+                            )
+                        order by position
+                        limit 1
+                    )
+                        and (:ack is null or changes() = 1)
+                    order by priority, id
+                    limit :n + :n_expired
+                )
+                where {IS_ALIVE}
+                limit :n
             )
-                and (:ack is null or changes() = 1)
-            order by priority, id
-            limit :n
         )
     )
     where size_before < :max_bytes
@@ -1123,7 +1166,7 @@ where id = :id
 """
 
 DUE_TIMES = """
-select state, due_at, expires_at
+select channel, state, due_at, expires_at
 from messages
 where id = :id
 """
@@ -1203,12 +1246,21 @@ delete from messages
 where state = 3 and state > 2
 """
 
-REDRIVE_IDS = """
+# A piece of a redrive: ready messages in their order, from where the piece before ended.
+REDRIVE_PIECE = """
+select priority, id
+from messages
+where channel = :channel and state = 0 and id <= :newest
+    and (priority, id) > (:after_priority, :after_id)
+order by priority, id
+limit :n
+"""
+
+REDRIVE_IDS = f"""
     select id
     from messages
-    where channel = :channel and state = 0 and (:to is not null or dead_from <> '')
-    order by priority, id
-    limit :n
+    where id in (select id from ({REDRIVE_PIECE}))
+        and (:to is not null or dead_from <> '') and {IS_ALIVE}
 """
 
 REDRIVE_COUNTS = f"""
@@ -1228,90 +1280,160 @@ where id in ({REDRIVE_IDS})
 
 DRAIN_READY = """
 delete from messages
-where channel = :channel and state = 0
+where id in (
+    select id
+    from messages
+    where channel = :channel and state = 0 and id <= :newest
+    limit :n
+)
 """
 
 DRAIN_HIDDEN = """
 delete from messages
-where channel = :channel and state > 0
+where id in (
+    select id
+    from messages
+    where channel = :channel and state > 0 and id <= :newest
+    limit :n
+)
 """
 
 DELETE_DEDUPS = """
 delete from dedups
-where scope in (:scope, :batch_scope)
+where (scope, key) in (
+    select scope, key
+    from dedups
+    where scope in (:scope, :batch_scope) and cast(result as integer) <= :newest_key
+    limit :n
+)
 """
 
-# -- timers: the steps of PROCESS_DUE, in this order
+# -- timers: the steps of PROCESS_DUE, in this order; each looks at one piece of one channel
 
 # 1. Expired messages and those that timed out in their last delivery die.
-EXPIRE_WAITING = """
-update messages
-set state = 3, dead_reason = 'linger'
-where expires_at > 0 and state <> 1 and expires_at <= :now
+EXPIRED_IDS = """
+    select id
+    from messages
+    where channel = :channel and expires_at > 0 and state <> 1 and expires_at <= :now
+    order by expires_at
+    limit :n
 """
 
-EXPIRE_TIMED_OUT = """
-update messages
-set state = 3, dead_reason = 'linger'
-where state > 0 and due_at <= :now and state = 1 and expires_at > 0 and expires_at <= :now
+DELETE_EXPIRED = f"""
+delete from messages
+where id in ({EXPIRED_IDS}) and (dead = '' or dead = channel)
 """
 
-EXHAUST_TIMED_OUT = """
+EXPIRE_WAITING = f"""
+update messages
+set state = 3, dead_reason = 'linger'
+where id in ({EXPIRED_IDS}) and dead <> '' and dead <> channel
+"""
+
+DUE_IDS = """
+    select id
+    from messages
+    where channel = :channel and state > 0 and due_at <= :now
+    order by due_at, priority, id
+    limit :n
+"""
+
+HAS_EXPIRED = "state = 1 and expires_at > 0 and expires_at <= :now"
+IS_EXHAUSTED = "state = 1 and deliver > 0 and delivered >= deliver"
+BACKS_OFF = f"state = 1 and backoff <> '' and due_at + {BACKOFF_STEP} > :now"
+
+EXPIRE_TIMED_OUT = f"""
+update messages
+set state = 3, dead_reason = 'linger'
+where id in ({DUE_IDS}) and {HAS_EXPIRED}
+"""
+
+EXHAUST_TIMED_OUT = f"""
 update messages
 set state = 3, dead_reason = 'deliver'
-where state > 0 and due_at <= :now and state = 1 and deliver > 0 and delivered >= deliver
+where id in ({DUE_IDS}) and {IS_EXHAUSTED}
 """
 
-# 2. (BURY_DEAD.)  3. Messages that timed out and have a backoff are delayed.
+# 2. (BURY_DEAD.)  3. Messages that timed out and have a backoff are delayed.  From here on the
+# piece may have come to include messages that the steps before have not seen.
 BACK_OFF_TIMED_OUT = f"""
 update messages
 set state = 2, due_at = due_at + {BACKOFF_STEP}
-where state > 0 and due_at <= :now and state = 1 and backoff <> ''
-    and due_at + {BACKOFF_STEP} > :now
+where id in ({DUE_IDS}) and {BACKS_OFF} and not ({HAS_EXPIRED}) and not ({IS_EXHAUSTED})
 """
 
 # 4. The other timed-out and delayed messages are counted and become ready.
-COUNT_DUE = """
-select channel, count(*), sum(state = 1)
+COUNT_DUE = f"""
+select count(*), coalesce(sum(state = 1), 0)
 from messages
-where state > 0 and due_at <= :now
-group by channel
+where id in ({DUE_IDS})
+    and not ({HAS_EXPIRED}) and not ({IS_EXHAUSTED}) and not ({BACKS_OFF})
 """
 
-MAKE_DUE_READY = """
+MAKE_DUE_READY = f"""
 update messages
 set state = 0
-where state > 0 and due_at <= :now
+where id in ({DUE_IDS})
+    and not ({HAS_EXPIRED}) and not ({IS_EXHAUSTED}) and not ({BACKS_OFF})
 """
 
-# 5. Pauses end, and old dedup keys are deleted.
-ENDED_PAUSES = """
-select pauses.channel, coalesce(ready, 0)
-from pauses left join channels on channels.name = pauses.channel
-where until <= :now
-"""
-
-END_PAUSES = """
-delete from pauses
-where until <= :now
-"""
-
-DELETE_OLD_DEDUPS = """
-delete from dedups
-where until <= :now
-"""
-
-# 6. The next due time is read.
+# 5. The next due time of the channel is read.
 NEXT_DUE = """
 select min(due_at)
 from messages
-where state > 0
+where channel = :channel and state > 0
 """
 
 NEXT_EXPIRY = """
 select min(expires_at)
 from messages
-where expires_at > 0 and state <> 1
+where channel = :channel and expires_at > 0 and state <> 1
+"""
+
+# At the start: the next due time of each channel, null if it has none.
+NEXT_BY_CHANNEL = """
+select name,
+    (select min(due_at) from messages where channel = name and state > 0),
+    (select min(expires_at) from messages
+        where channel = name and expires_at > 0 and state <> 1)
+from channels
+"""
+
+# One message, in place of EXPIRE_WAITING.
+EXPIRE_MESSAGE = """
+update messages
+set state = 3, dead_reason = 'linger'
+where id = :id and expires_at > 0 and state <> 1 and expires_at <= :now
+"""
+
+# A piece of END_PAUSES_AND_KEYS: pauses end, and old dedup keys are deleted.
+ENDED_PAUSES = """
+select pauses.channel, coalesce(ready, 0)
+from pauses left join channels on channels.name = pauses.channel
+where until <= :now
+order by pauses.channel
+limit :n
+"""
+
+END_PAUSES = """
+delete from pauses
+where channel in (
+    select channel
+    from pauses
+    where until <= :now
+    order by channel
+    limit :n
+)
+"""
+
+DELETE_OLD_DEDUPS = """
+delete from dedups
+where (scope, key) in (
+    select scope, key
+    from dedups
+    where until <= :now
+    limit :n
+)
 """
 
 NEXT_PAUSE = """
@@ -1551,6 +1673,7 @@ class Operation:
     error: Optional[Exception] = None
     executed = False  # whether `on_executed` has been called
     adds = False  # whether it adds messages: refused while space is short
+    seconds: Optional[float] = None  # how long the statements took; None: not measured
     owner: Any = None  # for the done callback: whose operation it is
 
     def __init__(self, statements: Sequence[str] = (), parameters: Parameters = parameters) -> None:
@@ -2157,6 +2280,7 @@ class Store:
         adds = False
         for operation in batch:  # which may grow
             parameters: Any = operation.parameters
+            began = None if operation.seconds is None else time.perf_counter()
             if type(parameters) is list:
                 self._execute_each(cursor, operation)
             else:
@@ -2166,6 +2290,8 @@ class Store:
                     rows = fetchall()
                     changed = cursor.rowcount  # -1 after a select
                     results.append(rows if changed < 0 else (changed, cursor.lastrowid))
+            if began is not None:
+                operation.seconds = time.perf_counter() - began
             if not operation.executed:
                 operation.executed = True
                 operation.on_executed()
@@ -2337,6 +2463,7 @@ class Store:
             self._lock_file = None
 
 
+NOTHING_CHANGED = ", nothing was changed"  # in errors; not in those of a call that works in pieces
 SQLITE_IOERR = 10  # primary result codes, sqlite.org/rescode.html
 SQLITE_FULL = 13
 ERROR_MESSAGES = {SQLITE_IOERR: "disk I/O error", SQLITE_FULL: "database or disk is full"}
@@ -2355,9 +2482,9 @@ def is_caused_by(error: BaseException, *codes: int) -> bool:
 def translate_error(error: Exception) -> Exception:
     """The error that a client sees for one of SQLite's; a bug stays what it is."""
     if is_caused_by(error, SQLITE_FULL):
-        return Full("the disk or the database is full, nothing was changed")
+        return Full(f"the disk or the database is full{NOTHING_CHANGED}")
     if isinstance(error, sqlite3.Error):
-        return Unavailable(f"the database cannot do this now, nothing was changed: {error}")
+        return Unavailable(f"the database cannot do this now{NOTHING_CHANGED}: {error}")
     return error
 
 
@@ -2696,6 +2823,8 @@ COUNTERS = (
     "subscription-add",
     "subscription-delete",
 )
+ALL = ""  # among the channels of `Timers`: no channel has this name
+OUTDATED_MOMENTS = 1_000  # entries that `Timers` may keep beyond twice those it needs
 
 
 class Consumer:
@@ -2912,18 +3041,22 @@ def _settings_of(values: Sequence[object]) -> dict[str, Any]:
 
 
 class Timers:
-    """When something is due next, and a thread, the ticker, that has it processed at that moment.
+    """When something is due next in each channel, and a thread, the ticker, that has it processed
+    at that moment.
 
-    Callers process what is due before they look at the rows; the ticker does it for consumers
-    that wait, and now and then for messages that no consumer asks for.
+    Callers process what is due in their channel before they look at its rows; the ticker does it
+    for consumers that wait, and for messages that no consumer asks for.  The channel `ALL` stands
+    for pauses, of whatever channel.
     """
 
     def __init__(self, on_tick: Callable[[bool], None], clock: BrokerClock) -> None:
         """`on_tick(is_due)` is called at least once in TICK_INTERVAL."""
-        self.next_due = 0.0  # written by the committer thread, under the lock
+        self.next_due = NEVER  # the earliest moment of all
         self._on_tick = on_tick
         self._clock = clock
-        self._lock = threading.Lock()  # guards `next_due`, `_sleeps_until` and the alarm
+        self._lock = threading.Lock()  # guards the moments, `_sleeps_until` and the alarm
+        self._moments: dict[str, float] = {}  # of each channel
+        self._heap: list[tuple[float, str]] = []  # the same, in order, and some that are outdated
         self._alarm: Optional[Alarm] = None  # while the ticker runs
         self._sleeps_until = NEVER  # when the ticker wakes by itself, in broker time
         self._swept_at = clock.now_or_latest()  # when messages were last processed, due or not
@@ -2954,18 +3087,55 @@ class Timers:
         """Whether the ticker runs."""
         return self._thread.is_alive()
 
-    def schedule(self, moment: float) -> None:
-        """Notes, after a commit, that something comes due at a moment."""
-        if moment < self.next_due:
-            self.set_next(moment)
+    def is_stopping(self) -> bool:
+        """Whether the ticker is to end."""
+        return self._stopping
 
-    def set_next(self, moment: float) -> None:
-        """Sets the moment when something is due next."""
+    def schedule(self, channel: str, moment: float) -> None:
+        """Notes, after a commit, that something comes due in a channel at a moment."""
+        if moment < self._moments.get(channel, NEVER):
+            self.set_next(channel, moment)
+
+    def set_next(self, channel: str, moment: float) -> None:
+        """Sets the moment when something is due next in a channel; NEVER for none."""
         with self._lock:
-            self.next_due = moment
+            if moment == NEVER:
+                self._moments.pop(channel, None)
+            else:
+                self._moments[channel] = moment
+                heapq.heappush(self._heap, (moment, channel))
+            if len(self._heap) > 2 * len(self._moments) + OUTDATED_MOMENTS:
+                self._heap = [(moment, channel) for channel, moment in self._moments.items()]
+                heapq.heapify(self._heap)
+            self.next_due = moment = self._earliest()
             if moment < self._sleeps_until and self._alarm is not None:
                 self._sleeps_until = moment  # it need not be woken again for a later one
                 self._alarm.ring()
+
+    def _earliest(self) -> float:
+        while self._heap:
+            moment, channel = self._heap[0]
+            if self._moments.get(channel) == moment:
+                return moment
+            heapq.heappop(self._heap)
+        return NEVER
+
+    def is_due(self, channel: str, now: float) -> bool:
+        """Whether something may be due in a channel."""
+        return self._moments.get(channel, NEVER) <= now
+
+    def due_channels(self, now: float, count: int) -> list[str]:
+        """Up to `count` channels in which something may be due, the earliest first."""
+        with self._lock:
+            found: dict[str, float] = {}
+            while len(found) < count and self._earliest() <= now:
+                moment, channel = heapq.heappop(self._heap)
+                found[channel] = moment
+                while self._heap and self._heap[0] == (moment, channel):
+                    heapq.heappop(self._heap)
+            for channel, moment in found.items():
+                heapq.heappush(self._heap, (moment, channel))
+            return list(found)
 
     def _tick(self) -> None:
         alarm = self._alarm
@@ -3020,6 +3190,20 @@ class BatchKey(str):
         return batch_key
 
 
+class PieceSize:
+    """How many rows a piece of bulk work may touch: fewer after one that took long."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = min(rows, PIECE_ROWS)
+
+    def adapt(self, seconds: Optional[float], is_full: bool) -> None:
+        """After a piece that took so long and had as many rows as it might, or fewer."""
+        if seconds is not None and seconds > PIECE_TIME:
+            self.rows = max(self.rows // 2, 1)
+        elif is_full:
+            self.rows = min(self.rows * 2, PIECE_ROWS)
+
+
 class State:
     """What operations read and change in memory, and how they wake consumers."""
 
@@ -3032,6 +3216,22 @@ class State:
         self.timers = timers
         self.counters = dict.fromkeys(COUNTERS, 0)  # each written by the committer thread only,
         self.waiting = WaitingList(self.counters)  # but those of channels, which this guards
+        self.due_piece = PieceSize(PIECE_ROWS)
+        self.processing: dict[str, ProcessDue] = {}  # the pieces submitted and not done, by channel
+        self.backlogs: set[str] = set()  # channels of which the last piece has not done all
+
+    def process_due(self, channel: str, now: float) -> ProcessDue:
+        """Submits a piece of what is due in a channel, unless one is submitted already.
+
+        So it is done before what the caller submits next, and once, however many see it.
+        """
+        piece = self.processing.get(channel)
+        if piece is None or piece.now < now - PIECE_TIME:
+            kind = EndPausesAndKeys if channel == ALL else ProcessDue
+            n = max(self.due_piece.rows // (len(self.processing) + 1) // 2, 1)
+            piece = self.processing[channel] = kind(self, channel, now, n)
+            self.committer.submit(piece)
+        return piece
 
     def wake(self, channel: str, count: int, now: float, join: bool = False) -> int:
         """Wakes up to `count` consumers of a channel to take a message; returns how many.
@@ -3063,9 +3263,9 @@ class State:
         """After a message was added; wakes a consumer for it unless that was done before."""
         self.counters["msg-add"] += 1
         if message["expires_at"]:
-            self.timers.schedule(message["expires_at"])
+            self.timers.schedule(message["channel"], message["expires_at"])
         if message["state"]:
-            self.timers.schedule(message["due_at"])
+            self.timers.schedule(message["channel"], message["due_at"])
         elif not woken:
             self.messages_ready(message["channel"], 1, now)
 
@@ -3298,17 +3498,23 @@ class Take(Operation):
         lease: Optional[int] = None,
         expected_channel: Optional[str] = None,
         woken_by: str = "",
+        pieces: Sequence[ProcessDue] = (),
     ) -> None:
+        """`pieces`: what was processed in vain since the try before this one."""
         channels, n = consumer.channels, consumer.n
         parameters = {
             "channel": channels[0], "timeout": consumer.timeout, "now": now, "ack": ack,
         }  # fmt: skip
         statements: tuple[str, ...] = (NEXT_MESSAGE, LEASE_NEXT)
-        if consumer.auto or n > 1 or len(channels) > 1 or state.channels.pauses:
+        is_due = state.timers.next_due <= now and any(
+            state.timers.is_due(channel, now) for channel in channels
+        )
+        if consumer.auto or n > 1 or len(channels) > 1 or is_due or state.channels.pauses:
             statements = (SELECT_BATCH, LEASE_BATCH)
             if consumer.auto:
                 statements = (SELECT_BATCH_ROWS, SELECT_BATCH, DELETE_BATCH)
             parameters.update(channels="\n".join(channels), n=n, max_bytes=MAX_BATCH_BYTES)
+            parameters["n_expired"] = MAX_EXPIRED if is_due else 0
         if ack is not None:
             statements = (DELETE_LEASED, *statements)
             parameters.update(id=ack, lease=lease, expected_channel=expected_channel)
@@ -3318,6 +3524,7 @@ class Take(Operation):
         self._now = now
         self._ack = ack
         self._woken_by = woken_by
+        self._pieces = pieces
         self._waits = False
         self._lookup: Optional[Operation] = None  # why the message of `ack` was not deleted
 
@@ -3335,7 +3542,7 @@ class Take(Operation):
             counters["msg-delete"] += 1
         rows = self.results[-2]  # in each kind of take
         if not rows:
-            self._waits = self._state.waiting.add(consumer)
+            self._waits = self._state.waiting.add(consumer) or self._try_again()
             return
         count = len(rows)
         counters["delivered"] += count
@@ -3345,9 +3552,21 @@ class Take(Operation):
         else:
             counters["msg-hide"] += count
             timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
-            self._state.timers.schedule(self._now + timeout)
+            self._state.timers.schedule(rows[0][1], self._now + timeout)
         if self._woken_by and self._woken_by != rows[0][1]:
             self._wake_next()  # the message that woke this consumer is still there
+
+    def _try_again(self) -> bool:
+        """Submits another take if more is due in the channels than could be processed."""
+        state, channels = self._state, self._consumer.channels
+        backlogs = [channel for channel in channels if channel in state.backlogs]
+        if not backlogs or state.timers.is_stopping() or any(p.error for p in self._pieces):
+            return False
+        pieces = [state.process_due(channel, self._now) for channel in backlogs]
+        woken_by = self._woken_by or channels[0]  # it is counted already
+        take = Take(state, self._consumer, self._now, woken_by=woken_by, pieces=pieces)
+        state.committer.submit(take)
+        return True
 
     def on_done(self) -> None:
         if self.error is not None and self._woken_by:
@@ -3405,8 +3624,8 @@ class UndoTake(Operation):
             statement = UNDO_TAKE
             rows = [{"id": m.id, "lease": m.lease, "now": now} for m in messages]
         super().__init__(
-            [statement] * len(rows) + [EXPIRE_WAITING, *BURY_DEAD],
-            rows + [{"now": now}] * (1 + len(BURY_DEAD)),
+            [statement] * len(rows) + [EXPIRE_MESSAGE, *BURY_DEAD],
+            [*rows, rows, *[{"now": now}] * len(BURY_DEAD)],
         )
         self._state = state
         self._auto = consumer.auto
@@ -3421,7 +3640,7 @@ class UndoTake(Operation):
         counters["msg-delete" if self._auto else "msg-hide"] -= count
         counters["msg-retention"] += expired
         self._state.dead_buried((dead, moved, deleted), self._now)
-        self._state.timers.schedule(self._now)  # their lingering may end
+        self._state.timers.schedule(self._channel, self._now)  # their lingering may end
         self._state.wake(self._channel, count, self._now)
 
 
@@ -3509,7 +3728,7 @@ class Touch(Operation):
         _, (changed, _), due_times = self.results
         if changed:
             self._state.counters["msg-touch"] += 1
-            self._state.timers.schedule(due_times[0][1])
+            self._state.timers.schedule(due_times[0][0], due_times[0][2])
 
     def result(self) -> None:
         lease_state, (changed, _), _ = self.rows()
@@ -3522,7 +3741,7 @@ class Release(Operation):
 
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
         super().__init__(
-            (LEASE_STATE, RELEASE_MESSAGE, EXHAUST_RELEASED, EXPIRE_WAITING, *BURY_DEAD, DUE_TIMES),
+            (LEASE_STATE, RELEASE_MESSAGE, EXHAUST_RELEASED, EXPIRE_MESSAGE, *BURY_DEAD, DUE_TIMES),
             parameters,
         )
         self._state = state
@@ -3534,10 +3753,10 @@ class Release(Operation):
         state.counters["msg-release"] += changed + exhausted
         state.counters["msg-retention"] += expired
         state.dead_buried(buried, self._now)
-        for delayed, due_at, expires_at in due_times if changed else ():
-            state.timers.schedule(expires_at or due_at)
+        for channel, delayed, due_at, expires_at in due_times if changed else ():
+            state.timers.schedule(channel, expires_at or due_at)
             if delayed:
-                state.timers.schedule(due_at)
+                state.timers.schedule(channel, due_at)
             else:
                 state.wake(lease_state[0][2], 1, self._now)
 
@@ -3582,27 +3801,53 @@ def refuse_lease(
     raise Conflict(f"message {id} is not in flight: only what was delivered can be {done}")
 
 
+# -- in pieces
+
+
 class Redrive(Operation):
-    """Moves ready messages to the channels that they came from, or all to one; how many."""
+    """A piece of a redrive: moves ready messages to the channels that they came from, or all to
+    one; how many.  The next piece begins `after` the last message that this one looked at."""
 
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
-        super().__init__((REDRIVE_COUNTS, REDRIVE_MESSAGES), parameters)
+        super().__init__((REDRIVE_PIECE, REDRIVE_COUNTS, REDRIVE_MESSAGES), parameters)
+        self.seconds = 0.0
+        self.after: Optional[tuple[int, int]] = None  # priority and id; None: there is no more
         self._state = state
         self._now: float = parameters["now"]
+        self._n: int = parameters["n"]
 
     def on_commit(self) -> None:
-        for target, count in self.results[0]:
+        for target, count in self.results[1]:
             self._state.counters["msg-redrive"] += count
             self._state.messages_ready(target, count, self._now)
 
     def result(self) -> int:
-        _, (moved, _) = self.rows()
+        piece, _, (moved, _) = self.rows()
+        self.after = piece[-1] if len(piece) == self._n else None
         return int(moved)
 
 
-# -- timers
+class Drain(Operation):
+    """A piece of a drain: deletes messages of a channel and dedup keys; how many messages."""
+
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__((DRAIN_READY, DRAIN_HIDDEN, DELETE_DEDUPS), parameters)
+        self.seconds = 0.0
+        self.is_last = False
+        self._state = state
+        self._n: int = parameters["n"]
+
+    def on_commit(self) -> None:
+        self.is_last = all(deleted < self._n for deleted, _ in self.results)
+        self._state.counters["channel-drain"] += self.is_last
+
+    def result(self) -> int:
+        (ready, _), (hidden, _), _ = self.rows()
+        return int(ready + hidden)
+
 
 PROCESS_DUE = (
+    DELETE_EXPIRED,
     EXPIRE_WAITING,
     EXPIRE_TIMED_OUT,
     EXHAUST_TIMED_OUT,
@@ -3610,41 +3855,131 @@ PROCESS_DUE = (
     BACK_OFF_TIMED_OUT,
     COUNT_DUE,
     MAKE_DUE_READY,
-    ENDED_PAUSES,
-    END_PAUSES,
-    DELETE_OLD_DEDUPS,
     NEXT_DUE,
     NEXT_EXPIRY,
-    NEXT_PAUSE,
 )
 
 
 class ProcessDue(Operation):
-    """Returns timed-out and delayed messages to ready, removes expired ones, ends pauses, and
-    wakes the consumers waiting for them."""
+    """A piece of what is due in a channel: returns timed-out and delayed messages to ready,
+    removes expired ones, and wakes the consumers waiting for them."""
 
-    def __init__(self, state: State, now: float) -> None:
-        super().__init__(PROCESS_DUE, {"now": now})
+    statements: Sequence[str] = PROCESS_DUE
+
+    def __init__(self, state: State, channel: str, now: float, n: int) -> None:
+        super().__init__(self.statements, {"channel": channel, "now": now, "n": n})
+        self.seconds = 0.0
+        self.now = now
         self._state = state
-        self._now = now
+        self._channel = channel
+
+    def on_commit(self) -> None:
+        state, channel = self._state, self._channel
+        (
+            (deleted, _), (expired, _), (expired_in_flight, _), (exhausted, _), *buried,
+            (delayed, _), ((ready, timed_out),), _, ((next_due,),), ((next_expiry,),),
+        ) = self.results  # fmt: skip
+        state.counters["msg-timeouts"] += expired_in_flight + exhausted + delayed + timed_out
+        state.counters["msg-retention"] += deleted + expired + expired_in_flight
+        state.counters["msg-delete"] += deleted
+        self.set_next([moment for moment in (next_due, next_expiry) if moment is not None])
+        state.dead_buried(buried, self.now)
+        if ready:
+            state.messages_ready(channel, ready, self.now)
+
+    def set_next(self, moments: Sequence[float]) -> None:
+        """Schedules the next piece for the earliest of some moments.
+
+        Consumers may wait although there is a message: behind expired ones, of which a take
+        passes over only so many.  One of them tries again after each piece, all after the last.
+        """
+        state, channel, next_due = self._state, self._channel, min(moments, default=NEVER)
+        state.timers.set_next(channel, next_due)
+        if next_due <= self.now:
+            state.backlogs.add(channel)
+            state.wake(channel, 1, self.now)
+        elif channel in state.backlogs:
+            state.backlogs.discard(channel)
+            state.wake(channel, state.waiting.count(channel), self.now)
+        state.due_piece.adapt(self.seconds, next_due <= self.now)
+
+    def on_done(self) -> None:
+        if self._state.processing.get(self._channel) is self:
+            del self._state.processing[self._channel]
+        super().on_done()
+
+
+class EndPausesAndKeys(ProcessDue):
+    """A piece of what is due in no certain channel: ends pauses, and deletes old dedup keys."""
+
+    statements = (ENDED_PAUSES, END_PAUSES, DELETE_OLD_DEDUPS, NEXT_PAUSE)
 
     def on_commit(self) -> None:
         state = self._state
-        (
-            (expired, _), (expired_in_flight, _), (exhausted, _), dead, moved, deleted,
-            (delayed, _), ready, _, pauses, _, _, *next_due,
-        ) = self.results  # fmt: skip
-        timed_out = sum(row[2] for row in ready)
-        state.counters["msg-timeouts"] += expired_in_flight + exhausted + delayed + timed_out
-        state.counters["msg-retention"] += expired + expired_in_flight
-        moments = [moment for ((moment,),) in next_due if moment is not None]
-        state.timers.set_next(min(moments, default=NEVER))
-        state.dead_buried((dead, moved, deleted), self._now)
-        for channel, count, _ in ready:
-            state.messages_ready(channel, count, self._now)
+        pauses, _, (deleted, _), ((next_pause,),) = self.results
+        parameters: Any = self.parameters
+        moments = [self.now] if deleted == parameters["n"] else []
+        self.set_next(moments if next_pause is None else [*moments, next_pause])
         for channel, count in pauses:
             state.channels.pauses.pop(channel, None)
-            state.wake(channel, count, self._now)
+            state.wake(channel, count, self.now)
+
+
+class BulkWork:
+    """The calls that touch many rows.  Each runs a piece at a time, and those of all calls at the
+    same time are together as large as that of one."""
+
+    def __init__(self, committer: Committer) -> None:
+        self._committer = committer
+        self._lock = threading.RLock()  # guards the number
+        self._calls = 0
+
+    @contextlib.contextmanager
+    def call(self, done: str) -> Iterator[BulkCall]:
+        """A call that works in pieces; `done`: what it does with messages."""
+        self._count(1)
+        try:
+            yield BulkCall(self._committer, lambda: self._calls, done)
+        finally:
+            self._count(-1)
+
+    @locked
+    def _count(self, calls: int) -> None:
+        self._calls += calls
+
+
+class BulkCall:
+    """A call that works in pieces; used by one thread."""
+
+    def __init__(self, committer: Committer, count_calls: Callable[[], int], done: str) -> None:
+        self.total = 0  # messages done
+        self._committer = committer
+        self._count_calls = count_calls
+        self._done = done
+        self._size = PieceSize(FIRST_PIECE)
+
+    def rows(self) -> int:
+        """How many rows the next piece may touch."""
+        return max(self._size.rows // max(self._count_calls(), 1), 1)
+
+    def run(self, piece: Operation) -> int:
+        """Runs a piece; returns how many messages it has done.
+
+        If it fails after others, the error says that not nothing was changed.
+        """
+        try:
+            count: int = self._committer.run(piece)
+        except LingerError as error:
+            if not self.total:
+                raise
+            reason = str(error).replace(NOTHING_CHANGED, "")
+            raise type(error)(
+                f"only {self.total} messages were {self._done}, repeat the call for the others:"
+                f" {reason}"
+            ) from error
+        self.total += count
+        self._size.adapt(piece.seconds, is_full=True)
+        return count
 
 
 def message_of(row: Sequence[Any]) -> Message:
@@ -3666,7 +4001,7 @@ def backoff_text(backoff: str) -> str:
 # POST      1. C: the connection's thread reads the request and finds its route
 #           2. C: the route's method calls `Broker.post_async` with the reply as `on_done`
 #           3. C: `_message` checks and completes the parameters, `Channels.reserve` the channel;
-#                 what is due is processed first
+#                 what is due in the channel is submitted first (`ProcessDue`)
 #           4. C: `Committer.submit` puts a `Post` on the list; the thread reads on
 #           5. W: `Store.transact` runs its statements; `Post.on_executed` joins the take of a
 #                 waiting consumer to the transaction
@@ -3684,7 +4019,7 @@ def backoff_text(backoff: str) -> str:
 #           7. W: `Take.on_done` sends the message; one that cannot be sent is undone (`UndoTake`)
 #
 # DELETE    1. C: as above: the route's method calls `Broker.delete_async`
-#           2. C: what is due is processed first, then `Committer.submit` gets a `Delete`
+#           2. C: what is due is submitted first, then `Committer.submit` gets a `Delete`
 #           3. W: its statement deletes the row only if the lease is the latest
 #           4. W: if it deleted nothing, `Delete.on_executed` joins a look-up of the lease
 #           5. W: after the commit `Delete.on_commit` counts it, and `Delete.on_done` sends the
@@ -3708,6 +4043,7 @@ class Administration:
         self._state = state
         self._committer = state.committer
         self._read = state.committer.read
+        self._bulk = BulkWork(state.committer)
         self._started = state.clock.now()
         self._start = int(state.clock.source.time())  # Unix time, to be shown
         ((row,),) = store.read(GET_CONFIG, key="server_id")
@@ -3717,32 +4053,86 @@ class Administration:
         """Broker time, in seconds."""
         return self._state.clock.now()
 
-    def process_due(self) -> None:
+    def process_due(self, seconds: float = NEVER) -> None:
         """Returns timed-out and delayed messages to ready, removes expired ones, and wakes the
-        consumers waiting for them."""
-        self._committer.run(ProcessDue(self._state, self.now()))
+        consumers waiting for them; in pieces, with room for other calls between them.
 
-    def _process_due_now(self, now: Optional[float] = None) -> None:
-        if self._state.timers.next_due <= (self.now() if now is None else now):
-            self.process_due()
+        Begins no further piece after so many seconds.
+        """
+        state, end = self._state, time.perf_counter() + seconds
+        state.timers.schedule(ALL, self.now())  # old keys are not scheduled
+        while state.timers.next_due <= (now := self.now()):
+            channels = state.timers.due_channels(now, MAX_DUE_CHANNELS)
+            pieces = [state.process_due(channel, now) for channel in channels]
+            self._committer.run(Operation())
+            for piece in pieces:
+                piece.rows()  # raises what it failed with
+            if state.timers.is_stopping() or time.perf_counter() > end:
+                break
 
-    def _run(self, operation: Operation) -> Any:
-        self._process_due_now()
+    def _submit_due(self, channel: Optional[str] = None, now: Optional[float] = None) -> None:
+        """Submits a piece of what is due, in a channel and in others whose dead letters it may get.
+
+        A backlog in another channel is left to the ticker.
+        """
+        now, state = self.now() if now is None else now, self._state
+        if state.timers.next_due > now:
+            return
+        if channel is not None and state.timers.is_due(channel, now):
+            state.process_due(channel, now)
+        for name in state.timers.due_channels(now, MAX_DUE_CHANNELS):
+            if name != channel and name not in state.backlogs:
+                state.process_due(name, now)
+
+    def _run(self, operation: Operation, channel: Optional[str] = None) -> Any:
+        self._submit_due(channel)
         return self._committer.run(operation)
 
     # -- channels and topics
 
     def drain(self, channel: str) -> None:
-        """Deletes all messages of a channel, whatever their state, and its dedup keys."""
+        """Deletes all messages of a channel, whatever their state, and its dedup keys.
+
+        In pieces: those that are there now, and not those that are posted meanwhile.
+        """
         scope = f"channel {check_name('channel', channel)}"
-        parameters = {"channel": channel, "scope": scope, "batch_scope": f"batch {scope}"}
-        self._run(
-            Change(
-                (DRAIN_READY, DRAIN_HIDDEN, DELETE_DEDUPS),
-                parameters,
-                lambda _: self._count("channel-drain", 1),
-            )
-        )
+        self._submit_due(channel)
+        newest, counts = self._read(NEWEST_MESSAGE, CHANNEL_COUNTS, channel=channel)
+        left = sum(counts[0]) if counts else 0
+        parameters: dict[str, Any] = {"channel": channel, "scope": scope}
+        parameters["batch_scope"] = f"batch {scope}"
+        parameters["newest"] = parameters["newest_key"] = newest[0][0] or 0
+        with self._bulk.call("deleted") as call:
+            while True:
+                piece = Drain(self._state, {**parameters, "n": max(call.rows() // 2, 1)})
+                left -= call.run(piece)
+                if piece.is_last:
+                    return
+                if left <= 0:  # what is there now has come by a move: only keys are left
+                    parameters["newest"] = 0
+
+    def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
+        """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
+        came from, or all to the channel `to`; returns how many.
+
+        In pieces: those that are ready now, and not those that become so meanwhile.
+        """
+        if to is not None and check_name("channel", to) == channel:
+            raise BadRequest("to must be another channel than the one that is emptied")
+        if to is not None:
+            self._state.channels.reserve(to)
+        self._submit_due(check_name("channel", channel))
+        newest = self._read(NEWEST_MESSAGE)[0][0][0] or 0
+        parameters = {"channel": channel, "to": to, "newest": newest, "now": self.now()}
+        after: Optional[tuple[int, int]] = (MIN_INTEGER, 0)
+        with self._bulk.call("moved") as call:
+            while after is not None and (n is None or call.total < n):
+                rows = call.rows() if n is None else min(call.rows(), n - call.total)
+                place = {"after_priority": after[0], "after_id": after[1], "n": rows}
+                piece = Redrive(self._state, {**parameters, **place})
+                call.run(piece)
+                after = piece.after
+            return call.total
 
     def subscribe(self, channel: str, topic: str, **parameters: Unpack[MessageFields]) -> None:
         """Subscribes a channel to a topic: copies get `parameters`; replaces a subscription."""
@@ -3802,7 +4192,7 @@ class Administration:
 
         def effect(_: list[Any]) -> None:
             self._state.channels.pauses[channel] = until
-            self._state.timers.schedule(until)
+            self._state.timers.schedule(ALL, until)
 
         self._run(Change((PAUSE,), {"channel": channel, "until": until}, effect))
 
@@ -3822,7 +4212,7 @@ class Administration:
     def channels(self) -> list[str]:
         """The sorted names of channels with messages, subscriptions, or consumers that wait or
         have been gone for less than three minutes."""
-        self._process_due_now()
+        self._submit_due()
         (rows,) = self._read(CHANNEL_NAMES)
         return sorted({name for (name,) in rows} | self._state.waiting.channels(self.now()))
 
@@ -3860,7 +4250,7 @@ class Administration:
 
     def read_message(self, id: int) -> tuple[Message, str]:
         """A message and its state (of `STATES`), without taking it; `NotFound`."""
-        self._process_due_now()
+        self._submit_due()
         (rows,) = self._read(READ_MESSAGE, id=id, now=self.now())
         if not rows:
             raise NotFound(f"there is no message {id}")
@@ -3879,7 +4269,7 @@ class Administration:
         In the order of delivery for the state `ready`, else by id.  Bodies are cut to one byte
         more than `cut`.
         """
-        self._process_due_now()
+        self._submit_due(channel)
         if state is not None and state not in STATES:
             raise BadRequest(f"state must be one of {', '.join(STATES)}")
         if state == "ready" and after is not None:
@@ -3912,7 +4302,7 @@ class Administration:
 
     def info(self, channel: str) -> dict[str, Any]:
         """A channel's counts, age, consumers, topics, pause and settings."""
-        self._process_due_now()
+        self._submit_due(channel)
         counts, oldest, topics = self._read(
             CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, channel=check_name("channel", channel)
         )
@@ -3932,14 +4322,14 @@ class Administration:
 
     def channel_stats(self, channel: str) -> dict[str, int]:
         """How many messages of a channel are `ready`, and how many `hidden`."""
-        self._process_due_now()
+        self._submit_due(channel)
         (rows,) = self._read(CHANNEL_COUNTS, channel=check_name("channel", channel))
         ready, in_flight, delayed = rows[0] if rows else (0, 0, 0)
         return {"ready": ready, "hidden": in_flight + delayed}
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and current totals."""
-        self._process_due_now()
+        self._submit_due()
         totals, subscriptions, newest = self._read(
             MESSAGE_TOTALS, SUBSCRIPTION_TOTALS, NEWEST_MESSAGE
         )
@@ -4029,11 +4419,21 @@ class Broker(Administration):
             super().__init__(store, State(committer, self._clock, channels, timers), max_message)
             self._channels = channels
             self._waiting = self._state.waiting
-            self.process_due()
+            self._schedule_all(timers)
+            self._submit_due()  # a backlog is left to the ticker, and delays no start
+            committer.run(Operation())
             timers.start()
         except BaseException:
             committer.close()
             raise
+
+    def _schedule_all(self, timers: Timers) -> None:
+        """Learns from the rows what is due when."""
+        channels, pauses = self._store.read(NEXT_BY_CHANNEL, NEXT_PAUSE)
+        for channel, *moments in [*channels, (ALL, pauses[0][0]), (ALL, self.now())]:
+            for moment in moments:
+                if moment is not None:
+                    timers.schedule(channel, moment)
 
     def close(self) -> None:
         """Ends all waits and closes the store."""
@@ -4050,7 +4450,7 @@ class Broker(Administration):
     def _on_tick(self, is_due: bool) -> None:
         if is_due:
             self._waiting.forget_idle(self.now())
-            self.process_due()
+            self.process_due(TICK_INTERVAL / 2)  # of a backlog; the next tick follows at once
         record = self._clock.record(idle=True)
         if record is not None:
             self._committer.submit(record)
@@ -4102,7 +4502,7 @@ class Broker(Administration):
         self._store.check_space()
         message = self._message(check_name("channel", channel), body, type, given)
         self._channels.reserve(channel)
-        self._process_due_now(message["now"])
+        self._submit_due(channel, message["now"])
         return Post(self._state, message)
 
     def _message(
@@ -4143,7 +4543,7 @@ class Broker(Administration):
         self._store.check_space()
         rows = _each(messages, lambda m: {**self._message(channel, *m), "batch": 1})
         self._channels.reserve(channel)
-        ids: list[int] = self._run(PostBatch(self._state, rows))
+        ids: list[int] = self._run(PostBatch(self._state, rows), channel)
         return ids
 
     def publish(
@@ -4322,7 +4722,9 @@ class Broker(Administration):
                 )
             consumer.deadline = SYSTEM_CLOCK.monotonic() + wait
         now = self.now()
-        self._process_due_now(now)
+        if self._state.timers.next_due <= now:
+            for channel in consumer.channels:
+                self._submit_due(channel, now)
         self._committer.submit(Take(self._state, consumer, now, ack, lease, expected_channel))
 
     def cancel(self, consumer: Consumer) -> None:
@@ -4340,7 +4742,8 @@ class Broker(Administration):
     def undo_take(self, consumer: Consumer, messages: Sequence[Message]) -> None:
         """Puts back what could not be handed over; those deliveries are not counted."""
         if messages:
-            self._run(UndoTake(self._state, consumer, messages, self.now()))
+            undo = UndoTake(self._state, consumer, messages, self.now())
+            self._run(undo, messages[0].channel)
 
     # -- acknowledging
 
@@ -4374,7 +4777,7 @@ class Broker(Administration):
         expected_channel: Optional[str] = None,
     ) -> None:
         """As `delete`, for a caller that does not wait."""
-        self._process_due_now()
+        self._submit_due()
         operation = Delete(self._state, id, lease, expected_channel)
         operation.done_callback = on_done
         self._committer.submit(operation)
@@ -4432,18 +4835,6 @@ class Broker(Administration):
     ) -> dict[str, Any]:
         names = {"id": id, "lease": lease, "expected_channel": expected_channel}
         return {**names, "now": self.now()}
-
-    def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
-        """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
-        came from, or all to the channel `to`; returns how many."""
-        if to is not None and check_name("channel", to) == channel:
-            raise BadRequest("to must be another channel than the one that is emptied")
-        if to is not None:
-            self._channels.reserve(to)
-        parameters = {"channel": check_name("channel", channel), "to": to}
-        limits = {"n": -1 if n is None else n, "now": self.now()}
-        moved: int = self._run(Redrive(self._state, {**parameters, **limits}))
-        return moved
 
 
 def _check_body(body: bytes, max_message: int) -> None:
@@ -8035,12 +8426,12 @@ class Client:
         return self._request_json(
             lambda value: int(value["moved"]),
             "POST", encode_path("channels", channel, "redrive"), {"n": n, "to": to},
-            repeatable=False,
+            repeatable=False, wait=BULK_WAIT,
         )  # fmt: skip
 
     def drain(self, channel: str) -> None:
         """Deletes all messages of a channel, in every state, and its dedup keys."""
-        self._request("DELETE", encode_path("channels", channel))
+        self._request("DELETE", encode_path("channels", channel), wait=BULK_WAIT)
 
     # -- channels and topics
 

@@ -1817,7 +1817,7 @@ class WaitingTest(BrokerTest):
         with unittest.mock.patch("sys.stderr", open(os.devnull)):  # not writable
             self.addCleanup(sys.stderr.close)
             with failing as monotonic:
-                self.broker._state.timers.set_next(0.0)  # wakes the ticker
+                self.broker._state.timers.schedule(linger.ALL, 0.0)  # wakes the ticker
                 until(lambda: monotonic.call_count > 2)
                 self.clock.now += 10
             self.assertEqual(future.result(PATIENCE).body, b"x")
@@ -1826,7 +1826,7 @@ class WaitingTest(BrokerTest):
     def test_a_ticker_that_has_died_is_noticed_by_the_health_check(self):
         self.broker.check_health()
         with unittest.mock.patch.object(self.clock, "monotonic", side_effect=SystemExit):
-            self.broker._state.timers.set_next(0.0)  # wakes the ticker
+            self.broker._state.timers.schedule(linger.ALL, 0.0)  # wakes the ticker
             until(lambda: not self.broker._state.timers.is_alive())
         with self.assertRaisesRegex(linger.Unavailable, "ticker has stopped"):
             self.broker.check_health()
@@ -1906,6 +1906,311 @@ while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 
         with ThreadPoolExecutor(4) as pool:
             for ended in pool.map(storm, range(30)):
                 self.assertEqual((ended.returncode, ended.stderr), (0, b""))
+
+
+class BulkTest(BrokerTest):
+    """Work that touches many rows is done in pieces, and other calls find room between them."""
+
+    def setUp(self):
+        super().setUp()
+        self.hasten(PIECE_ROWS=4, FIRST_PIECE=4, PIECE_TIME=3600.0)
+        self.broker._state.due_piece.rows = 4
+
+    def fill(self, channel, count, **parameters):
+        rows = [(b"%d" % n, "text/plain", parameters) for n in range(count)]
+        return self.broker.post_batch(channel, rows)
+
+    @contextlib.contextmanager
+    def stopped_ticker(self):
+        """Lets nothing become due but by calls."""
+        with unittest.mock.patch.object(self.broker._state.timers, "is_stopping", lambda: False):
+            self.broker._state.timers.stop()
+            self.broker._state.timers.join()
+            yield
+
+    def pieces(self, call):
+        """The kinds of operations of a call, and those of a post from another thread that begins
+        with the first piece, in the order of their ends."""
+        kinds, posted = [], []
+        transact = self.broker._store.transact
+
+        def spy(batch):
+            if not posted:
+                done = lambda operation: kinds.append(type(operation).__name__)  # noqa: E731
+                posted.append(self.broker.post_async(done, "other", b"x"))
+            transact(batch)
+            kinds.extend(type(o).__name__ for o in batch if o.seconds is not None)
+
+        with unittest.mock.patch.object(self.broker._store, "transact", spy):
+            call()
+        return kinds
+
+    def test_a_drain_works_in_pieces_and_lets_a_post_through(self):
+        self.fill("q", 20)
+        self.fill("q", 9, delay=60)
+        kinds = self.pieces(lambda: self.broker.drain("q"))
+        self.assertGreater(kinds.count("Drain"), 9)
+        self.assertLess(kinds.index("Post"), 3)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
+        self.assertEqual(self.broker.counters["channel-drain"], 1)
+
+    def during_second_piece(self, kind, call, meanwhile):
+        """Does something in another thread before the second piece of a call."""
+        count = 0
+
+        def create(*arguments):
+            nonlocal count
+            count += 1
+            if count == 2:
+                meanwhile()
+            return original(*arguments)
+
+        original = getattr(linger, kind)
+        with unittest.mock.patch.object(linger, kind, create):
+            return call()
+
+    def test_a_drain_deletes_what_was_there_and_not_what_comes_meanwhile(self):
+        self.fill("q", 10)
+        late = []
+        self.during_second_piece(
+            "Drain",
+            lambda: self.broker.drain("q"),
+            lambda: late.append(self.broker.post("q", b"late", priority=-1, dedup="k").id),
+        )
+        self.assertEqual([m.id for m, _ in self.broker.list_messages("q")], late)
+        self.assertTrue(self.broker.post("q", b"late", dedup="k").duplicate)
+
+    def test_a_drain_ends_although_messages_come_by_moves_all_the_time(self):
+        self.fill("dead", 100)
+        self.fill("q", 10)
+        original = linger.Drain
+
+        def create(*arguments):
+            self.broker.redrive("dead", 4, "q")
+            return original(*arguments)
+
+        with unittest.mock.patch.object(linger, "Drain", create):
+            self.broker.drain("q")
+        self.assertGreater(self.broker.channel_stats("dead")["ready"], 50)
+
+    def test_a_drain_deletes_more_keys_than_messages(self):
+        for n in range(10):
+            self.broker.delete(self.broker.post("q", b"x", dedup=f"{n}").id)
+        self.fill("q", 3)
+        self.broker.drain("q")
+        self.assertFalse(
+            any(self.broker.post("q", b"x", dedup=f"{n}").duplicate for n in range(10))
+        )
+
+    def test_a_redrive_moves_in_order_what_was_ready_when_it_began(self):
+        for n in range(23):
+            self.broker.post("q", b"%d" % n, priority=-n % 3, dead="d", deliver=1)
+        order = self.take_and_reject(23)
+        late = []
+        moved = self.during_second_piece(
+            "Redrive",
+            lambda: self.broker.redrive("d", to="q"),
+            lambda: late.append(self.broker.post("d", b"late", priority=9).id),
+        )
+        self.assertEqual(moved, 23)
+        self.assertEqual(self.bodies("q"), order)
+        self.assertEqual([m.id for m, _ in self.broker.list_messages("d")], late)
+
+    def take_and_reject(self, count):
+        bodies = []
+        for _ in range(count):
+            message = self.broker.get("q")
+            bodies.append(message.body)
+            self.broker.reject(message.id, message.lease)
+        return bodies
+
+    def test_a_redrive_moves_no_more_than_asked_and_passes_over_what_is_not_dead(self):
+        self.fill("d", 9, priority=-1)
+        self.fill("q", 9, dead="d")
+        self.take_and_reject(9)
+        self.assertEqual(self.broker.redrive("d", 6), 6)
+        self.assertEqual(self.bodies("q"), [b"%d" % n for n in range(6)])
+        self.assertEqual(self.broker.redrive("d"), 3)
+        self.assertEqual(self.broker.channel_stats("d")["ready"], 9)
+
+    def test_an_error_after_some_pieces_says_how_many_were_done(self):
+        self.fill("q", 20)
+        original = self.broker._store.transact
+        failing = unittest.mock.Mock(side_effect=[None, None, linger.Unavailable("no disk")])
+
+        def transact(batch):
+            if any(type(operation) is linger.Drain for operation in batch):
+                failing()
+            original(batch)
+
+        with unittest.mock.patch.object(self.broker._store, "transact", transact):
+            failing.side_effect = [None, None, *[linger.Unavailable("no disk")] * 2]
+            with self.assertRaisesRegex(
+                linger.Unavailable, "only 4 messages were deleted.*no disk"
+            ):
+                self.broker.drain("q")
+        self.assertEqual(self.broker.channel_stats("q")["ready"], 16)
+
+    def test_pieces_become_smaller_when_they_take_long_and_grow_again(self):
+        size = linger.PieceSize(4)
+        size.adapt(3601.0, is_full=True)
+        self.assertEqual(size.rows, 2)
+        size.adapt(0.0, is_full=False)
+        self.assertEqual(size.rows, 2)
+        size.adapt(0.0, is_full=True)
+        size.adapt(0.0, is_full=True)
+        self.assertEqual(size.rows, 4)
+
+    def test_what_is_due_at_once_is_processed_in_pieces_and_each_once(self):
+        self.fill("q", 40, delay=10)
+        self.clock.now += 10
+        kinds = self.pieces(self.broker.process_due)
+        self.assertGreater(kinds.count("ProcessDue"), 15)
+        self.assertLess(kinds.index("Post"), 4)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 40, "hidden": 0})
+        self.assertEqual(self.broker.counters["msg-show"], 41)
+
+    def test_many_calls_that_see_something_due_process_it_once(self):
+        self.fill("q", 2, delay=10)
+        with self.stopped_ticker():
+            self.clock.now += 10
+            operations = []
+            with busy(self.broker._committer):
+                for _ in range(20):
+                    self.broker.post_async(operations.append, "p", b"x")
+                    self.broker.delete_async(operations.append, 1)
+                pending = list(self.broker._committer._pending)
+            kinds = [type(operation).__name__ for operation in pending]
+            self.assertEqual(kinds.count("ProcessDue"), 1)
+
+    def test_a_take_sees_what_is_due_in_its_channel_beside_a_backlog_in_another(self):
+        self.fill("bulk", 100, delay=10)
+        first = self.broker.post("q", b"late", delay=9, priority=1).id
+        second = self.broker.post("q", b"urgent", delay=10, priority=-1).id
+        with self.stopped_ticker():
+            self.clock.now += 10
+            self.assertEqual(self.broker.get("q").id, second)
+            self.assertEqual(self.broker.get("q").id, first)
+            self.assertGreater(self.broker.channel_stats("bulk")["hidden"], 80)
+
+    def test_takes_of_a_channel_with_a_backlog_get_all_of_it_in_order(self):
+        self.fill("q", 40, delay=10)
+        with self.stopped_ticker():
+            self.clock.now += 10
+            self.assertEqual(self.bodies("q"), [b"%d" % n for n in range(40)])
+
+    def test_no_take_gets_what_has_expired_or_was_delivered_too_often(self):
+        """Also when more of it has ended than was processed."""
+        self.fill("q", 30, timeout=10, deliver=1)
+        self.assertEqual(len(self.broker.take(self.broker.consumer(["q"], 30))), 30)
+        self.fill("q", 30, linger=10)
+        with self.stopped_ticker():
+            self.clock.now += 10
+            last = self.broker.post("q", b"alive").id
+            self.assertEqual(self.broker.get("q").id, last)
+            self.assertIsNone(self.broker.get("q"))
+            self.assertIsNone(self.broker.get("q", auto=True))
+
+    def test_a_take_finds_a_message_behind_many_that_have_expired(self):
+        self.hasten(MAX_EXPIRED=3)
+        self.fill("q", 30, linger=10)
+        last = self.broker.post("q", b"alive", priority=1).id
+        with self.stopped_ticker():
+            self.clock.now += 10
+            self.assertEqual(self.broker.get("q").id, last)
+
+    def test_a_take_does_not_try_for_ever_when_nothing_can_be_processed(self):
+        self.hasten(MAX_EXPIRED=3)
+        self.fill("q", 30, linger=10)
+        self.broker.post("q", b"alive", priority=1)
+        with self.stopped_ticker():
+            self.clock.now += 10
+            self.broker.channel_stats("q")
+            original = self.broker._store.transact
+
+            def transact(batch):
+                if any(type(operation) is linger.ProcessDue for operation in batch):
+                    raise linger.Full("the disk is full")
+                original(batch)
+
+            with unittest.mock.patch.object(self.broker._store, "transact", transact):
+                self.assertIsNone(self.broker.get("q"))
+
+    def test_a_consumer_waits_for_a_message_behind_many_that_have_expired(self):
+        self.hasten(MAX_EXPIRED=1)
+        self.fill("q", 60, linger=10)
+        self.broker.post("q", b"alive", priority=1)
+        self.clock.now += 10
+        self.assertEqual(self.broker.get("q", PATIENCE).body, b"alive")
+
+    def test_consumers_that_wait_so_are_woken_after_each_piece_and_all_at_the_end(self):
+        self.hasten(MAX_EXPIRED=1)
+        self.fill("q", 6, linger=9)
+        self.fill("q", 3, priority=1)
+        self.fill("q", 20, linger=10, priority=2)
+        with self.stopped_ticker():
+            self.clock.now += 10
+            got = []
+            for _ in range(3):
+                self.broker.take_async(got.append, self.broker.consumer(["q"]), True)
+            until(lambda: got or not self.broker.channel_stats("q")["ready"])
+            self.assertGreater(self.broker.channel_stats("q")["ready"], 3)
+            self.broker.process_due()
+            until(lambda: len(got) == 3)
+
+    def test_a_timed_out_message_beyond_the_piece_keeps_its_backoff(self):
+        self.fill("q", 9, timeout=10, backoff="100")
+        self.broker.take(self.broker.consumer(["q"], 9))
+        self.clock.now += 10
+        self.broker.process_due()
+        self.assertEqual(self.broker.info("q")["delayed"], 9)
+        counters = self.broker.counters
+        self.assertEqual((counters["msg-timeouts"], counters["msg-show"]), (9, 9))
+
+    def test_an_expired_message_holds_no_unique_key(self):
+        self.fill("q", 30, linger=10)
+        self.broker.post("q", b"old", unique="k", linger=20)
+        with self.stopped_ticker():
+            self.clock.now += 20
+            self.assertFalse(self.broker.post("q", b"new", unique="k").duplicate)
+
+    def test_expired_messages_reach_their_dead_channel(self):
+        self.fill("q", 21, linger=10, dead="d")
+        self.fill("q", 2, linger=10)
+        self.clock.now += 10
+        self.broker.process_due()
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
+        self.assertEqual(self.broker.channel_stats("d"), {"ready": 21, "hidden": 0})
+        counters = self.broker.counters
+        self.assertEqual((counters["msg-retention"], counters["msg-dead"]), (23, 21))
+
+    def test_pauses_and_old_keys_end_in_pieces(self):
+        for n in range(9):
+            self.broker.pause(f"p{n}", 10)
+            self.broker.post("q", b"x", dedup=f"{n}", dedup_for=10)
+        self.clock.now += 10
+        self.broker.process_due()
+        self.assertEqual(self.broker._channels.pauses, {})
+        rows = self.broker._store.read("select count(*) from dedups", "select count(*) from pauses")
+        self.assertEqual(rows, [[(0,)], [(0,)]])
+
+    def test_a_restart_learns_what_is_due_in_each_channel(self):
+        self.fill("a", 9, delay=10)
+        self.fill("b", 9, linger=10)
+        self.broker.close()
+        self.clock.now += 10
+        self.broker = self.open()
+        self.assertEqual(len(self.bodies("a")), 9)
+        self.assertIsNone(self.broker.get("b"))
+        until(lambda: self.broker.channel_stats("b") == {"ready": 0, "hidden": 0})
+
+    def test_timers_keep_one_moment_for_each_channel(self):
+        timers = self.broker._state.timers
+        for n in range(10_000):
+            timers.schedule("q", 1e12 - n)
+        self.assertLess(len(timers._heap), 3_000)
+        timers.set_next("q", linger.NEVER)
+        self.assertNotIn("q", timers.due_channels(2e12, 9))
 
 
 class StatsTest(BrokerTest):
@@ -7333,6 +7638,20 @@ class ProcessTest(ProcessCase):
             f" messages kept in {self.dbfile} (sync full)\n",
         )
 
+    def test_posts_are_done_while_a_redrive_and_a_drain_of_many_messages_work(self):
+        server = self.start("--sync=off")
+        client = linger.Client(f"http://127.0.0.1:{server.port}")
+        for _ in range(20):
+            client.post_batch("failed", ["x"] * 1_000)
+        for call in (lambda: client.redrive("failed", to="q"), lambda: client.drain("q")):
+            ended = self.thread(call)
+            posts = 0
+            while not ended.done():
+                client.post("other", "x")
+                posts += 1
+            ended.result()
+            self.assertGreater(posts, 2)
+
     def test_it_runs_as_a_module_of_the_folder_that_it_is_in(self):
         command = (sys.executable, *STRICT, "-m", "linger", "--version")
         output = subprocess.check_output(command, cwd=os.path.dirname(compiled), text=True)
@@ -7920,6 +8239,41 @@ class CrashTest(ProcessCase):
                 self.assertEqual(answer.status, 204)
                 deleted.add(body)
         return taken
+
+    def test_killed_in_a_redrive_or_drain_each_message_is_there_once_or_gone(self):
+        server = self.start("--sync=off")
+        client = linger.Client(f"http://127.0.0.1:{server.port}")
+        for _ in range(10):
+            client.post_batch("failed", ["x"] * 1_000)
+        self.kill_during(server, "POST", "/channels/failed/redrive?to=q", "failed")
+        (left, moved) = self.counts("failed", "q")
+        self.assertEqual(left + moved, 10_000)
+        self.assertGreater(moved, 0)
+        self.kill_during(self.start("--sync=off"), "DELETE", "/channels/q", "q")
+        self.assertLess(self.counts("q")[0], moved)
+
+    def kill_during(self, server, method, path, channel):
+        """Kills a server as soon as it has begun to take messages from a channel."""
+        counts = f"/channels/{channel}/stats"
+        before = server.call("GET", counts)[2]
+        with ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(server.call, method, path)
+            until(lambda: server.call("GET", counts)[2] != before)
+            server.end(signal.SIGKILL)
+            self.assertIsNotNone(ended.exception() or ended.result())
+
+    def counts(self, *channels):
+        """How many rows channels have, which are also counted for them."""
+        self.start("--sync=off").end()
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            self.assertEqual(connection.execute("pragma quick_check").fetchone(), ("ok",))
+            rows = "select count(*) from messages where channel = ?"
+            kept = "select coalesce(sum(ready), 0) from channels where name = ?"
+            counts = [connection.execute(rows, (c,)).fetchone()[0] for c in channels]
+            self.assertEqual(
+                [connection.execute(kept, (c,)).fetchone()[0] for c in channels], counts
+            )
+        return counts
 
     def test_no_acknowledged_message_is_lost_and_no_deleted_one_comes_back(self):
         posted = [{} for _ in range(4)]
@@ -9454,6 +9808,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "LIST_HIDDEN": {"messages"},  # from an id on
     "MESSAGE_TOTALS": {"channels"},
     "RECORD_TIME": {"channels", "dedups", "pauses"},  # up to the first row
+    "NEXT_BY_CHANNEL": {"channels"},  # once, at the start
     "SUBSCRIPTION_TOTALS": {"subscriptions"},
     "TAKE_OVER_TIMES": {"messages"},  # once, of a database of 1.0.1
     "TOPIC_NAMES": {"subscriptions"},
