@@ -172,6 +172,7 @@ PIECE_TIME = 0.01  # and seconds that it should take: other calls wait meanwhile
 MAX_EXPIRED = 1_000  # expired messages that a take passes over at a time
 FIRST_PIECE = 64  # rows of the first piece: their bodies may be large
 MAX_DUE_CHANNELS = 64  # channels whose due messages are processed in one transaction
+HEALTH_INTERVAL = 1.0  # shortest time between two writes of health checks, seconds
 RECOUNT_INTERVAL = 1.0  # shortest time between two counts of the channels, seconds
 MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to all of them
 MAX_BATCH_COPIES = 100_000  # copies that one published batch may create,
@@ -3982,6 +3983,30 @@ class BulkCall:
         return count
 
 
+class HealthCheck:
+    """Whether the database can be written to: what a write found at most HEALTH_INTERVAL ago."""
+
+    def __init__(self, write: Callable[[], object], monotonic: Callable[[], float]) -> None:
+        self._write = write
+        self._monotonic = monotonic
+        self._lock = threading.RLock()  # guards the two below, and is held while writing
+        self._written_at = -NEVER  # when the last write began
+        self._error: Optional[LingerError] = None
+
+    @locked
+    def check(self) -> None:
+        """Raises the error of the last write, if it had one."""
+        now = self._monotonic()
+        if not 0 <= now - self._written_at < HEALTH_INTERVAL:
+            self._written_at, self._error = now, None
+            try:
+                self._write()
+            except LingerError as error:
+                self._error = error
+        if self._error is not None:
+            raise type(self._error)(str(self._error))
+
+
 def message_of(row: Sequence[Any]) -> Message:
     """The message in a row of NEXT_MESSAGE, or of READ_MESSAGE without the state."""
     message = Message(*row)
@@ -4046,6 +4071,7 @@ class Administration:
         self._bulk = BulkWork(state.committer)
         self._started = state.clock.now()
         self._start = int(state.clock.source.time())  # Unix time, to be shown
+        self._health = HealthCheck(self._write_health, state.clock.source.monotonic)
         ((row,),) = store.read(GET_CONFIG, key="server_id")
         self.id: str = row[0]
 
@@ -4377,10 +4403,14 @@ class Administration:
         return self._store.open_snapshot()
 
     def check_health(self) -> None:
-        """Returns if a message could be stored now: it writes to the database, and syncs."""
+        """Returns if a message could be stored now: it writes to the database, and syncs, at most
+        once in HEALTH_INTERVAL."""
         if not self._state.timers.is_alive():
             raise Unavailable("the ticker has stopped: restart the server")
         self._store.check_space()
+        self._health.check()
+
+    def _write_health(self) -> None:
         parameters = {"key": "health", "value": str(self.now())}
         self._committer.run(Operation((SET_CONFIG,), parameters))
 

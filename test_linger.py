@@ -3111,6 +3111,29 @@ class LookingTest(BrokerTest):
         self.broker.cancel_all()
         future.result(PATIENCE)
 
+    def test_health_checks_write_at_most_once_a_second(self):
+        writes = []
+        run = self.broker._committer.run
+        spy = lambda operation: (writes.append(operation), run(operation))  # noqa: E731
+        with unittest.mock.patch.object(self.broker._committer, "run", spy):
+            for _ in range(5):
+                self.broker.check_health()
+            self.clock.now += 1
+            self.broker.check_health()
+        self.assertEqual(len(writes), 2)
+
+    def test_a_database_that_fails_is_healthy_for_a_second_at_most(self):
+        self.broker.check_health()
+        self.clock.now += 1
+        failing = unittest.mock.Mock(side_effect=linger.Unavailable("no disk"))
+        with unittest.mock.patch.object(self.broker._committer, "run", failing):
+            for _ in range(3):
+                with self.assertRaisesRegex(linger.Unavailable, "no disk"):
+                    self.broker.check_health()
+        failing.assert_called_once()
+        self.clock.now += 1
+        self.broker.check_health()
+
 
 class BoundsTest(BrokerTest):
     """What a client can make grow."""
