@@ -169,6 +169,8 @@ MAX_IDLE_CHANNELS = 10_000  # channels listed for that reason only
 MAX_CHANNELS = 100_000  # default of --max-channels: their names are kept in memory
 PIECE_ROWS = 1_000  # rows that a piece of bulk work touches in one transaction,
 PIECE_TIME = 0.01  # and seconds that it should take: other calls wait meanwhile
+LARGE_COUNT = 10  # messages of a take whose response is made by a thread of its own,
+LARGE_BYTES = 65_536  # or their bytes: the committer has no time for it
 MAX_EXPIRED = 1_000  # expired messages that a take passes over at a time
 FIRST_PIECE = 64  # rows of the first piece: their bodies may be large
 MAX_DUE_CHANNELS = 64  # channels whose due messages are processed in one transaction
@@ -1676,6 +1678,7 @@ class Operation:
     adds = False  # whether it adds messages: refused while space is short
     seconds: Optional[float] = None  # how long the statements took; None: not measured
     owner: Any = None  # for the done callback: whose operation it is
+    is_large = False  # whether much is to be made of its result: not in the committer thread
 
     def __init__(self, statements: Sequence[str] = (), parameters: Parameters = parameters) -> None:
         self.statements = statements
@@ -3482,6 +3485,8 @@ class Publish(Operation):
 
 # -- consuming
 
+BODY_COLUMN = Message._fields.index("body")
+
 
 class Take(Operation):
     """Takes messages for a consumer, which waits if there are none and it may; the messages.
@@ -3546,6 +3551,9 @@ class Take(Operation):
             self._waits = self._state.waiting.add(consumer) or self._try_again()
             return
         count = len(rows)
+        self.is_large = (
+            count > LARGE_COUNT or sum(len(row[BODY_COLUMN]) for row in rows) > LARGE_BYTES
+        )
         counters["delivered"] += count
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
@@ -7277,10 +7285,23 @@ class Connection:
         to_response: Callable[[Request, Operation], Response],
         operation: Operation,
     ) -> None:
-        """Sends the pending reply.  Runs in the committer's thread, so it does not block.
+        """Sends the pending reply, or has a thread of its own do so if that takes long.
 
-        Whatever fails, the connection's thread does not wait forever.
+        Runs in the committer's thread, so it does not block.
         """
+        if operation.is_large:
+            with contextlib.suppress(RuntimeError):  # no more threads
+                _thread.start_new_thread(self._reply_now, (request, to_response, operation))
+                return
+        self._reply_now(request, to_response, operation)
+
+    def _reply_now(
+        self,
+        request: Request,
+        to_response: Callable[[Request, Operation], Response],
+        operation: Operation,
+    ) -> None:
+        """Whatever fails, the connection's thread does not wait forever."""
         try:
             try:
                 response = to_response(request, operation)

@@ -3834,6 +3834,23 @@ class ConsumerCallTest(ServerTest):
         for n in ("0", "1001", "x"):
             self.assertEqual(self.call("GET", f"/channels/q?n={n}")[0], 400)
 
+    def test_a_large_response_is_not_made_by_the_committer(self):
+        threads = []
+        message_object = linger.message_object
+
+        def spy(message):
+            threads.append(threading.get_ident())
+            return message_object(message)
+
+        committer = self.broker._committer._thread.ident
+        with unittest.mock.patch.object(linger, "message_object", spy):
+            for count, body in ((2, b"x"), (30, b"x"), (2, b"x" * 50_000)):
+                for _ in range(count):
+                    self.post(body)
+                status, messages = self.json("GET", "/channels/q?n=30")
+                self.assertEqual((status, len(messages)), (200, count))
+        self.assertEqual([t == committer for t in threads], [True] * 2 + [False] * 32)
+
     def test_acknowledge_and_next(self):
         first, second = self.post("1"), self.post("2")
         lease = self.call("GET", "/channels/q")[1]["x-linger-lease"]
