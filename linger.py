@@ -56,6 +56,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -174,6 +175,8 @@ LARGE_BYTES = 65_536  # or their bytes: the committer has no time for it
 MAX_EXPIRED = 1_000  # expired messages that a take passes over at a time
 FIRST_PIECE = 64  # rows of the first piece: their bodies may be large
 MAX_DUE_CHANNELS = 64  # channels whose due messages are processed in one transaction
+MAX_LISTED_CHANNELS = 1_000  # channels that a listing with `n` describes
+CHANNEL_PAGE = 1_000  # channels that a listing reads at a time
 HEALTH_INTERVAL = 1.0  # shortest time between two writes of health checks, seconds
 RECOUNT_INTERVAL = 1.0  # shortest time between two counts of the channels, seconds
 MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to all of them
@@ -684,6 +687,11 @@ SCHEMA = (
     """
     create index lingering_messages on messages (channel, expires_at)
     where expires_at > 0 and state <> 1
+    """,
+    # for OLDEST_READY; those of priority 0 are in the order of arrival in ready_messages
+    """
+    create index oldest_messages on messages (channel, received)
+    where state = 0 and priority <> 0
     """,
     # for MOVE_DEAD and DELETE_DEAD: messages that an earlier statement has put into state 3
     """
@@ -1515,30 +1523,43 @@ from channels
 where name = :channel
 """
 
-# The first message of each priority: those of one priority are in the order of arrival.
-OLDEST_READY = """
-with recursive priorities (priority) as (
-    select min(priority)
-    from messages
-    where channel = :channel and state = 0
-    union all
-    select (
-        select min(messages.priority)
+# Messages of priority 0 are in the order of their arrival; the others have an index by age.
+OLDEST_OF = """(
+    select min(received)
+    from (
+        select received
+        from (
+            select received
+            from messages
+            where channel = {name} and state = 0 and priority = 0
+            order by id
+            limit 1
+        )
+        union all
+        select min(received)
         from messages
-        where channel = :channel and state = 0 and messages.priority > priorities.priority
+        where channel = {name} and state = 0 and priority <> 0
     )
-    from priorities
-    where priorities.priority is not null
-)
-select min((
-    select received
-    from messages
-    where channel = :channel and state = 0 and messages.priority = priorities.priority
-    order by id
-    limit 1
-))
-from priorities
-where priorities.priority is not null
+)"""
+
+OLDEST_READY = f"""
+select {OLDEST_OF.format(name=":channel")}
+"""
+
+CHANNELS_AFTER = f"""
+select name, ready, case when :by_age then {OLDEST_OF.format(name="name")} end
+from channels
+where name > :after
+order by name
+limit :n
+"""
+
+SUBSCRIBED_AFTER = """
+select distinct channel
+from subscriptions
+where channel > :after
+order by channel
+limit :n
 """
 
 CHANNEL_NAMES = """
@@ -4063,6 +4084,65 @@ def backoff_text(backoff: str) -> str:
 NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0}
 
 
+ChannelRow = tuple[str, int, Optional[float]]  # name, ready messages, when the oldest was posted
+CHANNEL_ORDERS: Mapping[str, Callable[[ChannelRow], Any]] = {
+    "name": lambda row: row[0],
+    "ready": lambda row: (-row[1], row[0]),  # the most first
+    "oldest": lambda row: (NEVER if row[2] is None else row[2], row[0]),  # the oldest first
+}
+
+
+class ChannelList:
+    """The channels with messages, subscriptions, or consumers that wait or did so lately.
+
+    Reads some at a time, so that other calls find room between them.
+    """
+
+    def __init__(self, read: Callable[..., list[list[Any]]], waiting: Iterable[str]) -> None:
+        self._read = read
+        self._waiting = sorted(waiting)
+
+    def names(
+        self, n: Optional[int], after: str, order: str, is_wanted: Callable[[str], bool]
+    ) -> list[str]:
+        """Up to `n` wanted names, those after the channel `after`, in one of CHANNEL_ORDERS.
+
+        By name this costs as much as it passes over; else it looks at all channels.
+        """
+        rank = CHANNEL_ORDERS[order]
+        rows = (row for row in self._rows(after, order) if is_wanted(row[0]))
+        if order == "name":
+            return [name for name, *_ in itertools.islice(rows, n)]
+        if after:
+            counts, ((oldest,),) = self._read(CHANNEL_COUNTS, OLDEST_READY, channel=after)
+            last = rank((after, counts[0][0] if counts else 0, oldest))
+            rows = (row for row in rows if rank(row) > last)
+        first = sorted(rows, key=rank) if n is None else heapq.nsmallest(n, rows, key=rank)
+        return [name for name, *_ in first]
+
+    def _rows(self, after: str, order: str) -> Iterator[ChannelRow]:
+        """The rows of all channels, sorted by name; in the order of names those after `after`."""
+        after = after if order == "name" else ""
+        by_age = order == "oldest"
+        waiting = self._waiting[bisect.bisect_right(self._waiting, after) :]
+        rows: Iterator[ChannelRow] = heapq.merge(
+            self._pages(CHANNELS_AFTER, after, by_age=by_age),
+            ((name, 0, None) for (name,) in self._pages(SUBSCRIBED_AFTER, after)),
+            ((name, 0, None) for name in waiting),
+            key=lambda row: row[0],
+        )
+        for _, same in itertools.groupby(rows, key=lambda row: row[0]):
+            yield next(same)  # that of CHANNELS_AFTER, if there is one
+
+    def _pages(self, statement: str, after: str, **parameters: object) -> Iterator[Any]:
+        while True:
+            (rows,) = self._read(statement, after=after, n=CHANNEL_PAGE, **parameters)
+            yield from rows
+            if len(rows) < CHANNEL_PAGE:
+                return
+            after = rows[-1][0]
+
+
 class Administration:
     """The calls that neither produce nor consume: they set up channels and topics, and read.
 
@@ -4250,6 +4330,27 @@ class Administration:
         (rows,) = self._read(CHANNEL_NAMES)
         return sorted({name for (name,) in rows} | self._state.waiting.channels(self.now()))
 
+    def list_channels(
+        self,
+        n: Optional[int] = None,
+        after: str = "",
+        like: str = "",
+        order: str = "name",
+        is_visible: Callable[[str], bool] = bool,
+    ) -> list[str]:
+        """Up to `n` names of the same channels, those after the channel `after` in the order:
+        `name`, `ready` (the most first) or `oldest` (the oldest ready message first).
+
+        Only visible names in which `like` occurs, in upper or lower case.
+        """
+        if order not in CHANNEL_ORDERS:
+            raise BadRequest(f"order must be one of {', '.join(CHANNEL_ORDERS)}")
+        self._submit_due()
+        self._read()  # waits for what was submitted before
+        channels = ChannelList(self._store.read, self._state.waiting.channels(self.now()))
+        text = like.casefold()
+        return channels.names(n, after, order, lambda c: text in c.casefold() and is_visible(c))
+
     def topics(self, channel: Optional[str] = None) -> list[str]:
         """The sorted topics that have subscriptions: of one channel, or of all."""
         if channel is None:
@@ -4336,9 +4437,18 @@ class Administration:
 
     def info(self, channel: str) -> dict[str, Any]:
         """A channel's counts, age, consumers, topics, pause and settings."""
-        self._submit_due(channel)
-        counts, oldest, topics = self._read(
-            CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, channel=check_name("channel", channel)
+        self._submit_due(check_name("channel", channel))
+        return self._info(channel, self._read)
+
+    def infos(self, channels: Iterable[str]) -> list[dict[str, Any]]:
+        """The same for several channels; waits only once for what was submitted before."""
+        self._submit_due()
+        self._read()
+        return [self._info(channel, self._store.read) for channel in channels]
+
+    def _info(self, channel: str, read: Callable[..., list[list[Any]]]) -> dict[str, Any]:
+        counts, oldest, topics = read(
+            CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, channel=channel
         )
         ready, in_flight, delayed = counts[0] if counts else (0, 0, 0)
         posted = oldest[0][0]
@@ -6676,16 +6786,23 @@ class Api:
     # -- channels and topics
 
     def list_channels(self, request: Request) -> Response:
-        channels = request.grant.visible("channels", self._broker.channels())
         if not request.switch("info"):
+            channels = request.grant.visible("channels", self._broker.channels())
             return json_response({"channels": channels})
-        return json_response({"channels": [self._info(request, channel) for channel in channels]})
+        channels = self._broker.list_channels(
+            request.integer("n", 1, MAX_LISTED_CHANNELS),
+            request.parameter("after") or "",
+            request.parameter("like") or "",
+            request.parameter("order") or "name",
+            functools.partial(request.grant.covers, "channels"),
+        )
+        infos = [self._visible_info(request, info) for info in self._broker.infos(channels)]
+        return json_response({"channels": infos})
 
     def get_info(self, request: Request, channel: str) -> Response:
-        return json_response(self._info(request, channel))
+        return json_response(self._visible_info(request, self._broker.info(channel)))
 
-    def _info(self, request: Request, channel: str) -> dict[str, Any]:
-        info = self._broker.info(channel)
+    def _visible_info(self, request: Request, info: dict[str, Any]) -> dict[str, Any]:
         return {**info, "topics": request.grant.visible("topics", info["topics"])}
 
     def get_channel_stats(self, _: Request, channel: str) -> Response:
@@ -8248,6 +8365,9 @@ def _tls_context(cafile: Optional[str]) -> ssl.SSLContext:
 # ---------------------------------------------------------------------------------------------
 
 
+Infos = list[dict[str, Any]]
+
+
 class Client:
     """A Linger server; the methods have the names of the broker's.  Thread-safe.
 
@@ -8490,11 +8610,10 @@ class Client:
         """Returns the sorted names of channels with messages, subscriptions or consumers."""
         return self._request_json(lambda value: list(value["channels"]), "GET", "/channels")
 
-    def channel_infos(self) -> list[dict[str, Any]]:
-        """Returns the `info` of each channel."""
-        return self._request_json(
-            lambda value: list(value["channels"]), "GET", "/channels", {"info": 1}
-        )
+    def channel_infos(self, n: int = 0, after: str = "", like: str = "", order: str = "") -> Infos:
+        """Returns the `info` of each channel, or of some, as `GET /channels?info` does."""
+        query = {"info": 1, **({"n": n} if n else {}), "after": after, "like": like, "order": order}
+        return self._request_json(lambda value: list(value["channels"]), "GET", "/channels", query)
 
     def info(self, channel: str) -> dict[str, Any]:
         """Returns the counts, consumers, topics and settings of a channel."""
