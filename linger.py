@@ -5429,7 +5429,7 @@ DEDUP_NAMES = tuple(p.name for p in DEDUP_PARAMETERS)
 
 # The parameters of each endpoint that has any; the response names others as ignored.
 PARAMETERS_OF: dict[str, Sequence[str]] = {
-    "list_channels": ("info",),
+    "list_channels": ("info", "n", "after", "like", "order"),
     "take_message": ("wait", "nowait", "n", "timeout", "auto", "ack", "lease"),
     "post_message": ("msg", *MESSAGE_NAMES),
     "post_batch": MESSAGE_NAMES,
