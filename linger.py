@@ -254,6 +254,7 @@ DISK_RESERVE_SHARE = 10  # but at most one part in this many of a small disk
 RESERVE_STEPS = 4  # parts in which the reserve is given up: another program may take each
 SPACE_CHECK_INTERVAL = 0.02  # seconds between two looks at the free space
 RESERVE_RETRY_DELAY = 1.0  # pause after the reserve could not be made whole, seconds
+MESSAGE_OVERHEAD = 1_024  # columns and index entries of a message, bytes
 MIN_GROWTH = 65_536  # room that a post leaves in the file for takes and deletes, bytes,
 MAX_GROWTH = 1_048_576  # and with which the file grows ahead where the disk is large
 BUSY_TIMEOUT = 5.0  # wait for another program's lock on the database, seconds
@@ -1696,7 +1697,7 @@ class Operation:
     done_callback: Optional[DoneCallback] = None  # called once with the finished operation
     error: Optional[Exception] = None
     executed = False  # whether `on_executed` has been called
-    adds = False  # whether it adds messages: refused while space is short
+    adds = 0  # about how many bytes of messages it adds: refused while space is short
     seconds: Optional[float] = None  # how long the statements took; None: not measured
     owner: Any = None  # for the done callback: whose operation it is
     is_large = False  # whether much is to be made of its result: not in the committer thread
@@ -1977,6 +1978,7 @@ class SpaceGuard:
         self._file = self._shm = -1  # descriptors; without a file there is no disk to look at
         self._look_at = 0.0
         self._spare = 0  # bytes of the disk that posts may use
+        self._ahead = 0  # bytes that may be added until the size of the file is compared again
         self._is_short = False  # whether that is little: each commit looks
         self._is_full = False  # whether what adds is refused
         self.failures = 0  # how often SQLite found no room
@@ -2080,11 +2082,16 @@ class SpaceGuard:
             log("linger: there is room on the disk again: messages can be added")
         self._is_full = is_full
 
-    def before_commit(self, writer: sqlite3.Connection, adds: bool) -> None:
-        """Lets the file grow for the transaction under way; `Full` if it adds too much."""
+    def before_commit(self, writer: sqlite3.Connection, adds: int) -> None:
+        """Lets the file grow for the transaction under way; `Full` if it adds too much.
+
+        While there is plenty of room this is done now and then, so that the file lags behind by
+        less than the reserve.
+        """
         if adds and self._max_size:
             self._check_used(writer)
-        if self._file < 0 or not (adds or self._is_short):
+        self._ahead -= adds
+        if self._file < 0 or not (self._is_short or (adds and self._ahead < 0)):
             return
         pages = writer.execute("pragma page_count").fetchone()[0]
         self._extend(writer, pages * self._page, adds)
@@ -2106,14 +2113,14 @@ class SpaceGuard:
         pages: int = writer.execute("pragma freelist_count").fetchone()[0]
         return pages * page
 
-    def _extend(self, writer: sqlite3.Connection, size: int, adds: bool) -> None:
+    def _extend(self, writer: sqlite3.Connection, size: int, adds: int) -> None:
         """Lets the file grow to `size`; what adds leaves MIN_GROWTH for takes and deletes."""
         now = os.fstat(self._file).st_size
         left = now - size
-        if left >= MIN_GROWTH or (left >= 0 and not adds):
-            return
-        if left >= 0 and left + self._free_inside(writer, self._page) >= MIN_GROWTH:
-            return
+        if left >= 0:
+            self._ahead = left + self._free_inside(writer, self._page) - MIN_GROWTH
+            if self._ahead >= 0 or not adds:
+                return
         if adds:
             self._look()
             size += self._growth
@@ -2130,6 +2137,8 @@ class SpaceGuard:
             except OSError as error:
                 reason = f"the database cannot grow, nothing was changed: {error.strerror}"
                 raise Full(reason) from error
+        if adds:
+            self._ahead = self._growth - MIN_GROWTH
 
     def _refuse(self) -> NoReturn:
         """Refuses one transaction, and all that add from now on if there is little room."""
@@ -2298,11 +2307,11 @@ class Store:
                     raise translate_error(error) from error
                 raise
 
-    def _execute(self, batch: list[Operation]) -> bool:
-        """Runs the operations; whether one of them adds messages."""
+    def _execute(self, batch: list[Operation]) -> int:
+        """Runs the operations; about how many bytes of messages they add."""
         cursor = self._writer.cursor()
         execute, fetchall = cursor.execute, cursor.fetchall
-        adds = False
+        adds = 0
         for operation in batch:  # which may grow
             parameters: Any = operation.parameters
             began = None if operation.seconds is None else time.perf_counter()
@@ -2320,7 +2329,7 @@ class Store:
             if not operation.executed:
                 operation.executed = True
                 operation.on_executed()
-            adds = adds or operation.adds
+            adds += operation.adds
         return adds
 
     def _execute_each(self, cursor: sqlite3.Cursor, operation: Operation) -> None:
@@ -3331,14 +3340,13 @@ POST_KEYED = (FIND_DEDUP, FIND_UNIQUE, POST_MESSAGE, SAVE_DEDUP)
 class Post(Operation):
     """Adds a message to a channel."""
 
-    adds = True
-
     def __init__(self, state: State, message: dict[str, Any]) -> None:
         """`message`: the parameters of POST_MESSAGE."""
         statements: Sequence[str] = (POST_MESSAGE,) if message["hlm"] else (ADD_MESSAGE,)
         if message["dedup"] is not None or message["unique"] is not None:
             statements = POST_KEYED
         super().__init__(statements, message)
+        self.adds = len(message["body"]) + MESSAGE_OVERHEAD
         self._state = state
         self._message = message
         self._woken = 0
@@ -3367,8 +3375,6 @@ class Post(Operation):
 class PostBatch(Operation):
     """Adds messages to a channel in order, all or none; their ids."""
 
-    adds = True
-
     def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
         """`messages`: the parameters of POST_MESSAGE for each."""
         first = messages[0]
@@ -3383,6 +3389,7 @@ class PostBatch(Operation):
         fits = {"channel": first["channel"], "hlm": self._hlm, "count": len(messages)}
         super().__init__((CHECK_BATCH_FITS, *statements, CLEAR_BATCH_FITS), [fits, *parameters, {}])
         self._state = state
+        self.adds = sum(len(m["body"]) + MESSAGE_OVERHEAD for m in messages)
         self._messages = messages
         self._channel: str = first["channel"]
         self._now: float = first["now"]
@@ -3451,7 +3458,7 @@ class Publication(NamedTuple):
 class Publish(Operation):
     """Adds copies of messages to each channel subscribed to a topic; their `Publication`s."""
 
-    adds = True
+    adds = MAX_BATCH_COPY_BYTES  # at most
 
     def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
         """`messages`: the parameters of PUBLISH_MESSAGE for each."""

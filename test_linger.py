@@ -538,7 +538,7 @@ class SpaceTest(StoreCase):
     def adding(self, size, key="k"):
         """An operation that adds so many bytes."""
         operation = linger.Operation((linger.SET_CONFIG,), {"key": key, "value": "x" * size})
-        operation.adds = True
+        operation.adds = size
         return operation
 
     def is_full(self):
