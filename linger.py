@@ -1215,6 +1215,17 @@ where id = :id and leased = 1 and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel) and (deliver = 0 or delivered < deliver)
 """
 
+RELEASE_UNCOUNTED = """
+update messages
+set leased = 0,
+    delivered = delivered - 1,
+    error = case when :reason = '' then error else :reason end,
+    state = case when coalesce(:delay, 0) > 0 then 2 else 0 end,
+    due_at = :now + coalesce(:delay, 0)
+where id = :id and leased = 1 and lease = :lease
+    and channel = coalesce(:expected_channel, channel)
+"""
+
 EXHAUST_RELEASED = """
 update messages
 set state = 3, dead_reason = 'deliver', error = case when :reason = '' then error else :reason end
@@ -3774,11 +3785,18 @@ class Touch(Operation):
 
 
 class Release(Operation):
-    """Gives a message in flight back; if that was its last delivery, it is a dead letter."""
+    """Gives a message in flight back; if that was its last delivery, it is a dead letter.
 
-    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+    If it is `uncounted`, that cannot be: it is as if it had not been delivered, and it is ready
+    now or after `delay`.
+    """
+
+    def __init__(self, state: State, parameters: dict[str, Any], uncounted: bool = False) -> None:
+        if uncounted and parameters["lease"] is None:
+            raise BadRequest("an uncounted release needs the lease of the delivery")
+        release = RELEASE_UNCOUNTED if uncounted else RELEASE_MESSAGE
         super().__init__(
-            (LEASE_STATE, RELEASE_MESSAGE, EXHAUST_RELEASED, EXPIRE_MESSAGE, *BURY_DEAD, DUE_TIMES),
+            (LEASE_STATE, release, EXHAUST_RELEASED, EXPIRE_MESSAGE, *BURY_DEAD, DUE_TIMES),
             parameters,
         )
         self._state = state
@@ -4960,15 +4978,16 @@ class Broker(Administration):
         delay: Optional[int] = None,
         reason: str = "",
         expected_channel: Optional[str] = None,
+        uncounted: bool = False,
     ) -> None:
         """Gives a message in flight back: ready now, after `delay` seconds, or as its backoff says.
 
-        The delivery stays counted; if it was the last one that is allowed, it is a dead letter.
-        `reason` goes out with the next delivery.  Raises as `touch` does.
+        The delivery stays counted, and if it was the last allowed one, it is a dead letter; but
+        `uncounted`, with a lease, undoes it.  `reason` goes with the next.  Raises as `touch` does.
         """
         parameters = self._lease_parameters(id, lease, expected_channel)
         parameters.update(delay=delay, reason=_check_reason(reason))
-        self._run(Release(self._state, parameters))
+        self._run(Release(self._state, parameters, uncounted))
 
     def reject(
         self,
@@ -4988,8 +5007,7 @@ class Broker(Administration):
     def _lease_parameters(
         self, id: int, lease: Optional[int], expected_channel: Optional[str]
     ) -> dict[str, Any]:
-        names = {"id": id, "lease": lease, "expected_channel": expected_channel}
-        return {**names, "now": self.now()}
+        return {"id": id, "lease": lease, "expected_channel": expected_channel, "now": self.now()}
 
 
 def _check_body(body: bytes, max_message: int) -> None:
@@ -5449,7 +5467,7 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "publish_batch": DEDUP_NAMES,
     "delete_message": ("lease",),
     "touch_message": ("lease", "timeout"),
-    "release_message": ("msg", "lease", "delay"),
+    "release_message": ("msg", "lease", "delay", "uncounted"),
     "reject_message": ("msg", "lease"),
 }
 
@@ -6780,8 +6798,9 @@ class Api:
     def release_message(self, request: Request, id: str) -> Response:
         number, lease = parse_integer("id", id), request.integer("lease")
         delay, reason = request.integer("delay", 0), request.reason()
-        expected_channel = self._expected_channels(request, number)
-        self._broker.release(number, lease, delay, reason, *expected_channel)
+        uncounted = request.switch("uncounted")
+        (expected_channel,) = self._expected_channels(request, number)
+        self._broker.release(number, lease, delay, reason, expected_channel, uncounted)
         return NO_CONTENT
 
     def reject_message(self, request: Request, id: str) -> Response:

@@ -2356,6 +2356,45 @@ class LeaseAndReleaseTest(BrokerTest):
         self.broker.release(id, reason="busy")
         self.assertEqual((future.result(PATIENCE).id, future.result().error), (id, "busy"))
 
+    def test_uncounted_release_undoes_the_delivery(self):
+        self.broker.post("q", b"x", deliver=1, dead="failed", backoff="100")
+        for _ in range(3):
+            message = self.broker.get("q")
+            self.assertEqual(message.delivered, 1)
+            self.broker.release(1, message.lease, reason="no memory", uncounted=True)
+            released, state = self.broker.read_message(1)
+            self.assertEqual((released.delivered, state), (0, "ready"))
+        self.assertEqual((released.error, released.lease), ("no memory", 3))
+
+    def test_uncounted_release_may_have_a_delay_and_leaves_the_reason(self):
+        self.broker.post("q", b"x")
+        self.broker.release(1, self.broker.get("q").lease, reason="first")
+        self.broker.release(1, self.broker.get("q").lease, delay=50, uncounted=True)
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 50
+        message = self.broker.get("q")
+        self.assertEqual((message.delivered, message.error), (2, "first"))
+
+    def test_uncounted_release_wakes_a_consumer(self):
+        self.broker.post("q", b"x")
+        message = self.broker.get("q")
+        future = self.park("q")
+        self.broker.release(1, message.lease, uncounted=True)
+        self.assertEqual(future.result(PATIENCE).delivered, 1)
+
+    def test_uncounted_release_needs_the_lease_of_the_latest_delivery(self):
+        self.broker.post("q", b"x")
+        lease = self.broker.get("q").lease
+        with self.assertRaisesRegex(linger.BadRequest, "needs the lease"):
+            self.broker.release(1, uncounted=True)
+        with self.assertRaises(linger.Conflict):
+            self.broker.release(1, lease + 1, uncounted=True)
+        self.assertEqual(self.broker.read_message(1)[0].delivered, 1)
+        self.broker.release(1, lease, uncounted=True)
+        with self.assertRaises(linger.Conflict):
+            self.broker.release(1, lease, uncounted=True)
+        self.assertEqual(self.broker.read_message(1)[0].delivered, 0)
+
     def test_only_what_is_in_flight_can_be_released(self):
         id = self.broker.post("q", b"x").id
         with self.assertRaises(linger.Conflict):
@@ -3826,6 +3865,20 @@ class ConsumerCallTest(ServerTest):
         self.assertEqual(self.call("POST", "/messages/99/release")[0], 404)
         self.assertEqual(self.call("POST", "/messages/99/reject")[0], 404)
         self.assertEqual(self.call("POST", f"/messages/{id}/release")[0], 409)
+
+    def test_uncounted_release(self):
+        id = self.post()
+        self.call("GET", "/channels/q")
+        path = f"/messages/{id}/release"
+        status, value = self.json("POST", f"{path}?uncounted")
+        self.assertEqual((status, "lease" in value["error"]), (400, True))
+        self.assertEqual(self.call("POST", f"{path}?uncounted&lease=1", "no memory")[0], 204)
+        headers = self.call("GET", "/channels/q")[1]
+        self.assertEqual((headers["x-linger-delivered"], headers["x-linger-lease"]), ("1", "2"))
+        self.assertEqual(headers["x-linger-error"], "no%20memory")
+        self.assertEqual(self.call("POST", f"{path}?uncounted&lease=1")[0], 409)
+        self.assertEqual(self.call("POST", f"{path}?uncounted=no")[0], 204)
+        self.assertEqual(self.call("GET", "/channels/q")[1]["x-linger-delivered"], "2")
 
     def test_a_reason_is_text_of_4096_bytes_at_most(self):
         id = self.post()
