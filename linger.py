@@ -112,6 +112,8 @@ from typing import (
 )
 
 if TYPE_CHECKING:
+    import logging
+
     from typing_extensions import TypedDict, Unpack
 
 try:
@@ -287,6 +289,7 @@ MAX_RETRY_DELAY = 5.0  # up to this
 FAILURE_DELAY = 10  # seconds until a message that a worker failed on is ready again
 TOUCHES_PER_TIMEOUT = 3  # heartbeats of a worker within a message's timeout
 HEARTBEAT_INTERVAL = 0.3  # seconds between checks whether one is due: below the shortest timeout/3
+STOP_CHECK_INTERVAL = 0.3  # seconds between looks of a waiting client at its `stop` event
 MAX_LINES_BYTES = 1_000_000  # lines per batch, bytes: in JSON less than MAX_BATCH_BYTES
 MAX_TIMER = 1_000_000  # longest time limit of a command, seconds: a timer accepts no more
 MIN_COLUMN = 8  # width to which a column of a table may be shortened, characters
@@ -369,7 +372,9 @@ def require_posix(program: str) -> None:
 
 
 def log(text: str) -> None:
-    """Writes a line to standard error; a failing log stops nothing."""
+    """Writes a line to standard error if there is one; a failing log stops nothing."""
+    if sys.stderr is None:  # closed at the start: `print` would write to standard output
+        return
     with contextlib.suppress(OSError, ValueError):
         text = printable(text, sys.stderr)
         print(text + "\n", end="", file=sys.stderr, flush=True)  # one write: lines never mix
@@ -8137,6 +8142,7 @@ class Transport:
         if scheme == "https":
             kind, options["context"] = http.client.HTTPSConnection, _tls_context(cafile)
         self._connect = functools.partial(kind, host, port, **options)
+        self.warn: Callable[[str], None] = lambda text: client_logger().warning("%s", text)
         self._lock = threading.Lock()  # guards `closed` and `_connections`
         self.closed = False
         self._connections: weakref.WeakSet[_HTTPConnection] = weakref.WeakSet()
@@ -8182,19 +8188,20 @@ class Transport:
         repeatable: bool = True,
         done_statuses: Sequence[int] = (),
         into: Optional[BinaryIO] = None,
+        stop: Optional[threading.Event] = None,
     ) -> tuple[http.client.HTTPMessage, bytes]:
         """Sends a request; returns the headers and body of the response, or raises its error.
 
         `timeout`: seconds that the server may be silent.  If the connection breaks, a `repeatable`
         request is sent once more; then a status in `done_statuses` means that the first one was
-        executed.  `into` receives the body of a good response.
+        executed.  `into` receives the body of a good response.  `stop` ends the server's wait.
         """
         request = self.encode(method, path, query, body, type)
         repeated = False
         while True:
             connection = self.connection()
             try:
-                status, headers, content = connection.exchange(request, timeout, into)
+                status, headers, content = connection.exchange(request, timeout, into, stop)
                 break
             except socket.timeout as error:
                 raise Unavailable(f"{self.url} did not respond in time") from error
@@ -8210,9 +8217,13 @@ class Transport:
         raise error_in_response(self.url, status, content)
 
     def retry(self, request: Callable[[], T], timeout: float) -> T:
-        """Runs a request until it succeeds, for up to `timeout` seconds: across a restart."""
+        """Runs a request until it succeeds, for up to `timeout` seconds: across a restart.
+
+        Warns before the first pause, so that a user knows why nothing happens.
+        """
         deadline = time.monotonic() + timeout
         delays = _retry_delays()
+        warned = False
         while True:
             try:
                 return request()
@@ -8221,6 +8232,9 @@ class Transport:
                 late = time.monotonic() + delay > deadline
                 if error.status not in RETRYABLE or self.closed or late:
                     raise
+                if not warned:
+                    self.warn(f"{error}; trying again for {timeout:g} s")
+                warned = True
             time.sleep(delay)
 
     def connection(self) -> _HTTPConnection:
@@ -8242,7 +8256,7 @@ class Transport:
 class _HTTPConnection:
     """A connection of one thread: opened when needed, kept until it fails or the thread ends.
 
-    Other threads may call only `end_wait` and `shutdown`.
+    Other threads may call only `shutdown`.
     """
 
     def __init__(self, url: str, connect: Callable[[], http.client.HTTPConnection]) -> None:
@@ -8253,7 +8267,11 @@ class _HTTPConnection:
         self._used = 0.0  # monotonic time of the last response
 
     def exchange(
-        self, request: bytes, timeout: float, into: Optional[BinaryIO]
+        self,
+        request: bytes,
+        timeout: float,
+        into: Optional[BinaryIO],
+        stop: Optional[threading.Event] = None,
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Sends a request and returns the response; OSError or HTTPException if that breaks."""
         sock = self.open()
@@ -8261,7 +8279,8 @@ class _HTTPConnection:
         try:
             sock.settimeout(timeout)
             sock.sendall(request)
-            response = http.client.HTTPResponse(sock)
+            source: Any = sock if stop is None else _StoppableReader(sock, timeout, stop)
+            response = http.client.HTTPResponse(source)
             response.begin()
             body = _read_response(response, into)
         except BaseException:  # also Ctrl-C: the rest would be taken for the next response
@@ -8271,7 +8290,7 @@ class _HTTPConnection:
             if response is not None:
                 response.close()
         self._used = time.monotonic()
-        if response.will_close:
+        if response.will_close or (stop is not None and stop.is_set()):
             self.close()
         return response.status, response.headers, body
 
@@ -8291,16 +8310,12 @@ class _HTTPConnection:
         self._connection = connection
         return connection.sock
 
-    def end_wait(self) -> None:
-        """Ends the wait for a message: the server sees that no other request follows."""
-        self.shutdown(socket.SHUT_WR)
-
-    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+    def shutdown(self) -> None:
         """Ends a request under way in the thread of this connection."""
         connection = self._connection
         if connection is not None and self.process == os.getpid():
-            with contextlib.suppress(OSError, AttributeError):  # closed just now
-                socket.socket.shutdown(connection.sock, how)  # the TCP connection under any TLS
+            with contextlib.suppress(AttributeError):  # closed just now
+                _shut_down(connection.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the connection if it is open."""
@@ -8313,6 +8328,46 @@ class _HTTPConnection:
                 socket.close(descriptor)
 
     __del__ = close
+
+
+class _StoppableReader(io.RawIOBase):
+    """Reads a response, for which `stop` ends the wait.
+
+    When `stop` is set, this end of the connection is closed: the server sees that its client
+    leaves and delivers no message any more.  One that it has sent before is still received.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float, stop: threading.Event) -> None:
+        self._socket = sock
+        self._timeout = timeout
+        self._stop = stop
+        self._stopped = False
+        sock.settimeout(STOP_CHECK_INTERVAL)
+
+    def makefile(self, _: str) -> io.BufferedReader:
+        """As of a socket, for HTTPResponse."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            if self._stop.is_set() and not self._stopped:
+                self._stopped = True
+                _shut_down(self._socket, socket.SHUT_WR)
+            try:
+                return self._socket.recv_into(buffer)
+            except socket.timeout:
+                if time.monotonic() > deadline:
+                    raise
+
+
+def _shut_down(sock: socket.socket, how: int) -> None:
+    """Shuts a TCP connection down, under any TLS; it may be closed just now."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, how)
 
 
 def _is_idle(sock: socket.socket) -> bool:
@@ -8355,6 +8410,19 @@ def _read_response(response: http.client.HTTPResponse, into: Optional[BinaryIO])
     return body.getvalue()
 
 
+@functools.cache
+def client_logger() -> logging.Logger:
+    """Returns the logger of the client, which prints nothing unless the program sets up logging.
+
+    `logging` is imported here because neither a server nor most commands need it.
+    """
+    import logging
+
+    logger = logging.getLogger("linger")
+    logger.addHandler(logging.NullHandler())
+    return logger
+
+
 def _retry_delays() -> Iterator[float]:
     """Yields the seconds to wait before each retry: longer and longer."""
     delay = MIN_RETRY_DELAY
@@ -8394,6 +8462,63 @@ def _tls_context(cafile: Optional[str]) -> ssl.SSLContext:
 Infos = list[dict[str, Any]]
 
 
+class _Requests:
+    """Sends the requests of a client, with its timeout, and decodes the responses."""
+
+    def __init__(self, transport: Transport, timeout: float) -> None:
+        self._transport = transport
+        self._timeout = timeout
+
+    def send(
+        self, *request: Any, wait: float = 0, **options: Any
+    ) -> tuple[http.client.HTTPMessage, bytes]:
+        """Sends a request, as `Transport.request`, to which the server may respond after `wait`."""
+        return self._transport.request(*request, timeout=self._timeout + wait, **options)
+
+    def send_json(self, convert: Callable[[Any], T], *request: Any, **options: Any) -> T:
+        """Sends a request; returns the JSON of its response, converted."""
+        _, body = self.send(*request, **options)
+        with _decoding(self._transport.url):
+            return convert(json.loads(body or b"null"))
+
+    def add(
+        self,
+        convert: Callable[[Any], T],
+        path: str,
+        content: tuple[bytes, str],
+        retry: bool,
+        query: dict[str, object],
+    ) -> T:
+        """Posts `content`, a body and its type; a dedup key makes the request repeatable."""
+        if retry:
+            query.setdefault("dedup", os.urandom(16).hex())
+        request = functools.partial(
+            self.send_json, convert, "POST", path, query, *content, repeatable="dedup" in query
+        )
+        return self._transport.retry(request, self._timeout) if retry else request()
+
+    def list_whole(self, channel: str) -> Iterator[dict[str, Any]]:
+        """Yields all messages of a channel, as JSON objects with whole bodies, by their ids."""
+        path = encode_path("channels", channel, "messages")
+        after: Optional[int] = None
+        while True:
+            query = {"n": MAX_BATCH, "after": after, "whole": 1}
+            page = self.send_json(list, "GET", path, query)
+            yield from page
+            if not page:
+                break
+            after = page[-1]["id"]
+
+
+@contextlib.contextmanager
+def _decoding(url: str) -> Iterator[None]:
+    """Reports a response that cannot be decoded as an error of the server at `url`."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise LingerError(f"{url} does not respond as Linger does", 502) from error
+
+
 class Client:
     """A Linger server; the methods have the names of the broker's.  Thread-safe.
 
@@ -8421,6 +8546,7 @@ class Client:
         self.timeout = timeout
         token = token or os.environ.get("LINGER_TOKEN") or ""
         self._transport = Transport(self.url, token, timeout, cafile)
+        self._requests = _Requests(self._transport, timeout)
         self._unsettled = _Deliveries()
 
     def close(self) -> None:
@@ -8437,18 +8563,20 @@ class Client:
 
     def server_info(self) -> dict[str, Any]:
         """Returns `Linger`, `version`, `id` and `hostname` of the server."""
-        return self._request_json(dict, "GET", "/")
+        return self._requests.send_json(dict, "GET", "/")
 
     def health(self) -> bool:
         """Returns whether the server responds and can store a message now."""
         try:
-            return self._request_json(lambda value: value["healthy"] is True, "GET", "/health")
+            return self._requests.send_json(
+                lambda value: value["healthy"] is True, "GET", "/health"
+            )
         except Unavailable:
             return False
 
     def stats(self) -> dict[str, Any]:
         """Returns the counters since the server's start, and the current totals."""
-        return self._request_json(dict, "GET", "/stats")
+        return self._requests.send_json(dict, "GET", "/stats")
 
     def backup(self, path: str, force: bool = False) -> None:
         """Copies the server's database to a new file, from which a server can start.
@@ -8457,7 +8585,7 @@ class Client:
         replaces it, unless it is a database in use.
         """
         with atomic_write(path, force) as part, open(part, "wb") as file:
-            self._request("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
+            self._requests.send("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
 
     # -- producing
 
@@ -8477,7 +8605,7 @@ class Client:
         `dedup` key ensures that it is added once.
         """
         keyed = "dedup" in parameters or "unique" in parameters  # not only because of `retry`
-        return self._add(
+        return self._requests.add(
             lambda value: PostResult(value["id"], keyed and value.get("duplicate", False)),
             encode_path("channels", channel), encode_message(body, type), retry,
             encode_parameters(ALL_PARAMETERS, parameters),
@@ -8491,7 +8619,7 @@ class Client:
         Each is a body as for `post`, or a tuple `(body, type, parameters)`.  `given`: default
         parameters of all; `retry` is as for `post`.  The error of a bad item has its `index`.
         """
-        return self._add(
+        return self._requests.add(
             lambda value: list(value["ids"]),
             encode_path("channels", channel, "batch"), encode_batch(bodies, ALL_PARAMETERS), retry,
             encode_parameters(ALL_PARAMETERS, given),
@@ -8510,7 +8638,7 @@ class Client:
         `body`, `type` and `retry` are as for `post`; `keys`: `dedup` and `dedup_for`.  A channel
         at its high-level mark is left out.
         """
-        return self._add(
+        return self._requests.add(
             lambda value: {channel: id for channel, id in value.items() if id is not True},
             encode_path("topics", topic), encode_message(body, type), retry,
             encode_parameters(DEDUP_PARAMETERS, keys),
@@ -8520,7 +8648,7 @@ class Client:
         self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: Unpack[PublishKeys]
     ) -> dict[str, list[int]]:
         """Publishes up to 1,000 messages, given as to `post_batch`; copies' ids by channel."""
-        return self._add(
+        return self._requests.add(
             dict, encode_path("topics", topic, "batch"), encode_batch(bodies, DEDUP_PARAMETERS),
             retry, encode_parameters(DEDUP_PARAMETERS, keys),
         )  # fmt: skip
@@ -8535,15 +8663,17 @@ class Client:
         ack: Optional[MessageOrId] = None,
         lease: Optional[int] = None,
         auto: bool = False,
+        stop: Optional[threading.Event] = None,
     ) -> Optional[Message]:
         """Takes the next message of a channel, or of the first of several that has one.
 
         Waits for one for up to `wait` seconds (None: 120); returns None if none arrives.
         `timeout`: seconds that it stays hidden, in place of its own.  `ack`: a message to delete
         before, in the same transaction; if that fails (`NotFound`, `Conflict`) none is taken.
-        `auto`: delete the message on delivery.
+        `auto`: delete the message on delivery.  `stop`: set by another thread, it ends the wait
+        within a second; a message that comes just then goes back uncounted, unless with `auto`.
         """
-        messages = self.get_batch(channels, 1, wait, timeout, ack, lease, auto)
+        messages = self.get_batch(channels, 1, wait, timeout, ack, lease, auto, stop)
         return messages[0] if messages else None
 
     def get_batch(
@@ -8555,18 +8685,36 @@ class Client:
         ack: Optional[MessageOrId] = None,
         lease: Optional[int] = None,
         auto: bool = False,
+        stop: Optional[threading.Event] = None,
     ) -> list[Message]:
         """Takes up to `n` messages (1 to 1,000), as many as are ready once one is; see `get`."""
+        if stop is not None and stop.is_set():
+            if ack is not None:
+                self.delete(ack, lease)
+            return []
         path = "/channels/" + ",".join(encode_path(name)[1:] for name in list_names(channels))
         query: dict[str, object] = {"n": n, "wait": wait, "timeout": timeout}
         if ack is not None:
             query["ack"], query["lease"] = delivery_of(ack, lease)
         if auto:
             query["auto"] = "yes"
-        return self._request_json(
-            lambda value: [parse_message(item) for item in value or ()],
-            "GET", path, query, wait=DEFAULT_WAIT if wait is None else wait, repeatable=False,
-        )  # fmt: skip
+        try:
+            messages = self._requests.send_json(
+                lambda value: [parse_message(item) for item in value or ()],
+                "GET", path, query, wait=DEFAULT_WAIT if wait is None else wait, repeatable=False,
+                stop=stop,
+            )  # fmt: skip
+        except Unavailable:
+            if stop is None or not stop.is_set():
+                raise
+            messages = []  # the server has closed the connection,
+            if ack is not None:  # probably after it has deleted that message
+                with contextlib.suppress(NotFound):
+                    self.delete(ack, lease)
+        if stop is not None and stop.is_set() and not auto:
+            _give_back(self, messages)
+            return []
+        return messages
 
     # -- acknowledging
 
@@ -8580,7 +8728,7 @@ class Client:
         """Deletes up to 1,000 messages; returns the ids deleted, in conflict, and missing."""
         deliveries = [delivery_of(message) for message in messages]
         body = TO_JSON([{"id": id, "lease": lease} for id, lease in deliveries]).encode()
-        result = self._request_json(
+        result = self._requests.send_json(
             lambda value: (value["deleted"], value["conflict"], value["missing"]),
             "POST", "/messages/delete", body=body, type=JSON_TYPE,
         )  # fmt: skip
@@ -8595,10 +8743,11 @@ class Client:
         """Restarts the visibility timeout of a message in flight, from now.
 
         `timeout`: seconds, in place of the message's own.  `NotFound`, or `Conflict` if the
-        message is not in flight or was delivered again.
+        message is not in flight, was delivered again, or has been in `work` for its `max_time`.
         """
         id, lease = delivery_of(message, lease)
-        self._request("POST", f"/messages/{id}/touch", {"lease": lease, "timeout": timeout})
+        self._unsettled.check_deadline(id, lease)
+        self._requests.send("POST", f"/messages/{id}/touch", {"lease": lease, "timeout": timeout})
 
     def release(
         self,
@@ -8606,12 +8755,15 @@ class Client:
         delay: Optional[int] = None,
         reason: str = "",
         lease: Optional[int] = None,
+        uncounted: bool = False,
     ) -> None:
         """Returns a message in flight: ready after `delay` seconds, its backoff, or at once.
 
-        `reason`: up to 4,096 bytes in UTF-8, shown to the next consumer.  Errors as for `touch`.
+        `reason`: up to 4,096 bytes in UTF-8, shown to the next consumer.  `uncounted`: as if it
+        had not been delivered, so without backoff; needs a lease.  Errors as for `touch`.
         """
-        self._settle("release", delivery_of(message, lease), reason, delay=delay)
+        delivery = delivery_of(message, lease)
+        self._settle("release", delivery, reason, delay=delay, uncounted=uncounted or None)
 
     def reject(self, message: MessageOrId, reason: str = "", lease: Optional[int] = None) -> None:
         """Moves a message in flight to its dead channel, or deletes it.  Errors as for `touch`."""
@@ -8620,7 +8772,7 @@ class Client:
     def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
         """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
         came from, or all to the channel `to`; returns how many."""
-        return self._request_json(
+        return self._requests.send_json(
             lambda value: int(value["moved"]),
             "POST", encode_path("channels", channel, "redrive"), {"n": n, "to": to},
             repeatable=False, wait=BULK_WAIT,
@@ -8628,72 +8780,74 @@ class Client:
 
     def drain(self, channel: str) -> None:
         """Deletes all messages of a channel, in every state, and its dedup keys."""
-        self._request("DELETE", encode_path("channels", channel), wait=BULK_WAIT)
+        self._requests.send("DELETE", encode_path("channels", channel), wait=BULK_WAIT)
 
     # -- channels and topics
 
     def channels(self) -> list[str]:
         """Returns the sorted names of channels with messages, subscriptions or consumers."""
-        return self._request_json(lambda value: list(value["channels"]), "GET", "/channels")
+        return self._requests.send_json(lambda value: list(value["channels"]), "GET", "/channels")
 
     def channel_infos(self, n: int = 0, after: str = "", like: str = "", order: str = "") -> Infos:
         """Returns the `info` of each channel, or of some, as `GET /channels?info` does."""
         query = {"info": 1, **({"n": n} if n else {}), "after": after, "like": like, "order": order}
-        return self._request_json(lambda value: list(value["channels"]), "GET", "/channels", query)
+        return self._requests.send_json(
+            lambda value: list(value["channels"]), "GET", "/channels", query
+        )
 
     def info(self, channel: str) -> dict[str, Any]:
         """Returns the counts, consumers, topics and settings of a channel."""
-        return self._request_json(dict, "GET", encode_path("channels", channel, "info"))
+        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "info"))
 
     def channel_stats(self, channel: str) -> dict[str, int]:
         """Returns how many messages of a channel are `ready` and how many `hidden`."""
-        return self._request_json(dict, "GET", encode_path("channels", channel, "stats"))
+        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "stats"))
 
     def topics(self, channel: Optional[str] = None) -> list[str]:
         """Returns the sorted topics with subscriptions: those of one channel, or all."""
         path = "/topics" if channel is None else encode_path("channels", channel, "topics")
-        return self._request_json(lambda value: list(value["topics"]), "GET", path)
+        return self._requests.send_json(lambda value: list(value["topics"]), "GET", path)
 
     def subscribers(self, topic: str) -> list[str]:
         """Returns the sorted channels subscribed to a topic."""
         path = encode_path("topics", topic, "channels")
-        return self._request_json(lambda value: list(value["channels"]), "GET", path)
+        return self._requests.send_json(lambda value: list(value["channels"]), "GET", path)
 
     def subscribe(self, channel: str, topic: str, **parameters: Unpack[MessageFields]) -> None:
         """Subscribes a channel to a topic, or changes a subscription: copies get `parameters`."""
         path = encode_path("channels", channel, "topics", topic)
-        self._request("PUT", path, encode_parameters(MESSAGE_PARAMETERS, parameters))
+        self._requests.send("PUT", path, encode_parameters(MESSAGE_PARAMETERS, parameters))
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; no error if there is none."""
-        self._request("DELETE", encode_path("channels", channel, "topics", topic))
+        self._requests.send("DELETE", encode_path("channels", channel, "topics", topic))
 
     def settings(self, channel: str) -> dict[str, Any]:
         """Returns the settings of a channel that are set."""
-        return self._request_json(dict, "GET", encode_path("channels", channel, "settings"))
+        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "settings"))
 
     def set_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
         """Replaces the settings of a channel: its `hlm`, and the defaults of messages posted."""
         path = encode_path("channels", channel, "settings")
-        self._request("PUT", path, encode_parameters(CHANNEL_PARAMETERS, parameters))
+        self._requests.send("PUT", path, encode_parameters(CHANNEL_PARAMETERS, parameters))
 
     def clear_settings(self, channel: str) -> None:
         """Clears the settings of a channel; no error if there are none."""
-        self._request("DELETE", encode_path("channels", channel, "settings"))
+        self._requests.send("DELETE", encode_path("channels", channel, "settings"))
 
     def pause(self, channel: str, seconds: Optional[int] = None) -> None:
         """Stops the delivery of a channel's messages for some seconds, or until `resume`."""
-        self._request("PUT", encode_path("channels", channel, "pause"), {"for": seconds})
+        self._requests.send("PUT", encode_path("channels", channel, "pause"), {"for": seconds})
 
     def resume(self, channel: str) -> None:
         """Ends a pause; no error if there is none."""
-        self._request("DELETE", encode_path("channels", channel, "pause"))
+        self._requests.send("DELETE", encode_path("channels", channel, "pause"))
 
     # -- inspection
 
     def read_message(self, id: int) -> tuple[Message, str]:
         """Returns a message and its state (of `STATES`) without taking it; `NotFound`."""
-        headers, body = self._request("GET", f"/messages/{id}")
+        headers, body = self._requests.send("GET", f"/messages/{id}")
         with _decoding(self.url):
             return parse_headers(headers, body)
 
@@ -8705,7 +8859,7 @@ class Client:
         In the order of delivery for the state `ready`, else by id.  A body is cut to PREVIEW_BYTES
         bytes, at a whole character.
         """
-        return self._request_json(
+        return self._requests.send_json(
             lambda value: [(parse_message(item), item["state"]) for item in value],
             "GET", encode_path("channels", channel, "messages"),
             {"state": state, "n": n, "after": after},
@@ -8719,15 +8873,7 @@ class Client:
         remaining seconds.  A message in flight is dumped as ready.  Nothing is taken.
         """
         for channel in self.channels() if channels is None else list_names(channels):
-            path = encode_path("channels", channel, "messages")
-            after: Optional[int] = None
-            while True:
-                query = {"n": MAX_BATCH, "after": after, "whole": 1}
-                page = self._request_json(list, "GET", path, query)
-                yield from map(dumped_record, page)
-                if not page:
-                    break
-                after = page[-1]["id"]
+            yield from map(dumped_record, self._requests.list_whole(channel))
 
     def load(self, records: Iterable[Mapping[str, Any]]) -> int:
         """Posts the records of a `dump` in order, with new ids; returns how many.
@@ -8740,7 +8886,7 @@ class Client:
             for channel, items in in_batches(records):
                 body = b"[" + b",".join(items) + b"]"
                 path = encode_path("channels", channel, "batch")
-                self._add(dict, path, (body, JSON_TYPE), True, {})
+                self._requests.add(dict, path, (body, JSON_TYPE), True, {})
                 count += len(items)
         except LingerError as error:
             if error.index is not None:
@@ -8759,20 +8905,25 @@ class Client:
         timeout: Optional[int] = None,
         delay: int = FAILURE_DELAY,
         stop: Optional[threading.Event] = None,
+        max_time: Optional[float] = None,
     ) -> None:
         """Calls a function with each message, in `threads` threads, until it is stopped.
 
         When the function returns, the message is deleted.  When it raises, the message is released
         with the traceback as the reason, for its backoff or else for `delay` seconds.  The
         function may itself delete, release or reject it through this client.  While the function
-        runs, the message is kept in flight.  The server may restart meanwhile.
+        runs, the message is kept in flight, for up to `max_time` seconds and a timeout; after that
+        `touch` raises `Conflict`.  The server may restart meanwhile.
 
-        Ends after the current messages when `stop` is set, on SIGTERM or SIGINT (in the main
-        thread), or with a `wait` of 0 when there is no message.  Raises the errors that no retry
-        can repair.
+        Ends after the current messages when `stop` is set, on SIGTERM, SIGINT or SIGHUP (in the
+        main thread), or with a `wait` of 0 when there is no message.  Raises the errors that no
+        retry can repair.  Exceptions of the function and outages go to the logger "linger".
         """
         stop = stop or threading.Event()
-        new_loop = functools.partial(_ConsumerLoop, self, channels, wait, timeout, stop)
+        outage = Outage(self._transport.warn, SERVER_IS_BACK)
+        new_loop = functools.partial(
+            _ConsumerLoop, self, channels, wait, timeout, stop, outage, max_time
+        )
         _run_loops(
             new_loop, lambda loop, message: loop.process(function, message, delay), threads, stop
         )
@@ -8783,17 +8934,20 @@ class Client:
         wait: Optional[int] = None,
         timeout: Optional[int] = None,
         stop: Optional[threading.Event] = None,
+        max_time: Optional[float] = None,
     ) -> Iterator[Message]:
         """Yields the messages of channels, for a `for` loop.
 
         Asking for the next message deletes the current one; leaving the loop with `break` or an
         exception releases it.  The body of the loop may itself delete, release or reject it
-        through this client.  Meanwhile the message is kept in flight, and the server may restart.
-        Ends after the current message when `stop` is set, or with a `wait` of 0 when there is no
-        message.
+        through this client.  Meanwhile the message is kept in flight, for up to `max_time` as in
+        `work`, and the server may restart.  Ends after the current message when `stop` is set, or
+        with a `wait` of 0 when there is no message.
         """
         stop = stop or threading.Event()
-        with contextlib.closing(_ConsumerLoop(self, channels, wait, timeout, stop)) as loop:
+        outage = Outage(self._transport.warn, SERVER_IS_BACK)
+        loop = _ConsumerLoop(self, channels, wait, timeout, stop, outage, max_time)
+        with contextlib.closing(loop):
             while (message := loop.next()) is not None:
                 try:
                     yield message
@@ -8803,34 +8957,6 @@ class Client:
 
     # -- requests
 
-    def _request_json(self, convert: Callable[[Any], T], *request: Any, **options: Any) -> T:
-        """Sends a request; returns the JSON of its response, converted."""
-        _, body = self._request(*request, **options)
-        with _decoding(self.url):
-            return convert(json.loads(body or b"null"))
-
-    def _request(
-        self, *request: Any, wait: float = 0, **options: Any
-    ) -> tuple[http.client.HTTPMessage, bytes]:
-        """Sends a request, as `Transport.request`, to which the server may respond after `wait`."""
-        return self._transport.request(*request, timeout=self.timeout + wait, **options)
-
-    def _add(
-        self,
-        convert: Callable[[Any], T],
-        path: str,
-        content: tuple[bytes, str],
-        retry: bool,
-        query: dict[str, object],
-    ) -> T:
-        """Posts `content`, a body and its type; a dedup key makes the request repeatable."""
-        if retry:
-            query.setdefault("dedup", os.urandom(16).hex())
-        request = functools.partial(
-            self._request_json, convert, "POST", path, query, *content, repeatable="dedup" in query
-        )
-        return self._transport.retry(request, self.timeout) if retry else request()
-
     def _settle(self, action: str, delivery: Delivery, reason: str = "", **query: object) -> None:
         """Ends a delivery.  Repeatable if it deletes, or with a lease, which is valid only once."""
         id, lease = delivery
@@ -8838,20 +8964,32 @@ class Client:
             method, path, done_statuses = "DELETE", f"/messages/{id}", [404]
         else:
             method, path, done_statuses = "POST", f"/messages/{id}/{action}", [404, 409]
-        self._request(
+        self._requests.send(
             method, path, {**query, "lease": lease}, encode_text(reason), DEFAULT_TYPE,
             repeatable=lease is not None or action == "delete", done_statuses=done_statuses,
         )  # fmt: skip
         self._unsettled.discard(id, lease)
 
 
-@contextlib.contextmanager
-def _decoding(url: str) -> Iterator[None]:
-    """Reports a response that cannot be decoded as an error of the server at `url`."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise LingerError(f"{url} does not respond as Linger does", 502) from error
+def _give_back(client: Client, messages: Iterable[Message]) -> None:
+    """Undoes deliveries; those for which that fails end with their timeout."""
+    for message in messages:
+        try:
+            client.release(message, 0, uncounted=True)
+        except (NotFound, Conflict):
+            continue
+        except LingerError as error:
+            client._transport.warn(f"{message_name(message)} was not given back: {error}")
+            return
+
+
+def message_name(message: Message) -> str:
+    """Returns what log lines call a message."""
+    return f"message {message.id} of {message.channel}"
+
+
+SERVER_IS_BACK = "the server responds again"
+LEASE_LOST = "the message was deleted, or delivered again, meanwhile"
 
 
 class _Deliveries:
@@ -8862,31 +9000,64 @@ class _Deliveries:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards `_deliveries`
-        self._deliveries: set[Delivery] = set()
+        self._lock = threading.Lock()  # guards `_deadlines`
+        self._deadlines: dict[Delivery, float] = {}  # monotonic time until which each is touched
 
-    def add(self, message: Message) -> None:
+    def add(self, message: Message, deadline: float) -> None:
         """Adds the delivery of a message."""
         with self._lock:
-            self._deliveries.add(delivery_of(message))
+            self._deadlines[delivery_of(message)] = deadline
 
     def discard(self, id: int, lease: Optional[int]) -> None:
         """Removes a delivery; without a lease, each delivery of that message."""
         with self._lock:
-            settled = {d for d in self._deliveries if d[0] == id and lease in (None, d[1])}
-            self._deliveries -= settled
+            for settled in [d for d in self._deadlines if d[0] == id and lease in (None, d[1])]:
+                del self._deadlines[settled]
+
+    def check_deadline(self, id: int, lease: Optional[int]) -> None:
+        """`Conflict` if a delivery may not be touched any more."""
+        with self._lock:
+            deadline = self._deadlines.get((id, lease), NEVER)
+        if time.monotonic() > deadline:
+            raise Conflict(
+                f"message {id} has been processed for its `max_time`: it is kept no more"
+            )
 
     def __contains__(self, message: Message) -> bool:
         with self._lock:
-            return delivery_of(message) in self._deliveries
+            return delivery_of(message) in self._deadlines
+
+
+class Outage:
+    """Reports once, for all loops of a worker, that something fails, and that it works again."""
+
+    def __init__(self, warn: Callable[[str], None], end: str) -> None:
+        """`end` is what is reported at the end."""
+        self._warn = warn
+        self._end = end
+        self._lock = threading.Lock()  # guards `_begun`
+        self._begun = False
+
+    def begin(self, error: object) -> None:
+        """It fails, and another try follows."""
+        with self._lock:
+            known, self._begun = self._begun, True
+        if not known:
+            self._warn(f"{error}; trying again")
+
+    def end(self) -> None:
+        """It works."""
+        with self._lock:
+            known, self._begun = self._begun, False
+        if known:
+            self._warn(self._end)
 
 
 class _ConsumerLoop:
     """Takes messages one after the other; taking the next acknowledges the current one.
 
     It belongs to one thread.  A heartbeat thread of its own, which only reads the loop's state,
-    touches the current message before its timeout, and ends the wait for the next one when `stop`
-    is set.
+    touches the current message before its timeout.
     """
 
     def __init__(
@@ -8896,15 +9067,21 @@ class _ConsumerLoop:
         wait: Optional[int],
         timeout: Optional[int],
         stop: threading.Event,
+        outage: Outage,
+        max_time: Optional[float] = None,
     ) -> None:
+        """`outage` is told of errors that are retried; `max_time` is as of `Client.work`."""
+        if max_time is not None and max_time <= 0:
+            raise BadRequest("max_time must be more than 0 seconds")
         self._client = client
-        self._take = functools.partial(client.get, channels, wait, timeout)
+        self._take = functools.partial(client.get, channels, wait, timeout, stop=stop)
         self._once = wait == 0
         self._stop = stop
-        self.on_lease_lost: Callable[[], None] = lambda: None  # called by the heartbeat thread
-        self.on_outage: Callable[[LingerError], None] = lambda _: None  # before each retry
+        self._outage = outage
+        self._max_time = NEVER if max_time is None else max_time
+        self.on_lease_lost: Callable[[Message], None] = self._warn_of_lost_lease
+        self._lost: Optional[Message] = None  # the last one for which that was called
         self._current: Optional[tuple[Message, float]] = None  # the message, and its arrival time
-        self._waiting: Optional[_HTTPConnection] = None  # the connection of a take under way
         self._closed = threading.Event()
         self._heart = threading.Thread(target=self._heartbeat, name="linger-heartbeat", daemon=True)
         self._heart.start()
@@ -8920,17 +9097,19 @@ class _ConsumerLoop:
         while not self._stop.is_set():
             done = self._unsettled()
             try:
-                message = self._take_next(done)
+                message = self._take(ack=done)
             except LingerError as error:
                 if done is not None and isinstance(error, (NotFound, Conflict)):
+                    self._lease_lost(done)
                     self._set_current(None)
                 elif error.status < 500 or self._once or self._client._transport.closed:
                     self.ack_current()
                     raise
                 elif not self._stop.is_set():
-                    self.on_outage(error)
+                    self._outage.begin(error)
                     self._stop.wait(next(delays))
                 continue
+            self._outage.end()
             self._set_current(message)
             delays = _retry_delays()
             if message is not None or self._once:
@@ -8938,23 +9117,29 @@ class _ConsumerLoop:
         self.ack_current()
         return None
 
-    def process(self, function: Callable[[Message], object], message: Message, delay: int) -> None:
+    def process(
+        self, function: Callable[[Message], T], message: Message, delay: int
+    ) -> Optional[T]:
         """Calls a function with the current message; if it raises, releases the message."""
         try:
-            function(message)
+            return function(message)
         except BaseException as error:
+            failed = isinstance(error, Exception)
+            if failed:
+                client_logger().error("%s failed", message_name(message), exc_info=True)
             self.release(traceback.format_exc(), None if message.backoff else delay)
-            if not isinstance(error, Exception):
+            if not failed:
                 raise
+            return None
 
     def ack_current(self) -> None:
         """Deletes the current message, unless it is settled."""
         self._settle(self._client.delete)
 
-    def release(self, reason: str, delay: Optional[int] = None) -> None:
+    def release(self, reason: str, delay: Optional[int] = None, uncounted: bool = False) -> None:
         """Releases the current message, unless it is settled; keeps the end of a long reason."""
         end = reason.encode("utf-8", "replace")[-MAX_REASON:].decode("utf-8", "ignore")
-        self._settle(self._client.release, delay, end)
+        self._settle(self._client.release, delay, end, None, uncounted)
 
     def reject(self, reason: str) -> None:
         """Rejects the current message, unless it is settled."""
@@ -8976,45 +9161,56 @@ class _ConsumerLoop:
     def _set_current(self, message: Optional[Message]) -> None:
         if self._current is not None:
             self._client._unsettled.discard(*delivery_of(self._current[0]))
-        if message is not None:
-            self._client._unsettled.add(message)
-        self._current = None if message is None else (message, time.monotonic())
-
-    def _take_next(self, done: Optional[Message]) -> Optional[Message]:
-        self._waiting = self._client._transport.connection()
-        try:
-            return self._take(ack=done)
-        finally:
-            self._waiting = None
+        if message is None:
+            self._current = None
+        else:
+            now = time.monotonic()
+            self._client._unsettled.add(message, now + self._max_time)
+            self._current = (message, now)
 
     def _settle(self, method: Callable[..., None], *arguments: object) -> None:
         """Settles the current message; if that fails, it returns after its timeout."""
         message = self._unsettled()
-        if message is not None:
-            settle = functools.partial(method, message, *arguments)
-            with contextlib.suppress(LingerError):
-                self._client._transport.retry(settle, self._client.timeout)
-            self._set_current(None)
+        if message is None:
+            return
+        settle = functools.partial(method, message, *arguments)
+        try:
+            self._client._transport.retry(settle, self._client.timeout)
+        except (NotFound, Conflict):
+            self._lease_lost(message)
+        except LingerError as error:
+            text = f"{message_name(message)} comes again after its timeout: {error}"
+            self._client._transport.warn(text)
+        self._set_current(None)
+
+    def _lease_lost(self, message: Message) -> None:
+        if self._lost is not message:
+            self._lost = message
+            self.on_lease_lost(message)
+
+    def _warn_of_lost_lease(self, message: Message) -> None:
+        self._client._transport.warn(f"{message_name(message)}: {LEASE_LOST}")
 
     def _heartbeat(self) -> None:
         current, due = None, 0.0
         while not self._closed.wait(HEARTBEAT_INTERVAL):
-            waiting = self._waiting
-            if waiting is not None and self._stop.is_set():
-                waiting.end_wait()
             if current is not self._current:
                 current = self._current
                 due = current[1] + current[0].timeout / TOUCHES_PER_TIMEOUT if current else 0.0
-            if current and due <= time.monotonic() and self._unsettled():
-                due = time.monotonic() + self._touch(current[0])
+            if current and due <= time.monotonic() and self._unsettled() is current[0]:
+                due = time.monotonic() + self._touch(*current)
 
-    def _touch(self, message: Message) -> float:
-        """Touches a message; returns the seconds until the next touch."""
+    def _touch(self, message: Message, arrived: float) -> float:
+        """Touches a message unless its time is over; returns the seconds until the next touch."""
+        if time.monotonic() > arrived + self._max_time:
+            text = f"has been processed for {self._max_time:g} s: its lease ends"
+            self._client._transport.warn(f"{message_name(message)} {text}")
+            return NEVER
         try:
             self._client.touch(message, message.timeout)
         except (NotFound, Conflict):
-            self.on_lease_lost()
-            return float("inf")
+            self._lease_lost(message)
+            return NEVER
         except LingerError:
             return 0.0
         return message.timeout / TOUCHES_PER_TIMEOUT
@@ -9040,37 +9236,56 @@ def _run_loops(
 
     workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
     with _stopping_on_signals(stop):
+        try:
+            for worker in workers:
+                worker.start()
+        except RuntimeError as error:  # the system allows no more threads
+            failures.append(error)
+            stop.set()
         for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+            if worker.ident is not None:
+                worker.join()
     if failures:
         raise failures.pop()  # not failures[0]: the list and the traceback would form a cycle
 
 
+def stop_signals() -> list[int]:
+    """Returns the signals that end a worker in good order.
+
+    SIGHUP, the end of its terminal, is one unless it is ignored (`nohup`) or handled.
+    """
+    numbers: list[int] = [signal.SIGTERM, signal.SIGINT]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
+        numbers.append(hangup)
+    return numbers
+
+
 @contextlib.contextmanager
 def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Lets the first SIGTERM or SIGINT set `stop`; the second one has its former effect.
+    """Lets each of `stop_signals` set `stop`; a second SIGTERM or SIGINT has its former effect.
 
-    Does nothing outside the main thread, which alone may set signal handlers.
+    A SIGHUP does not end the process even then: the shell and the system may send one each, also
+    beside SIGTERM.  Does nothing outside the main thread, which alone may set signal handlers.
     """
     former: dict[int, Any] = {}
 
-    def restore() -> None:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    def restore(*numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, former[number])
 
-    def stop_once(*_: object) -> None:
+    def stop_once(number: int, _: object) -> None:
         stop.set()
-        restore()
+        if number in (signal.SIGTERM, signal.SIGINT):
+            restore(signal.SIGTERM, signal.SIGINT)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             former[number] = signal.signal(number, stop_once) or signal.SIG_DFL
     try:
         yield
     finally:
-        restore()
+        restore(*former)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9530,8 +9745,14 @@ def _display_width(text: str) -> int:
 
 def _show_progress(text: str) -> None:
     """Replaces the progress line at a terminal; writes nothing to a pipe."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def warn_user(text: str) -> None:
+    """Says why a command does not go on."""
+    _show_progress("")
+    log(f"linger: {text}")
 
 
 # -- producing
@@ -9681,6 +9902,7 @@ def _take_next(
 ) -> Optional[Message]:
     """Acknowledges `done` and takes the next message; with `follow`, across restarts."""
     delays = _retry_delays()
+    warned = False
     while True:
         try:
             return take(ack=done)
@@ -9691,6 +9913,9 @@ def _take_next(
         except LingerError as error:
             if not follow or error.status not in RETRYABLE:
                 raise
+            if not warned:
+                warn_user(f"{error}; trying again")
+            warned = True
             time.sleep(next(delays))
 
 
@@ -9841,7 +10066,15 @@ def _settings(client: Client, options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------
 
 STOPPED = "the worker was stopped"
-LEASE_LOST = "the message was deleted, or delivered again, meanwhile"
+TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h, which `os` has on POSIX systems only
+NO_SUCH_COMMAND = frozenset((  # errors of exec that say that it can never run
+    errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOEXEC,
+    errno.ENOTDIR, errno.EPERM,
+))  # fmt: skip
+
+
+class CannotStart(LingerError):
+    """A command cannot be started now, for want of memory, space, processes or files."""
 
 
 class Job:
@@ -9853,38 +10086,64 @@ class Job:
     """
 
     def __init__(
-        self, command: Sequence[str], body: bytes, environment: Mapping[bytes, bytes]
+        self,
+        command: Sequence[str],
+        body: bytes,
+        environment: Mapping[bytes, bytes],
+        time_limit: Optional[int] = None,
     ) -> None:
-        """Starts the process; OSError if that fails."""
+        """Starts the process, which is killed after `time_limit` seconds.
+
+        Everything that it needs is there before it starts.  Raises `CannotStart`, or
+        `LingerError` if there is no such command.
+        """
         self.killed = ""  # the reason if it was killed
         self.status = 0  # exit status after its end, negative for a signal
+        self._process: Optional[subprocess.Popen[bytes]] = None
         self._ended = False
         self._stderr_tail = b""
         self._timers: list[threading.Timer] = []
-        with tempfile.TemporaryFile() as file:  # not a pipe: unread input must not block
-            file.write(body)
-            file.seek(0)
-            self._process = subprocess.Popen(
-                command, stdin=file, stderr=subprocess.PIPE, env=environment, start_new_session=True
-            )
-        self._stderr_copier = threading.Thread(
-            target=self._copy_stderr,
-            args=(self._process.stderr,),
-            name="linger-stderr",
-            daemon=True,
-        )
-        self._stderr_copier.start()
+        try:
+            with _input_file(body) as file:
+                self._stderr_copier, writer = self._copy_from_pipe()
+                with open(writer, "wb") as stderr:
+                    if time_limit is not None:
+                        reason = f"it took longer than {time_limit} seconds"
+                        self._after(time_limit, self.kill, reason)
+                    self._start(command, file, stderr, environment)
+        except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no more threads
+            self._end()
+            reason = getattr(error, "strerror", None) or str(error) or "no memory"
+            raise CannotStart(f"cannot run {command[0]}: {reason}") from error
+        except LingerError:
+            self._end()
+            raise
+        if self.killed:
+            self._signal(signal.SIGTERM)
 
-    def wait(self, time_limit: Optional[int]) -> None:
-        """Waits for its end; kills it after `time_limit` seconds."""
-        if time_limit is not None:
-            self._after(time_limit, self.kill, f"it took longer than {time_limit} seconds")
+    def _start(
+        self,
+        command: Sequence[str],
+        file: BinaryIO,
+        stderr: BinaryIO,
+        environment: Mapping[bytes, bytes],
+    ) -> None:
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=file, stderr=stderr, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            if error.errno in NO_SUCH_COMMAND:
+                raise LingerError(f"cannot run {command[0]}: {error.strerror}") from error
+            raise
+
+    def wait(self) -> None:
+        """Waits for its end."""
+        assert self._process is not None  # since it has started
         self.status = self._process.wait()
         if self.killed:
             self._signal(signal.SIGKILL)  # remaining children
-        self._ended = True
-        for timer in self._timers:
-            timer.cancel()
+        self._end()
         self._stderr_copier.join(STDERR_TIMEOUT)
 
     def kill(self, reason: str) -> None:
@@ -9892,7 +10151,10 @@ class Job:
         if not self.killed and not self._ended:
             self.killed = reason
             self._signal(signal.SIGTERM)
-            self._after(KILL_GRACE, self._signal, signal.SIGKILL)
+            try:
+                self._after(KILL_GRACE, self._signal, signal.SIGKILL)
+            except RuntimeError:  # no more threads
+                self._signal(signal.SIGKILL)
 
     def failure(self) -> str:
         """Returns why it failed; empty if it succeeded."""
@@ -9907,22 +10169,101 @@ class Job:
 
     def _after(self, seconds: float, function: Callable[[Any], None], argument: object) -> None:
         timer = threading.Timer(seconds, function, (argument,))
-        timer.daemon = True
+        timer.name, timer.daemon = "linger-timer", True
         self._timers.append(timer)
         timer.start()
 
+    def _end(self) -> None:
+        self._ended = True
+        for timer in self._timers:
+            timer.cancel()
+
     def _signal(self, number: int) -> None:
-        if not self._ended:  # afterwards the id may belong to another process
+        if self._process is not None and not self._ended:  # or the id may be another process's
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: a zombie
                 os.killpg(self._process.pid, number)
 
-    def _copy_stderr(self, stderr: Any) -> None:
-        with stderr:
+    def _copy_from_pipe(self) -> tuple[threading.Thread, int]:
+        """Returns a thread that copies standard error, and the end of the pipe to write it to."""
+        reader, writer = os.pipe()
+        copier = threading.Thread(
+            target=self._copy_stderr, args=(reader,), name="linger-stderr", daemon=True
+        )
+        try:
+            copier.start()
+        except BaseException:
+            os.close(reader)
+            os.close(writer)
+            raise
+        return copier, writer
+
+    def _copy_stderr(self, reader: int) -> None:
+        with open(reader, "rb") as stderr:
             while data := stderr.read1(STDERR_TAIL):
                 self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL:]
                 with contextlib.suppress(OSError, ValueError):
-                    sys.stderr.buffer.write(data)
-                    sys.stderr.buffer.flush()
+                    if sys.stderr is not None:
+                        sys.stderr.buffer.write(data)
+                        sys.stderr.buffer.flush()
+
+
+def _input_file(body: bytes) -> BinaryIO:
+    """Returns a file with these bytes for standard input; a pipe would block until it is read.
+
+    It is in memory where the system has such files, so that a full disk stops no command.
+    """
+    try:
+        file: Any = open(os.memfd_create("linger"), "w+b")  # noqa: SIM115
+    except (AttributeError, OSError):  # not on macOS; sandboxes forbid it
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        file.write(body)
+        file.seek(0)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
+    return cast(BinaryIO, file)
+
+
+def _open_standard_streams() -> None:
+    """Opens /dev/null for those of the standard streams that are closed.
+
+    Otherwise the next file or connection would become a standard stream of the commands.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(opened, True)
+
+
+def _work_below_init() -> Optional[int]:
+    """Forks, as process 1 of a container; returns None in the child, which is to do the work.
+
+    Process 1 becomes the parent of every process whose own parent has ended, and must reap it.
+    The child never sees those, so it cannot take their status for that of a command.  This
+    process passes signals on, reaps, and returns the exit status of the child after its end.
+    """
+    numbers = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)  # or a terminal's Ctrl-C would reach it twice
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        return None
+    while True:
+        number = signal.sigwait(numbers)
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+            continue
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        while ended:
+            if ended == child:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+            ended, status = os.waitpid(-1, os.WNOHANG)
 
 
 class Worker:
@@ -9935,18 +10276,21 @@ class Worker:
 
     def __init__(self, client: Client, options: argparse.Namespace) -> None:
         require_posix("linger work")
+        _open_standard_streams()
         self._client = client
         self._options = options
         self._environment = {**os.environb, b"LINGER_URL": client.url.encode()}
         self._stop = threading.Event()
         self._remaining = threading.Semaphore(options.count or sys.maxsize)
+        self._outage = Outage(warn_user, SERVER_IS_BACK)
+        self._shortage = Outage(warn_user, "commands can be started again")
         # A byte for each event: the number of a signal, or 0 for a thread's end.
         self._event_reader, self._event_writer = os.pipe()
         self._lock = threading.Lock()  # guards the five attributes below
         self._jobs: set[Job] = set()
+        self._asked_to_stop = False  # by SIGTERM or SIGINT
         self._killing = False
         self._worked = False
-        self._outage_logged = False
         self._error: Optional[LingerError] = None
 
     def run(self) -> int:
@@ -9954,26 +10298,39 @@ class Worker:
         options = self._options
         if shutil.which(options.command[0]) is None:
             raise BadRequest(f"there is no command {options.command[0]}")
+        if os.getpid() == 1 and threading.active_count() == 1:
+            status = _work_below_init()
+            if status is not None:
+                return status
         self._client.server_info()  # a later outage is waited for, but not one at the start
-        threads = min(options.j, options.count or options.j)
         with self._signals_as_events():
-            for n in range(threads):
-                threading.Thread(target=self._work, name=f"linger-worker-{n}").start()
-            while threads:
-                if ord(os.read(self._event_reader, 1)):
-                    self._stop_or_kill()
+            running = self._start_threads(min(options.j, options.count or options.j))
+            while running:
+                number = ord(os.read(self._event_reader, 1))
+                if number:
+                    self._stop_or_kill(number)
                 else:
-                    threads -= 1
+                    running -= 1
         if self._error is not None:
             raise self._error
         return 1 if options.once and not self._worked else 0
+
+    def _start_threads(self, count: int) -> int:
+        """Starts this number of threads; returns how many the system allows."""
+        for n in range(count):
+            try:
+                threading.Thread(target=self._work, name=f"linger-worker-{n}").start()
+            except RuntimeError as error:
+                self._fail(LingerError(f"cannot run {count} commands at a time: {error}"))
+                return n
+        return count
 
     @contextlib.contextmanager
     def _signals_as_events(self) -> Iterator[None]:
         """Writes each signal to the pipe at once, whichever thread the system delivers it to."""
         os.set_blocking(self._event_writer, False)
         former = signal.set_wakeup_fd(self._event_writer)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, lambda *_: None)
         try:
             yield
@@ -9982,80 +10339,107 @@ class Worker:
             os.close(self._event_reader)
             os.close(self._event_writer)
 
-    def _stop_or_kill(self) -> None:
-        """On the first signal, takes no more messages; on the second, kills the commands."""
-        if self._stop.is_set():
-            with self._lock:
-                self._killing = True
-                jobs = list(self._jobs)
-            for job in jobs:
-                job.kill(STOPPED)
+    def _stop_or_kill(self, number: int) -> None:
+        """Takes no more messages; on the second SIGTERM or SIGINT, kills the commands.
+
+        A SIGHUP never kills: the shell and the system may send one each, also beside SIGTERM.
+        """
         self._stop.set()
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            return
+        with self._lock:
+            kill, self._killing = self._asked_to_stop, self._asked_to_stop
+            self._asked_to_stop = True
+            jobs = list(self._jobs)
+        for job in jobs if kill else ():
+            job.kill(STOPPED)
 
     def _work(self) -> None:
+        """Works in one thread; after a message whose command cannot be started, it pauses."""
         options = self._options
-        wait = 0 if options.once else None
-        loop = _ConsumerLoop(self._client, options.channel.split(","), wait, None, self._stop)
-        loop.on_outage = self._log_outage
-        run_job = functools.partial(self._run_job, loop)
-        try:
-            while self._remaining.acquire(blocking=False):
-                message = loop.next()
-                if message is None:
-                    break
-                loop.process(run_job, message, options.retry_delay)
-        except LingerError as error:
-            self._fail(error)
-        finally:
-            loop.ack_current()
-            loop.close()
-            os.write(self._event_writer, b"\0")
+        channels, wait = options.channel.split(","), 0 if options.once else None
+        pauses = _retry_delays()
+        with contextlib.ExitStack() as ending:
+            ending.callback(os.write, self._event_writer, b"\0")
+            try:
+                loop = _ConsumerLoop(self._client, channels, wait, None, self._stop, self._outage)
+                ending.callback(loop.close)
+                ending.callback(loop.ack_current)
+                run_job = functools.partial(self._run_job, loop)
+                while self._remaining.acquire(blocking=False):
+                    message = loop.next()
+                    if message is None:
+                        break
+                    if loop.process(run_job, message, options.retry_delay):
+                        pauses = _retry_delays()
+                    else:
+                        self._remaining.release()
+                        self._stop.wait(next(pauses))
+            except LingerError as error:
+                self._fail(error)
+            except RuntimeError as error:  # the system allows no more threads
+                self._fail(LingerError(f"cannot run {options.j} commands at a time: {error}"))
 
     def _fail(self, error: LingerError) -> None:
         with self._lock:
             self._error = error
         self._stop.set()
 
-    def _log_outage(self, error: LingerError) -> None:
-        """Logs that the server does not respond, once until the next message."""
-        with self._lock:
-            logged, self._outage_logged = self._outage_logged, True
-        if not logged:
-            log(f"linger: {error}; trying again")
+    def _run_job(self, loop: _ConsumerLoop, message: Message) -> bool:
+        """Runs the command for a message; returns whether it could be started.
 
-    def _run_job(self, loop: _ConsumerLoop, message: Message) -> None:
-        """Runs the command for a message; releases or rejects the message if that fails."""
-        options = self._options
+        Releases or rejects the message if that fails.  One whose command cannot be started is
+        released as if it had not been delivered.
+        """
+        options, started = self._options, time.monotonic()
         with self._lock:
-            self._worked, self._outage_logged = True, False
-        retry_delay = None if message.backoff else options.retry_delay
+            self._worked = True
+        environment = {**self._environment, **_environment_of(message)}
         try:
-            environment = {**self._environment, **_environment_of(message)}
-            job = Job(options.command, message.body, environment)
-        except OSError as error:
-            reason = f"cannot run {options.command[0]}: {error.strerror or error}"
-            self._fail(LingerError(reason))
-            loop.release(reason, retry_delay)
-            return
-        self._wait_for(job, loop)
+            job = Job(options.command, message.body, environment, options.time_limit)
+        except CannotStart as error:
+            self._shortage.begin(error)
+            loop.release(str(error), 0, uncounted=True)
+            return False
+        except LingerError as error:
+            self._fail(error)
+            loop.release(str(error), options.retry_delay, uncounted=True)
+            return False
+        self._shortage.end()
+        self._wait_for(job, loop, message)
+        self._log_end(job, message, time.monotonic() - started)
         if not job.failure():
-            return
-        log(f"linger: message {message.id} of {message.channel}: {job.failure()}")
-        if options.reject_on_failure and not job.killed and job.status != os.EX_TEMPFAIL:
+            return True
+        if options.reject_on_failure and not job.killed and job.status != TEMPORARY_FAILURE:
             loop.reject(job.reason())
+        elif job.killed == STOPPED:
+            loop.release(job.reason(), 0)
         else:
-            loop.release(job.reason(), 0 if job.killed == STOPPED else retry_delay)
+            loop.release(job.reason(), None if message.backoff else options.retry_delay)
+        return True
 
-    def _wait_for(self, job: Job, loop: _ConsumerLoop) -> None:
-        loop.on_lease_lost = functools.partial(job.kill, LEASE_LOST)
+    def _wait_for(self, job: Job, loop: _ConsumerLoop, message: Message) -> None:
+        def kill_if_lost(lost: Message) -> None:
+            if lost is message:
+                job.kill(LEASE_LOST)
+
+        loop.on_lease_lost = kill_if_lost
         with self._lock:
             self._jobs.add(job)
             killing = self._killing
         if killing:
             job.kill(STOPPED)
-        job.wait(self._options.time_limit)
+        job.wait()
         with self._lock:
             self._jobs.discard(job)
+
+    def _log_end(self, job: Job, message: Message, seconds: float) -> None:
+        """Logs the failure of a command; with --verbose the end of each."""
+        outcome = job.failure() or "done"
+        if self._options.verbose:
+            outcome += f" ({seconds:.1f} s, delivery {message.delivered})"
+        if job.failure() or self._options.verbose:
+            log(f"linger: {message_name(message)}: {outcome}")
 
 
 def _environment_of(message: Message) -> dict[bytes, bytes]:
@@ -10445,7 +10829,7 @@ environment of COMMAND, in addition to that of the worker:
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:17])}
 exit status of COMMAND:
   0  the message is deleted
-  75 (EX_TEMPFAIL)  the message is released
+  {TEMPORARY_FAILURE} (EX_TEMPFAIL)  the message is released
   any other  the message is released; with --reject-on-failure it is rejected
 """
 
@@ -10500,7 +10884,9 @@ COMMANDS = (
                       " message released", 1, MAX_TIMER),
              _seconds("--retry-delay", "delay after a failure, for messages without backoff",
                       0, default=FAILURE_DELAY),
-             _flag("--reject-on-failure", "reject a message after a failure")),
+             _flag("--reject-on-failure", "reject a message after a failure"),
+             _argument("-v", "--verbose", dest="verbose", action="store_true",
+                       help="write a line when a command ends")),
             nothing="no message came, with --once", notes=WORK_NOTES),
     Command("publish", "publish a message on a topic, and write the channels and ids of its copies",
             "linger publish news 'Have you heard?'", _publish,
@@ -10531,10 +10917,12 @@ COMMANDS = (
     Command("release", "return a message in flight to its channel",
             "linger release 1 --delay 60 --reason 'out of paper'",
             lambda client, options: client.release(
-                options.id, options.delay, options.reason, options.lease),
+                options.id, options.delay, options.reason, options.lease, options.uncounted),
             (ID, LEASE, REASON,
-             _seconds("--delay", "time until it is ready, in place of its backoff", 0)),
-            nothing=NO_MESSAGE),
+             _seconds("--delay", "time until it is ready, in place of its backoff", 0),
+             _flag("--uncounted", "as if it had not been delivered; needs --lease")),
+            nothing=NO_MESSAGE,
+            requires=(("--uncounted", "--lease", "it undoes that delivery"),)),
     Command("reject", "move a message in flight to its dead channel, or delete it",
             "linger reject 1 --reason 'no such order'",
             lambda client, options: client.reject(options.id, options.reason, options.lease),
@@ -10729,6 +11117,7 @@ def _run(arguments: Sequence[str]) -> int:
         url = getattr(options, "server", None) or client.url
         if options.cafile and not url.startswith("https:"):
             raise BadRequest(f"--cafile is for https, and the server's URL is {url}")
+        client._transport.warn = warn_user
         return command.run(client, options) or 0 if command.run else 0
 
 

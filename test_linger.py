@@ -64,6 +64,7 @@ def setUpModule():
     unittest.addModuleCleanup(folder.cleanup)
     compiled = os.path.join(folder.name, "linger.pyc")
     py_compile.compile(str(HERE / "linger.py"), compiled, doraise=True)
+    linger.client_logger()  # or `assertLogs` would take its handler away again
 
 
 def until(claim, patience=PATIENCE):
@@ -6919,6 +6920,15 @@ class TlsTest(ServerTest):
             )
             self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 413 "))
 
+    def test_wait_of_a_client_can_be_stopped(self):
+        stop = threading.Event()
+        with linger.Client(self.server.url, "T0ken", cafile=str(self.cert)) as client:
+            self.assertIsNone(client.get("q", wait=0, stop=stop))
+            taking = self.thread(lambda: client.get("q", stop=stop))
+            until(lambda: count_waiting(self.broker))
+            stop.set()
+            self.assertIsNone(taking.result(PATIENCE))
+
     def test_a_connection_is_kept_and_closed_with_close_notify(self):
         with self.open() as connection:
             for _ in range(3):
@@ -7081,6 +7091,14 @@ class ClientTest(ClientCase):
         self.assertEqual(message.error, "why\nnot%2F")
         self.assertEqual(self.client.read_message(1), self.broker.read_message(1))
         self.assertEqual(self.client.read_message(1)[0].dead, "d")
+
+    def test_release_may_undo_the_delivery(self):
+        self.client.post("q", "x", deliver=1)
+        self.client.release(self.client.get("q"), reason="no memory", uncounted=True)
+        message = self.client.get("q", 0)
+        self.assertEqual((message.delivered, message.error), (1, "no memory"))
+        with self.assertRaisesRegex(linger.BadRequest, "needs the lease"):
+            self.client.release(message.id, uncounted=True)
 
     def test_text_and_json_raise_value_error_for_other_bodies(self):
         self.client.post("q", b"\xff")
@@ -7253,6 +7271,63 @@ class ClientTest(ClientCase):
             self.client.stats()
 
 
+class StoppedGetTest(ClientCase):
+    """`get` with an event that ends its wait."""
+
+    def setUp(self):
+        self.hasten(STOP_CHECK_INTERVAL=0.02)
+        super().setUp()
+        self.stop = threading.Event()
+
+    def get(self, **options):
+        return self.thread(lambda: self.client.get("q", stop=self.stop, **options))
+
+    def test_stop_ends_the_wait_and_no_message_is_lost(self):
+        taking = self.get()
+        until(lambda: count_waiting(self.broker))
+        self.stop.set()
+        self.assertIsNone(taking.result(PATIENCE))
+        self.client.post("q", "x")
+        self.assertEqual(self.client.get("q", 5).delivered, 1)
+
+    def test_message_that_comes_in_time_is_returned(self):
+        taking = self.get()
+        until(lambda: count_waiting(self.broker))
+        self.client.post("q", "x")
+        self.assertEqual(taking.result(PATIENCE).text, "x")
+        self.assertEqual(self.client.get_batch("q", 2, 0, stop=self.stop), [])
+
+    def test_message_that_comes_with_the_stop_is_given_back_uncounted(self):
+        for options in ({}, {"auto": True}):
+            with self.subTest(options):
+                self.stop.clear()
+                self.broker.drain("q")
+                id = self.broker.post("q", b"x", deliver=1).id
+                receive = linger._StoppableReader.readinto
+
+                def set_and_receive(reader, buffer, receive=receive):
+                    self.stop.set()
+                    return receive(reader, buffer)
+
+                late = unittest.mock.patch.object(
+                    linger._StoppableReader, "readinto", set_and_receive
+                )
+                with late:
+                    taken = self.client.get_batch("q", 5, stop=self.stop, **options)
+                self.assertEqual([m.id for m in taken], [id] if options else [])
+                delivered = [m.delivered for m, _ in self.client.list_messages("q", "ready")]
+                self.assertEqual(delivered, [] if options else [0])
+
+    def test_stopped_get_sends_nothing_but_the_acknowledgement(self):
+        self.client.post_batch("q", ["1", "2"])
+        message = self.client.get("q")
+        self.stop.set()
+        self.assertIsNone(self.client.get("q", stop=self.stop))
+        self.assertIsNone(self.client.get("q", ack=message, stop=self.stop))
+        self.assertEqual(self.broker.counters["msg-delete"], 1)
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+
 class BackupCallTest(ClientCase):
     def setUp(self):
         self.options = {"dbfile": os.path.join(tempfile.mkdtemp(prefix="linger-test-"), "x.db")}
@@ -7391,6 +7466,14 @@ class ConnectionTest(Folder):
         self.assertEqual(len(set(script.requests)), 1)
         self.assertRegex(script.requests[0], rb"^POST /channels/q\?dedup=[0-9a-f]{32} ")
 
+    def test_wait_for_the_server_is_logged_once_and_at_once(self):
+        busy = response(503, b'{"error":"stopping"}')
+        _, client = self.start(busy, busy, self.POSTED)
+        self.hasten(MIN_RETRY_DELAY=0.001)
+        with self.assertLogs("linger", "WARNING") as logs:
+            client.post("q", "x", retry=True)
+        self.assertEqual(logs.output, ["WARNING:linger:stopping; trying again for 20 s"])
+
     def test_retry_ends_after_the_timeout(self):
         script, client = self.start(timeout=0.2)
         script.close()
@@ -7502,7 +7585,7 @@ class WorkerTest(ClientCase):
     """`work` and `consume`."""
 
     def setUp(self):
-        self.hasten(HEARTBEAT_INTERVAL=0.02, MIN_RETRY_DELAY=0.01)
+        self.hasten(HEARTBEAT_INTERVAL=0.02, STOP_CHECK_INTERVAL=0.02, MIN_RETRY_DELAY=0.01)
         super().setUp()
         self.stop = threading.Event()
         self.addCleanup(self.stop.set)
@@ -7610,8 +7693,87 @@ class WorkerTest(ClientCase):
             self.stop.set()
 
         self.client.post("q", "x")
-        self.work(do).result(PATIENCE)
+        with self.assertLogs("linger", "WARNING") as logs:
+            self.work(do).result(PATIENCE)
         self.assertEqual(self.counts(), (0, 1, 0))
+        self.assertEqual(logs.output, [f"WARNING:linger:message 1 of q: {linger.LEASE_LOST}"])
+
+    def test_message_is_kept_for_its_max_time_and_then_left_to_others(self):
+        self.hasten(TOUCHES_PER_TIMEOUT=3_000)
+        others = []
+
+        def do(message):
+            until(lambda: self.broker.counters["msg-touch"] > 2)
+            with self.assertRaisesRegex(linger.Conflict, "max_time"):
+                until(lambda: self.client.touch(message))
+            until(lambda: logs.output)
+            pass_time(self.broker, 31)
+            others.append(self.client.get("q", 5))
+            with self.assertRaisesRegex(linger.Conflict, "overtaken"):
+                self.client.delete(message)
+            self.stop.set()
+
+        self.client.post("q", "x")
+        with self.assertLogs("linger", "WARNING") as logs:
+            self.work(do, max_time=0.2).result(PATIENCE)
+        self.assertEqual([m.delivered for m in others], [2])
+        self.assertEqual(self.counts(), (0, 1, 0))
+        self.assertIn("message 1 of q has been processed for 0.2 s", logs.output[0])
+
+    def test_consume_has_a_max_time_too(self):
+        self.client.post("q", "x")
+        for message in self.client.consume("q", wait=0, max_time=0.01):
+            with self.assertRaisesRegex(linger.Conflict, "max_time"):
+                until(lambda m=message: self.client.touch(m))
+        self.assertEqual(self.counts(), (0, 0, 0))
+        with self.assertRaisesRegex(linger.BadRequest, "max_time"):
+            next(self.client.consume("q", max_time=0))
+
+    def test_exception_is_logged_with_its_traceback(self):
+        def do(message):
+            self.stop.set()
+            raise ZeroDivisionError
+
+        self.client.post("q", "x")
+        with self.assertLogs("linger", "WARNING") as logs:
+            self.work(do).result(PATIENCE)
+        (record,) = logs.records
+        self.assertEqual(
+            (record.levelname, record.getMessage()), ("ERROR", "message 1 of q failed")
+        )
+        self.assertIs(record.exc_info[0], ZeroDivisionError)
+
+    def test_outage_and_its_end_are_logged_once_for_all_threads(self):
+        errors = [linger.Unavailable("away"), linger.Unavailable("away"), linger.Unavailable("no")]
+        take = self.client.get
+
+        def fail_thrice(*arguments, **options):
+            if errors:
+                raise errors.pop(0)
+            return take(*arguments, **options)
+
+        self.client.get = fail_thrice
+        with self.assertLogs("linger", "WARNING") as logs:
+            work = self.work(print, threads=2)
+            until(lambda: count_waiting(self.broker) == 2)
+            self.stop.set()
+            work.result(PATIENCE)
+        lines = ["WARNING:linger:away; trying again", f"WARNING:linger:{linger.SERVER_IS_BACK}"]
+        self.assertEqual(logs.output, lines)
+
+    def test_work_that_the_system_allows_no_thread_raises_and_leaves_none(self):
+        start = threading.Thread.start
+        started = itertools.count()
+
+        def start_one(thread):
+            if thread.name != "linger-heartbeat" and next(started):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        before = threading.active_count()
+        with unittest.mock.patch.object(threading.Thread, "start", start_one):
+            self.assertRaises(RuntimeError, self.client.work, "q", print, threads=2)
+        until(lambda: threading.active_count() <= before)
 
     def test_waiting_worker_ends_on_stop_and_takes_no_message(self):
         work = self.work(print, threads=2)
@@ -8508,6 +8670,43 @@ print("end", flush=True)
             self.assertEqual(client.read_message(2)[1], "ready")
             self.assertRaises(linger.NotFound, client.read_message, 1)
 
+    def test_sighup_ends_a_worker_in_good_order_however_often_it_comes(self):
+        with linger.serve() as server, linger.Client(server.url) as client:
+            client.post("q", "1")
+            worker = self.start_worker(server)
+            worker.stdout.readline()
+            worker.send_signal(signal.SIGHUP)
+            self.assertEqual(worker.stdout.readline(), "stopping\n")
+            worker.send_signal(signal.SIGHUP)
+            worker.stdin.write("\n")
+            self.assertEqual(worker.communicate(timeout=PATIENCE)[0], "end\n")
+            self.assertEqual(worker.returncode, 0)
+            self.assertRaises(linger.NotFound, client.read_message, 1)
+
+    def test_sighup_that_is_ignored_stays_ignored(self):
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP))
+        for handler, taken in ((signal.SIG_IGN, False), (print, False), (signal.SIG_DFL, True)):
+            signal.signal(signal.SIGHUP, handler)
+            self.assertEqual(signal.SIGHUP in linger.stop_signals(), taken)
+
+    def test_worker_prints_nothing_unasked(self):
+        program = """
+import linger, sys
+
+def fail(message):
+    raise ValueError
+
+linger.Client(sys.argv[1]).work("q", fail, wait=0)
+"""
+        with linger.serve() as server:
+            server.broker.post("q", b"x")
+            output = subprocess.check_output(
+                [sys.executable, *STRICT, "-c", program, server.url],
+                cwd=os.path.dirname(compiled), stderr=subprocess.STDOUT, timeout=PATIENCE,
+            )  # fmt: skip
+            self.assertEqual(output, b"")
+            self.assertIn("ValueError", server.broker.read_message(1)[0].error)
+
     def test_second_sigterm_ends_a_worker_at_once(self):
         with linger.serve() as server, linger.Client(server.url) as client:
             client.post("q", "1")
@@ -8740,6 +8939,9 @@ class CommandTest(CommandCase):
         self.assertEqual(json.loads(self.linger("show", 1, "--json"))["error"], "no such order")
         self.assertEqual(self.linger("show", 1), "x")
         self.assertEqual(self.linger("redrive", "failed", "--to", "p"), "1\n")
+        lease = self.broker.get("p").lease
+        self.linger("release", 1, "--lease", lease, "--uncounted")
+        self.assertEqual(self.broker.read_message(1)[0].delivered, 0)
         self.assertEqual(json.loads(self.linger("peek", "p", "--json"))["state"], "ready")
 
     def test_drain_asks_at_a_terminal(self):
@@ -8843,7 +9045,8 @@ class CommandTest(CommandCase):
 
         pairs = 0
         for command in linger.COMMANDS:
-            first = ["1"] * any(flags[0] in ("channel", "topic") for flags, _ in command.arguments)
+            names = {flags[0] for flags, _ in command.arguments}
+            first = ["1"] * bool(names & {"channel", "topic", "id"})
             for one, other, _ in command.excludes:
                 with self.subTest(command.name, one=one, other=other):
                     given = [*first, *usage(command, one), *usage(command, other)]
@@ -9175,8 +9378,9 @@ class CommandProcessTest(CommandProcessCase):
         self.assertEqual(process.stdout.readline(), "b\n")
         until(lambda: not any(self.client.channel_stats("q").values()))
         process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.communicate(timeout=PATIENCE), ("", ""))
-        self.assertEqual(process.returncode, 128 + signal.SIGTERM)
+        output, errors = process.communicate(timeout=PATIENCE)
+        self.assertRegex(errors, r"^(linger: .*; trying again\n)+$")
+        self.assertEqual((process.returncode, output), (128 + signal.SIGTERM, ""))
 
 
 def is_alive(pid):
@@ -9298,6 +9502,92 @@ class WorkTest(CommandCase):
         self.assertEqual(self.broker.counters["msg-delete"], 1)
         os.kill(int(pid.read_text()), signal.SIGKILL)
 
+    def test_command_that_cannot_start_for_want_of_something_uses_up_no_delivery(self):
+        self.hasten(MIN_RETRY_DELAY=0.001)
+        for error in (
+            BlockingIOError(errno.EAGAIN, "no process"),
+            OSError(errno.ENOMEM, "no memory"),
+            OSError(errno.EMFILE, "no file"),
+            MemoryError(),
+        ):
+            with self.subTest(error):
+                self.broker.post("q", b"x", deliver=1, dead="failed")
+                with self.failing_first(subprocess, "Popen", error, error):
+                    errors = self.work("--once", "--", "true")
+                self.assertRegex(
+                    errors,
+                    "^linger: cannot run true: no .*; trying again\n"
+                    "linger: commands can be started again\n$",
+                )
+                self.assertEqual((self.counts(), self.counts("failed")), ((0, 0, 0), (0, 0, 0)))
+
+    def failing_first(self, module, name, *errors):
+        """Lets the first calls of a function fail with these errors."""
+        function, errors = getattr(module, name), list(errors)
+
+        def fail_first(*arguments, **options):
+            if errors:
+                raise errors.pop(0)
+            return function(*arguments, **options)
+
+        return unittest.mock.patch.object(module, name, fail_first)
+
+    def test_input_of_a_command_needs_no_disk_where_there_are_files_in_memory(self):
+        full = unittest.mock.Mock(side_effect=OSError(errno.ENOSPC, "no space"))
+        self.broker.post("q", b"x" * 100_000)
+        with unittest.mock.patch.object(linger.tempfile, "TemporaryFile", full):
+            if hasattr(os, "memfd_create"):
+                self.assertEqual(self.shell("[ $(wc -c) = 100000 ]"), "")
+
+    def test_without_files_in_memory_it_waits_for_space_on_the_disk(self):
+        self.hasten(MIN_RETRY_DELAY=0.001)
+        errors = (OSError(errno.ENOSPC, "no space"), FileNotFoundError(errno.ENOENT, "no folder"))
+        no_memory = unittest.mock.Mock(side_effect=PermissionError)
+        self.broker.post("q", b"x" * 100_000, deliver=1)
+        patch = unittest.mock.patch.object(os, "memfd_create", no_memory, create=True)
+        with patch, self.failing_first(tempfile, "TemporaryFile", *errors):
+            errors = self.shell("[ $(wc -c) = 100000 ]")
+        self.assertTrue(errors.startswith("linger: cannot run sh: no space; trying again\n"))
+        self.assertEqual(self.broker.counters["msg-delete"], 1)
+
+    def test_command_that_cannot_start_for_want_of_a_thread_does_not_run(self):
+        self.hasten(MIN_RETRY_DELAY=0.001)
+        out = self.folder / "out"
+        start, failing = threading.Thread.start, ["linger-stderr", "linger-timer"]
+
+        def start_others(thread):
+            if thread.name in failing:
+                failing.remove(thread.name)
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        self.broker.post("q", b"x", deliver=1)
+        with unittest.mock.patch.object(threading.Thread, "start", start_others):
+            errors = self.shell(f"echo run >> {out}", "--time-limit", "60")
+        self.assertIn("linger: cannot run sh: can't start new thread; trying again\n", errors)
+        self.assertEqual((out.read_text(), failing), ("run\n", []))
+
+    def test_worker_that_the_system_allows_too_few_threads_ends_and_says_so(self):
+        start = threading.Thread.start
+        for name in ("linger-worker-1", "linger-heartbeat"):
+            with self.subTest(name):
+
+                def start_others(thread, name=name):
+                    if thread.name == name:
+                        raise RuntimeError("can't start new thread")
+                    start(thread)
+
+                with unittest.mock.patch.object(threading.Thread, "start", start_others):
+                    errors = self.work("-j", "2", "--", "true", status=2)
+                self.assertRegex(errors, r"^linger: cannot run 2 commands .* new thread\n$")
+
+    def test_verbose_writes_a_line_for_each_command(self):
+        self.broker.post("q", b"0")
+        self.broker.post("q", b"3")
+        lines = self.shell("exit $(cat)", "-v").splitlines()
+        self.assertRegex(lines[0], r"^linger: message 1 of q: done \([0-9.]+ s, delivery 1\)$")
+        self.assertRegex(lines[1], r"^linger: message 2 of q: exit status 3 \(.* delivery 1\)$")
+
     def test_command_that_cannot_start_stops_the_worker_and_loses_nothing(self):
         script = self.folder / "script"
         script.write_text("#!/no/such/interpreter\n")
@@ -9307,7 +9597,8 @@ class WorkTest(CommandCase):
         errors = self.work("--", str(script), status=2)
         self.assertRegex(errors, rf"^linger: cannot run {script}: .*\n$")
         self.assertEqual(self.counts(), (2, 1, 0))
-        self.assertIn("cannot run", self.broker.read_message(1)[0].error)
+        message = self.broker.read_message(1)[0]
+        self.assertEqual((message.delivered, message.error[:10]), (0, "cannot run"))
 
     def test_count_is_exact(self):
         for _ in range(5):
@@ -9377,6 +9668,79 @@ class WorkProcessTest(CommandProcessCase):
         message, state = self.client.read_message(1)
         self.assertEqual((message.error, state), (linger.STOPPED, "ready"))
 
+    def test_sighup_lets_commands_finish_however_often_it_comes(self):
+        self.client.post_batch("q", ["a", "b"])
+        process = self.work()
+        until(self.started.exists)
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(number)
+        self.go.touch()
+        self.assertEqual(self.ended(process), (0, ""))
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_sighup_is_ignored_under_nohup(self):
+        self.client.post("q", "a")
+
+        def ignore():
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+        command = ("work", "q", "--count", "2", "--", "touch", str(self.started))
+        process = self.spawn(*command, preexec_fn=ignore)
+        until(self.started.exists)
+        process.send_signal(signal.SIGHUP)
+        self.client.post("q", "b")
+        self.assertEqual(self.ended(process), (0, ""))
+        self.assertEqual(self.client.stats()["msg-delete"], 2)
+
+    @unittest.skipUnless(sys.platform == "linux", "the open files of a process are in /proc")
+    def test_commands_have_standard_streams_when_the_worker_has_none(self):
+        self.client.post("q", "a")
+        streams = self.folder / "streams"
+        look = f'cd /proc/$$/fd; found=$(readlink 0 1 2); echo "$found" > {streams}'
+        script = f"{look}; echo lost; echo lost >&2; exit 3"
+
+        def close():
+            os.closerange(0, 3)
+
+        process = self.spawn(
+            "work", "q", "--count", "1", "--", "sh", "-c", script, preexec_fn=close
+        )
+        self.assertEqual(process.wait(PATIENCE), 0)
+        stdin, stdout, stderr = streams.read_text().splitlines()
+        self.assertEqual((stdout, stderr[:5]), (os.devnull, "pipe:"))
+        self.assertNotIn("socket", stdin)
+        self.assertEqual(self.client.read_message(1)[0].error, "exit status 3: lost")
+
+    def start_as_process_1(self, *options):
+        """Starts a worker that runs each body as a script, as process 1 of a namespace."""
+        init = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        command = ["work", "q", *options, "--", "sh", "-c", 'eval "$(cat)"']
+        worker = subprocess.Popen(
+            [*init, sys.executable, compiled, *command],
+            env={**os.environ, "LINGER_URL": self.url}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.addCleanup(worker.communicate)
+        self.addCleanup(worker.kill)
+        return worker
+
+    @unittest.skipUnless(os.getuid() == 0 and shutil.which("unshare"), "needs root, and unshare")
+    def test_worker_as_process_1_reaps_what_its_commands_leave_behind(self):
+        """The third command looks for zombies; the exit statuses are those of the commands."""
+        self.client.post_batch("q", ["sleep 0.01 & exit 3", "exit 4"], deliver=1, dead="failed")
+        zombies = "grep -ls '^[0-9]* (sleep) Z' /proc/[0-9]*/stat"
+        self.client.post("q", f"for n in $(seq 100); do {zombies} || exit 5; sleep 0.05; done")
+        status, errors = self.ended(self.start_as_process_1("--count", "3"))
+        self.assertEqual(status, 0)
+        self.assertEqual(re.findall(r"(?m) ([0-9]+)$", errors), ["3", "4", "5"])
+
+    @unittest.skipUnless(os.getuid() == 0 and shutil.which("unshare"), "needs root, and unshare")
+    def test_worker_as_process_1_ends_on_sigterm(self):
+        worker = self.start_as_process_1()
+        until(lambda: self.client.info("q")["waiting"])
+        find = ["ps", "-o", "pid=", "--ppid", str(worker.pid)]
+        os.kill(int(subprocess.check_output(find)), signal.SIGTERM)
+        self.assertEqual(self.ended(worker), (0, ""))
+
     def test_command_and_worker_survive_a_server_restart(self):
         self.client.post_batch("q", ["a", "b"])
         process = self.work("--count", "2")
@@ -9385,7 +9749,7 @@ class WorkProcessTest(CommandProcessCase):
         self.go.touch()
         self.assertRegex(process.stderr.readline(), r"^linger: .*; trying again\n$")
         self.restart()
-        self.assertEqual(self.ended(process), (0, ""))
+        self.assertEqual(self.ended(process), (0, f"linger: {linger.SERVER_IS_BACK}\n"))
         self.assertEqual(self.client.stats()["delivered"], 1)
         self.assertEqual(self.client.channel_stats("q"), {"ready": 0, "hidden": 0})
 
@@ -9411,14 +9775,16 @@ class WorkProcessTest(CommandProcessCase):
         feeding = self.thread(posting.communicate, "".join(lines[count // 2 :]), patience)
         self.restart()
         worker = self.spawn(*command, stdout=subprocess.DEVNULL)
-        self.assertEqual(feeding.result(), (f"{count}\n", ""))
+        output, errors = feeding.result()
+        self.assertEqual(output, f"{count}\n")
+        self.assertRegex(errors, r"^(linger: .*; trying again for 30 s\n)*$")
         until(lambda: done() >= count * 3 // 4, patience)
         self.restart()
         until(
             lambda: done() >= count and not any(self.client.channel_stats("q").values()), patience
         )
         worker.kill()
-        self.assertRegex(self.ended(worker)[1], r"^(linger: .*; trying again\n)*$")
+        self.assertRegex(self.ended(worker)[1], r"^(linger: .*(; trying|responds) again\n)*$")
         written = out.read_text().splitlines(keepends=True)
         self.assertEqual(set(written), set(lines))
         repeated = len(written) - count  # in flight when the worker or a server was killed
