@@ -18,6 +18,7 @@ The file reads downwards: a section uses only what stands above it.
     Schema        tables, indexes and triggers; the migration from 1.0.1
     SQL           every statement
     Commits       operations, and the thread that commits them in groups
+    Files         a database's file, its lock, and whether a log belongs to it
     Store         SQLite and its files
     Time          broker time, which never steps; sleeps that follow it
     State         what is in memory: waiting consumers, channels, timers
@@ -56,6 +57,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import base64
+import binascii
 import bisect
 import codecs
 import collections
@@ -1910,6 +1912,309 @@ def _run_done_callbacks(batch: Iterable[Operation]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Files: the lock of a database, and whether its log belongs to it.
+#
+# SQLite replays whatever log lies beside a file, also one of another file or of another time.  So
+# each log records for which content of the file it was begun.  Knows the formats of both files
+# (sqlite.org/fileformat2.html and walformat.html) but no SQL.
+# ---------------------------------------------------------------------------------------------
+
+LOCK_BYTE = 0x40000400  # in a page that SQLite never reads or writes (fileformat2.html 1.4)
+PAGE_SIZES = {1 << power for power in range(9, 17)}  # bytes
+SECTOR = 512  # bytes that a disk writes whole or not at all
+LOG_HEADER = 32  # bytes
+FRAME_HEADER = 24  # bytes before each page in the log
+MARK_TRIES = 3  # tries to record for which file a log was begun
+LOOKS = 3  # at a file that may be written at this moment, before it counts as changed
+ROLLBACK_MODE = b"\1\1"  # bytes 18 and 19 of a file that has no log, such as a backup
+
+Sectors = set[tuple[int, int, int]]  # (page number, sector within the page, its CRC)
+
+open_inodes: set[tuple[int, int]] = set()  # of all databases that this process has open
+
+
+def inode_of(path: str) -> tuple[int, int]:
+    """What tells a file from another that has taken its name."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def lock_database(path: str) -> int:
+    """Locks `<path>-lock` for as long as the descriptor returned is open.
+
+    Nothing of the database is touched before.  The lock ends with the process; the file stays.
+    """
+    if os.path.isdir(path):
+        raise Unavailable(f"cannot open the database {path}: it is a directory")
+    with contextlib.suppress(OSError):
+        if inode_of(path) in open_inodes:  # closing a descriptor of it would drop SQLite's locks
+            raise in_use(path)
+    try:
+        descriptor = os.open(path + "-lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise Unavailable(f"cannot open the database {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise in_use(path) from error
+    return descriptor
+
+
+def in_use(path: str) -> Unavailable:
+    """The error of a start on a database that another server has."""
+    return Unavailable(f"the database {path} is in use by another Linger")
+
+
+def remove_files(path: str, *suffixes: str) -> None:
+    """Removes those of the files that exist."""
+    for suffix in suffixes:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + suffix)
+
+
+def set_aside_log(path: str) -> None:
+    """Renames a log that does not belong to its database: SQLite would replay it."""
+    log_path = path + "-wal"
+    with contextlib.suppress(FileNotFoundError):
+        if not os.stat(log_path).st_size:
+            return
+        stale = log_path + ".stale"
+        for number in itertools.count(2):
+            if not os.path.lexists(stale):
+                break
+            stale = f"{log_path}.stale.{number}"
+        os.rename(log_path, stale)
+        remove_files(path, "-shm")
+        name = os.path.basename(path)
+        log(
+            f"linger: {name}-wal is not the log of {name}, which was deleted, restored or"
+            f" replaced: renamed it to {os.path.basename(stale)}"
+        )
+
+
+class LogFile:
+    """The log of a database, open for reading.
+
+    A log begins anew, with other salts, when all of it has been written back into the database.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path + "-wal", os.O_RDONLY)
+        self.begin()
+
+    def begin(self) -> None:
+        """Reads the header; `frames` begins with the first one again."""
+        header = os.pread(self._file, LOG_HEADER, 0)
+        self.salts = header[16:24]
+        self.page: int = struct.unpack(">I", header[8:12])[0] if len(header) == LOG_HEADER else 0
+        if self.page not in PAGE_SIZES:
+            self.page = 0  # no log, or none that SQLite would read
+        self._offset = LOG_HEADER
+
+    def has_begun_anew(self) -> bool:
+        """Whether the log is not the one whose header was read."""
+        return os.pread(self._file, len(self.salts) or 8, 16) != self.salts
+
+    def frames(self) -> Iterator[tuple[int, int]]:
+        """The number and the offset of each page that has been written since the last call."""
+        while self.page:
+            header = os.pread(self._file, FRAME_HEADER, self._offset)
+            if len(header) < FRAME_HEADER or header[8:16] != self.salts:
+                return
+            yield struct.unpack(">I", header[:4])[0], self._offset + FRAME_HEADER
+            self._offset += FRAME_HEADER + self.page
+
+    def read(self, offset: int) -> bytes:
+        """A page."""
+        return os.pread(self._file, self.page, offset)
+
+    def sectors(self, *pages: int) -> Sectors:
+        """Those of these pages, from the frames that have been written since the last call."""
+        found: Sectors = set()
+        for number, offset in self.frames():
+            if number in pages:
+                found |= sectors_of(number, self.read(offset), self.page)
+        return found
+
+    def close(self) -> None:
+        """Closes it; SQLite holds no lock on a log."""
+        os.close(self._file)
+
+
+def sectors_of(number: int, content: bytes, page: int) -> Sectors:
+    """The sectors of a page, which has `page` bytes."""
+    return {
+        (number, index, binascii.crc32(content[index * SECTOR : (index + 1) * SECTOR]))
+        for index in range(page // SECTOR)
+    }
+
+
+class DatabaseFile:
+    """The file of a database, open for as long as SQLite has it open.
+
+    It is opened before and closed after SQLite's connections: closing any descriptor of a
+    database drops the locks that SQLite has on it (sqlite.org/howtocorrupt.html 2.2).
+
+    - It is locked itself, so that a second server finds out also when the lock file was removed,
+      and through another link.  This lock belongs to the open file, and SQLite's are not touched.
+    - Two of its pages are watched: the first one, which a copy made by SQLite does not keep, and
+      that of the table `config`, which each log changes.  SQLite writes to them only what is in
+      the log.  Sector by sector, because a power failure may leave half of a page.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._inode = inode_of(path)
+        self._file = os.open(path, os.O_RDWR)
+        self._log: Optional[LogFile] = None
+        self._root = 0  # the page of `config`
+        self._known: Sectors = set()  # what may stand in the watched pages
+        self._seen = (0, 0)  # time and size of the file when it was last looked at
+        self.marked = ""  # the last log that has its mark
+        try:
+            self._lock()
+        except BaseException:
+            os.close(self._file)
+            raise
+        open_inodes.add(self._inode)
+
+    def _lock(self) -> None:
+        """Locks a byte of the file, where the system has locks that belong to an open file."""
+        if not hasattr(fcntl, "F_OFD_SETLK"):
+            return
+        lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, LOCK_BYTE, 1, 0)
+        try:
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, lock)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise in_use(self._path) from error
+
+    def check_log(self) -> None:
+        """Before SQLite opens the file: sets the log aside if it is certainly not its own."""
+        try:
+            log_file = LogFile(self._path)
+        except FileNotFoundError:
+            return
+        try:
+            is_stale = bool(log_file.page) and not self._may_be_own(log_file)
+        finally:
+            log_file.close()
+        if is_stale:
+            set_aside_log(self._path)
+
+    def _may_be_own(self, log_file: LogFile) -> bool:
+        """Whether the watched pages hold what they held when the log was begun, or what is in it.
+
+        A log without a mark holds no more than one commit of Linger, not yet acknowledged.
+        """
+        if os.pread(self._file, 2, 18) == ROLLBACK_MODE:
+            return False
+        count = log_file.page // SECTOR
+        form = b"%s:([0-9]+):([0-9a-f]{%d})" % (log_file.salts.hex().encode(), count * 16)
+        mark = re.compile(form)
+        marks = {
+            match.groups()
+            for _, offset in log_file.frames()
+            for match in mark.finditer(log_file.read(offset))
+        }
+        for root in {int(root) for root, _ in marks}:
+            log_file.begin()
+            known = log_file.sectors(1, root)
+            for _, text in (match for match in marks if int(match[0]) == root):
+                crcs = struct.unpack(f">{count * 2}I", bytes.fromhex(text.decode()))
+                known |= {(1, index, crc) for index, crc in enumerate(crcs[:count])}
+                known |= {(root, index, crc) for index, crc in enumerate(crcs[count:])}
+            if not self._watched(root) <= known:
+                return False
+        return True
+
+    def _watched(self, root: int) -> Sectors:
+        """The sectors of the watched pages, as they stand in the file."""
+        page: int = struct.unpack(">H", os.pread(self._file, 2, 16).rjust(2, b"\0"))[0]
+        page = 65_536 if page == 1 else page
+        return sectors_of(1, os.pread(self._file, page, 0), page) | sectors_of(
+            root, os.pread(self._file, page, (root - 1) * page), page
+        )
+
+    def watch(self, root: int) -> None:
+        """After SQLite has opened the file: begins to watch it; `root` is the page of `config`."""
+        self._root = root
+        self._log = LogFile(self._path)
+        self._seen = self._stamp()
+        self._known = self._watched(root) | self._log.sectors(1, root)
+
+    def _stamp(self) -> tuple[int, int]:
+        status = os.fstat(self._file)
+        return status.st_mtime_ns, status.st_size
+
+    def check(self) -> None:
+        """`Unavailable` if the file has other content than SQLite gave it."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        for look in range(LOOKS):
+            if look:
+                time.sleep(0.01)
+            if self._is_own():
+                self._seen = stamp
+                return
+        raise Unavailable(
+            f"{os.path.basename(self._path)} was overwritten while in use, nothing was changed:"
+            " restart the server, or restore a backup as README, Backup, says"
+        )
+
+    def _is_own(self) -> bool:
+        """Whether the watched pages hold what SQLite wrote to them.
+
+        If another program has let the log begin anew, that is not known, and assumed.
+        """
+        assert self._log is not None
+        watched = self._watched(self._root)  # before the log, to which it was written first
+        is_new = self._log.has_begun_anew()
+        if is_new:
+            self._log.begin()
+            self._known = watched
+        self._known |= self._log.sectors(1, self._root)
+        return watched <= self._known and os.pread(self._file, 2, 18) != ROLLBACK_MODE
+
+    def next_mark(self) -> str:
+        """After a commit: what to record in the log if it has begun anew, else an empty text.
+
+        That is its salts, the page of `config`, and the sectors of both watched pages as they are
+        now: the file is what the log was begun for, or has some of its pages already.
+        """
+        assert self._log is not None
+        if self._log.salts.hex() == self.marked and not self._log.has_begun_anew():
+            return ""
+        with contextlib.suppress(Unavailable):
+            self.check()  # while what the log before had is still known
+            self._log.begin()
+            if not self._log.page:
+                return ""
+            watched = self._watched(self._root)
+            self._known = watched | self._log.sectors(1, self._root)
+            crcs = "".join(f"{crc:08x}" for _, _, crc in sorted(watched))
+            return f"{self._log.salts.hex()}:{self._root}:{crcs}"
+        return ""
+
+    def close(self, forget: bool = True) -> None:
+        """After SQLite has closed the file; `forget=False` if it has not, and never will."""
+        os.close(self._file)
+        if self._log is not None:
+            self._log.close()
+        if forget:
+            open_inodes.discard(self._inode)
+
+
+def abandon(connection: sqlite3.Connection) -> None:
+    """Never closes a connection: SQLite would write the log into a file that is not its own."""
+    import ctypes  # takes memory and time, and is nearly never needed
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+# ---------------------------------------------------------------------------------------------
 # Store: SQLite and its files.  Runs what the committer gives it; knows no consumers and no clock.
 # ---------------------------------------------------------------------------------------------
 
@@ -2248,6 +2553,8 @@ class Store:
         self._files: dict[str, tuple[int, int]] = {}  # the inodes of the open files
         self._directory = os.path.dirname(self.path)
         self._directory_changed = -1  # when an entry of it was last made, moved or deleted
+        self._file: Optional[DatabaseFile] = None
+        self._damage = ""  # why nothing can be written any more, until a restart
         self._closed = False
         self._space = SpaceGuard(self.path, max_size, self._measure)
         refuse_mount_point(self.path)
@@ -2256,11 +2563,13 @@ class Store:
             if self._lock_file is not None:
                 undo.callback(os.close, self._lock_file)
             undo.callback(self._space.close)
+            undo.callback(self._close_file)
             try:
                 self._open()
                 self._limit_size(max_size)
             except (sqlite3.Error, OSError) as error:
-                raise Unavailable(f"cannot open the database {path}: {error}") from error
+                hint = f" ({BACKUP_HINT})" if is_malformed(error) else ""
+                raise Unavailable(f"cannot open the database {path}: {error}{hint}") from error
             undo.pop_all()
 
     def _open(self) -> None:
@@ -2270,6 +2579,8 @@ class Store:
             create_schema(self._writer)
             return
         open_or_migrate(self.path)
+        self._file = DatabaseFile(self.path)
+        self._file.check_log()
         remove_files(self.path, ".copy", ".copy-journal")  # of a server that was killed
         self._space.prepare()
         self._writer = self._connect()
@@ -2278,6 +2589,8 @@ class Store:
         for path in (self.path, self.path + "-wal"):
             self._files[path] = inode_of(path)
         self._space.start(self._writer)
+        root = "select rootpage from sqlite_master where name = 'config'"
+        self._file.watch(self._reader.execute(root).fetchone()[0])
 
     def _limit_size(self, max_size: int) -> None:
         """Lets SQLite enforce the limit; a database that is larger still gets room for takes."""
@@ -2312,7 +2625,7 @@ class Store:
                 self._check_files()
                 self._writer.execute("begin immediate")
             except Exception as error:
-                raise CannotBegin(translate_error(error)) from error
+                raise CannotBegin(self._translate(error)) from error
             try:
                 adds = self._execute(batch)
                 self._space.before_commit(self._writer, adds)
@@ -2320,8 +2633,9 @@ class Store:
             except BaseException as error:
                 self._roll_back(error)
                 if isinstance(error, sqlite3.Error):
-                    raise translate_error(error) from error
+                    raise self._translate(error) from error
                 raise
+            self._mark_log()
 
     def _execute(self, batch: list[Operation]) -> int:
         """Runs the operations; about how many bytes of messages they add."""
@@ -2368,13 +2682,50 @@ class Store:
             if is_caused_by(error, SQLITE_FULL, SQLITE_IOERR):
                 self._space.make_room(self._writer)
 
+    def _mark_log(self) -> None:
+        """Lets a log that has begun anew say to which file it belongs, before its first commit is
+        acknowledged.  It may begin anew with just that."""
+        for _ in range(MARK_TRIES if self._file else 0):
+            try:
+                mark = self._file.next_mark() if self._file else ""
+                if not mark or self._file is None:
+                    return
+                self._writer.execute("begin immediate")
+                self._writer.execute(SET_CONFIG, {"key": "log", "value": mark})
+                self._writer.execute("commit")
+            except (sqlite3.Error, OSError) as error:
+                self._roll_back(error)
+                return
+            self._file.marked = mark.partition(":")[0]
+
+    def _translate(self, error: Exception) -> Exception:
+        """The error that a client sees; one that says that the database is malformed stays."""
+        if is_malformed(error):
+            self._note_damage(f"the database is malformed, nothing was changed: {BACKUP_HINT}")
+            return Unavailable(self._damage)
+        return translate_error(error)
+
+    def _note_damage(self, damage: str) -> None:
+        """Refuses all transactions from now on: what was acknowledged would be lost."""
+        if not self._damage:
+            self._damage = damage
+            log(f"linger: {damage}")
+
     def _check_files(self) -> None:
-        """`Unavailable` if a file was deleted or replaced: what is written would be lost.
+        """`Unavailable` if a file was deleted, replaced or overwritten, or is malformed: what is
+        written would be lost.
 
         One look at their directory is enough as long as nothing in it has been made or deleted.
         """
-        if not self._files:
+        if self._damage:
+            raise Unavailable(self._damage)
+        if self._file is None:
             return
+        try:
+            self._file.check()
+        except Unavailable as error:
+            self._note_damage(str(error))
+            raise
         try:
             changed = os.stat(self._directory).st_mtime_ns
         except OSError:
@@ -2404,7 +2755,7 @@ class Store:
         try:
             return self._read(statements, parameters)
         except sqlite3.Error as error:
-            raise translate_error(error) from error
+            raise self._translate(error) from error
 
     @locked
     def _read(self, statements: Sequence[str], parameters: Mapping[str, object]) -> list[list[Any]]:
@@ -2454,7 +2805,7 @@ class Store:
                     self._copy_file(copy, path)
                 copy.execute("pragma journal_mode = delete").fetchall()  # no log beside it
         except sqlite3.Error as error:
-            raise translate_error(error) from error
+            raise self._translate(error) from error
 
     def _copy_file(self, copy: sqlite3.Connection, path: str) -> None:
         uri = "file:" + urllib.parse.quote(os.fsencode(self.path)) + "?mode=ro"
@@ -2494,29 +2845,62 @@ class Store:
             return open(path, "rb")
 
     def close(self) -> None:
-        """Writes the log back into the file and closes it; calls after this fail."""
+        """Writes the log back into the file and closes it; calls after this fail.
+
+        A malformed database and its log stay as they are.
+        """
         if self._closed:
             return
         self._closed = True
         try:
             self._check_files()
         except Unavailable as error:
-            log(f"linger: {error}")
+            if not self._damage:
+                log(f"linger: {error}")
+        if self._damage:
+            self._abandon()
+        else:
+            self._close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+    def _abandon(self) -> None:
+        with self._lock:
+            abandon(self._reader)
+            abandon(self._writer)
+        self._space.close()
+        self._close_file(forget=False)
+
+    def _close_file(self, forget: bool = True) -> None:
+        if self._file is not None:
+            self._file.close(forget)
+
+    def _close(self) -> None:
         with self._lock:
             self._reader.close()
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("pragma wal_checkpoint(truncate)").fetchall()
             self._writer.close()
         self._space.close()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        self._close_file()
 
 
 NOTHING_CHANGED = ", nothing was changed"  # in errors; not in those of a call that works in pieces
 SQLITE_IOERR = 10  # primary result codes, sqlite.org/rescode.html
+SQLITE_CORRUPT = 11
 SQLITE_FULL = 13
-ERROR_MESSAGES = {SQLITE_IOERR: "disk I/O error", SQLITE_FULL: "database or disk is full"}
+SQLITE_NOTADB = 26
+ERROR_MESSAGES = {
+    SQLITE_IOERR: "disk I/O error",
+    SQLITE_CORRUPT: "database disk image is malformed",
+    SQLITE_FULL: "database or disk is full",
+    SQLITE_NOTADB: "file is not a database",
+}
+BACKUP_HINT = "stop the server and restore a backup as README, Backup, says"
 
 
 def is_caused_by(error: BaseException, *codes: int) -> bool:
@@ -2529,6 +2913,12 @@ def is_caused_by(error: BaseException, *codes: int) -> bool:
     return code & 0xFF in codes
 
 
+def is_malformed(error: BaseException) -> bool:
+    """Whether SQLite found that the database is damaged."""
+    is_schema = str(error).startswith("malformed database schema")
+    return is_caused_by(error, SQLITE_CORRUPT, SQLITE_NOTADB) or is_schema
+
+
 def translate_error(error: Exception) -> Exception:
     """The error that a client sees for one of SQLite's; a bug stays what it is."""
     if is_caused_by(error, SQLITE_FULL):
@@ -2539,32 +2929,6 @@ def translate_error(error: Exception) -> Exception:
 
 
 # -- files
-
-
-def inode_of(path: str) -> tuple[int, int]:
-    """What tells a file from another that has taken its name."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def lock_database(path: str) -> int:
-    """Locks `<path>-lock` for as long as the descriptor returned is open.
-
-    Not the database itself: closing any descriptor of it would drop SQLite's own locks
-    (sqlite.org/howtocorrupt.html 2.2).  The lock ends with the process; the file stays.
-    """
-    if os.path.isdir(path):
-        raise Unavailable(f"cannot open the database {path}: it is a directory")
-    try:
-        descriptor = os.open(path + "-lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise Unavailable(f"cannot open the database {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise Unavailable(f"the database {path} is in use by another Linger") from error
-    return descriptor
 
 
 def open_or_migrate(path: str) -> None:
@@ -2611,6 +2975,10 @@ def create_database(path: str, migrate: bool = False) -> None:
         create_file(new)
         with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
             if migrate:
+                with open(path, "rb") as file:
+                    header = file.read(20)
+                if header.endswith(ROLLBACK_MODE):
+                    set_aside_log(path)
                 with contextlib.closing(sqlite3.connect(path)) as original:
                     original.backup(connection)
                 connection.execute("pragma journal_mode = delete").fetchall()
@@ -2623,7 +2991,8 @@ def create_database(path: str, migrate: bool = False) -> None:
                 raise Unavailable(f"{path} is in use by another program: its log could not go")
             shutil.copymode(path, new)
             save_original(path)
-        remove_files(path, "-wal", "-shm")  # of a deleted database: SQLite would replay it
+        set_aside_log(path)  # of a deleted database
+        remove_files(path, "-wal", "-shm")
         os.rename(new, path)
         undo.pop_all()
 
@@ -2667,13 +3036,6 @@ def create_file(path: str) -> None:
     """Creates an empty file for its owner only, in place of what a killed process left there."""
     remove_files(path, "", "-journal")
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-
-
-def remove_files(path: str, *suffixes: str) -> None:
-    """Removes those of the files that exist."""
-    for suffix in suffixes:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + suffix)
 
 
 @contextlib.contextmanager

@@ -681,6 +681,265 @@ class SpaceTest(StoreCase):
                 self.assertEqual(os.fstat(file.fileno()).st_size, 1_000_001)
 
 
+class LogTest(Folder):
+    """Whether a log belongs to the database that it lies beside."""
+
+    def setUp(self):
+        super().setUp()
+        self.store = linger.Store(self.dbfile, "off")
+        self.committer = linger.Committer(self.store)
+        self.addCleanup(self.store.close)
+        self.addCleanup(self.committer.close)
+        self.copies = itertools.count()
+
+    def write(self, value):
+        self.committer.run(linger.Operation((linger.SET_CONFIG,), {"key": "value", "value": value}))
+
+    def checkpoint(self):
+        """What another program may do at any time; the log begins anew with the next commit."""
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            connection.execute("pragma wal_checkpoint(restart)").fetchall()
+
+    def raw_copy(self):
+        copy = str(self.folder / f"raw{next(self.copies)}")
+        shutil.copy(self.dbfile, copy)
+        return copy
+
+    def sqlite_copy(self):
+        copy = str(self.folder / f"copy{next(self.copies)}")
+        target, source = sqlite3.connect(copy), sqlite3.connect(self.dbfile)
+        with contextlib.closing(target), contextlib.closing(source):
+            source.backup(target)
+        return copy
+
+    def crash(self, restored=None):
+        """The files as a kill leaves them, in a folder of their own, after a restore."""
+        path = str(self.folder / f"crash{next(self.copies)}.db")
+        shutil.copy(restored or self.dbfile, path)
+        shutil.copy(self.dbfile + "-wal", path + "-wal")
+        return path
+
+    def value(self, path):
+        """What a start finds, which must be whole; and what it logs."""
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            store = stack.enter_context(contextlib.closing(linger.Store(path)))
+            self.assertEqual(store.read("pragma integrity_check"), [[("ok",)]])
+            ((row,),) = store.read(linger.GET_CONFIG, key="value")
+        return row[0], log.getvalue()
+
+    def check_restore(self, copy):
+        """The copy is served as it was, and the log is kept under another name."""
+        path = self.crash(copy)
+        log = Path(path + "-wal").read_bytes()
+        value, said = self.value(path)
+        self.assertEqual(value, "old")
+        self.assertRegex(said, r"^linger: .*-wal is not the log of .*-wal\.stale\n$")
+        self.assertEqual(Path(path + "-wal.stale").read_bytes(), log)
+
+    def copies_of_each_kind(self):
+        copies = {"sqlite": self.sqlite_copy()}
+        for name in ("backup", "vacuum"):
+            copies[name] = str(self.folder / name)
+        linger.create_file(copies["backup"])
+        self.store.copy(copies["backup"])
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            connection.execute("vacuum into ?", (copies["vacuum"],))
+        return copies
+
+    def test_the_log_of_a_killed_server_is_served(self):
+        self.write("1")
+        self.assertEqual(self.value(self.crash()), ("1", ""))
+        self.checkpoint()
+        for value in ("2", "3"):
+            self.write(value)
+            self.assertEqual(self.value(self.crash()), (value, ""))
+
+    def test_a_log_that_was_written_back_in_part_is_served(self):
+        self.write("1")
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            connection.execute("begin")
+            connection.execute("select * from config").fetchall()
+            self.write("2")
+            self.store._writer.execute("pragma wal_checkpoint(passive)").fetchall()
+            self.write("3")
+            self.assertEqual(self.value(self.crash()), ("3", ""))
+
+    def test_a_page_that_a_power_failure_left_half_written_is_no_other_file(self):
+        self.write("1")
+        self.checkpoint()
+        old = Path(self.raw_copy()).read_bytes()
+        self.write("2" * 600)
+        log = Path(self.dbfile + "-wal").read_bytes()
+        page = log[32 + 24 :][:4096]
+        at = (struct.unpack(">I", log[32:36])[0] - 1) * 4096
+        self.assertNotEqual(old[at + 2048 : at + 4096], page[2048:])
+        half = self.folder / "half"
+        half.write_bytes(old[: at + 2048] + page[2048:] + old[at + 4096 :])
+        self.assertEqual(self.value(self.crash(half)), ("2" * 600, ""))
+
+    def test_a_file_copied_after_a_checkpoint_has_the_log_since_then(self):
+        self.write("1")
+        self.checkpoint()
+        self.write("2")
+        copy = self.raw_copy()
+        self.write("3")
+        self.assertEqual(self.value(self.crash(copy)), ("3", ""))
+
+    def test_a_restored_backup_is_served_without_the_log_that_was_there(self):
+        self.write("old")
+        copies = self.copies_of_each_kind()
+        self.write("new")
+        for name, copy in copies.items():
+            with self.subTest(name):
+                self.check_restore(copy)
+
+    def test_and_when_the_log_has_begun_anew_since(self):
+        self.write("old")
+        copies = self.copies_of_each_kind()
+        self.checkpoint()
+        copies["raw"] = self.raw_copy()
+        for value in ("new", "newer"):
+            self.write(value)
+            self.checkpoint()
+        self.write("newest")
+        for name, copy in copies.items():
+            with self.subTest(name):
+                self.check_restore(copy)
+
+    def test_a_newer_file_is_served_without_an_older_log(self):
+        self.write("older")
+        older = self.folder / "older-wal"
+        shutil.copy(self.dbfile + "-wal", older)
+        self.checkpoint()
+        self.write("old")
+        copy = self.sqlite_copy()
+        shutil.copy(older, self.dbfile + "-wal")
+        self.check_restore(copy)
+
+    def test_the_log_of_another_database_is_not_replayed(self):
+        self.write("alien")
+        other = str(self.folder / "other.db")
+        with contextlib.closing(linger.Store(other)) as store:
+            operation = linger.Operation((linger.SET_CONFIG,), {"key": "value", "value": "old"})
+            store.transact([operation])
+        self.check_restore(other)
+
+    def test_no_log_that_was_set_aside_is_overwritten(self):
+        self.write("old")
+        copy = self.sqlite_copy()
+        self.write("new")
+        path = self.crash(copy)
+        Path(path + "-wal.stale").write_text("kept")
+        self.assertIn("-wal.stale.2\n", self.value(path)[1])
+        self.assertEqual(Path(path + "-wal.stale").read_text(), "kept")
+
+    def test_a_log_that_sqlite_would_not_read_stops_no_start(self):
+        self.write("1")
+        self.checkpoint()
+        for log in (b"", b"x", os.urandom(32), os.urandom(9_000), b"\xff" * 99):
+            path = self.raw_copy()
+            Path(path + "-wal").write_bytes(log)
+            self.assertEqual(self.value(path), ("1", ""))
+
+    def test_checkpoints_of_other_programs_and_new_times_are_no_alarm(self):
+        for number in range(20):
+            self.write(f"{number}" * 300)
+            if number % 3 == 0:
+                self.checkpoint()
+            if number % 5 == 0:
+                os.utime(self.dbfile)
+            with contextlib.closing(sqlite3.connect(self.dbfile)) as connection, connection:
+                connection.execute("insert or replace into config values ('other', random())")
+        self.assertEqual(self.value(self.crash()), ("19" * 300, ""))
+
+    def overwrite(self, copy):
+        """Puts other content into the file in use; the errors that follow, and the log."""
+        Path(self.dbfile).write_bytes(Path(copy).read_bytes())
+        errors = []
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            for _ in range(3):
+                with self.assertRaises(linger.Unavailable) as caught:
+                    self.write("newer")
+                errors.append(str(caught.exception))
+            self.committer.close()
+            self.store.close()
+        self.assertEqual(log.getvalue(), f"linger: {errors[0]}\n")
+        return set(errors)
+
+    def test_a_file_overwritten_while_in_use_is_not_written_to(self):
+        self.write("old")
+        for name, copy in self.copies_of_each_kind().items():
+            with self.subTest(name):
+                self.write("new")
+                (error,) = self.overwrite(copy)
+                self.assertRegex(error, "overwritten while in use.* restart the server")
+                self.assertEqual(Path(self.dbfile).read_bytes(), Path(copy).read_bytes())
+                self.assertEqual(self.value(self.crash())[0], "old")
+                self.dbfile = str(self.folder / f"{name}.db")
+                self.store = linger.Store(self.dbfile)
+                self.committer = linger.Committer(self.store)
+        self.committer.close()
+        self.store.close()
+
+    def test_a_malformed_database_takes_nothing_more(self):
+        for code, text in ((11, "x"), (26 | 256, "y")):
+            with self.subTest(code):
+                error = sqlite3.DatabaseError(text)
+                error.sqlite_errorcode = code
+                self.assertTrue(linger.is_malformed(error))
+        self.write("1")
+        broken = self.raw_copy()
+        with contextlib.closing(sqlite3.connect(broken)) as connection, connection:
+            connection.execute("create table more as select zeroblob(3000) x from sqlite_master")
+        with open(broken, "r+b") as file:
+            file.seek(-8 * 4096, os.SEEK_END)  # of that table
+            file.write(bytes(8 * 4096))
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            broker = linger.Broker(linger.Store(broken))
+            self.addCleanup(broker.close)
+            for call in (
+                lambda: broker._committer.read("select * from more"),
+                broker.check_health,
+                lambda: broker.post("q", b"x"),
+            ):
+                with self.assertRaisesRegex(linger.Unavailable, "malformed.*README, Backup"):
+                    call()
+            broker.close()
+        self.assertRegex(log.getvalue(), r"^linger: the database is malformed.*\n$")
+
+    def test_what_is_malformed_is_known_before_python_3_11_too(self):
+        for text in (
+            "database disk image is malformed",
+            "file is not a database",
+            "malformed database schema (x)",
+        ):
+            self.assertTrue(linger.is_malformed(sqlite3.DatabaseError(text)))
+        self.assertFalse(linger.is_malformed(sqlite3.OperationalError("disk I/O error")))
+
+
+class LockTest(Folder):
+    """One server for a database, whatever happens to its lock file."""
+
+    def test_without_its_lock_file_and_by_another_name_it_is_still_one_database(self):
+        with contextlib.closing(linger.Store(self.dbfile)) as store:
+            for name in (os.link, os.symlink):
+                name(self.dbfile, str(self.folder / name.__name__))
+            os.unlink(self.dbfile + "-lock")
+            program = "import linger, sys; linger.Store(sys.argv[1])"
+            for path in (self.dbfile, *(str(self.folder / n) for n in ("link", "symlink"))):
+                with self.subTest(path):
+                    with self.assertRaisesRegex(linger.Unavailable, "in use by another"):
+                        linger.Store(path)
+                    result = subprocess.run(
+                        [sys.executable, *STRICT, "-c", program, path],
+                        cwd=HERE, capture_output=True, text=True,
+                    )  # fmt: skip
+                    self.assertIn("in use by another Linger", result.stderr)
+            store.transact([linger.Operation()])
+        linger.Store(self.dbfile).close()
+
+
 class BackupTest(Folder):
     """Copies of a database in use."""
 
