@@ -1701,6 +1701,31 @@ def locked(method: Method) -> Method:
     return cast(Method, run)
 
 
+FORKED = "this process was forked from the one that has the server: use a Client here"
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()  # of what a forked child must not use
+
+
+def disown_in_children(owner: Any) -> None:
+    """Has `owner.disown()` called in each process that is forked from this one.
+
+    The child has the open files and none of the threads; their locks may be held for ever.
+    """
+    _watch_forks()
+    _owners.add(owner)
+
+
+@functools.cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(after_in_child=_disown_all)
+
+
+def _disown_all() -> None:
+    for owner in list(_owners):
+        owner.disown()
+    _owners.clear()
+
+
 class Operation:
     """A fixed list of statements that run in one transaction, all or none.
 
@@ -2532,6 +2557,9 @@ class Store:
     The writing connection belongs to the thread that calls `transact`.
     """
 
+    _damage = ""  # why nothing can be written any more, until a restart
+    _is_disowned = False  # whether this is a forked child's copy
+
     def __init__(self, path: str = MEMORY, sync: str = "full", max_size: int = 0) -> None:
         """Opens, creates or migrates the database at `path`; `LingerError` says why it cannot.
 
@@ -2554,7 +2582,6 @@ class Store:
         self._directory = os.path.dirname(self.path)
         self._directory_changed = -1  # when an entry of it was last made, moved or deleted
         self._file: Optional[DatabaseFile] = None
-        self._damage = ""  # why nothing can be written any more, until a restart
         self._closed = False
         self._space = SpaceGuard(self.path, max_size, self._measure)
         refuse_mount_point(self.path)
@@ -2571,6 +2598,7 @@ class Store:
                 hint = f" ({BACKUP_HINT})" if is_malformed(error) else ""
                 raise Unavailable(f"cannot open the database {path}: {error}{hint}") from error
             undo.pop_all()
+        disown_in_children(self)
 
     def _open(self) -> None:
         """Brings the file to our schema, then opens both connections."""
@@ -2752,6 +2780,8 @@ class Store:
 
     def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
         """The rows of selects that change nothing, all from the moment of the last commit."""
+        if self._is_disowned:
+            raise Unavailable(FORKED)
         try:
             return self._read(statements, parameters)
         except sqlite3.Error as error:
@@ -2795,6 +2825,8 @@ class Store:
         The transaction that reads holds that moment: without it SQLite would begin again with
         every commit.
         """
+        if self._is_disowned:
+            raise Unavailable(FORKED)
         try:
             with contextlib.closing(sqlite3.connect(path)) as copy:
                 copy.execute("pragma synchronous = off")
@@ -2862,6 +2894,16 @@ class Store:
         else:
             self._close()
         self._unlock()
+
+    def disown(self) -> None:
+        """In a forked child: gives up the locks, and never closes what SQLite has open."""
+        self._lock = threading.RLock()
+        self._is_disowned = True
+        self._damage = FORKED
+        if not self._closed:
+            self._closed = True
+            self._abandon()
+            self._unlock()
 
     def _unlock(self) -> None:
         if self._lock_file is not None:
@@ -4554,6 +4596,11 @@ class Administration:
         self._health = HealthCheck(self._write_health, state.clock.source.monotonic)
         ((row,),) = store.read(GET_CONFIG, key="server_id")
         self.id: str = row[0]
+        disown_in_children(self)
+
+    def disown(self) -> None:
+        """In a forked child: each call raises an error at once."""
+        object.__setattr__(self, "__class__", ForkedBroker)
 
     def now(self) -> float:
         """Broker time, in seconds."""
@@ -5375,6 +5422,18 @@ class Broker(Administration):
         self, id: int, lease: Optional[int], expected_channel: Optional[str]
     ) -> dict[str, Any]:
         return {"id": id, "lease": lease, "expected_channel": expected_channel, "now": self.now()}
+
+
+class ForkedBroker:
+    """A child's copy of a broker, which has no threads, and whose locks may be held for ever."""
+
+    def close(self) -> None:
+        """Nothing: it is the parent's."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Unavailable(FORKED)
 
 
 def _check_body(body: bytes, max_message: int) -> None:
@@ -8159,6 +8218,14 @@ class Server(ThreadingHTTPServer):
             self._close_listener()
             raise
         self.api = Api(self)
+        disown_in_children(self)
+
+    def disown(self) -> None:
+        """In a forked child: closes the sockets, so that they end with the parent."""
+        self.stopping = self.closed = True
+        self._count_lock, self._accepting = threading.Lock(), threading.Lock()
+        for connection in (self.socket, *self.connections):
+            connection.close()
 
     def server_bind(self) -> None:
         """Binds without asking the name service for the host's name, as HTTPServer does."""
@@ -9959,6 +10026,31 @@ def _tune_threads() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def has_terminal() -> bool:
+    """Whether this process was started at a terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _handle_hang_up(server: Server, has_files: bool) -> None:
+    """Lets SIGHUP read the files again, or stop a server whose terminal was closed."""
+    had_terminal = has_terminal()
+
+    def hang_up(*_: object) -> None:
+        if had_terminal and not has_terminal():
+            server.shutdown()
+        elif has_files:
+            server.reload()
+        else:
+            log("linger: SIGHUP: there are no files of tokens or TLS to read again")
+
+    if has_files or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets
+        signal.signal(signal.SIGHUP, hang_up)
+
+
 def run_server(arguments: Sequence[str], commands: str) -> int:
     """Runs a server until SIGTERM or SIGINT; returns the exit status."""
     _tune_threads()
@@ -9977,8 +10069,7 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
             os._exit(128 + number)  # the second signal: at once
         server.shutdown()
 
-    if options["tokens"] is not None or options["cert"] is not None:
-        signal.signal(signal.SIGHUP, lambda *_: server.reload())
+    _handle_hang_up(server, options["tokens"] is not None or options["cert"] is not None)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     signal.set_wakeup_fd(server.wake)  # the system may deliver a signal to any thread

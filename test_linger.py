@@ -14,6 +14,7 @@ import datetime
 import dis
 import doctest
 import errno
+import fcntl
 import gc
 import hashlib
 import http.client
@@ -38,6 +39,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -8629,6 +8631,86 @@ for thread in threads:
         server.end()
         server = self.start()
         self.assertEqual(server.call("GET", "/channels/q/stats")[2], b'{"ready":0,"hidden":0}\n')
+
+
+FORKING = """
+import os, sys, linger
+server = linger.serve(dbfile=sys.argv[1])
+store = server.broker._store
+server.broker.post("q", b"x")
+if os.fork() == 0:
+    said = []
+    for call in (
+        lambda: server.broker.post("q", b"y"),
+        lambda: server.broker.get("q"),
+        lambda: store.read("select 1"),
+        lambda: store.copy("never"),
+        lambda: store.transact([]),
+    ):
+        try:
+            call()
+        except linger.Unavailable as error:
+            said.append("forked" in str(error))
+        except linger.CannotBegin as error:
+            said.append("forked" in str(error))
+    server.close()
+    print(*said, flush=True)
+    sys.stdin.read()
+    sys.exit()
+print(server.url, flush=True)
+sys.stdin.read()
+"""
+
+
+class ForkTest(ProcessCase):
+    """A child of a program that has a server."""
+
+    def test_a_child_keeps_neither_the_lock_nor_the_sockets_and_gets_errors(self):
+        program = subprocess.Popen(
+            [sys.executable, "-c", FORKING, self.dbfile],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=HERE, text=True,
+        )  # fmt: skip
+        self.addCleanup(program.communicate)  # its end ends the child
+        lines = sorted(program.stdout.readline().strip() for _ in range(2))
+        self.assertEqual(lines[0], " ".join(["True"] * 5))
+        port = int(lines[1].rpartition(":")[2])
+        with contextlib.closing(socket.create_connection(("127.0.0.1", port))) as open_one:
+            program.kill()
+            program.wait()
+            with contextlib.suppress(ConnectionResetError):
+                self.assertEqual(open_one.recv(1), b"")
+        with self.assertRaises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        server = self.start()
+        self.assertEqual(server.call("GET", "/channels/q?nowait")[2], b"x")
+
+
+class HangUpTest(ProcessCase):
+    """SIGHUP where there is nothing to read again."""
+
+    def test_without_a_terminal_it_is_logged_and_the_server_goes_on(self):
+        server = self.start(before=os.setsid)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: select.select([server.process.stderr], [], [], 0)[0])
+        self.assertEqual(server.call("GET", "/health")[0], 200)
+        status, errors = server.end()
+        self.assertEqual(status, 0)
+        self.assertRegex(errors, "^linger: SIGHUP: there are no files .*\n$")
+
+    def test_a_terminal_that_is_closed_stops_it_gracefully(self):
+        main, terminal = os.openpty()
+
+        def take_terminal():
+            os.setsid()
+            fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+        with contextlib.closing(os.fdopen(main)):
+            server = self.start(before=take_terminal)
+            os.close(terminal)
+            self.assertEqual(server.call("POST", "/channels/q", b"x")[0], 202)
+        status, errors = server.process.wait(PATIENCE), server.end()[1]
+        self.assertEqual((status, errors), (0, ""))
+        self.assertFalse(os.path.exists(self.dbfile + "-wal"))
 
 
 @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs Linux")
