@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Linger: a message queue and pub-sub server in one file, behind a plain HTTP API, kept in SQLite.
 
-    python linger.py --port 8989
-    python linger.py post jobs 'Do this!'
-    python linger.py --help
+    python3 linger.py --port 8989
+    python3 linger.py post jobs 'Do this!'
+    python3 linger.py --help
 
 Messages are posted to *channels* and shared out among the consumers of a channel; messages that
 are published on a *topic* are copied to each channel subscribed to it.  A message that was
@@ -42,13 +42,13 @@ The file reads downwards: a section uses only what stands above it.
 
 Where to look for the rules that matter most:
 
-    a lease is checked           `DELETE_LEASED` and its neighbors in SQL, `Delete` in Operations
+    a lease is checked           `DELETE_LEASED` in SQL, `refuse_lease` in Operations
     a message is taken           `Take` in Operations
     a consumer waits, is woken   `WaitingList` in State, `State.wake` in Operations
     operations share a commit    `Committer` in Commits
     timeouts and delays end      `ProcessDue` in Operations, `Timers` in State
     a request is read            `RequestReader` in Requests (`_read_chunks`: a chunked body)
-    a token is compared          `Access.identify` in Access
+    a token is looked up         `Access.identify` in Access
     a reply waits for a commit   `ReplySlot` in Connections, and the comment above it
 """
 
@@ -569,12 +569,15 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name.replace("-", "_") not in known:
             nearest = difflib.get_close_matches(name, known, 1)
-            hint = f", did you mean {nearest[0]}?" if nearest else ","
-            raise BadRequest(f"there is no {kind} {name} here{hint} only {', '.join(known)}")
+            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            raise BadRequest(f"unknown {kind} {name}: {hint}known are {', '.join(known)}")
 
 
 def check_parameters(given: Mapping[str, object], table: Sequence[Parameter]) -> None:
-    """`BadRequest` if a parameter is not in the table, which `parse_parameters` would ignore."""
+    """Raises `BadRequest` for a parameter that is not in the table.
+
+    `parse_parameters` would silently ignore it.
+    """
     if given:
         check_names("parameter", given, (parameter.name for parameter in table))
 
@@ -1731,8 +1734,10 @@ class Operation:
 
     Each kind of operation is a subclass that holds the whole logic of its call.  Until it is done
     an operation belongs to the committer thread, which calls its methods in this order:
-    `on_executed` after the statements and before the commit, `on_commit` after the commit, in the
-    order of commits, unless it failed; `on_done` at last, in any case.
+
+    - `on_executed` after its statements and before the commit;
+    - `on_commit` after the commit, in the order of commits, unless the operation failed;
+    - `on_done` last, whether it failed or not.
     """
 
     statements: Sequence[str] = ()
@@ -1743,7 +1748,7 @@ class Operation:
     adds = 0  # about how many bytes of messages it adds: refused while space is short
     seconds: Optional[float] = None  # how long the statements took; None: not measured
     owner: Any = None  # for the done callback: whose operation it is
-    is_large = False  # whether much is to be made of its result: not in the committer thread
+    is_large = False  # whether the reply is large: then a thread of its own renders it
 
     def __init__(self, statements: Sequence[str] = (), parameters: Parameters = parameters) -> None:
         self.statements = statements
@@ -1751,7 +1756,7 @@ class Operation:
         self.results: list[Any] = []  # of each statement: rows, or (rows changed, last id)
 
     def on_executed(self) -> None:
-        """May join other operations to the transaction.  Called once, even if that then fails."""
+        """May join operations to the transaction.  Called once, even if the transaction fails."""
 
     def on_commit(self) -> None:
         """Changes what is kept in memory.  Must be short."""
@@ -2703,7 +2708,7 @@ class Store:
             operation.results.append(rows if changed < 0 else (changed, cursor.lastrowid))
 
     def _roll_back(self, error: BaseException) -> None:
-        """Ends a failed transaction, and makes room for the next one if that was missing."""
+        """Rolls a failed transaction back; frees space for the next one if the disk was full."""
         with contextlib.suppress(sqlite3.Error):
             if self._writer.in_transaction:
                 self._writer.execute("rollback")
@@ -3042,7 +3047,7 @@ def create_database(path: str, migrate: bool = False) -> None:
 def create_schema(
     connection: sqlite3.Connection, before: Sequence[str] = (), after: Sequence[str] = ()
 ) -> None:
-    """Creates the tables in one transaction, between the statements of a migration if it is one."""
+    """Creates the tables in one transaction; `before` and `after` are those of a migration."""
     connection.execute("begin exclusive")
     for statement in (*before, *SCHEMA, *after):
         connection.execute(statement)
@@ -3053,7 +3058,7 @@ def create_schema(
 
 
 def save_original(path: str) -> None:
-    """Gives the file of 1.0.1 a second name: whole at once, and before it loses its own."""
+    """Links the file of 1.0.1 to a second name, at once, before it is replaced."""
     for number in itertools.count(1):
         name = f"{path}.v1" if number == 1 else f"{path}.v1.{number}"
         if not os.path.exists(name):
@@ -3378,7 +3383,7 @@ class WaitingList:
 
     @locked
     def cancel(self, consumer: Consumer, now: float) -> bool:
-        """Ends a wait; False if the consumer is not waiting: its take is still to end, or over."""
+        """Ends a wait; False if the consumer is not waiting: its take runs or is over."""
         consumer.closed = True
         if not consumer.waiting:
             return False
@@ -3651,7 +3656,7 @@ class PieceSize:
         self.rows = min(rows, PIECE_ROWS)
 
     def adapt(self, seconds: Optional[float], is_full: bool) -> None:
-        """After a piece that took so long and had as many rows as it might, or fewer."""
+        """Adapts the size after a piece that took `seconds`; `is_full`: it used all its rows."""
         if seconds is not None and seconds > PIECE_TIME:
             self.rows = max(self.rows // 2, 1)
         elif is_full:
@@ -4429,7 +4434,7 @@ class BulkCall:
     def run(self, piece: Operation) -> int:
         """Runs a piece; returns how many messages it has done.
 
-        If it fails after others, the error says that not nothing was changed.
+        The error of a later piece says that something was changed before.
         """
         try:
             count: int = self._committer.run(piece)
@@ -4502,7 +4507,7 @@ def backoff_text(backoff: str) -> str:
 #           3. C: the thread listens for a hang-up and for the end of the wait: `Broker.cancel`
 #           4. W: another operation makes a message ready (as 5. above) and calls `State.wake`
 #           5. W: `WaitingList.pop` gives the consumer; if its client is there, a second `Take`
-#                 joins the transaction, so nobody else gets the message
+#                 joins the transaction, behind what is in it and before what comes later
 #           6. W: `Take.on_commit` counts the delivery and schedules the timeout
 #           7. W: `Take.on_done` sends the message; one that cannot be sent is undone (`UndoTake`)
 #
@@ -6433,9 +6438,9 @@ class HeaderCache:
 
 
 class RequestCache:
-    """The last requests of a connection by their heads, so that a head is parsed only once.
+    """Recent requests of a connection by their heads, so that a head is parsed only once.
 
-    A request that names a message is found by its head without the id.
+    The key of a request that names a message is its head without the id.
     """
 
     __slots__ = ("_connection", "_header_cache", "_requests", "_requests_without_id")
@@ -6468,7 +6473,7 @@ class RequestCache:
         return request
 
     def clear(self) -> None:
-        """Forgets all; they refer to their connection."""
+        """Drops all requests, since each refers to its connection."""
         self._requests.clear()
         self._requests_without_id.clear()
 
@@ -7350,9 +7355,10 @@ class Api:
 #      `_await_reply` says that no reply is pending.
 #   4. The committer runs the statements and commits (see Commits).  A `Take` that finds nothing
 #      is put on the waiting list.  The next `Post` to its channel takes for it, in its own
-#      transaction: `Post.on_executed` calls `State.wake`.  At the deadline, or when the client
-#      disconnects, `_await_reply` cancels it.
-#   5. The committer calls `_reply`: it renders the response and sends it, without blocking.
+#      transaction: `Post.on_executed` calls `State.wake`.
+#   5. The committer calls `_reply`: it renders the response and sends it, without blocking; a
+#      large response is left to a new thread.  At the deadline of a wait, or when the client
+#      disconnects, `_await_reply` cancels the consumer, and so calls `_reply` itself.
 #   6. What the socket does not take at once is sent by a new thread (`_finish_reply_blocking`).
 #      A delivery that cannot be sent is undone (`_abandon_reply`), and counts as if not made.
 #   7. `_complete_reply` ends the pending reply.
@@ -7534,10 +7540,12 @@ class ReplySlot:
     __slots__ = ("_lock", "_waiting", "consumer", "deadline", "pending")
 
     def __init__(self) -> None:
-        self._lock = _thread.allocate_lock()  # guards `pending`, once it is set, and `_waiting`
+        self._lock = _thread.allocate_lock()  # guards `pending`, once set, and `_waiting`
         self.pending = False  # may be read without the lock by the connection's thread
-        self._waiting: Optional[_thread.LockType] = None  # locked while a thread waits
-        self.consumer: Optional[Consumer] = None  # the one that waits for messages, if that is it
+        self._waiting: Optional[_thread.LockType] = (
+            None  # locked from the first wait until `complete`
+        )
+        self.consumer: Optional[Consumer] = None  # the waiting consumer, if the reply is for one
         self.deadline = 0.0  # when its wait ends
 
     def expect(self, consumer: Optional[Consumer] = None, deadline: float = 0.0) -> None:
@@ -7555,7 +7563,7 @@ class ReplySlot:
             waiting.release()
 
     def wait(self, seconds: float = -1) -> bool:
-        """Waits until no reply is pending, or so many seconds; whether none is."""
+        """Waits up to `seconds` for the reply to be sent; returns whether it has been."""
         with self._lock:
             if not self.pending:
                 return True
@@ -8017,7 +8025,7 @@ class AddressLimiter:
             return len(self._counts)
 
     def acquire(self, connection: socket.socket, address: str) -> int:
-        """Counts a connection; returns by how many its client exceeds the limit, less one."""
+        """Counts a connection; returns how many others its client has, less the limit."""
         if not self._limit:
             return -1
         key = client_key(address)
@@ -8637,8 +8645,8 @@ class Transport:
             except (OSError, http.client.HTTPException) as error:
                 if repeated or not repeatable or self.closed:
                     raise Unavailable(
-                        f"the connection to {self.url} broke before the response, so it is not"
-                        f" known whether it was done: {error}"
+                        f"the connection to {self.url} was lost before the response: it is not"
+                        f" known whether the request was executed: {error}"
                     ) from error
                 repeated = True
         if status < 300 or (repeated and status in done_statuses):
@@ -9788,7 +9796,7 @@ OPTIONS = (
     Option("max-connections", "", MAX_CONNECTIONS, _integer(1, 1_000_000), "N",
            "open connections; further ones get 503"),
     Option("max-connections-per-address", "Server", 0, _integer(0, 1_000_000), "N",
-           "the same per address (IPv6: per /64 network), 0 = unlimited"),
+           "open connections per address (IPv6: per /64 network), 0 = unlimited"),
     Option("max-waiting", "Server", 0, _integer(0, 1_000_000), "N",
            "waiting consumers; further ones get 503; 0 = 75% of --max-connections"),
     Option("max-channels", "Broker", MAX_CHANNELS, _integer(1, 10_000_000), "N",
@@ -9796,7 +9804,7 @@ OPTIONS = (
     Option("max-db-size", "", 0, _integer(0, MAX_INTEGER), "BYTES",
            "size of the database, 0 = limited by the disk"),
     Option("read-timeout", "Server", READ_TIMEOUT, _integer(1, 86_400), "SECONDS",
-           "time to receive a request head, and again for its body"),
+           "time limit for a request's head, and the same again for its body"),
     Option("idle-timeout", "Server", IDLE_TIMEOUT, _integer(1, 86_400), "SECONDS",
            "time that a connection may be idle between requests"),
     Option("token", "Access", None, _text, "TOKEN", "token with full access"),
@@ -9808,7 +9816,7 @@ OPTIONS = (
     Option("allow-host", "Access", "", _text, "NAMES",
            "host names of this server in addition to localhost, separated by commas"),
     Option("cert", "Access", None, _text, "FILE", "TLS certificate in PEM format; enables https"),
-    Option("key", "Access", None, _text, "FILE", "its private key, if not in the same file"),
+    Option("key", "Access", None, _text, "FILE", "private key for --cert, if not in the same file"),
     Option("log-requests", "", False, _switch, "", "log each request to standard error"),
     Option("debug", "", False, _switch, "", "same as --log-requests, as in Linger 1.0.1"),
 )

@@ -9479,7 +9479,7 @@ class CommandTest(CommandCase):
 
     def test_serve_refuses_names_and_values_that_an_option_cannot_have(self):
         for options, reason in (
-            ({"prot": 0}, "no option prot here, did you mean port?"),
+            ({"prot": 0}, "unknown option prot: did you mean port?"),
             ({"max_conections": 1}, "did you mean max_connections?"),
             ({"zzz": 1}, "only host, port, "),
             ({"hlm": "1"}, "hlm must be an integer$"),
@@ -10873,7 +10873,7 @@ FIRST, SECOND = 1, 2
             last = name.rpartition(".")[2]
             with self.subTest(name):
                 self.assertRegex(
-                    by_section[section], rf"(?m)^(class {last}\b|    def {last}\(|{last} = )"
+                    by_section[section], rf"(?m)^(class {last}\b| *def {last}\(|{last} = )"
                 )
 
     def test_every_public_name_has_a_docstring(self):
