@@ -7404,7 +7404,11 @@ class ClientTest(ClientCase):
             (linger.BadRequest, "255 bytes", lambda: self.client.drain("")),
             (linger.BadRequest, "surrogates", lambda: self.client.drain("\ud800")),
             (linger.BadRequest, "surrogates", lambda: self.client.post("r", "\ud800")),
-            (linger.BadRequest, "unknown parameter prio: ", lambda: self.client.post("r", "x", prio=1)),
+            (
+                linger.BadRequest,
+                "unknown parameter prio: ",
+                lambda: self.client.post("r", "x", prio=1),
+            ),
             (linger.BadRequest, "timeout must", lambda: self.client.post("r", "x", timeout=0)),
             (linger.BadRequest, "valid header", lambda: self.client.post("r", "x", "a\r\nb: c")),
         ):
@@ -9481,7 +9485,7 @@ class CommandTest(CommandCase):
         for options, reason in (
             ({"prot": 0}, "unknown option prot: did you mean port?"),
             ({"max_conections": 1}, "did you mean max_connections?"),
-            ({"zzz": 1}, "only host, port, "),
+            ({"zzz": 1}, "known are host, port, "),
             ({"hlm": "1"}, "hlm must be an integer$"),
             ({"hlm": True}, "hlm must be an integer$"),
             ({"hlm": None}, "hlm must be an integer$"),
