@@ -1969,10 +1969,11 @@ def inode_of(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def lock_database(path: str) -> int:
+def lock_database(path: str, check: Callable[[str], object]) -> int:
     """Locks `<path>-lock` for as long as the descriptor returned is open.
 
-    Nothing of the database is touched before.  The lock ends with the process; the file stays.
+    Nothing of the database is touched before.  The lock ends with the process; the file stays.  So
+    `check(path)` may refuse another program's file before a lock is made beside it.
     """
     if os.path.isdir(path):
         raise Unavailable(f"cannot open the database {path}: it is a directory")
@@ -1980,9 +1981,12 @@ def lock_database(path: str) -> int:
         if inode_of(path) in open_inodes:  # closing a descriptor of it would drop SQLite's locks
             raise in_use(path)
     try:
+        if not os.path.lexists(path + "-lock"):
+            check(path)
         descriptor = os.open(path + "-lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise Unavailable(f"cannot open the database {path}: {error.strerror}") from error
+    except (sqlite3.Error, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unavailable(f"cannot open the database {path}: {reason}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -2565,6 +2569,8 @@ class Store:
     _damage = ""  # why nothing can be written any more, until a restart
     _is_disowned = False  # whether this is a forked child's copy
 
+    _lock_file: Optional[int] = None  # open while the database is locked
+
     def __init__(self, path: str = MEMORY, sync: str = "full", max_size: int = 0) -> None:
         """Opens, creates or migrates the database at `path`; `LingerError` says why it cannot.
 
@@ -2591,8 +2597,8 @@ class Store:
         self._space = SpaceGuard(self.path, max_size, self._measure)
         refuse_mount_point(self.path)
         with contextlib.ExitStack() as undo:
-            self._lock_file = None if path == MEMORY else lock_database(self.path)
-            if self._lock_file is not None:
+            if path != MEMORY:
+                self._lock_file = lock_database(self.path, read_schema_version)
                 undo.callback(os.close, self._lock_file)
             undo.callback(self._space.close)
             undo.callback(self._close_file)
@@ -2979,33 +2985,41 @@ def translate_error(error: Exception) -> Exception:
 
 
 def open_or_migrate(path: str) -> None:
-    """Creates the file if there is none, and migrates one of 1.0.1; refuses any other untouched.
+    """Creates the file if there is none, and migrates one of 1.0.1; refuses any other untouched."""
+    version = read_schema_version(path)
+    if not version:
+        create_database(path, migrate=version == 0)
 
-    The header is read by hand: SQLite would at once write to a file with a log beside it.
+
+def read_schema_version(path: str) -> Optional[int]:
+    """The version of a database's schema, 0 for one of 1.0.1, None for an empty file or none.
+
+    `Unavailable` for what this program cannot open.  The header is read by hand: SQLite would at
+    once write to a file with a log beside it.
     """
     header = b""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         header = file.read(100)
     if not header:
-        create_database(path)
-        return
+        return None
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
         raise Unavailable(f"{path} is not a database of Linger: choose another --dbfile")
     version, application = struct.unpack(">I4xI", header[60:72])
     if application == 0 == version and _is_version_1(path):
-        create_database(path, migrate=True)
-    elif application != APPLICATION_ID:
+        return 0
+    if application != APPLICATION_ID:
         raise Unavailable(f"{path} is a database of another program: choose another --dbfile")
-    elif version < SCHEMA_VERSION:
+    if version < SCHEMA_VERSION:
         raise Unavailable(
             f"{path} has schema {version} of a development version that was never released:"
             " choose another --dbfile"
         )
-    elif version > SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         raise Unavailable(
             f"{path} has schema {version}, and Linger {__version__} knows up to"
             f" {SCHEMA_VERSION}: use the newer Linger that made it"
         )
+    return int(version)
 
 
 def create_database(path: str, migrate: bool = False) -> None:

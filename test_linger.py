@@ -9533,6 +9533,22 @@ class CommandTest(CommandCase):
             self.assertEqual(dbfile.read_bytes(), old)
             self.assertEqual(sorted(self.folder.iterdir()), [dbfile, tokens])
 
+    def test_refused_file_gets_no_lock_beside_it(self):
+        other = self.folder / "other"
+        for write in (
+            lambda: other.write_text("no database" * 99),
+            lambda: other.write_bytes(b"short"),
+            lambda: sqlite3.connect(other).execute("create table x (y)").connection.close(),
+        ):
+            write()
+            for program in (linger.Store, lambda path: linger.serve(dbfile=path)):
+                with self.assertRaises(linger.Unavailable):
+                    program(str(other))
+                self.assertEqual(list(self.folder.iterdir()), [other])
+            other.unlink()
+        with self.assertRaisesRegex(linger.Unavailable, "No such file"):
+            linger.serve(dbfile=self.folder / "no" / "such.db")
+
     def test_start_without_threads_is_refused_and_can_be_tried_again(self):
         no_thread = RuntimeError("can't start new thread")
         refusing = unittest.mock.patch.object(threading.Thread, "start", side_effect=no_thread)
