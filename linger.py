@@ -14,6 +14,7 @@ The file reads downwards: a section uses only what stands above it.
 
     Limits        every bound, with its unit and its reason
     Errors        what can go wrong, with the HTTP status that says so
+    Memory        the bytes that clients may make the server keep
     Messages      the message, its parameters, and how they are read
     Schema        tables, indexes and triggers; the migration from 1.0.1
     SQL           every statement
@@ -174,8 +175,8 @@ MAX_IDLE_CHANNELS = 10_000  # channels listed for that reason only
 MAX_CHANNELS = 100_000  # default of --max-channels: their names are kept in memory
 PIECE_ROWS = 1_000  # rows that a piece of bulk work touches in one transaction,
 PIECE_TIME = 0.01  # and seconds that it should take: other calls wait meanwhile
-LARGE_COUNT = 10  # messages of a take whose response is made by a thread of its own,
-LARGE_BYTES = 65_536  # or their bytes: the committer has no time for it
+LARGE_COUNT = 10  # messages of a take whose response is made by a thread of its own, as one of
+# more than SMALL_AMOUNT bytes is: the committer has no time for it
 MAX_EXPIRED = 1_000  # expired messages that a take passes over at a time
 FIRST_PIECE = 64  # rows of the first piece: their bodies may be large
 MAX_DUE_CHANNELS = 64  # channels whose due messages are processed in one transaction
@@ -184,6 +185,7 @@ CHANNEL_PAGE = 1_000  # channels that a listing reads at a time
 HEALTH_INTERVAL = 1.0  # shortest time between two writes of health checks, seconds
 RECOUNT_INTERVAL = 1.0  # shortest time between two counts of the channels, seconds
 MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to all of them
+JSON_EXPANSION = 6  # bytes of JSON for a byte of a body: control characters
 MAX_BATCH_COPIES = 100_000  # copies that one published batch may create,
 MAX_BATCH_COPY_BYTES = 256_000_000  # and their bytes: other calls wait while they are written
 
@@ -194,7 +196,7 @@ MAX_LINE = 8_192  # longest header line, bytes
 MAX_HEAD = 65_536  # all header lines together, bytes
 MAX_REQUEST_HEAD = MAX_REQUEST_LINE + MAX_HEAD  # request line and header lines, bytes
 MAX_FIELDS = 200  # header lines per request
-RECEIVE_SIZE = 65_536  # bytes to receive at a time,
+RECEIVE_SIZE = 16_384  # bytes to receive at a time: so many each connection may keep,
 MAX_RECEIVE_SIZE = 1_048_576  # in a long body,
 FIRST_RECEIVE_SIZE = 512  # and where there may be thousands that wait
 MAX_CHUNKS = 16_384  # chunks of a body: more of them only keep the server busy
@@ -202,8 +204,6 @@ MAX_CHUNK_LINE = 256  # size of a chunk with its extensions, bytes
 MAX_PARAMETERS = 100  # fields of a query string or form
 FORM_EXPANSION = 3  # bytes of percent-encoding per byte of a message
 FORM_SLACK = 65_536  # other fields of a form, bytes
-MAX_BUFFERED = 134_217_728  # unfinished bodies of all connections together, bytes
-SMALL_BODY = 65_536  # a body up to this size is received even beyond MAX_BUFFERED, bytes
 REQUEST_CACHE = 4  # parsed request heads kept per connection
 HEADER_CACHE = 256  # parsed sets of header lines kept for all connections
 MAX_CACHED_HEAD = 2_048  # longest head or set of header lines kept, bytes
@@ -220,7 +220,7 @@ MAX_IGNORED = 256  # names of unknown parameters in a response's head, bytes
 READ_TIMEOUT = 30  # time for a whole head, and again for a whole body, seconds
 IDLE_TIMEOUT = 75  # silence allowed on a kept-alive connection, seconds; as nginx
 SEND_TIMEOUT = 30  # time in which a client must accept SEND_CHUNK bytes, seconds
-SEND_CHUNK = 1_048_576  # bytes sent per call
+SEND_CHUNK = 262_144  # bytes sent per call
 FILE_CHUNK = 262_144  # bytes of a backup sent at a time
 LINGERING_CLOSE_BYTES = 16_777_216  # bytes discarded so that a client that still sends can read
 LINGERING_CLOSE_TIMEOUT = 2.0  # its error response (RFC 9112 9.6); and the time for it, seconds
@@ -230,7 +230,7 @@ STOP_TIMEOUT = 2.0  # time for running requests to finish when the server stops,
 RETRY_AFTER = 1  # seconds in the Retry-After header of a 503
 SIMULTANEOUS_WINDOW = 0.01  # requests on two new connections this close count as simultaneous, s
 MAX_SIMULTANEOUS = 1  # connections that a first request waits for: with more, each would wait
-MAX_CONNECTIONS = 16_384  # open connections: a waiting consumer costs about 26 kB
+MAX_CONNECTIONS = 16_384  # largest default of --max-connections
 WAITING_SHARE = 0.75  # part of the connections that may wait, so that producers get in
 MAX_REFUSED_CONNECTIONS = 64  # connections beyond the limit that still receive a 503
 PROBE_AFTER = 60  # silence after which the kernel probes whether the peer is still there, seconds;
@@ -240,6 +240,22 @@ BACKLOG = 4_096  # connections that the kernel queues until they are accepted
 SWITCH_INTERVAL = 1.0  # seconds that a thread computes before others get the interpreter
 STACK_SIZE = 256 * 1024  # stack of a thread of the command-line server, bytes
 SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard streams, refusals
+
+# Memory
+MAX_MEMORY = 1_000_000_000  # largest default of --max-memory, bytes,
+MEMORY_SHARE = 4  # which is one part in this many of the machine's memory
+CONNECTION_BYTES = 32_768  # for the default of --max-connections: for each of them, bytes
+UNCOUNTED = 4_096  # what every connection may keep: counting it costs more than it is worth, bytes
+SMALL_AMOUNT = 65_536  # an amount up to this may use the whole budget, bytes;
+LARGE_SHARE = 0.75  # a larger one this part, so that deletes and small messages get through
+ANONYMOUS_SHARE = 0.0625  # part for clients of which it is not known yet whether they have a token
+MESSAGE_BYTES = 2_048  # a message's objects beside its body, bytes
+MIN_TRIM = 16_000_000  # when half of so much is free again, it goes back to the system, bytes
+M_MMAP_THRESHOLD = -3  # of mallopt, from glibc's malloc.h
+PIECE_BYTES = 262_144  # JSON that is built at a time for a long response, bytes
+WORK_TIME = 0.005  # time that a long response is worked on without a pause, seconds,
+GONE_AFTER = 1.0  # time after which a listing is not made for a client that half-closed, seconds
+YIELD_TIME = 0.0001  # and the pause, so that other threads get the interpreter
 
 # Access
 MAX_TOKEN = 1_024  # longest token, characters
@@ -270,6 +286,8 @@ SHM_PAGES = 4_096  # pages of the log per region of the `-shm` file,
 SHM_REGION = 32_768  # and the size of one, bytes (sqlite.org/walformat.html 2.2)
 MAX_SHM = 1_048_576  # bytes of the `-shm` file that are allocated at the start
 MAX_BLOB = 1_000_000_000  # SQLite's largest value, bytes (sqlite.org/limits.html 1)
+MAX_TRANSACTION_BYTES = 8_000_000  # bodies that a transaction adds or takes for several calls
+TAKEN_BYTES = 100_000  # so much of them is expected for each message of a batch, bytes
 BACKUP_PAGES = 1_024  # pages that a backup copies at a time
 
 # Time
@@ -386,6 +404,169 @@ def printable(text: str, file: TextIO) -> str:
     """Returns a text with escapes for what a file cannot encode, as in a path that is not UTF-8."""
     encoding = file.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory: how many bytes clients make the server keep, all together.  Knows amounts, not what they
+# are for.
+#
+# Counted are: heads and bodies that are being received, bodies until they are committed, messages
+# that were taken or listed until they are sent, and responses and pieces of a backup until they
+# are sent.  Not counted is what each connection has anyway: its thread, its objects, RECEIVE_SIZE
+# and UNCOUNTED bytes.  --max-connections bounds that.
+# ---------------------------------------------------------------------------------------------
+
+
+class MemoryBudget:
+    """Counts reserved bytes up to a limit; for any thread.
+
+    An amount that is large may use only a share of the limit, so that small ones find room.  One
+    amount alone may be of any size: nothing is refused for ever.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._peak = 0  # since memory was last given back to the system
+        # Held while a large body is parsed or a large response built: that takes a multiple of
+        # its bytes for a moment, and would keep others waiting for the interpreter.
+        self.large_work = threading.Lock()
+        self._lock = threading.Lock()  # guards `used` and `_peak`
+
+    def reserve(self, size: int, share: float = 1.0, kept: int = 0) -> None:
+        """Reserves so many bytes in place of those `kept`; `Unavailable` changes nothing."""
+        if size > SMALL_AMOUNT:
+            share = min(share, LARGE_SHARE)
+        with self._lock:
+            others = self.used - kept
+            if size > kept and others and others + size > self.limit * share:
+                raise Unavailable(
+                    "the server is short of memory, since other requests or responses are large:"
+                    " try again soon"
+                )
+            self.used = others + size
+            self._peak = max(self._peak, self.used)
+
+    def force(self, size: int, kept: int = 0) -> None:
+        """As `reserve`, also beyond the limit: for what cannot be refused any more."""
+        with self._lock:
+            self.used += size - kept
+            self._peak = max(self._peak, self.used)
+            if self._peak < MIN_TRIM or self.used > self._peak // 2:
+                return
+            self._peak = self.used
+        with contextlib.suppress(RuntimeError):  # there are no more threads
+            _thread.start_new_thread(trim_memory, ())
+
+    def release(self, size: int) -> None:
+        """Gives bytes back."""
+        self.force(0, size)
+
+    def room(self) -> int:
+        """How many bytes a large amount may have now, at least 1."""
+        return max(int(self.limit * LARGE_SHARE) - self.used, 1)
+
+
+class Reservation:
+    """What one owner has reserved of a budget; `with` releases it.
+
+    Used by one thread at a time.
+    """
+
+    __slots__ = ("_budget", "size")
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self.size = 0  # bytes
+
+    def resize(self, size: int, share: float = 1.0) -> None:
+        """Reserves or releases, so that it has so many bytes; `Unavailable` changes nothing."""
+        if size <= UNCOUNTED:
+            size = 0
+        if size != self.size:
+            self._budget.reserve(size, share, self.size)
+            self.size = size
+
+    def force(self, size: int) -> None:
+        """As `resize`, also beyond the limit."""
+        self._budget.force(size, self.size)
+        self.size = size
+
+    def release(self) -> None:
+        """Gives all back."""
+        if self.size:
+            self._budget.release(self.size)
+            self.size = 0
+
+    def room(self) -> int:
+        """How many bytes it may have now, at least 1."""
+        return self._budget.room() + self.size
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def tune_memory() -> None:
+    """Lets the C library of Linux give each large block back to the system once it is freed.
+
+    Otherwise it raises the size from which it does so with the first block of some megabytes, and
+    a process that has held 400 MB in bodies keeps as much again.
+    """
+    with contextlib.suppress(AttributeError, ImportError, OSError):  # another library
+        import ctypes
+
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_AMOUNT)
+
+
+def trim_memory() -> None:
+    """Gives the pages that are free between smaller blocks back to the system."""
+    with contextlib.suppress(AttributeError, ImportError, OSError):  # another library
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or less in a control group."""
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, OSError, ValueError):  # a system that does not tell
+        limits = [MEMORY_SHARE * MAX_MEMORY]
+    for path in _memory_limit_files():
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+            limits.append(int(file.read()))  # ValueError: it says "max"
+    return min(limits)
+
+
+def _memory_limit_files() -> Iterator[str]:
+    """The files with the limits of this process's control groups, version 1 or 2."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as file:
+        lines = file.read().splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, name = "/sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = path.strip("/").split("/")
+        for depth in range(len(parts) + 1):  # a group has no more than those around it
+            yield os.path.join(root, *parts[:depth], name)
+
+
+def default_max_memory() -> int:
+    """The default of --max-memory, bytes."""
+    return min(machine_memory() // MEMORY_SHARE, MAX_MEMORY)
+
+
+def default_max_connections() -> int:
+    """The default of --max-connections: as many as a second share of the memory holds."""
+    return min(machine_memory() // MEMORY_SHARE // CONNECTION_BYTES, MAX_CONNECTIONS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1040,6 +1221,8 @@ on conflict (scope, key) do update set until = excluded.until, result = excluded
 DELIVERED_COLUMNS = """id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
     dead_from, dead_reason, error, backoff, dead_delivered"""
+
+BODY_COLUMN = Message._fields.index("body")  # among them
 
 SET_LEASED = """state = 1, due_at = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
     lease = lease + 1, leased = 1"""
@@ -1735,6 +1918,7 @@ class Operation:
     Each kind of operation is a subclass that holds the whole logic of its call.  Until it is done
     an operation belongs to the committer thread, which calls its methods in this order:
 
+    - `on_begin` before its statements;
     - `on_executed` after its statements and before the commit;
     - `on_commit` after the commit, in the order of commits, unless the operation failed;
     - `on_done` last, whether it failed or not.
@@ -1747,6 +1931,7 @@ class Operation:
     executed = False  # whether `on_executed` has been called
     adds = 0  # about how many bytes of messages it adds: refused while space is short
     seconds: Optional[float] = None  # how long the statements took; None: not measured
+    size = 0  # bytes that it reads or writes, if they may be many
     owner: Any = None  # for the done callback: whose operation it is
     is_large = False  # whether the reply is large: then a thread of its own renders it
 
@@ -1754,6 +1939,9 @@ class Operation:
         self.statements = statements
         self.parameters = parameters
         self.results: list[Any] = []  # of each statement: rows, or (rows changed, last id)
+
+    def on_begin(self) -> None:
+        """May change `parameters`, which depend on the moment."""
 
     def on_executed(self) -> None:
         """May join operations to the transaction.  Called once, even if the transaction fails."""
@@ -1874,16 +2062,22 @@ class Committer:
     def _work(self) -> None:
         while not self._closing or self._pending:
             self._wakeups.get()
-            batch = list(self._pending.copy())
+            pending = self._pending.copy()
+            batch = _first_of(pending)
             if not batch:  # an operation before took this one along
                 continue
-            count = len(batch)
+            left = len(pending) - len(batch)
+            taken = set(batch) if left else ()
             companion = self._companion()
             if companion is not None:
                 batch.append(companion)
             self._commit(batch)
-            for _ in range(count):
+            for _ in pending:
                 self._pending.popleft()
+            if left:
+                later = [operation for operation in pending if operation not in taken]
+                self._pending.extendleft(reversed(later))
+                self._wakeups.put(None)
             _run_done_callbacks(batch)
         self._closed = True
         self._refuse_pending()
@@ -1916,6 +2110,23 @@ class Committer:
             _run_commit_callbacks(batch)
         finally:
             self._batch = None
+
+
+def _first_of(pending: Iterable[Operation]) -> list[Operation]:
+    """The operations for the next transaction.
+
+    Large ones beyond MAX_TRANSACTION_BYTES are left for later ones, so that small ones need not
+    wait for all of them.  No two are of one connection, so it does not matter which is first.
+    """
+    batch = []
+    size = 0
+    for operation in pending:
+        if operation.size > SMALL_AMOUNT:
+            if size and size + operation.size > MAX_TRANSACTION_BYTES:
+                continue
+            size += operation.size
+        batch.append(operation)
+    return batch
 
 
 def _fail(batch: Iterable[Operation], error: Exception) -> None:
@@ -2682,6 +2893,7 @@ class Store:
         execute, fetchall = cursor.execute, cursor.fetchall
         adds = 0
         for operation in batch:  # which may grow
+            operation.on_begin()
             parameters: Any = operation.parameters
             began = None if operation.seconds is None else time.perf_counter()
             if type(parameters) is list:
@@ -3314,6 +3526,7 @@ class Consumer:
         "deadline",
         "deleted_rows",
         "is_disconnected",
+        "memory",
         "n",
         "on_done",
         "ticket",
@@ -3330,12 +3543,14 @@ class Consumer:
         timeout: Optional[int],
         auto: bool,
         is_disconnected: Callable[[], bool],
+        memory: Optional[Reservation] = None,
     ) -> None:
         self.channels = channels
         self.n = n
         self.timeout = timeout
         self.auto = auto
         self.is_disconnected = is_disconnected
+        self.memory = memory  # for what it takes; None: no limit
         self.deleted_rows: list[tuple[Any, ...]] = []  # what was taken with `auto`, for an undo
         self.ticket = 0  # its place in the order of arrival; 0 before it waits
         self.waiting = False  # whether it is in the waiting list
@@ -3786,6 +4001,7 @@ class Post(Operation):
             statements = POST_KEYED
         super().__init__(statements, message)
         self.adds = len(message["body"]) + MESSAGE_OVERHEAD
+        self.size = len(message["body"])
         self._state = state
         self._message = message
         self._woken = 0
@@ -3827,6 +4043,7 @@ class PostBatch(Operation):
             parameters = [messages, {}]
         fits = {"channel": first["channel"], "hlm": self._hlm, "count": len(messages)}
         super().__init__((CHECK_BATCH_FITS, *statements, CLEAR_BATCH_FITS), [fits, *parameters, {}])
+        self.size = sum(len(message["body"]) for message in messages)
         self._state = state
         self.adds = sum(len(m["body"]) + MESSAGE_OVERHEAD for m in messages)
         self._messages = messages
@@ -3910,6 +4127,7 @@ class Publish(Operation):
             [statement for _ in messages for statement in each],
             [message for message in messages for _ in each],
         )
+        self.size = sum(len(message["body"]) for message in messages)
         self._state = state
         self._now: float = messages[0]["now"]
         self._woken: collections.Counter[str] = collections.Counter()
@@ -3951,8 +4169,6 @@ class Publish(Operation):
 
 
 # -- consuming
-
-BODY_COLUMN = Message._fields.index("body")
 
 
 class Take(Operation):
@@ -4000,10 +4216,44 @@ class Take(Operation):
         self._pieces = pieces
         self._waits = False
         self._lookup: Optional[Operation] = None  # why the message of `ack` was not deleted
+        self.size = min(n * TAKEN_BYTES, MAX_BATCH_BYTES) if n > 1 else 0
+        self._declined: Optional[Unavailable] = None  # there was no memory for the messages
+
+    def on_begin(self) -> None:
+        consumer, parameters = self._consumer, cast("dict[str, Any]", self.parameters)
+        if consumer.memory is not None and consumer.n > 1:
+            room = consumer.memory.room() // (2 if consumer.auto else 1)
+            parameters["max_bytes"] = min(MAX_BATCH_BYTES, max(room, 1))
 
     def on_executed(self) -> None:
         if self._ack is not None:
             self._lookup = _look_up_undeleted(self._state, self)
+        rows, memory = self.results[-2], self._consumer.memory
+        if rows and memory is not None:
+            try:
+                memory.resize(self._size_of(rows))
+            except Unavailable as error:
+                self._decline(error)
+
+    def _size_of(self, rows: Sequence[Sequence[Any]]) -> int:
+        """Bytes of the messages taken; with `auto` each is there twice."""
+        size: int = sum(len(row[BODY_COLUMN]) for row in rows)
+        if len(rows) > 1:
+            size += len(rows) * MESSAGE_BYTES
+        return 2 * size if self._consumer.auto else size
+
+    def _decline(self, error: Unavailable) -> None:
+        """Puts the messages back in the same transaction, as if they had not been taken."""
+        consumer = self._consumer
+        self._declined = error
+        if consumer.auto:
+            consumer.deleted_rows = self.results[-3]
+        messages = [message_of(row) for row in self.results[-2]]
+        undo = UndoTake(self._state, consumer, messages, self._now)
+        self._state.committer.join_transaction(undo)
+        self.results[-2] = [  # without bodies: many may be declined in one transaction
+            (*row[:BODY_COLUMN], b"", *row[BODY_COLUMN + 1 :]) for row in self.results[-2]
+        ]
 
     def on_commit(self) -> None:
         consumer, counters = self._consumer, self._state.counters
@@ -4018,9 +4268,7 @@ class Take(Operation):
             self._waits = self._state.waiting.add(consumer) or self._try_again()
             return
         count = len(rows)
-        self.is_large = (
-            count > LARGE_COUNT or sum(len(row[BODY_COLUMN]) for row in rows) > LARGE_BYTES
-        )
+        self.is_large = count > LARGE_COUNT
         counters["delivered"] += count
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
@@ -4057,6 +4305,10 @@ class Take(Operation):
         results = self.rows()
         if self._ack is not None:
             _check_deleted(self, self._lookup)
+        if self._declined is not None:
+            if self._ack is not None:
+                return []  # no error, since the other message has been deleted
+            raise self._declined
         messages = [message_of(row) for row in results[-2]]
         if len(messages) > 1:
             messages.sort(key=lambda message: message.priority)  # the rows are sorted by id
@@ -5242,20 +5494,20 @@ class Broker(Administration):
         timeout: Optional[int] = None,
         auto: bool = False,
         is_disconnected: Callable[[], bool] = bool,
+        memory: Optional[Reservation] = None,
     ) -> Consumer:
         """A consumer for one `take`, which another thread may `cancel`.
 
         It takes up to `n` messages, from the first of the channels that has any.  `timeout`:
         seconds that they stay hidden, in place of their own; `auto`: they are deleted as they are
         delivered.  `is_disconnected()` tells whether its client has gone away: then it is passed
-        over.  It is called in the committer thread, as `on_done` is.
+        over.  It is called in the committer thread, as `on_done` is.  `memory`: where what is taken
+        is reserved; without room `take` raises `Unavailable`.
         """
-        names = [check_name("channel", channel) for channel in channels]
-        if len(names) > 1:
-            names = list(dict.fromkeys(names))
+        names = list(dict.fromkeys(check_name("channel", channel) for channel in channels))
         if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
             raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
-        return Consumer(names, n, timeout, auto, is_disconnected)
+        return Consumer(names, n, timeout, auto, is_disconnected, memory)
 
     def take(
         self,
@@ -5998,7 +6250,6 @@ MESSAGE_HEAD = re.compile(  # a request line with a message's id in its path, or
 FIELD_LINES = re.compile(rb"(?:\r\n" + TCHAR + rb":[^\x00-\x08\x0a-\x1f\x7f]*)*")
 AUTHORITY = re.compile(r"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
-BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 ENCODED = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -6527,6 +6778,11 @@ class RequestReader:
         else:
             self._gathered += data
 
+    def discard(self) -> None:
+        """Frees what was received; nothing is read after that."""
+        self.buffer = b""
+        self._gathered = self._steps = None
+
     def end(self) -> None:
         """Notes that no more bytes will come; `BadRequest` in the middle of a request."""
         if self.in_body:
@@ -6590,7 +6846,7 @@ class RequestReader:
         The first `seen` bytes are not searched again, since it may come byte by byte.
         """
         buffer = self.buffer
-        if BARE_LINE_FEED.search(buffer, seen):
+        if buffer.count(b"\n", seen) != buffer.count(b"\r\n", max(seen - 1, 0)):
             raise BadRequest("a line must end in CR LF")
         end = MAX_REQUEST_LINE + 2
         if len(buffer) >= end and buffer.find(b"\r\n", 0, end) < 0:
@@ -6622,7 +6878,7 @@ class RequestReader:
         gathered = self._gathered = bytearray(self.buffer[self._start :])
         self.buffer = b""
         while len(gathered) < size:  # it grows in place, however small the pieces are
-            self.wanted = min(max(size - len(gathered), RECEIVE_SIZE), MAX_RECEIVE_SIZE)
+            self.wanted = min(size - len(gathered), MAX_RECEIVE_SIZE)  # nothing beyond it is kept
             yield
         self.buffer = bytes(gathered)
         self._start = 0
@@ -6683,6 +6939,8 @@ class RequestReader:
 # ---------------------------------------------------------------------------------------------
 
 TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+SHORT_ESCAPES = b'"\\\b\f\n\r\t'  # two characters in JSON, the other control characters six
+ALL_ESCAPES = bytes(range(32)) + b'"\\'
 NO_STORE = "Cache-Control: no-store\r\n"
 CLOSE = "Connection: close\r\n"
 PLAIN_NAME = re.compile("[!-$&-~]*")  # visible ASCII without %
@@ -6695,6 +6953,70 @@ STATUS_LINES = {
 }
 
 
+class JsonArray:
+    """A JSON array of messages that is sent piece by piece.
+
+    JSON can have six times the bytes of a body.  So a message with a long one is kept, and turned
+    into JSON only when it is sent; the length, which a response says first, is calculated.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[tuple[Message, str]],
+        to_object: Callable[[Message, str], Mapping[str, object]],
+    ) -> None:
+        """`items`: messages and their states; `to_object` is called with them."""
+        self._to_object = to_object
+        self._items: collections.deque[Any] = collections.deque()  # or their JSON
+        self.length = 3  # brackets and newline; there is no comma before the first message
+        self.size = 0  # bytes that are kept while it is sent
+        longest, yielded = 0, time.monotonic()
+        for message, state in items:
+            body = message.body
+            if len(body) <= UNCOUNTED:
+                text = self._encode(message, state)
+                length = len(text)
+                self._items.append(text)
+            else:
+                length = len(self._encode(message._replace(body=b""), state)) + json_length(body)
+                self._items.append((message, state))
+            self.length += length + (len(self._items) > 1)
+            self.size += len(body) + MESSAGE_BYTES
+            longest = max(longest, length)
+            if time.monotonic() > yielded + WORK_TIME:
+                time.sleep(YIELD_TIME)
+                yielded = time.monotonic()
+        self.size += longest + PIECE_BYTES
+
+    def _encode(self, message: Message, state: str) -> bytes:
+        return TO_JSON(self._to_object(message, state)).encode()
+
+    def pieces(self) -> Iterator[bytes]:
+        """The array, in pieces of PIECE_BYTES or, of the longest messages, more; only once."""
+        piece = bytearray(b"[")
+        separator = b""
+        while self._items:
+            item = self._items.popleft()
+            piece += separator
+            piece += item if isinstance(item, bytes) else self._encode(*item)
+            separator = b","
+            if len(piece) >= PIECE_BYTES:
+                data = bytes(piece)
+                piece.clear()
+                yield data
+        yield bytes(piece) + b"]\n"
+
+
+def json_length(body: bytes) -> int:
+    """How many bytes longer than with an empty body a message is in JSON."""
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError:
+        return (len(body) + 2) // 3 * 4 + len(',"encoding":"base64"')
+    short = len(body) - len(body.translate(None, SHORT_ESCAPES))
+    return len(body) + short + 5 * (len(body) - short - len(body.translate(None, ALL_ESCAPES)))
+
+
 class Response(NamedTuple):
     """A response, and `undo`, which is called if it cannot be sent."""
 
@@ -6704,21 +7026,62 @@ class Response(NamedTuple):
     headers: str = ""  # lines, beside those that every response has
     undo: Optional[Callable[[], None]] = None
     file: Optional[BinaryIO] = None  # sent in place of the body, and closed
+    array: Optional[JsonArray] = None  # sent in place of the body
+
+    def length(self) -> int:
+        """The bytes of its body."""
+        if self.file is not None:
+            return os.fstat(self.file.fileno()).st_size
+        return len(self.body) if self.array is None else self.array.length
+
+    def reserved(self, request: Optional[Request], memory: Reservation) -> Response:
+        """This response, once memory is reserved for it; an error if there is none, and the
+        request has changed nothing.  The endpoint has reserved what an array needs."""
+        size = FILE_CHUNK if self.file is not None else len(self.body)
+        if self.array is not None or size <= UNCOUNTED:
+            return self
+        if request is not None and request.method not in ("GET", "HEAD", "OPTIONS"):
+            memory.force(size)
+            return self
+        try:
+            memory.resize(size)
+        except Unavailable as error:
+            if self.undo is not None:
+                self.undo()
+            return error_response(error)
+        return self
 
     def render(self, request: Optional[Request], date: str, connection: str) -> bytes:
-        """Its bytes but those of the file.  `request` is None for one that is malformed; `date` and
-        `connection` are header lines."""
-        status, body, content_type, headers, _, file = self
+        """Its head, and its body if that is short.  `request` is None for one that is malformed;
+        `date` and `connection` are header lines."""
+        status, body, content_type, headers, _, file, array = self
         if status != 204:  # which has no body (RFC 9110 8.6)
-            length = len(body) if file is None else os.fstat(file.fileno()).st_size
+            length = len(body) if file is None and array is None else self.length()
             headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
         base_headers = "" if request is None else request.base_headers + request.ignored
         lines = f"{STATUS_LINES[status]}{date}{base_headers}{headers}{connection}\r\n"
         head = lines.encode("latin-1")
-        return head if request is not None and request.method == "HEAD" else head + body
+        return head + body if len(body) <= SMALL_AMOUNT and has_body(request) else head
+
+    def pieces(self, request: Optional[Request]) -> Iterator[bytes]:
+        """The rest of its bytes, after those of `render`."""
+        if not has_body(request):
+            return
+        if self.file is not None:
+            while chunk := self.file.read(FILE_CHUNK):
+                yield chunk
+        elif self.array is not None:
+            yield from self.array.pieces()
+        elif len(self.body) > SMALL_AMOUNT:
+            yield self.body
 
 
 NO_CONTENT = Response(204)
+
+
+def has_body(request: Optional[Request]) -> bool:
+    """Whether the response to a request has a body (RFC 9110 9.3.2)."""
+    return request is None or request.method != "HEAD"
 
 
 def json_response(value: object, status: int = 200, headers: str = "") -> Response:
@@ -7000,6 +7363,7 @@ class Api:
         self._server = server
         self._broker = server.broker
         self._access = server.access
+        self._memory = server.memory
 
     # -- before the body is read
 
@@ -7135,7 +7499,9 @@ class Api:
         if not wait:
             connection.yield_to_simultaneous()
         is_disconnected = connection.is_disconnected
-        consumer = self._broker.consumer(channels, n or 1, timeout, auto, is_disconnected)
+        consumer = self._broker.consumer(
+            channels, n or 1, timeout, auto, is_disconnected, connection.output
+        )
         request.release_body()
         expected_channel = () if ack is None else self._expected_channels(request, ack)
         on_done = connection.defer(request, self._taken_response, consumer, wait)
@@ -7149,12 +7515,28 @@ class Api:
                 return Response(204, headers=f"x-linger-channel: {encode_name(names[0])}\r\n")
             header = list_header("x-linger-channel", names, request.header_room())
             return Response(204, headers=header)
-        undo = functools.partial(self._broker.undo_take, consumer, messages)
         if request.options.n is not None:
-            return json_response(list(map(message_object, messages)))._replace(undo=undo)
+            return self._batch_response(request, consumer, messages)
+        undo = functools.partial(self._broker.undo_take, consumer, messages)
         message = messages[0]
         headers = message_headers(message, request.header_room())
         return Response(200, message.body, type_in_header(message.type), headers, undo)
+
+    def _batch_response(
+        self, request: Request, consumer: Consumer, messages: Sequence[Message]
+    ) -> Response:
+        """The response with the messages of a take; outside of the committer if they are large."""
+        output = request.connection.output
+        if output.size <= SMALL_AMOUNT:
+            undo = functools.partial(self._broker.undo_take, consumer, messages)
+            return json_response(list(map(message_object, messages)))._replace(undo=undo)
+        undone = [message._replace(body=b"") for message in messages]  # bodies go as they are sent
+        undo = functools.partial(self._broker.undo_take, consumer, undone)
+        with self._memory.large_work:
+            listed = ((message, "") for message in messages)
+            array = JsonArray(listed, lambda message, _: message_object(message))
+        output.force(array.size)
+        return Response(200, undo=undo, array=array)
 
     def post_message(self, request: Request, channel: str) -> None:
         body, content_type = request.message()
@@ -7165,10 +7547,21 @@ class Api:
         self._broker.post_async(on_done, channel, body, content_type, **parameters)
 
     def post_batch(self, request: Request, channel: str) -> Response:
-        messages = parse_batch(request, ALL_PARAMETERS)
+        messages = self._parse_batch(request, ALL_PARAMETERS)
         for _, _, parameters in messages:
             self._check_dead_channel(request, parameters)
         return json_response({"ids": self._broker.post_batch(channel, messages)}, 202)
+
+    def _parse_batch(self, request: Request, table: Sequence[Parameter]) -> list[BatchItem]:
+        """The messages of a batch; frees its text, and reserves memory for what they need beside
+        their bodies."""
+        is_large = len(request.body) > SMALL_AMOUNT
+        with self._memory.large_work if is_large else contextlib.nullcontext():
+            messages = parse_batch(request, table)
+        request.release_body()
+        size = sum(len(body) for body, _, _ in messages) + len(messages) * MESSAGE_BYTES
+        request.connection.input.resize(size)
+        return messages
 
     def _check_dead_channel(self, request: Request, parameters: Mapping[str, object]) -> None:
         """`AccessDenied` if a message could reach a channel to which it may not be posted."""
@@ -7185,7 +7578,7 @@ class Api:
         return self._published_response(request, ids, dropped)
 
     def publish_batch(self, request: Request, topic: str) -> Response:
-        messages = parse_batch(request, DEDUP_PARAMETERS)
+        messages = self._parse_batch(request, DEDUP_PARAMETERS)
         return self._published_response(request, *self._broker.publish_batch(topic, messages))
 
     def _published_response(
@@ -7284,11 +7677,25 @@ class Api:
         state, after = request.parameter("state") or None, request.integer("after")
         if state == "ready" and after is not None and "" in self._expected_channels(request, after):
             raise NotFound(f"there is no message {after}")  # the listing would reveal its place
-        listed = (self._broker.list_whole if whole else self._broker.list_messages)(
-            channel, state, request.integer("n", 1, MAX_BATCH) or 50, after
-        )
+        n = request.integer("n", 1, MAX_BATCH) or 50
         cut = None if whole else PREVIEW_BYTES
-        return json_response([listed_object(message, state, cut) for message, state in listed])
+        output, asked = request.connection.output, time.monotonic()
+        with self._memory.large_work:
+            if time.monotonic() > asked + GONE_AFTER and request.connection.is_disconnected():
+                raise Unavailable("the client has gone, or the server has too much to do")
+            output.resize(self._most_of_listing(n, cut))
+            listed = (self._broker.list_whole if whole else self._broker.list_messages)(
+                channel, state, n, after
+            )
+            array = JsonArray(listed, lambda message, state: listed_object(message, state, cut))
+            output.force(array.size)
+        return Response(200, array=array)
+
+    def _most_of_listing(self, n: int, cut: Optional[int]) -> int:
+        """The most bytes that a listing of `n` messages keeps."""
+        largest = self._broker.max_message if cut is None else cut
+        bodies = min(n * largest, MAX_BATCH_BYTES + largest)
+        return bodies + n * MESSAGE_BYTES + JSON_EXPANSION * largest
 
     def read_message(self, request: Request, id: str) -> Response:
         message, state = self._broker.read_message(parse_integer("id", id))
@@ -7442,8 +7849,9 @@ class PlainStream:
 
     def send_encoded(self, data: bytes) -> None:
         """Sends all bytes, which are as they shall be on the wire."""
+        view = memoryview(data)
         for start in range(0, len(data), SEND_CHUNK):
-            chunk = data[start : start + SEND_CHUNK]
+            chunk = view[start : start + SEND_CHUNK]
             if self._socket.send(chunk) < len(chunk):  # SO_SNDTIMEO passed after a part of it
                 raise TimeoutError
 
@@ -7525,8 +7933,10 @@ class TlsStream(PlainStream):
         return self._tls.pending() > 0 or self._incoming.pending > 0
 
     def send(self, data: bytes) -> None:
-        self._tls.write(data)
-        self.send_encoded(self._outgoing.read())
+        view = memoryview(data)
+        for start in range(0, len(data), SEND_CHUNK):  # what is encrypted needs memory as well
+            self._tls.write(view[start : start + SEND_CHUNK])
+            self.send_encoded(self._outgoing.read())
 
     def send_at_once(self, data: bytes) -> bytes:
         self._tls.write(data)
@@ -7540,6 +7950,28 @@ class TlsStream(PlainStream):
     def _flush(self) -> None:
         if self._outgoing.pending:
             self.send_encoded(self._outgoing.read())
+
+
+def send_rest(
+    stream: PlainStream,
+    request: Optional[Request],
+    response: Response,
+    memory: Reservation,
+    large_work: threading.Lock,
+) -> None:
+    """Sends the pieces of a long response after its head; gives memory back as it is sent."""
+    pieces, length, sent = response.pieces(request), response.length(), 0
+    reserved = memory.size
+    with response.file or contextlib.nullcontext():
+        while True:
+            with contextlib.nullcontext() if response.array is None else large_work:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            stream.send(piece)
+            sent += len(piece)
+            if response.array is not None:
+                memory.force(reserved * (length - sent) // length)
 
 
 class ReplySlot:
@@ -7597,8 +8029,8 @@ class Connection:
 
     __slots__ = (
         "_answered_at", "_api", "_cache", "_closing", "_drain_on_close", "_first_request",
-        "_reader", "_reserved", "_server", "_slot", "_socket", "_started_at", "_stream", "address",
-        "idle",
+        "_reader", "_server", "_slot", "_socket", "_started_at", "_stream", "address", "idle",
+        "input", "output",
     )  # fmt: skip
 
     def __init__(self, connection: socket.socket, address: str, server: Server) -> None:
@@ -7614,7 +8046,8 @@ class Connection:
         self._closing = False
         self._drain_on_close = False  # whether the client may be sending what is not read
         self._first_request = True  # whether its first request has not been answered
-        self._reserved = 0  # bytes of the body being received
+        self.input = Reservation(server.memory)  # what was received of a request, until it is done
+        self.output = Reservation(server.memory)  # what is to be sent in response
         self._started_at = self._answered_at = time.monotonic()  # request and response
         server.active.add(self)
 
@@ -7640,6 +8073,9 @@ class Connection:
         """Ends what `run` has begun, after it."""
         self._await_reply(over=True)
         self._cache.clear()
+        self._reader.discard()
+        self.input.release()
+        self.output.release()
         self._server.active.discard(self)
         with contextlib.suppress(OSError):
             self._stream.end()
@@ -7668,6 +8104,8 @@ class Connection:
                 return
         except LingerError as error:
             failed = self._reader.request
+            self._reader.discard()
+            self.input.release()
             self._send(failed, error_response(error), close=True)
             if self._server.log_requests:
                 self._log(failed, error.status)
@@ -7682,6 +8120,7 @@ class Connection:
         if response is not None:
             if self._slot.pending:  # the operation could not be started
                 self._complete_reply()
+            self.input.release()
             self._send(request, response, request.close_after)
             self._note_answered(request, response.status)
 
@@ -7706,10 +8145,11 @@ class Connection:
             return None
         if self._server.log_requests:
             self._started_at = time.monotonic()
-        return reader.next_request() or self._read_rest()
+        received = len(reader.buffer)
+        return reader.next_request() or self._read_rest(received)
 
-    def _read_rest(self) -> Optional[Request]:
-        """Receives the rest of a request that has come only in part."""
+    def _read_rest(self, received: int) -> Optional[Request]:
+        """Receives the rest of a request of which so many bytes have come."""
         reader = self._reader
         request, in_body, deadline = None, None, 0.0
         try:
@@ -7725,24 +8165,20 @@ class Connection:
                     self._closing = True
                     reader.end()
                     return None
-                if in_body:
-                    self._reserve(len(data))
+                received += len(data)
+                self._reserve_input(received)
                 reader.feed(data)
                 request = reader.next_request()
         except TimeoutError:
             part = "body" if in_body else "request"
             raise LingerError(f"the {part} took too long to arrive", 408) from None
-        finally:
-            if self._reserved:
-                self._reserve(-self._reserved)
         return request
 
-    def _reserve(self, count: int) -> None:
-        """Counts bytes of a body that is being received, so that slow clients cannot fill the
-        memory; `Unavailable` for a large one when there are too many."""
-        self._reserved += count
-        if self._server.reserve_bytes(count) > MAX_BUFFERED and self._reserved > SMALL_BODY:
-            raise Unavailable("too many large requests are being received: try again soon")
+    def _reserve_input(self, received: int) -> None:
+        """Reserves what was received of a request; a client that may have no token gets less."""
+        request = self._reader.request
+        known = request is not None and request.grant is not NO_ACCESS
+        self.input.resize(received, 1.0 if known else ANONYMOUS_SHARE)
 
     def _receive(self, deadline: float, size: int = RECEIVE_SIZE) -> bytes:
         """The next bytes; empty at the end of the stream.  TimeoutError at the deadline.
@@ -7840,6 +8276,7 @@ class Connection:
         is the take of a consumer that waits so many seconds; `Unavailable` if too many do.
         """
         if wait:
+            self.input.resize(min(self.input.size, MAX_REQUEST_HEAD))  # the body is not kept
             self._server.first_requests.end(self._socket)
             self._server.admit_consumer(self)
             self._slot.expect(consumer, time.monotonic() + wait)
@@ -7878,32 +8315,16 @@ class Connection:
     ) -> None:
         """Sends the pending reply, or has a thread of its own do so if that takes long.
 
-        Runs in the committer's thread, so it does not block.
+        Runs in the committer's thread, so it does not block.  Whatever fails, the connection's
+        thread does not wait forever.
         """
-        if operation.is_large:
-            with contextlib.suppress(RuntimeError):  # no more threads
-                _thread.start_new_thread(self._reply_now, (request, to_response, operation))
-                return
-        self._reply_now(request, to_response, operation)
-
-    def _reply_now(
-        self,
-        request: Request,
-        to_response: Callable[[Request, Operation], Response],
-        operation: Operation,
-    ) -> None:
-        """Whatever fails, the connection's thread does not wait forever."""
         try:
-            try:
-                response = to_response(request, operation)
-            except Exception as error:
-                response = self._response_to_error(request, error)
-            if request.close_after or self._server.stopping:
-                self._closing = True
-            data = self._render(request, response)
-            consumer = self._slot.consumer
-            waited = consumer is not None and consumer.ticket
-            if waited and response.undo is not None and self.is_disconnected():
+            if operation.is_large or self.output.size > SMALL_AMOUNT:
+                _thread.start_new_thread(self._reply_blocking, (request, to_response, operation))
+                return
+            response = self._response_of(request, to_response, operation)
+            data = b"".join((self._render(request, response), *response.pieces(request)))
+            if self._is_abandoned(response):
                 _thread.start_new_thread(self._abandon_reply, (response, request))
                 return
             rest = self._stream.send_at_once(data)
@@ -7912,6 +8333,51 @@ class Connection:
                 return
             self._note_answered(request, response.status)
         except Exception:  # no more threads, or a bug
+            self._closing = True
+            self._complete_reply()
+            raise
+        self._complete_reply()
+
+    def _response_of(
+        self,
+        request: Request,
+        to_response: Callable[[Request, Operation], Response],
+        operation: Operation,
+    ) -> Response:
+        """The response that a finished operation stands for."""
+        try:
+            response = to_response(request, operation)
+        except Exception as error:
+            response = self._response_to_error(request, error)
+        if request.close_after or self._server.stopping:
+            self._closing = True
+        return response
+
+    def _is_abandoned(self, response: Response) -> bool:
+        """Whether the consumer that messages are for has waited, and its client has gone."""
+        consumer = self._slot.consumer
+        waited = consumer is not None and consumer.ticket > 0
+        return waited and response.undo is not None and self.is_disconnected()
+
+    def _reply_blocking(
+        self,
+        request: Request,
+        to_response: Callable[[Request, Operation], Response],
+        operation: Operation,
+    ) -> None:
+        """As `_reply`, for a large response; in a thread of its own."""
+        try:
+            response = self._response_of(request, to_response, operation)
+            operation.results = []  # so that each message is freed once it is sent
+            if self._is_abandoned(response):
+                self._abandon_reply(response, request)
+                return
+            self._send_pieces(request, response)
+            self._note_answered(request, response.status)
+        except OSError:
+            self._abandon_reply(response)
+            return
+        except BaseException:
             self._closing = True
             self._complete_reply()
             raise
@@ -7947,6 +8413,8 @@ class Connection:
         if self._slot.consumer is not None:
             self._server.release_consumer(self)
             self._slot.consumer = None
+        self.input.release()
+        self.output.release()
         if self._closing:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RD)  # it may be receiving
@@ -7958,23 +8426,23 @@ class Connection:
         """Sends a response; undoes what it says if it cannot be sent."""
         if close or self._server.stopping:
             self._closing = True
-        data = self._render(request, response)
         try:
-            self._stream.send(data)
-            if response.file is not None:
-                self._send_file(response.file)
+            response = response.reserved(request, self.output)
+            self._send_pieces(request, response)
         except OSError:
             self._undo(response)
             raise
+        finally:
+            self.output.release()
 
     def _render(self, request: Optional[Request], response: Response) -> bytes:
         connection = CLOSE if self._closing else self._server.keep_alive
         return response.render(request, self._server.date_line(), connection)
 
-    def _send_file(self, file: BinaryIO) -> None:
-        with file:
-            while chunk := file.read(FILE_CHUNK):
-                self._stream.send(chunk)
+    def _send_pieces(self, request: Optional[Request], response: Response) -> None:
+        """Sends a whole response."""
+        self._stream.send(self._render(request, response))
+        send_rest(self._stream, request, response, self.output, self._server.memory.large_work)
 
     def _undo(self, response: Response) -> None:
         if response.undo is not None:
@@ -8183,14 +8651,14 @@ class Server(ThreadingHTTPServer):
     """Listens, gives each connection a thread, and stops gracefully.
 
     `with server:` serves nothing yet; `serve_forever` does, and `serve()` does so in a thread.
-    `max_connections_per_address=0` is no limit, `max_waiting=0` three of four connections.
+    `max_connections_per_address=0` is no limit, `max_waiting=0` three of four connections;
+    `max_connections=0` and `max_memory=0` are what fits the machine's memory.
     """
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = BACKLOG
     stopping = closed = False
-    _reserved = 0  # bytes of bodies that are being received
     _date = (0, "")
 
     def __init__(
@@ -8201,9 +8669,10 @@ class Server(ThreadingHTTPServer):
         *,
         read_timeout: float = READ_TIMEOUT,
         idle_timeout: float = IDLE_TIMEOUT,
-        max_connections: int = MAX_CONNECTIONS,
+        max_connections: int = 0,
         max_connections_per_address: int = 0,
         max_waiting: int = 0,
+        max_memory: int = 0,
         log_requests: bool = False,
         access: Optional[Access] = None,
     ) -> None:
@@ -8211,11 +8680,11 @@ class Server(ThreadingHTTPServer):
         access.  OSError if it cannot be bound, `BadRequest` if `access` forbids it.  `broker` may
         be a function: then it is called after that, so that a refused start changes no file."""
         self.access = access or Access()
-        self.read_timeout = read_timeout
-        self.idle_timeout = idle_timeout
+        self.read_timeout, self.idle_timeout = read_timeout, idle_timeout
         self.keep_alive = f"Connection: keep-alive\r\nKeep-Alive: timeout={int(idle_timeout)}\r\n"
-        self.max_connections = max_connections
-        self.max_waiting = max_waiting or int(max_connections * WAITING_SHARE) or 1
+        self.max_connections = max_connections or default_max_connections()
+        self.max_waiting = max_waiting or int(self.max_connections * WAITING_SHARE) or 1
+        self.memory = MemoryBudget(max_memory or default_max_memory())
         self.log_requests = log_requests
         self.header_cache = HeaderCache()
         self.clients = AddressLimiter(max_connections_per_address)
@@ -8225,7 +8694,7 @@ class Server(ThreadingHTTPServer):
         self.refused: set[socket.socket] = set()  # those of them that exceed a limit
         self.active: set[Connection] = set()  # those whose threads run
         self._waiting: set[Connection] = set()  # those whose consumers wait
-        self._count_lock = threading.Lock()  # guards `_waiting`, `_reserved` and `closed`
+        self._count_lock = threading.Lock()  # guards `_waiting` and `closed`
         self._stopped = threading.Event()
         self._accepting = threading.Lock()  # held by serve_forever
         self._emptied = threading.Condition()  # a connection was closed while the server stops
@@ -8345,12 +8814,6 @@ class Server(ThreadingHTTPServer):
             log(traceback.format_exc())
 
     # -- what all connections share
-
-    def reserve_bytes(self, count: int) -> int:
-        """Counts bytes of bodies that are being received; returns how many there are."""
-        with self._count_lock:
-            self._reserved += count
-            return self._reserved
 
     def admit_consumer(self, connection: Connection) -> None:
         """Counts a consumer that waits; `Unavailable` when too many do, so that clients that post
@@ -9807,12 +10270,16 @@ OPTIONS = (
            "high-level mark: messages per channel, 0 = unlimited"),
     Option("max-message", "Broker", MAX_MESSAGE, _integer(1, MAX_MESSAGE_OPTION), "BYTES",
            "maximum size of a message"),
-    Option("max-connections", "", MAX_CONNECTIONS, _integer(1, 1_000_000), "N",
-           "open connections; further ones get 503"),
+    Option("max-connections", "", 0, _integer(0, 1_000_000), "N",
+           "open connections; further ones get 503; 0 = as many as fit a quarter of the memory, up"
+           f" to {MAX_CONNECTIONS}"),
     Option("max-connections-per-address", "Server", 0, _integer(0, 1_000_000), "N",
            "open connections per address (IPv6: per /64 network), 0 = unlimited"),
     Option("max-waiting", "Server", 0, _integer(0, 1_000_000), "N",
            "waiting consumers; further ones get 503; 0 = 75% of --max-connections"),
+    Option("max-memory", "Server", 0, _integer(0, MAX_INTEGER), "BYTES",
+           "memory for what clients send and receive; beyond it large requests get 503; 0 = a"
+           " quarter of the machine's, up to 1 GB"),
     Option("max-channels", "Broker", MAX_CHANNELS, _integer(1, 10_000_000), "N",
            "channels with messages, subscriptions, settings or a pause"),
     Option("max-db-size", "", 0, _integer(0, MAX_INTEGER), "BYTES",
@@ -9992,6 +10459,7 @@ if TYPE_CHECKING:
         max_connections: int
         max_connections_per_address: int
         max_waiting: int
+        max_memory: int
         max_channels: int
         read_timeout: float
         idle_timeout: float
@@ -10076,10 +10544,13 @@ def _handle_hang_up(server: Server, has_files: bool) -> None:
 def run_server(arguments: Sequence[str], commands: str) -> int:
     """Runs a server until SIGTERM or SIGINT; returns the exit status."""
     _tune_threads()
+    tune_memory()
     os.umask(0o077)  # files of this process are for its owner only
     options = read_options(arguments, os.environ, commands)
     require_posix("a server of Linger")
-    options["max_connections"] = _raise_file_limit(options["max_connections"])
+    options["max_connections"] = _raise_file_limit(
+        options["max_connections"] or default_max_connections()
+    )
     try:
         server = _create_server(options)
     except OSError as error:
