@@ -2421,6 +2421,9 @@ class DatabaseFile:
             self._log.begin()
             self._known = watched
         self._known |= self._log.sectors(1, self._root)
+        if not watched <= self._known:  # frames of a rolled-back transaction are written again
+            self._log.begin()
+            self._known |= self._log.sectors(1, self._root)
         return watched <= self._known and os.pread(self._file, 2, 18) != ROLLBACK_MODE
 
     def next_mark(self) -> str:

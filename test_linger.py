@@ -919,6 +919,27 @@ class LogTest(Folder):
             self.assertTrue(linger.is_malformed(sqlite3.DatabaseError(text)))
         self.assertFalse(linger.is_malformed(sqlite3.OperationalError("disk I/O error")))
 
+    def test_frames_written_again_after_a_rollback_are_no_overwritten_file(self):
+        path = str(self.folder / "watched.db")
+        linger.Store(path).close()
+        file = linger.DatabaseFile(path)
+        self.addCleanup(file.close)
+        connection = sqlite3.connect(path, isolation_level=None)
+        self.addCleanup(connection.close)
+        for pragma in ("journal_mode = wal", "wal_autocheckpoint = 0", "cache_size = 2"):
+            connection.execute(f"pragma {pragma}").fetchall()
+        rows = connection.execute("select rootpage from sqlite_master where name = 'config'")
+        change = "insert into config (key, value) values (?, hex(zeroblob(?)))"
+        connection.execute(change, ("first", 1))
+        connection.execute("begin")
+        for number in range(50):  # more than the cache holds: written to the log at once
+            connection.execute(change, (f"large {number}", 1_000))
+        file.watch(rows.fetchone()[0])
+        connection.execute("rollback")
+        connection.execute(change, ("small", 1))
+        connection.execute("pragma wal_checkpoint(full)").fetchall()
+        file.check()
+
 
 class LockTest(Folder):
     """One server for a database, whatever happens to its lock file."""
