@@ -4564,7 +4564,7 @@ class KeepAliveTest(ServerTest):
                 self.assertIn(b"Connection: keep-alive\r\nKeep-Alive: timeout=20\r\n", answers)
 
     def test_http_1_0_is_closed_unless_it_asks_for_keep_alive(self):
-        answer = self.talk(b"GET /topics HTTP/1.0\r\n\r\n", CALL)
+        answer = self.talk(b"GET /topics HTTP/1.0\r\n\r\n" + CALL)
         self.assertEqual(answer.count(b"HTTP/1.1 "), 1)
         self.assertIn(b"Connection: close\r\n", answer)
         self.assertNotIn(b"Keep-Alive:", answer)
