@@ -116,8 +116,7 @@ from typing import (
 
 if TYPE_CHECKING:
     import logging
-
-    from typing_extensions import TypedDict, Unpack
+    from typing import TypedDict, Unpack  # Unpack: for a type checker that reads Python 3.11
 
 try:
     import fcntl
