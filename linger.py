@@ -24,6 +24,7 @@ The file reads downwards: a section uses only what stands above it.
     Time          broker time, which never steps; sleeps that follow it
     State         what is in memory: waiting consumers, channels, timers
     Operations    a class for each kind of call: statements, effects, result
+    Management    channels and topics, bulk work, and what there is
     Broker        the public calls of queue and pub-sub
     Access        tokens and their rights; which web pages may send requests
     Routes        every endpoint of the HTTP API
@@ -4662,6 +4663,81 @@ class EndPausesAndKeys(ProcessDue):
             state.wake(channel, count, self.now)
 
 
+def message_of(row: Sequence[Any]) -> Message:
+    """The message in a row of NEXT_MESSAGE, or of READ_MESSAGE without the state."""
+    message = Message(*row)
+    return message._replace(backoff=backoff_text(message.backoff)) if message.backoff else message
+
+
+def backoff_text(backoff: str) -> str:
+    """A backoff as it was given, from the fields in which it is kept."""
+    return ",".join(backoff.split())
+
+
+# ---------------------------------------------------------------------------------------------
+# Management: the calls that neither produce nor consume.  They set up channels and topics, do bulk
+# work in pieces, and read what there is.
+# ---------------------------------------------------------------------------------------------
+
+ChannelRow = tuple[str, int, Optional[float]]  # name, ready messages, when the oldest was posted
+CHANNEL_ORDERS: Mapping[str, Callable[[ChannelRow], Any]] = {
+    "name": lambda row: row[0],
+    "ready": lambda row: (-row[1], row[0]),  # the most first
+    "oldest": lambda row: (NEVER if row[2] is None else row[2], row[0]),  # the oldest first
+}
+
+
+class ChannelList:
+    """The channels with messages, subscriptions, or consumers that wait or did so lately.
+
+    Reads some at a time, so that other calls find room between them.
+    """
+
+    def __init__(self, read: Callable[..., list[list[Any]]], waiting: Iterable[str]) -> None:
+        self._read = read
+        self._waiting = sorted(waiting)
+
+    def names(
+        self, n: Optional[int], after: str, order: str, is_wanted: Callable[[str], bool]
+    ) -> list[str]:
+        """Up to `n` wanted names, those after the channel `after`, in one of CHANNEL_ORDERS.
+
+        By name this costs as much as it passes over; else it looks at all channels.
+        """
+        rank = CHANNEL_ORDERS[order]
+        rows = (row for row in self._rows(after, order) if is_wanted(row[0]))
+        if order == "name":
+            return [name for name, *_ in itertools.islice(rows, n)]
+        if after:
+            counts, ((oldest,),) = self._read(CHANNEL_COUNTS, OLDEST_READY, channel=after)
+            last = rank((after, counts[0][0] if counts else 0, oldest))
+            rows = (row for row in rows if rank(row) > last)
+        first = sorted(rows, key=rank) if n is None else heapq.nsmallest(n, rows, key=rank)
+        return [name for name, *_ in first]
+
+    def _rows(self, after: str, order: str) -> Iterator[ChannelRow]:
+        """The rows of all channels, sorted by name; in the order of names those after `after`."""
+        after = after if order == "name" else ""
+        by_age = order == "oldest"
+        waiting = self._waiting[bisect.bisect_right(self._waiting, after) :]
+        rows: Iterator[ChannelRow] = heapq.merge(
+            self._pages(CHANNELS_AFTER, after, by_age=by_age),
+            ((name, 0, None) for (name,) in self._pages(SUBSCRIBED_AFTER, after)),
+            ((name, 0, None) for name in waiting),
+            key=lambda row: row[0],
+        )
+        for _, same in itertools.groupby(rows, key=lambda row: row[0]):
+            yield next(same)  # that of CHANNELS_AFTER, if there is one
+
+    def _pages(self, statement: str, after: str, **parameters: object) -> Iterator[Any]:
+        while True:
+            (rows,) = self._read(statement, after=after, n=CHANNEL_PAGE, **parameters)
+            yield from rows
+            if len(rows) < CHANNEL_PAGE:
+                return
+            after = rows[-1][0]
+
+
 class BulkWork:
     """The calls that touch many rows.  Each runs a piece at a time, and those of all calls at the
     same time are together as large as that of one."""
@@ -4741,113 +4817,6 @@ class HealthCheck:
                 self._error = error
         if self._error is not None:
             raise type(self._error)(str(self._error))
-
-
-def message_of(row: Sequence[Any]) -> Message:
-    """The message in a row of NEXT_MESSAGE, or of READ_MESSAGE without the state."""
-    message = Message(*row)
-    return message._replace(backoff=backoff_text(message.backoff)) if message.backoff else message
-
-
-def backoff_text(backoff: str) -> str:
-    """A backoff as it was given, from the fields in which it is kept."""
-    return ",".join(backoff.split())
-
-
-# ---------------------------------------------------------------------------------------------
-# Broker: the public calls.  Knows nothing of sockets, headers, JSON, argv.
-#
-# How a call runs through the file, from its connection (C) and in the committer thread (W):
-#
-# POST      1. C: the connection's thread reads the request and finds its route
-#           2. C: the route's method calls `Broker.post_async` with the reply as `on_done`
-#           3. C: `_message` checks and completes the parameters, `Channels.reserve` the channel;
-#                 what is due in the channel is submitted first (`ProcessDue`)
-#           4. C: `Committer.submit` puts a `Post` on the list; the thread reads on
-#           5. W: `Store.transact` runs its statements; `Post.on_executed` joins the take of a
-#                 waiting consumer to the transaction
-#           6. W: the transaction is committed and synced
-#           7. W: `Post.on_commit` counts the message, and schedules its delay or expiry
-#           8. W: `Post.on_done` sends the response, made of `Post.result`
-#
-# GET that  1. C: as above: the route's method calls `Broker.consumer` and `Broker.take_async`
-# waits     2. W: `Take` finds no message; `Take.on_commit` puts the consumer into the `WaitingList`
-#           3. C: the thread listens for a hang-up and for the end of the wait: `Broker.cancel`
-#           4. W: another operation makes a message ready (as 5. above) and calls `State.wake`
-#           5. W: `WaitingList.pop` gives the consumer; if its client is there, a second `Take`
-#                 joins the transaction, behind what is in it and before what comes later
-#           6. W: `Take.on_commit` counts the delivery and schedules the timeout
-#           7. W: `Take.on_done` sends the message; one that cannot be sent is undone (`UndoTake`)
-#
-# DELETE    1. C: as above: the route's method calls `Broker.delete_async`
-#           2. C: what is due is submitted first, then `Committer.submit` gets a `Delete`
-#           3. W: its statement deletes the row only if the lease is the latest
-#           4. W: if it deleted nothing, `Delete.on_executed` joins a look-up of the lease
-#           5. W: after the commit `Delete.on_commit` counts it, and `Delete.on_done` sends the
-#                 response: `Delete.result` returns, or raises `NotFound` or `Conflict`
-# ---------------------------------------------------------------------------------------------
-
-# All that POST_MESSAGE asks for and that a message need not say.
-NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0}
-
-
-ChannelRow = tuple[str, int, Optional[float]]  # name, ready messages, when the oldest was posted
-CHANNEL_ORDERS: Mapping[str, Callable[[ChannelRow], Any]] = {
-    "name": lambda row: row[0],
-    "ready": lambda row: (-row[1], row[0]),  # the most first
-    "oldest": lambda row: (NEVER if row[2] is None else row[2], row[0]),  # the oldest first
-}
-
-
-class ChannelList:
-    """The channels with messages, subscriptions, or consumers that wait or did so lately.
-
-    Reads some at a time, so that other calls find room between them.
-    """
-
-    def __init__(self, read: Callable[..., list[list[Any]]], waiting: Iterable[str]) -> None:
-        self._read = read
-        self._waiting = sorted(waiting)
-
-    def names(
-        self, n: Optional[int], after: str, order: str, is_wanted: Callable[[str], bool]
-    ) -> list[str]:
-        """Up to `n` wanted names, those after the channel `after`, in one of CHANNEL_ORDERS.
-
-        By name this costs as much as it passes over; else it looks at all channels.
-        """
-        rank = CHANNEL_ORDERS[order]
-        rows = (row for row in self._rows(after, order) if is_wanted(row[0]))
-        if order == "name":
-            return [name for name, *_ in itertools.islice(rows, n)]
-        if after:
-            counts, ((oldest,),) = self._read(CHANNEL_COUNTS, OLDEST_READY, channel=after)
-            last = rank((after, counts[0][0] if counts else 0, oldest))
-            rows = (row for row in rows if rank(row) > last)
-        first = sorted(rows, key=rank) if n is None else heapq.nsmallest(n, rows, key=rank)
-        return [name for name, *_ in first]
-
-    def _rows(self, after: str, order: str) -> Iterator[ChannelRow]:
-        """The rows of all channels, sorted by name; in the order of names those after `after`."""
-        after = after if order == "name" else ""
-        by_age = order == "oldest"
-        waiting = self._waiting[bisect.bisect_right(self._waiting, after) :]
-        rows: Iterator[ChannelRow] = heapq.merge(
-            self._pages(CHANNELS_AFTER, after, by_age=by_age),
-            ((name, 0, None) for (name,) in self._pages(SUBSCRIBED_AFTER, after)),
-            ((name, 0, None) for name in waiting),
-            key=lambda row: row[0],
-        )
-        for _, same in itertools.groupby(rows, key=lambda row: row[0]):
-            yield next(same)  # that of CHANNELS_AFTER, if there is one
-
-    def _pages(self, statement: str, after: str, **parameters: object) -> Iterator[Any]:
-        while True:
-            (rows,) = self._read(statement, after=after, n=CHANNEL_PAGE, **parameters)
-            yield from rows
-            if len(rows) < CHANNEL_PAGE:
-                return
-            after = rows[-1][0]
 
 
 class Administration:
@@ -5245,6 +5214,124 @@ class Administration:
         self._committer.run(Operation((SET_CONFIG,), parameters))
 
 
+class ForkedBroker:
+    """A child's copy of a broker, which has no threads, and whose locks may be held for ever."""
+
+    def close(self) -> None:
+        """Nothing: it is the parent's."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Unavailable(FORKED)
+
+
+def _check_no_keys(parameters: Mapping[str, object]) -> None:
+    for name in ("dedup", "unique"):
+        if parameters.get(name) is not None:
+            raise BadRequest(f"{name} can be given only with a message")
+
+
+# ---------------------------------------------------------------------------------------------
+# Broker: the public calls.  Knows nothing of sockets, headers, JSON, argv.
+#
+# How a call runs through the file, from its connection (C) and in the committer thread (W):
+#
+# POST      1. C: the connection's thread reads the request and finds its route
+#           2. C: the route's method calls `Broker.post_async` with the reply as `on_done`
+#           3. C: `NewMessages` checks and completes the parameters, `Channels.reserve` the channel;
+#                 what is due in the channel is submitted first (`ProcessDue`)
+#           4. C: `Committer.submit` puts a `Post` on the list; the thread reads on
+#           5. W: `Store.transact` runs its statements; `Post.on_executed` joins the take of a
+#                 waiting consumer to the transaction
+#           6. W: the transaction is committed and synced
+#           7. W: `Post.on_commit` counts the message, and schedules its delay or expiry
+#           8. W: `Post.on_done` sends the response, made of `Post.result`
+#
+# GET that  1. C: as above: the route's method calls `Broker.consumer` and `Broker.take_async`
+# waits     2. W: `Take` finds no message; `Take.on_commit` puts the consumer into the `WaitingList`
+#           3. C: the thread listens for a hang-up and for the end of the wait: `Broker.cancel`
+#           4. W: another operation makes a message ready (as 5. above) and calls `State.wake`
+#           5. W: `WaitingList.pop` gives the consumer; if its client is there, a second `Take`
+#                 joins the transaction, behind what is in it and before what comes later
+#           6. W: `Take.on_commit` counts the delivery and schedules the timeout
+#           7. W: `Take.on_done` sends the message; one that cannot be sent is undone (`UndoTake`)
+#
+# DELETE    1. C: as above: the route's method calls `Broker.delete_async`
+#           2. C: what is due is submitted first, then `Committer.submit` gets a `Delete`
+#           3. W: its statement deletes the row only if the lease is the latest
+#           4. W: if it deleted nothing, `Delete.on_executed` joins a look-up of the lease
+#           5. W: after the commit `Delete.on_commit` counts it, and `Delete.on_done` sends the
+#                 response: `Delete.result` returns, or raises `NotFound` or `Conflict`
+# ---------------------------------------------------------------------------------------------
+
+# All that POST_MESSAGE asks for and that a message need not say.
+NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0}
+
+
+class NewMessages:
+    """Checks what is posted or published, and completes the parameters of its statement."""
+
+    def __init__(
+        self,
+        hlm: int,
+        max_message: int,
+        settings: Mapping[str, dict[str, Any]],
+        now: Callable[[], float],
+    ) -> None:
+        self._hlm = hlm
+        self._max_message = max_message
+        self._settings = settings  # of all channels
+        self._now = now
+
+    def posted(
+        self, channel: str, body: bytes, type: str, given: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """The parameters of POST_MESSAGE."""
+        _check_body(body, self._max_message)
+        message = NEW_MESSAGE.copy()
+        message["hlm"] = self._hlm
+        settings = self._settings.get(channel)
+        if settings is not None:
+            message.update(settings)
+        if given:
+            message.update(parse_parameters(given, ALL_PARAMETERS))
+        delay, linger = message["delay"], message["linger"]
+        if linger:
+            validate_linger(message)
+        if message["dedup"] is not None:
+            message["scope"], message["dedup"] = _dedup(f"channel {channel}", message["dedup"])
+            message["dedup_for"] = message["dedup-for"]
+        message["channel"] = channel
+        message["body"] = body
+        message["type"] = type
+        message["now"] = now = self._now()
+        message["state"] = 2 if delay else 0
+        message["due_at"] = now + delay
+        message["expires_at"] = now + linger if linger else 0
+        return message
+
+    def published(
+        self, topic: str, body: bytes, type: str, given: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """The parameters of PUBLISH_MESSAGE."""
+        _check_body(body, self._max_message)
+        if given.get("unique") is not None:
+            raise BadRequest("unique belongs to a channel, and cannot be given with a publication")
+        keys = parse_parameters(given, DEDUP_PARAMETERS)
+        scope, dedup = _dedup(f"topic {topic}", keys.get("dedup"))
+        return {
+            "topic": topic,
+            "body": body,
+            "type": type,
+            "hlm": self._hlm,
+            "now": self._now(),
+            "scope": scope,
+            "dedup": dedup,
+            "dedup_for": keys.get("dedup-for", DEFAULTS["dedup-for"]),
+        }
+
+
 class Broker(Administration):
     """Channels, topics and messages over a `Store`; usable from any thread, without HTTP.
 
@@ -5265,7 +5352,6 @@ class Broker(Administration):
         """`hlm`: messages that a channel may hold, 0 for any number; `max_message`: in bytes;
         `max_channels`: those with messages, subscriptions, settings or a pause, and also those
         for which consumers wait."""
-        self.hlm = hlm
         self.max_channels = max_channels
         self._waits_checked_at = 0.0
         (record,) = store.read(GET_CONFIG, key="time")
@@ -5279,6 +5365,7 @@ class Broker(Administration):
             super().__init__(store, State(committer, self._clock, channels, timers), max_message)
             self._channels = channels
             self._waiting = self._state.waiting
+            self._new = NewMessages(hlm, max_message, channels.settings, self.now)
             self._schedule_all(timers)
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
@@ -5360,37 +5447,10 @@ class Broker(Administration):
 
     def _post(self, channel: str, body: bytes, type: str, given: Mapping[str, object]) -> Post:
         self._store.check_space()
-        message = self._message(check_name("channel", channel), body, type, given)
+        message = self._new.posted(check_name("channel", channel), body, type, given)
         self._channels.reserve(channel)
         self._submit_due(channel, message["now"])
         return Post(self._state, message)
-
-    def _message(
-        self, channel: str, body: bytes, type: str, given: Mapping[str, object]
-    ) -> dict[str, Any]:
-        """The parameters of POST_MESSAGE."""
-        _check_body(body, self.max_message)
-        message = NEW_MESSAGE.copy()
-        message["hlm"] = self.hlm
-        settings = self._channels.settings.get(channel)
-        if settings is not None:
-            message.update(settings)
-        if given:
-            message.update(parse_parameters(given, ALL_PARAMETERS))
-        delay, linger = message["delay"], message["linger"]
-        if linger:
-            validate_linger(message)
-        if message["dedup"] is not None:
-            message["scope"], message["dedup"] = _dedup(f"channel {channel}", message["dedup"])
-            message["dedup_for"] = message["dedup-for"]
-        message["channel"] = channel
-        message["body"] = body
-        message["type"] = type
-        message["now"] = now = self.now()
-        message["state"] = 2 if delay else 0
-        message["due_at"] = now + delay
-        message["expires_at"] = now + linger if linger else 0
-        return message
 
     def post_batch(
         self, channel: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
@@ -5401,7 +5461,7 @@ class Broker(Administration):
         """
         check_name("channel", channel)
         self._store.check_space()
-        rows = _each(messages, lambda m: {**self._message(channel, *m), "batch": 1})
+        rows = _each(messages, lambda m: {**self._new.posted(channel, *m), "batch": 1})
         self._channels.reserve(channel)
         ids: list[int] = self._run(PostBatch(self._state, rows), channel)
         return ids
@@ -5436,31 +5496,11 @@ class Broker(Administration):
     ) -> list[Publication]:
         check_name("topic", topic)
         self._store.check_space()
-        rows = _each(messages, lambda m: self._publication(topic, *m))
+        rows = _each(messages, lambda m: self._new.published(topic, *m))
         if len(rows) > 1:
             self._check_copies(topic, rows)
         publications: list[Publication] = self._run(Publish(self._state, rows))
         return publications
-
-    def _publication(
-        self, topic: str, body: bytes, type: str, given: Mapping[str, object]
-    ) -> dict[str, Any]:
-        """The parameters of PUBLISH_MESSAGE."""
-        _check_body(body, self.max_message)
-        if given.get("unique") is not None:
-            raise BadRequest("unique belongs to a channel, and cannot be given with a publication")
-        keys = parse_parameters(given, DEDUP_PARAMETERS)
-        scope, dedup = _dedup(f"topic {topic}", keys.get("dedup"))
-        return {
-            "topic": topic,
-            "body": body,
-            "type": type,
-            "hlm": self.hlm,
-            "now": self.now(),
-            "scope": scope,
-            "dedup": dedup,
-            "dedup_for": keys.get("dedup-for", DEFAULTS["dedup-for"]),
-        }
 
     def _check_copies(self, topic: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """`TooLarge` if a batch of publications would become too much at once."""
@@ -5697,29 +5737,11 @@ class Broker(Administration):
         return {"id": id, "lease": lease, "expected_channel": expected_channel, "now": self.now()}
 
 
-class ForkedBroker:
-    """A child's copy of a broker, which has no threads, and whose locks may be held for ever."""
-
-    def close(self) -> None:
-        """Nothing: it is the parent's."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise Unavailable(FORKED)
-
-
 def _check_body(body: bytes, max_message: int) -> None:
     if not body:
         raise BadRequest("the message is empty: send 1 byte or more as the body, or as msg")
     if len(body) > max_message:
         raise TooLarge(f"the message has {len(body)} bytes, and at most {max_message} are taken")
-
-
-def _check_no_keys(parameters: Mapping[str, object]) -> None:
-    for name in ("dedup", "unique"):
-        if parameters.get(name) is not None:
-            raise BadRequest(f"{name} can be given only with a message")
 
 
 def _check_reason(reason: str) -> str:
@@ -7354,12 +7376,8 @@ class TakeOptions(NamedTuple):
         )
 
 
-class Api:
-    """The endpoints of a server, one method each; stateless, and called by all connections.
-
-    An endpoint takes the request and the names in its path.  It returns the response, or None
-    after `request.connection.defer`: then the thread that commits the operation replies.
-    """
+class ManagementApi:
+    """The endpoints of `Administration`: the server, channels and topics, and what there is."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -7367,102 +7385,26 @@ class Api:
         self._access = server.access
         self._memory = server.memory
 
-    # -- before the body is read
+    # -- what a token may see
 
-    def admit(self, request: Request) -> int:
-        """Checks the headers of a request; returns how many bytes its body may have.
+    def _expected_channels(self, request: Request, *ids: int) -> Sequence[Optional[str]]:
+        """The channel in which each message must be, so that an id alone gives no access.
 
-        The result is kept in the request, for the next one with the same head.
+        None is any channel.  A message that the token does not cover is expected in "", where no
+        message can be, so it is as if it did not exist.
         """
-        if request.grants is not self._access.grants:
-            self._identify(request)
-        if request.body_limit is None:
-            request.body_limit = self._body_limit(request)
-        return request.body_limit
+        grant = request.grant
+        if grant.channels is None:
+            return [None] * len(ids)
+        channels = self._broker.channels_of(ids)
+        names = (channels.get(id, "") for id in ids)
+        return [name if name and grant.covers("channels", name) else "" for name in names]
 
-    def _identify(self, request: Request) -> None:
-        """Finds the grant of a request; `AccessDenied` if it has none, or for a foreign page."""
-        headers, grants = request.headers, self._access.grants
-        if headers.cors_headers is None:
-            headers.cors_headers = self._access.check_origin(headers.fields)
-        request.base_headers = headers.cors_headers
-        request.endpoint = None
-        grant = self._access.identify(headers.fields.get("authorization"))
-        if grant is None:
-            self._handle_unauthenticated(request)
-        else:
-            request.grant, request.grants = grant, grants
-
-    def _handle_unauthenticated(self, request: Request) -> None:
-        """Admits what needs no token; otherwise `AccessDenied`, delayed after many failures."""
-        request.grant = NO_ACCESS
-        route = request.routes.get("GET" if request.method == "HEAD" else request.method)
-        preflight = request.method == "OPTIONS" and PREFLIGHT in request.base_headers
-        if preflight or (route is not None and route.right == PUBLIC):
-            return
-        throttle, delay = self._access.throttle, 0.0
-        if "authorization" in request.headers.fields:
-            delay = throttle.record_failure(request.connection.address)
-        if delay:
-            if not throttle.slots.acquire(blocking=False):
-                retry = f"Retry-After: {AUTH_FAILURE_WINDOW:.0f}\r\n"
-                raise LingerError("this address has sent too many wrong tokens", 429, retry)
-            try:
-                self._server.await_stop(delay)
-            finally:
-                throttle.slots.release()
-        raise AccessDenied("a token is needed: `Authorization: Bearer <token>`", 401, CHALLENGE)
-
-    def _body_limit(self, request: Request) -> int:
-        route = request.routes.get("POST")
-        if request.method != "POST" or (route is not None and route.body == PARAMETERS):
-            return FORM_SLACK
-        if route is not None and route.body == MANY:
-            return MAX_BATCH_BYTES
-        if request.headers.is_form:
-            return self._broker.max_message * FORM_EXPANSION + FORM_SLACK
-        return self._broker.max_message
-
-    # -- dispatch
-
-    def handle(self, request: Request) -> Optional[Response]:
-        """The response to a request; None if another thread will reply."""
-        endpoint = request.endpoint or self._find_endpoint(request)
-        response: Optional[Response] = endpoint(request, *request.names)
-        return response
-
-    def _find_endpoint(self, request: Request) -> Callable[..., Optional[Response]]:
-        """The method for a request, which then may call it: the rights have been checked."""
-        if request.method == "OPTIONS":
-            return self.list_methods
-        route = find_route(request.method, request.routes)
-        if route.safe:
-            request.connection.yield_to_simultaneous()
-            request.base_headers = request.headers.cors_headers or ""
-        else:
-            self._access.check_browser(request.headers.fields)
-            request.base_headers = NO_STORE + (request.headers.cors_headers or "")
-        request.body_kind = route.body
-        request.recognize(PARAMETERS_OF.get(route.endpoint, ()))
-        segments, kinds = request.segments[1::2], request.segments[::2]
-        if route.endpoint == "take_message":
-            segments = segments[0].split(",")
-            kinds *= len(segments)
-        elif kinds[0] == "channels" and segments and "," in segments[0]:
-            raise BadRequest(
-                "a comma separates channels, in GET /channels/<a>,<b> only: in a name, write %2C"
-            )
-        names = [decode_name(segment) for segment in segments]
-        if request.grant is not FULL_ACCESS:
-            authorize(route, kinds, names, request.grant)
-        request.names = names
-        request.endpoint = getattr(self, route.endpoint)
-        return request.endpoint
-
-    def list_methods(self, request: Request, *_: str) -> Response:
-        server_wide = request.target == "*"
-        allowed = ", ".join(METHODS[:6]) if server_wide else allowed_methods(request.routes)
-        return Response(204, headers=f"Allow: {allowed}\r\n")
+    def _check_dead_channel(self, request: Request, parameters: Mapping[str, object]) -> None:
+        """`AccessDenied` if a message could reach a channel to which it may not be posted."""
+        dead = parameters.get("dead")
+        if isinstance(dead, str) and dead:
+            request.grant.check_name("channels", dead)
 
     # -- the server
 
@@ -7489,165 +7431,6 @@ class Api:
     def open_backup(self, _: Request) -> Response:
         copy = self._broker.open_copy()
         return Response(200, type="application/vnd.sqlite3", undo=copy.close, file=copy)
-
-    # -- consuming and producing
-
-    def take_message(self, request: Request, *channels: str) -> None:
-        if request.options is None or request.body:  # a form, which may hold some of them
-            request.options = TakeOptions.parse(request)
-        wait, n, timeout, auto, has_ack, lease = request.options
-        ack = request.integer("ack") if has_ack else None
-        connection = request.connection
-        if not wait:
-            connection.yield_to_simultaneous()
-        is_disconnected = connection.is_disconnected
-        consumer = self._broker.consumer(
-            channels, n or 1, timeout, auto, is_disconnected, connection.output
-        )
-        request.release_body()
-        expected_channel = () if ack is None else self._expected_channels(request, ack)
-        on_done = connection.defer(request, self._taken_response, consumer, wait)
-        self._broker.take_async(on_done, consumer, wait, ack, lease, *expected_channel)
-
-    def _taken_response(self, request: Request, operation: Operation) -> Response:
-        messages, consumer = operation.result(), operation.owner
-        if not messages:
-            names = consumer.channels
-            if len(names) == 1:
-                return Response(204, headers=f"x-linger-channel: {encode_name(names[0])}\r\n")
-            header = list_header("x-linger-channel", names, request.header_room())
-            return Response(204, headers=header)
-        if request.options.n is not None:
-            return self._batch_response(request, consumer, messages)
-        undo = functools.partial(self._broker.undo_take, consumer, messages)
-        message = messages[0]
-        headers = message_headers(message, request.header_room())
-        return Response(200, message.body, type_in_header(message.type), headers, undo)
-
-    def _batch_response(
-        self, request: Request, consumer: Consumer, messages: Sequence[Message]
-    ) -> Response:
-        """The response with the messages of a take; outside of the committer if they are large."""
-        output = request.connection.output
-        if output.size <= SMALL_AMOUNT:
-            undo = functools.partial(self._broker.undo_take, consumer, messages)
-            return json_response(list(map(message_object, messages)))._replace(undo=undo)
-        undone = [message._replace(body=b"") for message in messages]  # bodies go as they are sent
-        undo = functools.partial(self._broker.undo_take, consumer, undone)
-        with self._memory.large_work:
-            listed = ((message, "") for message in messages)
-            array = JsonArray(listed, lambda message, _: message_object(message))
-        output.force(array.size)
-        return Response(200, undo=undo, array=array)
-
-    def post_message(self, request: Request, channel: str) -> None:
-        body, content_type = request.message()
-        parameters = request.message_parameters(ALL_PARAMETERS)
-        if "dead" in parameters:
-            self._check_dead_channel(request, parameters)
-        on_done = request.connection.defer(request, posted_response)
-        self._broker.post_async(on_done, channel, body, content_type, **parameters)
-
-    def post_batch(self, request: Request, channel: str) -> Response:
-        messages = self._parse_batch(request, ALL_PARAMETERS)
-        for _, _, parameters in messages:
-            self._check_dead_channel(request, parameters)
-        return json_response({"ids": self._broker.post_batch(channel, messages)}, 202)
-
-    def _parse_batch(self, request: Request, table: Sequence[Parameter]) -> list[BatchItem]:
-        """The messages of a batch; frees its text, and reserves memory for what they need beside
-        their bodies."""
-        is_large = len(request.body) > SMALL_AMOUNT
-        with self._memory.large_work if is_large else contextlib.nullcontext():
-            messages = parse_batch(request, table)
-        request.release_body()
-        size = sum(len(body) for body, _, _ in messages) + len(messages) * MESSAGE_BYTES
-        request.connection.input.resize(size)
-        return messages
-
-    def _check_dead_channel(self, request: Request, parameters: Mapping[str, object]) -> None:
-        """`AccessDenied` if a message could reach a channel to which it may not be posted."""
-        dead = parameters.get("dead")
-        if isinstance(dead, str) and dead:
-            request.grant.check_name("channels", dead)
-
-    def publish_message(self, request: Request, topic: str) -> Response:
-        parameters = request.message_parameters(DEDUP_PARAMETERS)
-        body, content_type = request.message()
-        ids, dropped, duplicate = self._broker.publish(topic, body, content_type, **parameters)
-        if duplicate:
-            return json_response({**self._visible_ids(request, ids), "duplicate": True}, 202)
-        return self._published_response(request, ids, dropped)
-
-    def publish_batch(self, request: Request, topic: str) -> Response:
-        messages = self._parse_batch(request, DEDUP_PARAMETERS)
-        return self._published_response(request, *self._broker.publish_batch(topic, messages))
-
-    def _published_response(
-        self, request: Request, ids: Mapping[str, object], dropped: Sequence[str]
-    ) -> Response:
-        visible = request.grant.visible("channels", dropped)
-        header = ""
-        if visible:
-            header = list_header("x-linger-dropped", visible, request.header_room())
-        return json_response(self._visible_ids(request, ids), 202, header)
-
-    def _visible_ids(self, request: Request, ids: Mapping[str, object]) -> Mapping[str, object]:
-        """The ids of a publication's copies in those channels that the token covers."""
-        visible = request.grant.visible("channels", ids)
-        return {channel: ids[channel] for channel in visible}
-
-    # -- acknowledging
-
-    def _expected_channels(self, request: Request, *ids: int) -> Sequence[Optional[str]]:
-        """The channel in which each message must be, so that an id alone gives no access.
-
-        None is any channel.  A message that the token does not cover is expected in "", where no
-        message can be, so it is as if it did not exist.
-        """
-        grant = request.grant
-        if grant.channels is None:
-            return [None] * len(ids)
-        channels = self._broker.channels_of(ids)
-        names = (channels.get(id, "") for id in ids)
-        return [name if name and grant.covers("channels", name) else "" for name in names]
-
-    def delete_message(self, request: Request, id: str) -> None:
-        number, lease = parse_integer("id", id), request.integer("lease")
-        expected_channel = self._expected_channels(request, number)
-        on_done = request.connection.defer(request, done_response)
-        self._broker.delete_async(on_done, number, lease, *expected_channel)
-
-    def delete_messages(self, request: Request, _: str) -> Response:
-        wanted = []
-        for item in parse_array(request.body):
-            pair = (item.get("id"), item.get("lease")) if isinstance(item, dict) else (item, None)
-            lease = None if pair[1] is None else parse_integer("lease", pair[1])
-            wanted.append((parse_integer("id", pair[0]), lease))
-        ids = [id for id, _ in wanted]
-        expected_channels = dict(zip(ids, self._expected_channels(request, *ids)))
-        results = self._broker.delete_batch(wanted, expected_channels)
-        return json_response(dict(zip(("deleted", "conflict", "missing"), results)))
-
-    def touch_message(self, request: Request, id: str) -> Response:
-        number, lease = parse_integer("id", id), request.integer("lease")
-        timeout = request.integer("timeout", 1)
-        self._broker.touch(number, lease, timeout, *self._expected_channels(request, number))
-        return NO_CONTENT
-
-    def release_message(self, request: Request, id: str) -> Response:
-        number, lease = parse_integer("id", id), request.integer("lease")
-        delay, reason = request.integer("delay", 0), request.reason()
-        uncounted = request.switch("uncounted")
-        (expected_channel,) = self._expected_channels(request, number)
-        self._broker.release(number, lease, delay, reason, expected_channel, uncounted)
-        return NO_CONTENT
-
-    def reject_message(self, request: Request, id: str) -> Response:
-        number, lease = parse_integer("id", id), request.integer("lease")
-        expected_channel = self._expected_channels(request, number)
-        self._broker.reject(number, lease, request.reason(), *expected_channel)
-        return NO_CONTENT
 
     # -- channels and topics
 
@@ -7761,6 +7544,251 @@ class Api:
     def list_subscribers(self, request: Request, topic: str) -> Response:
         channels = self._broker.subscribers(topic)
         return json_response({"channels": request.grant.visible("channels", channels)})
+
+
+class Api(ManagementApi):
+    """The endpoints of a server, one method each; stateless, and called by all connections.
+
+    An endpoint takes the request and the names in its path.  It returns the response, or None
+    after `request.connection.defer`: then the thread that commits the operation replies.
+    """
+
+    # -- before the body is read
+
+    def admit(self, request: Request) -> int:
+        """Checks the headers of a request; returns how many bytes its body may have.
+
+        The result is kept in the request, for the next one with the same head.
+        """
+        if request.grants is not self._access.grants:
+            self._identify(request)
+        if request.body_limit is None:
+            request.body_limit = self._body_limit(request)
+        return request.body_limit
+
+    def _identify(self, request: Request) -> None:
+        """Finds the grant of a request; `AccessDenied` if it has none, or for a foreign page."""
+        headers, grants = request.headers, self._access.grants
+        if headers.cors_headers is None:
+            headers.cors_headers = self._access.check_origin(headers.fields)
+        request.base_headers = headers.cors_headers
+        request.endpoint = None
+        grant = self._access.identify(headers.fields.get("authorization"))
+        if grant is None:
+            self._handle_unauthenticated(request)
+        else:
+            request.grant, request.grants = grant, grants
+
+    def _handle_unauthenticated(self, request: Request) -> None:
+        """Admits what needs no token; otherwise `AccessDenied`, delayed after many failures."""
+        request.grant = NO_ACCESS
+        route = request.routes.get("GET" if request.method == "HEAD" else request.method)
+        preflight = request.method == "OPTIONS" and PREFLIGHT in request.base_headers
+        if preflight or (route is not None and route.right == PUBLIC):
+            return
+        throttle, delay = self._access.throttle, 0.0
+        if "authorization" in request.headers.fields:
+            delay = throttle.record_failure(request.connection.address)
+        if delay:
+            if not throttle.slots.acquire(blocking=False):
+                retry = f"Retry-After: {AUTH_FAILURE_WINDOW:.0f}\r\n"
+                raise LingerError("this address has sent too many wrong tokens", 429, retry)
+            try:
+                self._server.await_stop(delay)
+            finally:
+                throttle.slots.release()
+        raise AccessDenied("a token is needed: `Authorization: Bearer <token>`", 401, CHALLENGE)
+
+    def _body_limit(self, request: Request) -> int:
+        route = request.routes.get("POST")
+        if request.method != "POST" or (route is not None and route.body == PARAMETERS):
+            return FORM_SLACK
+        if route is not None and route.body == MANY:
+            return MAX_BATCH_BYTES
+        if request.headers.is_form:
+            return self._broker.max_message * FORM_EXPANSION + FORM_SLACK
+        return self._broker.max_message
+
+    # -- dispatch
+
+    def handle(self, request: Request) -> Optional[Response]:
+        """The response to a request; None if another thread will reply."""
+        endpoint = request.endpoint or self._find_endpoint(request)
+        response: Optional[Response] = endpoint(request, *request.names)
+        return response
+
+    def _find_endpoint(self, request: Request) -> Callable[..., Optional[Response]]:
+        """The method for a request, which then may call it: the rights have been checked."""
+        if request.method == "OPTIONS":
+            return self.list_methods
+        route = find_route(request.method, request.routes)
+        if route.safe:
+            request.connection.yield_to_simultaneous()
+            request.base_headers = request.headers.cors_headers or ""
+        else:
+            self._access.check_browser(request.headers.fields)
+            request.base_headers = NO_STORE + (request.headers.cors_headers or "")
+        request.body_kind = route.body
+        request.recognize(PARAMETERS_OF.get(route.endpoint, ()))
+        segments, kinds = request.segments[1::2], request.segments[::2]
+        if route.endpoint == "take_message":
+            segments = segments[0].split(",")
+            kinds *= len(segments)
+        elif kinds[0] == "channels" and segments and "," in segments[0]:
+            raise BadRequest(
+                "a comma separates channels, in GET /channels/<a>,<b> only: in a name, write %2C"
+            )
+        names = [decode_name(segment) for segment in segments]
+        if request.grant is not FULL_ACCESS:
+            authorize(route, kinds, names, request.grant)
+        request.names = names
+        request.endpoint = getattr(self, route.endpoint)
+        return request.endpoint
+
+    def list_methods(self, request: Request, *_: str) -> Response:
+        server_wide = request.target == "*"
+        allowed = ", ".join(METHODS[:6]) if server_wide else allowed_methods(request.routes)
+        return Response(204, headers=f"Allow: {allowed}\r\n")
+
+    # -- consuming and producing
+
+    def take_message(self, request: Request, *channels: str) -> None:
+        if request.options is None or request.body:  # a form, which may hold some of them
+            request.options = TakeOptions.parse(request)
+        wait, n, timeout, auto, has_ack, lease = request.options
+        ack = request.integer("ack") if has_ack else None
+        connection = request.connection
+        if not wait:
+            connection.yield_to_simultaneous()
+        is_disconnected = connection.is_disconnected
+        consumer = self._broker.consumer(
+            channels, n or 1, timeout, auto, is_disconnected, connection.output
+        )
+        request.release_body()
+        expected_channel = () if ack is None else self._expected_channels(request, ack)
+        on_done = connection.defer(request, self._taken_response, consumer, wait)
+        self._broker.take_async(on_done, consumer, wait, ack, lease, *expected_channel)
+
+    def _taken_response(self, request: Request, operation: Operation) -> Response:
+        messages, consumer = operation.result(), operation.owner
+        if not messages:
+            names = consumer.channels
+            if len(names) == 1:
+                return Response(204, headers=f"x-linger-channel: {encode_name(names[0])}\r\n")
+            header = list_header("x-linger-channel", names, request.header_room())
+            return Response(204, headers=header)
+        if request.options.n is not None:
+            return self._batch_response(request, consumer, messages)
+        undo = functools.partial(self._broker.undo_take, consumer, messages)
+        message = messages[0]
+        headers = message_headers(message, request.header_room())
+        return Response(200, message.body, type_in_header(message.type), headers, undo)
+
+    def _batch_response(
+        self, request: Request, consumer: Consumer, messages: Sequence[Message]
+    ) -> Response:
+        """The response with the messages of a take; outside of the committer if they are large."""
+        output = request.connection.output
+        if output.size <= SMALL_AMOUNT:
+            undo = functools.partial(self._broker.undo_take, consumer, messages)
+            return json_response(list(map(message_object, messages)))._replace(undo=undo)
+        undone = [message._replace(body=b"") for message in messages]  # bodies go as they are sent
+        undo = functools.partial(self._broker.undo_take, consumer, undone)
+        with self._memory.large_work:
+            listed = ((message, "") for message in messages)
+            array = JsonArray(listed, lambda message, _: message_object(message))
+        output.force(array.size)
+        return Response(200, undo=undo, array=array)
+
+    def post_message(self, request: Request, channel: str) -> None:
+        body, content_type = request.message()
+        parameters = request.message_parameters(ALL_PARAMETERS)
+        if "dead" in parameters:
+            self._check_dead_channel(request, parameters)
+        on_done = request.connection.defer(request, posted_response)
+        self._broker.post_async(on_done, channel, body, content_type, **parameters)
+
+    def post_batch(self, request: Request, channel: str) -> Response:
+        messages = self._parse_batch(request, ALL_PARAMETERS)
+        for _, _, parameters in messages:
+            self._check_dead_channel(request, parameters)
+        return json_response({"ids": self._broker.post_batch(channel, messages)}, 202)
+
+    def _parse_batch(self, request: Request, table: Sequence[Parameter]) -> list[BatchItem]:
+        """The messages of a batch; frees its text, and reserves memory for what they need beside
+        their bodies."""
+        is_large = len(request.body) > SMALL_AMOUNT
+        with self._memory.large_work if is_large else contextlib.nullcontext():
+            messages = parse_batch(request, table)
+        request.release_body()
+        size = sum(len(body) for body, _, _ in messages) + len(messages) * MESSAGE_BYTES
+        request.connection.input.resize(size)
+        return messages
+
+    def publish_message(self, request: Request, topic: str) -> Response:
+        parameters = request.message_parameters(DEDUP_PARAMETERS)
+        body, content_type = request.message()
+        ids, dropped, duplicate = self._broker.publish(topic, body, content_type, **parameters)
+        if duplicate:
+            return json_response({**self._visible_ids(request, ids), "duplicate": True}, 202)
+        return self._published_response(request, ids, dropped)
+
+    def publish_batch(self, request: Request, topic: str) -> Response:
+        messages = self._parse_batch(request, DEDUP_PARAMETERS)
+        return self._published_response(request, *self._broker.publish_batch(topic, messages))
+
+    def _published_response(
+        self, request: Request, ids: Mapping[str, object], dropped: Sequence[str]
+    ) -> Response:
+        visible = request.grant.visible("channels", dropped)
+        header = ""
+        if visible:
+            header = list_header("x-linger-dropped", visible, request.header_room())
+        return json_response(self._visible_ids(request, ids), 202, header)
+
+    def _visible_ids(self, request: Request, ids: Mapping[str, object]) -> Mapping[str, object]:
+        """The ids of a publication's copies in those channels that the token covers."""
+        visible = request.grant.visible("channels", ids)
+        return {channel: ids[channel] for channel in visible}
+
+    # -- acknowledging
+
+    def delete_message(self, request: Request, id: str) -> None:
+        number, lease = parse_integer("id", id), request.integer("lease")
+        expected_channel = self._expected_channels(request, number)
+        on_done = request.connection.defer(request, done_response)
+        self._broker.delete_async(on_done, number, lease, *expected_channel)
+
+    def delete_messages(self, request: Request, _: str) -> Response:
+        wanted = []
+        for item in parse_array(request.body):
+            pair = (item.get("id"), item.get("lease")) if isinstance(item, dict) else (item, None)
+            lease = None if pair[1] is None else parse_integer("lease", pair[1])
+            wanted.append((parse_integer("id", pair[0]), lease))
+        ids = [id for id, _ in wanted]
+        expected_channels = dict(zip(ids, self._expected_channels(request, *ids)))
+        results = self._broker.delete_batch(wanted, expected_channels)
+        return json_response(dict(zip(("deleted", "conflict", "missing"), results)))
+
+    def touch_message(self, request: Request, id: str) -> Response:
+        number, lease = parse_integer("id", id), request.integer("lease")
+        timeout = request.integer("timeout", 1)
+        self._broker.touch(number, lease, timeout, *self._expected_channels(request, number))
+        return NO_CONTENT
+
+    def release_message(self, request: Request, id: str) -> Response:
+        number, lease = parse_integer("id", id), request.integer("lease")
+        delay, reason = request.integer("delay", 0), request.reason()
+        uncounted = request.switch("uncounted")
+        (expected_channel,) = self._expected_channels(request, number)
+        self._broker.release(number, lease, delay, reason, expected_channel, uncounted)
+        return NO_CONTENT
+
+    def reject_message(self, request: Request, id: str) -> Response:
+        number, lease = parse_integer("id", id), request.integer("lease")
+        expected_channel = self._expected_channels(request, number)
+        self._broker.reject(number, lease, request.reason(), *expected_channel)
+        return NO_CONTENT
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9435,14 +9463,8 @@ def _decoding(url: str) -> Iterator[None]:
         raise LingerError(f"{url} does not respond as Linger does", 502) from error
 
 
-class Client:
-    """A Linger server; the methods have the names of the broker's.  Thread-safe.
-
-    Each thread has its own connection, which is kept open and opened again when the server has
-    closed it.  A `message` is either a `Message`, and then the call succeeds only while that
-    delivery is the latest, or an id.  Errors are those of the broker; `Unavailable` also means
-    that the server cannot be reached.
-    """
+class ManagementClient:
+    """The calls of a client that neither produce nor consume; used through `Client`."""
 
     def __init__(
         self,
@@ -9469,7 +9491,7 @@ class Client:
         """Closes all connections; later calls, and those that wait, fail."""
         self._transport.close()
 
-    def __enter__(self) -> Client:
+    def __enter__(self: T) -> T:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -9502,6 +9524,128 @@ class Client:
         """
         with atomic_write(path, force) as part, open(part, "wb") as file:
             self._requests.send("GET", "/backup", wait=MAX_WAIT, repeatable=False, into=file)
+
+    # -- channels and topics
+
+    def channels(self) -> list[str]:
+        """Returns the sorted names of channels with messages, subscriptions or consumers."""
+        return self._requests.send_json(lambda value: list(value["channels"]), "GET", "/channels")
+
+    def channel_infos(self, n: int = 0, after: str = "", like: str = "", order: str = "") -> Infos:
+        """Returns the `info` of each channel, or of some, as `GET /channels?info` does."""
+        query = {"info": 1, **({"n": n} if n else {}), "after": after, "like": like, "order": order}
+        return self._requests.send_json(
+            lambda value: list(value["channels"]), "GET", "/channels", query
+        )
+
+    def info(self, channel: str) -> dict[str, Any]:
+        """Returns the counts, consumers, topics and settings of a channel."""
+        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "info"))
+
+    def channel_stats(self, channel: str) -> dict[str, int]:
+        """Returns how many messages of a channel are `ready` and how many `hidden`."""
+        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "stats"))
+
+    def topics(self, channel: Optional[str] = None) -> list[str]:
+        """Returns the sorted topics with subscriptions: those of one channel, or all."""
+        path = "/topics" if channel is None else encode_path("channels", channel, "topics")
+        return self._requests.send_json(lambda value: list(value["topics"]), "GET", path)
+
+    def subscribers(self, topic: str) -> list[str]:
+        """Returns the sorted channels subscribed to a topic."""
+        path = encode_path("topics", topic, "channels")
+        return self._requests.send_json(lambda value: list(value["channels"]), "GET", path)
+
+    def subscribe(self, channel: str, topic: str, **parameters: Unpack[MessageFields]) -> None:
+        """Subscribes a channel to a topic, or changes a subscription: copies get `parameters`."""
+        path = encode_path("channels", channel, "topics", topic)
+        self._requests.send("PUT", path, encode_parameters(MESSAGE_PARAMETERS, parameters))
+
+    def unsubscribe(self, channel: str, topic: str) -> None:
+        """Ends a subscription; no error if there is none."""
+        self._requests.send("DELETE", encode_path("channels", channel, "topics", topic))
+
+    def settings(self, channel: str) -> dict[str, Any]:
+        """Returns the settings of a channel that are set."""
+        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "settings"))
+
+    def set_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
+        """Replaces the settings of a channel: its `hlm`, and the defaults of messages posted."""
+        path = encode_path("channels", channel, "settings")
+        self._requests.send("PUT", path, encode_parameters(CHANNEL_PARAMETERS, parameters))
+
+    def clear_settings(self, channel: str) -> None:
+        """Clears the settings of a channel; no error if there are none."""
+        self._requests.send("DELETE", encode_path("channels", channel, "settings"))
+
+    def pause(self, channel: str, seconds: Optional[int] = None) -> None:
+        """Stops the delivery of a channel's messages for some seconds, or until `resume`."""
+        self._requests.send("PUT", encode_path("channels", channel, "pause"), {"for": seconds})
+
+    def resume(self, channel: str) -> None:
+        """Ends a pause; no error if there is none."""
+        self._requests.send("DELETE", encode_path("channels", channel, "pause"))
+
+    # -- inspection
+
+    def read_message(self, id: int) -> tuple[Message, str]:
+        """Returns a message and its state (of `STATES`) without taking it; `NotFound`."""
+        headers, body = self._requests.send("GET", f"/messages/{id}")
+        with _decoding(self.url):
+            return parse_headers(headers, body)
+
+    def list_messages(
+        self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
+    ) -> list[tuple[Message, str]]:
+        """Returns up to `n` messages of a channel with their states, after the message `after`.
+
+        In the order of delivery for the state `ready`, else by id.  A body is cut to PREVIEW_BYTES
+        bytes, at a whole character.
+        """
+        return self._requests.send_json(
+            lambda value: [(parse_message(item), item["state"]) for item in value],
+            "GET", encode_path("channels", channel, "messages"),
+            {"state": state, "n": n, "after": after},
+        )  # fmt: skip
+
+    def dump(self, channels: Optional[ChannelNames] = None) -> Iterator[dict[str, Any]]:
+        """Yields the messages of some channels, or of all, as JSON records for `load`.
+
+        By channel and id.  A record has `channel`, `type`, `body` (`encoding` is base64 if it is
+        not text) and the parameters that are not the default; `delay` and `linger` are the
+        remaining seconds.  A message in flight is dumped as ready.  Nothing is taken.
+        """
+        for channel in self.channels() if channels is None else list_names(channels):
+            yield from map(dumped_record, self._requests.list_whole(channel))
+
+    def load(self, records: Iterable[Mapping[str, Any]]) -> int:
+        """Posts the records of a `dump` in order, with new ids; returns how many.
+
+        They are posted in batches, each all or none, which are sent again if necessary.  An error
+        has the `index` of its record; the batches before it have been posted.
+        """
+        count = 0
+        try:
+            for channel, items in in_batches(records):
+                body = b"[" + b",".join(items) + b"]"
+                path = encode_path("channels", channel, "batch")
+                self._requests.add(dict, path, (body, JSON_TYPE), True, {})
+                count += len(items)
+        except LingerError as error:
+            if error.index is not None:
+                error.index += count
+            raise
+        return count
+
+
+class Client(ManagementClient):
+    """A Linger server; the methods have the names of the broker's.  Thread-safe.
+
+    Each thread has its own connection, which is kept open and opened again when the server has
+    closed it.  A `message` is either a `Message`, and then the call succeeds only while that
+    delivery is the latest, or an id.  Errors are those of the broker; `Unavailable` also means
+    that the server cannot be reached.
+    """
 
     # -- producing
 
@@ -9697,118 +9841,6 @@ class Client:
     def drain(self, channel: str) -> None:
         """Deletes all messages of a channel, in every state, and its dedup keys."""
         self._requests.send("DELETE", encode_path("channels", channel), wait=BULK_WAIT)
-
-    # -- channels and topics
-
-    def channels(self) -> list[str]:
-        """Returns the sorted names of channels with messages, subscriptions or consumers."""
-        return self._requests.send_json(lambda value: list(value["channels"]), "GET", "/channels")
-
-    def channel_infos(self, n: int = 0, after: str = "", like: str = "", order: str = "") -> Infos:
-        """Returns the `info` of each channel, or of some, as `GET /channels?info` does."""
-        query = {"info": 1, **({"n": n} if n else {}), "after": after, "like": like, "order": order}
-        return self._requests.send_json(
-            lambda value: list(value["channels"]), "GET", "/channels", query
-        )
-
-    def info(self, channel: str) -> dict[str, Any]:
-        """Returns the counts, consumers, topics and settings of a channel."""
-        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "info"))
-
-    def channel_stats(self, channel: str) -> dict[str, int]:
-        """Returns how many messages of a channel are `ready` and how many `hidden`."""
-        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "stats"))
-
-    def topics(self, channel: Optional[str] = None) -> list[str]:
-        """Returns the sorted topics with subscriptions: those of one channel, or all."""
-        path = "/topics" if channel is None else encode_path("channels", channel, "topics")
-        return self._requests.send_json(lambda value: list(value["topics"]), "GET", path)
-
-    def subscribers(self, topic: str) -> list[str]:
-        """Returns the sorted channels subscribed to a topic."""
-        path = encode_path("topics", topic, "channels")
-        return self._requests.send_json(lambda value: list(value["channels"]), "GET", path)
-
-    def subscribe(self, channel: str, topic: str, **parameters: Unpack[MessageFields]) -> None:
-        """Subscribes a channel to a topic, or changes a subscription: copies get `parameters`."""
-        path = encode_path("channels", channel, "topics", topic)
-        self._requests.send("PUT", path, encode_parameters(MESSAGE_PARAMETERS, parameters))
-
-    def unsubscribe(self, channel: str, topic: str) -> None:
-        """Ends a subscription; no error if there is none."""
-        self._requests.send("DELETE", encode_path("channels", channel, "topics", topic))
-
-    def settings(self, channel: str) -> dict[str, Any]:
-        """Returns the settings of a channel that are set."""
-        return self._requests.send_json(dict, "GET", encode_path("channels", channel, "settings"))
-
-    def set_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
-        """Replaces the settings of a channel: its `hlm`, and the defaults of messages posted."""
-        path = encode_path("channels", channel, "settings")
-        self._requests.send("PUT", path, encode_parameters(CHANNEL_PARAMETERS, parameters))
-
-    def clear_settings(self, channel: str) -> None:
-        """Clears the settings of a channel; no error if there are none."""
-        self._requests.send("DELETE", encode_path("channels", channel, "settings"))
-
-    def pause(self, channel: str, seconds: Optional[int] = None) -> None:
-        """Stops the delivery of a channel's messages for some seconds, or until `resume`."""
-        self._requests.send("PUT", encode_path("channels", channel, "pause"), {"for": seconds})
-
-    def resume(self, channel: str) -> None:
-        """Ends a pause; no error if there is none."""
-        self._requests.send("DELETE", encode_path("channels", channel, "pause"))
-
-    # -- inspection
-
-    def read_message(self, id: int) -> tuple[Message, str]:
-        """Returns a message and its state (of `STATES`) without taking it; `NotFound`."""
-        headers, body = self._requests.send("GET", f"/messages/{id}")
-        with _decoding(self.url):
-            return parse_headers(headers, body)
-
-    def list_messages(
-        self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
-    ) -> list[tuple[Message, str]]:
-        """Returns up to `n` messages of a channel with their states, after the message `after`.
-
-        In the order of delivery for the state `ready`, else by id.  A body is cut to PREVIEW_BYTES
-        bytes, at a whole character.
-        """
-        return self._requests.send_json(
-            lambda value: [(parse_message(item), item["state"]) for item in value],
-            "GET", encode_path("channels", channel, "messages"),
-            {"state": state, "n": n, "after": after},
-        )  # fmt: skip
-
-    def dump(self, channels: Optional[ChannelNames] = None) -> Iterator[dict[str, Any]]:
-        """Yields the messages of some channels, or of all, as JSON records for `load`.
-
-        By channel and id.  A record has `channel`, `type`, `body` (`encoding` is base64 if it is
-        not text) and the parameters that are not the default; `delay` and `linger` are the
-        remaining seconds.  A message in flight is dumped as ready.  Nothing is taken.
-        """
-        for channel in self.channels() if channels is None else list_names(channels):
-            yield from map(dumped_record, self._requests.list_whole(channel))
-
-    def load(self, records: Iterable[Mapping[str, Any]]) -> int:
-        """Posts the records of a `dump` in order, with new ids; returns how many.
-
-        They are posted in batches, each all or none, which are sent again if necessary.  An error
-        has the `index` of its record; the batches before it have been posted.
-        """
-        count = 0
-        try:
-            for channel, items in in_batches(records):
-                body = b"[" + b",".join(items) + b"]"
-                path = encode_path("channels", channel, "batch")
-                self._requests.add(dict, path, (body, JSON_TYPE), True, {})
-                count += len(items)
-        except LingerError as error:
-            if error.index is not None:
-                error.index += count
-            raise
-        return count
 
     # -- workers
 

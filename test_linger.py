@@ -8,6 +8,7 @@ import _sqlite3
 import ast
 import base64
 import bisect
+import collections
 import contextlib
 import ctypes
 import datetime
@@ -11201,7 +11202,9 @@ FIRST, SECOND = 1, 2
         for name in linger.__all__:
             public = getattr(linger, name)
             self.assertTrue(public.__doc__, name)
-            for attribute, member in vars(public).items() if isinstance(public, type) else ():
+            kinds = public.__mro__ if isinstance(public, type) else ()
+            own = [vars(kind) for kind in kinds if kind.__module__ == linger.__name__]
+            for attribute, member in dict(collections.ChainMap(*own)).items():
                 if (
                     callable(member)
                     and not attribute.startswith("_")
@@ -11397,7 +11400,7 @@ class ReadmeTest(Folder):
 
     def test_every_method_of_the_client_is_in_a_session(self):
         sessions = "".join(re.findall(r"```py(?:thon|con)\n(.*?)```", self.readme, re.S))
-        methods = [name for name in vars(linger.Client) if not name.startswith("_")]
+        methods = [name for name in dir(linger.Client) if not name.startswith("_")]
         self.assertEqual([m for m in methods if f".{m}(" not in sessions], [])
 
     # -- examples
