@@ -18,6 +18,7 @@ The file reads downwards: a section uses only what stands above it.
     Messages      the message, its parameters, and how they are read
     Schema        tables, indexes and triggers; the migration from 1.0.1
     SQL           every statement
+    Counters      what has happened to messages, and the totals of the last hour
     Commits       operations, and the thread that commits them in groups
     Files         a database's file, its lock, and whether a log belongs to it
     Store         SQLite and its files
@@ -298,6 +299,13 @@ TIME_RECORD_RETRY = 1.0  # shortest time between them, also after a failure, sec
 LONG_DOWNTIME = 30 * 86_400  # time between two runs that is worth a line in the log, seconds
 WAIT_CHECK_INTERVAL = 3.0  # seconds between two looks for waits that a suspend has outlasted
 WAIT_GRACE = 1.0  # time after its end that a wait has to end by itself, seconds
+
+# Metrics
+METRICS_CHANNELS = 1_000  # default of --metrics-channels: channels with counters of their own
+MAX_METRICS_CHANNELS = 100_000  # its largest value: each takes 500 bytes, and 2,000 of a page
+MAX_FLIGHTS = 32_768  # messages in flight whose channel is kept in memory, 300 bytes each
+SAMPLE_INTERVAL = 5  # seconds between two points of the history
+HISTORY_SECONDS = 3_600  # length of the history, seconds
 
 # Client and commands
 CLIENT_TIMEOUT = 30.0  # time to connect, and longest silence of a server, seconds
@@ -1837,10 +1845,17 @@ order by id
 limit :n
 """
 
+# Of a page of channels.
 MESSAGE_TOTALS = """
-select coalesce(sum(ready), 0), coalesce(sum(in_flight + delayed), 0),
-    coalesce(sum(urgent), 0), coalesce(sum(niced), 0)
-from channels
+select coalesce(sum(ready), 0), coalesce(sum(in_flight), 0), coalesce(sum(delayed), 0),
+    coalesce(sum(urgent), 0), coalesce(sum(niced), 0), count(*), max(name)
+from (
+    select name, ready, in_flight, delayed, urgent, niced
+    from channels
+    where name > :after
+    order by name
+    limit :n
+)
 """
 
 SUBSCRIPTION_TOTALS = """
@@ -1852,6 +1867,134 @@ NEWEST_MESSAGE = """
 select max(id)
 from messages
 """
+
+
+# ---------------------------------------------------------------------------------------------
+# Counters: what has happened to messages since the start.  Operations count after their commit;
+# what is rolled back, or repeated with a key, is not counted.
+# ---------------------------------------------------------------------------------------------
+
+# What may happen to a message, each a counter of every channel.
+EVENTS = {
+    "posted": "Messages added, by a post or as the copy of a publication.",
+    "delivered": "Deliveries; one message may have several.",
+    "deleted": "Messages deleted by a client, by a drain, or as they were delivered.",
+    "released": "Deliveries that a client gave back.",
+    "rejected": "Messages that a client gave up.",
+    "timed_out": "Deliveries that were not deleted in time.",
+    "expired": "Messages whose lingering ended.",
+    "dead_lettered": "Messages moved from this channel to its dead channel.",
+    "redriven": "Dead letters moved from this channel back to where they came from.",
+}
+FAILURES = ("released", "rejected", "timed_out")  # of deliveries
+SAMPLED = ("posted", "delivered", "deleted", "failed", "published", "ready", "in-flight")
+
+
+class EventCounts:
+    """How often each of EVENTS has happened in each channel.
+
+    The first channels, up to a limit, have counts of their own; the others share those of the
+    channel "", which is no channel's name.  Written by the committer thread.
+    """
+
+    def __init__(self, max_channels: int) -> None:
+        self._max_channels = max_channels
+        self._counts = {"": dict.fromkeys(EVENTS, 0)}
+        self._lock = threading.Lock()  # guards what was shown
+        self._shown: dict[str, dict[str, int]] = {}
+
+    def count(self, event: str, channel: str, n: int = 1) -> None:
+        """Counts an event; fewer than none for deliveries that were undone."""
+        counts = self._counts.get(channel) or self._counts_of(channel)
+        counts[event] += n
+
+    def _counts_of(self, channel: str) -> dict[str, int]:
+        if len(self._counts) > self._max_channels:
+            return self._counts[""]
+        return self._counts.setdefault(channel, dict.fromkeys(EVENTS, 0))
+
+    def by_channel(self) -> dict[str, dict[str, int]]:
+        """The counts of each channel, for any thread.
+
+        They never decrease: after an undo each stays until it has been reached again.
+        """
+        with self._lock:
+            for channel, counts in self._counts.copy().items():
+                shown = self._shown.setdefault(channel, counts.copy())
+                for event, count in counts.items():
+                    if count > shown[event]:
+                        shown[event] = count
+            return {channel: shown.copy() for channel, shown in self._shown.items()}
+
+
+class Flight(NamedTuple):
+    """A message that this server has delivered, and that may still be in flight."""
+
+    channel: str
+    began: float  # broker time
+    until: float
+
+
+class Flights:
+    """The latest of them by id, so that most deletes need no look-up of the channel.  The committer
+    thread writes; any may read.
+
+    A flight that ends with its timeout stays until there are too many: then the older half goes.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[int, Flight] = {}
+        self._older: dict[int, Flight] = {}
+
+    def add(self, id: int, flight: Flight) -> None:
+        """Notes a flight."""
+        if len(self._recent) >= MAX_FLIGHTS // 2:
+            self._older, self._recent = self._recent, {}
+        self._recent[id] = flight
+
+    def pop(self, id: int) -> Optional[Flight]:
+        """Forgets the delivery of a message, and returns it if it was known."""
+        return self._recent.pop(id, None) or self._older.pop(id, None)
+
+    def channel_of(self, id: int, now: float) -> Optional[str]:
+        """The channel of a message that is in flight for certain; None if it may be elsewhere."""
+        flight = self._recent.get(id) or self._older.get(id)
+        return flight.channel if flight is not None and now < flight.until else None
+
+
+class History:
+    """Totals of the last hour: a point for each SAMPLE_INTERVAL, of what has happened since the
+    point before, and of the messages that there were."""
+
+    def __init__(self, now: float) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._points: collections.deque[tuple[float, Sequence[int]]] = collections.deque(
+            maxlen=HISTORY_SECONDS // SAMPLE_INTERVAL
+        )
+        self._totals = [0] * len(SAMPLED)
+        self._due = now + SAMPLE_INTERVAL
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is time for the next point."""
+        return now >= self._due
+
+    def add(self, now: float, totals: Sequence[int], ready: int, in_flight: int) -> None:
+        """Adds the next point, if it is due; `totals` since the start, of the others of SAMPLED.
+
+        After a suspend there is one point for all that time.
+        """
+        with self._lock:
+            if not self.is_due(now):
+                return
+            self._due += (now - self._due) // SAMPLE_INTERVAL * SAMPLE_INTERVAL + SAMPLE_INTERVAL
+            amounts = [total - before for total, before in zip(totals, self._totals)]
+            self._points.append((now, (*amounts, ready, in_flight)))
+            self._totals = list(totals)
+
+    def since(self, moment: float) -> list[tuple[float, Sequence[int]]]:
+        """The points after a moment: when each was added, and the values of SAMPLED."""
+        with self._lock:
+            return [point for point in self._points if point[0] > moment]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3505,6 +3648,7 @@ COUNTERS = (
     "msg-dead",
     "msg-redrive",
     "publish",
+    "publications",
     "channel-create",
     "channel-remove",
     "channel-drain",
@@ -3899,12 +4043,19 @@ class State:
     """What operations read and change in memory, and how they wake consumers."""
 
     def __init__(
-        self, committer: Committer, clock: BrokerClock, channels: Channels, timers: Timers
+        self,
+        committer: Committer,
+        clock: BrokerClock,
+        channels: Channels,
+        timers: Timers,
+        events: EventCounts,
     ) -> None:
         self.committer = committer
         self.clock = clock
         self.channels = channels
         self.timers = timers
+        self.events = events
+        self.flights = Flights()
         self.counters = dict.fromkeys(COUNTERS, 0)  # each written by the committer thread only,
         self.waiting = WaitingList(self.counters)  # but those of channels, which this guards
         self.due_piece = PieceSize(PIECE_ROWS)
@@ -3953,6 +4104,7 @@ class State:
     def message_added(self, message: Mapping[str, Any], now: float, woken: bool) -> None:
         """After a message was added; wakes a consumer for it unless that was done before."""
         self.counters["msg-add"] += 1
+        self.events.count("posted", message["channel"])
         if message["expires_at"]:
             self.timers.schedule(message["channel"], message["expires_at"])
         if message["state"]:
@@ -3964,13 +4116,20 @@ class State:
         """After messages became ready; what no consumer waits for is counted as shown."""
         self.counters["msg-show"] += count - self.wake(channel, count, now)
 
-    def dead_buried(self, results: Sequence[Any], now: float) -> None:
-        """After BURY_DEAD, from its results."""
+    def dead_buried(self, channel: str, results: Sequence[Any], now: float) -> None:
+        """After BURY_DEAD for messages of a channel, from its results."""
         dead, _, (deleted, _) = results
         self.counters["msg-delete"] += deleted
-        for channel, count in dead:
+        for target, count in dead:
             self.counters["msg-dead"] += count
-            self.messages_ready(channel, count, now)
+            self.events.count("dead_lettered", channel, count)
+            self.messages_ready(target, count, now)
+
+    def message_deleted(self, id: int, channel: str) -> None:
+        """After a client has deleted a message."""
+        self.counters["msg-delete"] += 1
+        self.events.count("deleted", channel)
+        self.flights.pop(id)
 
 
 class Change(Operation):
@@ -4144,6 +4303,9 @@ class Publish(Operation):
                 self._woken[channel] += self._state.wake(channel, 1, self._now, join=True)
 
     def on_commit(self) -> None:
+        known = self.results[:: self._size] if self._keyed else ()
+        publications = len(self.results) // self._size - sum(map(bool, known))
+        self._state.counters["publications"] += publications
         for copy in self._copies():
             channel = copy["channel"]
             self._state.counters["publish"] += 1
@@ -4174,12 +4336,51 @@ class Publish(Operation):
 # -- consuming
 
 
+class Deletion:
+    """The part of an operation that deletes a message, with `lookup` and one statement more."""
+
+    __slots__ = ("_channel", "_id", "_reason", "_state", "lookup")
+
+    def __init__(self, state: State, id: int, now: float) -> None:
+        self._state = state
+        self._id = id
+        self._channel = state.flights.channel_of(id, now)
+        self.lookup = () if self._channel else (CHANNEL_OF_MESSAGE,)  # for the counters
+        self._reason: Optional[Operation] = None  # reads why it was not deleted
+
+    def is_done(self, operation: Operation) -> bool:
+        """Whether the message was deleted."""
+        return bool(operation.results[len(self.lookup)][0])
+
+    def executed(self, operation: Operation) -> None:
+        """Reads, in the same transaction, the lease of a message that was not deleted."""
+        if not self.is_done(operation):
+            self._reason = Operation((LEASE_STATE,), operation.parameters)
+            self._state.committer.join_transaction(self._reason)
+
+    def committed(self, operation: Operation) -> bool:
+        """Counts the deletion; whether there was one."""
+        if not self.is_done(operation):
+            return False
+        self._state.message_deleted(self._id, self._channel or operation.results[0][0][1])
+        return True
+
+    def check(self, operation: Operation) -> None:
+        """Raises why the message was not deleted, if it was not."""
+        if not self.is_done(operation):
+            parameters: Any = operation.parameters
+            lease_state = self._reason.rows()[0] if self._reason else ()
+            refuse_lease(self._id, parameters["lease"], lease_state, "deleted")
+
+
 class Take(Operation):
     """Takes messages for a consumer, which waits if there are none and it may; the messages.
 
     With `ack`, deletes that message first; if that cannot be done, takes nothing.  `woken_by` is
     the channel that woke the consumer.
     """
+
+    deletion: Optional[Deletion] = None  # of the message of `ack`
 
     def __init__(
         self,
@@ -4208,17 +4409,16 @@ class Take(Operation):
             parameters.update(channels="\n".join(channels), n=n, max_bytes=MAX_BATCH_BYTES)
             parameters["n_expired"] = MAX_EXPIRED if is_due else 0
         if ack is not None:
-            statements = (DELETE_LEASED, *statements)
+            self.deletion = Deletion(state, ack, now)
+            statements = (*self.deletion.lookup, DELETE_LEASED, *statements)
             parameters.update(id=ack, lease=lease, expected_channel=expected_channel)
         super().__init__(statements, parameters)
         self.owner = self._consumer = consumer
         self._state = state
         self._now = now
-        self._ack = ack
         self._woken_by = woken_by
         self._pieces = pieces
         self._waits = False
-        self._lookup: Optional[Operation] = None  # why the message of `ack` was not deleted
         self.size = min(n * TAKEN_BYTES, MAX_BATCH_BYTES) if n > 1 else 0
         self._declined: Optional[Unavailable] = None  # there was no memory for the messages
 
@@ -4229,8 +4429,8 @@ class Take(Operation):
             parameters["max_bytes"] = min(MAX_BATCH_BYTES, max(room, 1))
 
     def on_executed(self) -> None:
-        if self._ack is not None:
-            self._lookup = _look_up_undeleted(self._state, self)
+        if self.deletion is not None:
+            self.deletion.executed(self)
         rows, memory = self.results[-2], self._consumer.memory
         if rows and memory is not None:
             try:
@@ -4262,25 +4462,27 @@ class Take(Operation):
         consumer, counters = self._consumer, self._state.counters
         if not self._woken_by:
             counters["msg-get"] += 1
-        if self._ack is not None:
-            if not self.results[0][0]:
-                return
-            counters["msg-delete"] += 1
+        if self.deletion is not None and not self.deletion.committed(self):
+            return
         rows = self.results[-2]  # in each kind of take
         if not rows:
             self._waits = self._state.waiting.add(consumer) or self._try_again()
             return
-        count = len(rows)
+        count, channel, state, now = len(rows), rows[0][1], self._state, self._now
         self.is_large = count > LARGE_COUNT
         counters["delivered"] += count
+        state.events.count("delivered", channel, count)
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
             counters["msg-delete"] += count
+            state.events.count("deleted", channel, count)
         else:
             counters["msg-hide"] += count
+            for row in rows:
+                state.flights.add(row[0], Flight(channel, now, now + row[3]))
             timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
-            self._state.timers.schedule(rows[0][1], self._now + timeout)
-        if self._woken_by and self._woken_by != rows[0][1]:
+            state.timers.schedule(channel, now + timeout)
+        if self._woken_by and self._woken_by != channel:
             self._wake_next()  # the message that woke this consumer is still there
 
     def _try_again(self) -> bool:
@@ -4306,10 +4508,10 @@ class Take(Operation):
 
     def result(self) -> list[Message]:
         results = self.rows()
-        if self._ack is not None:
-            _check_deleted(self, self._lookup)
+        if self.deletion is not None:
+            self.deletion.check(self)
         if self._declined is not None:
-            if self._ack is not None:
+            if self.deletion is not None:
                 return []  # no error, since the other message has been deleted
             raise self._declined
         messages = [message_of(row) for row in results[-2]]
@@ -4360,17 +4562,23 @@ class UndoTake(Operation):
         )
         self._state = state
         self._auto = consumer.auto
+        self._ids = [message.id for message in messages]
         self._channel = messages[0].channel
         self._now = now
 
     def on_commit(self) -> None:
-        counters = self._state.counters
+        counters, events = self._state.counters, self._state.events
         *undone, (expired, _), dead, moved, deleted = self.results
         count = sum(changed for changed, _ in undone)
+        for event in ("delivered", "deleted")[: 1 + self._auto]:
+            events.count(event, self._channel, -count)
+        events.count("expired", self._channel, expired)
+        for id in self._ids:
+            self._state.flights.pop(id)
         counters["delivered"] -= count
         counters["msg-delete" if self._auto else "msg-hide"] -= count
         counters["msg-retention"] += expired
-        self._state.dead_buried((dead, moved, deleted), self._now)
+        self._state.dead_buried(self._channel, (dead, moved, deleted), self._now)
         self._state.timers.schedule(self._channel, self._now)  # their lingering may end
         self._state.wake(self._channel, count, self._now)
 
@@ -4382,67 +4590,70 @@ class Delete(Operation):
     """Deletes a message."""
 
     def __init__(
-        self, state: State, id: int, lease: Optional[int], expected_channel: Optional[str]
+        self,
+        state: State,
+        id: int,
+        lease: Optional[int],
+        expected_channel: Optional[str],
+        now: float,
     ) -> None:
         statement = DELETE_LEASED
         if lease is None and expected_channel is None:
             statement = DELETE_MESSAGE
+        self._deletion = Deletion(state, id, now)
         super().__init__(
-            (statement,), {"id": id, "lease": lease, "expected_channel": expected_channel}
+            (*self._deletion.lookup, statement),
+            {"id": id, "lease": lease, "expected_channel": expected_channel},
         )
-        self._state = state
-        self._lookup: Optional[Operation] = None  # why it was not deleted
 
     def on_executed(self) -> None:
-        self._lookup = _look_up_undeleted(self._state, self)
+        self._deletion.executed(self)
 
     def on_commit(self) -> None:
-        self._state.counters["msg-delete"] += self.results[0][0]
+        self._deletion.committed(self)
 
     def result(self) -> None:
         self.rows()
-        _check_deleted(self, self._lookup)
-
-
-def _look_up_undeleted(state: State, operation: Operation) -> Optional[Operation]:
-    """Reads, in the same transaction, the lease of a message that was not deleted."""
-    if operation.results[0][0]:
-        return None
-    lookup = Operation((LEASE_STATE,), operation.parameters)
-    state.committer.join_transaction(lookup)
-    return lookup
-
-
-def _check_deleted(operation: Operation, lookup: Optional[Operation]) -> None:
-    if not operation.results[0][0]:
-        parameters: Any = operation.parameters
-        lease_state = lookup.rows()[0] if lookup else ()
-        refuse_lease(parameters["id"], parameters["lease"], lease_state, "deleted")
+        self._deletion.check(self)
 
 
 class DeleteBatch(Operation):
     """Deletes messages; the ids deleted, in conflict, and missing."""
 
-    def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
+    def __init__(self, state: State, messages: list[dict[str, Any]], now: float) -> None:
         """`messages`: the parameters of DELETE_LEASED for each."""
-        super().__init__([DELETE_LEASED] * len(messages), messages)
+        self._channels = {m["id"]: state.flights.channel_of(m["id"], now) for m in messages}
+        unknown = [m for m in messages if self._channels[m["id"]] is None]
+        super().__init__(
+            [CHANNEL_OF_MESSAGE] * len(unknown) + [DELETE_LEASED] * len(messages),
+            [*unknown, *messages],
+        )
         self._state = state
         self._messages = messages
         self._lookup: Optional[Operation] = None  # why some were not deleted
 
+    def _outcome(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Each message, and whether it was deleted."""
+        results = self.rows()[-len(self._messages) :]
+        return ((message, bool(result[0])) for message, result in zip(self._messages, results))
+
     def on_executed(self) -> None:
-        undeleted = [m for m, (deleted, _) in zip(self._messages, self.results) if not deleted]
+        undeleted = [message for message, deleted in self._outcome() if not deleted]
         if undeleted:
             self._lookup = Operation([LEASE_STATE] * len(undeleted), undeleted)
             self._state.committer.join_transaction(self._lookup)
 
     def on_commit(self) -> None:
-        self._state.counters["msg-delete"] += sum(deleted for deleted, _ in self.results)
+        for rows in self.results[: -len(self._messages)]:
+            self._channels.update(rows)
+        for message, deleted in self._outcome():
+            if deleted:
+                self._state.message_deleted(message["id"], self._channels[message["id"]] or "")
 
     def result(self) -> tuple[list[int], list[int], list[int]]:
         outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
         lease_states = iter(self._lookup.rows() if self._lookup else ())
-        for message, (deleted, _) in zip(self._messages, self.rows()):
+        for message, deleted in self._outcome():
             kind = 0 if deleted else 1 if next(lease_states, None) else 2
             outcome[kind].append(message["id"])
         return outcome
@@ -4483,20 +4694,27 @@ class Release(Operation):
             parameters,
         )
         self._state = state
+        self._id: int = parameters["id"]
         self._now: float = parameters["now"]
 
     def on_commit(self) -> None:
         state = self._state
         lease_state, (changed, _), (exhausted, _), (expired, _), *buried, due_times = self.results
-        state.counters["msg-release"] += changed + exhausted
+        if not changed + exhausted:
+            return
+        ((_, _, channel),) = lease_state
+        state.flights.pop(self._id)
+        state.counters["msg-release"] += 1
+        state.events.count("released", channel)
         state.counters["msg-retention"] += expired
-        state.dead_buried(buried, self._now)
+        state.events.count("expired", channel, expired)
+        state.dead_buried(channel, buried, self._now)
         for channel, delayed, due_at, expires_at in due_times if changed else ():
             state.timers.schedule(channel, expires_at or due_at)
             if delayed:
                 state.timers.schedule(channel, due_at)
             else:
-                state.wake(lease_state[0][2], 1, self._now)
+                state.wake(channel, 1, self._now)
 
     def result(self) -> None:
         lease_state, (changed, _), (exhausted, _), *_ = self.rows()
@@ -4510,12 +4728,17 @@ class Reject(Operation):
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
         super().__init__((LEASE_STATE, REJECT_MESSAGE, *BURY_DEAD), parameters)
         self._state = state
+        self._id: int = parameters["id"]
         self._now: float = parameters["now"]
 
     def on_commit(self) -> None:
-        _, (changed, _), *buried = self.results
-        self._state.counters["msg-reject"] += changed
-        self._state.dead_buried(buried, self._now)
+        lease_state, (changed, _), *buried = self.results
+        if changed:
+            ((_, _, channel),) = lease_state
+            self._state.flights.pop(self._id)
+            self._state.counters["msg-reject"] += 1
+            self._state.events.count("rejected", channel)
+            self._state.dead_buried(channel, buried, self._now)
 
     def result(self) -> None:
         lease_state, (changed, _), *_ = self.rows()
@@ -4551,12 +4774,14 @@ class Redrive(Operation):
         self.seconds = 0.0
         self.after: Optional[tuple[int, int]] = None  # priority and id; None: there is no more
         self._state = state
+        self._channel: str = parameters["channel"]
         self._now: float = parameters["now"]
         self._n: int = parameters["n"]
 
     def on_commit(self) -> None:
         for target, count in self.results[1]:
             self._state.counters["msg-redrive"] += count
+            self._state.events.count("redriven", self._channel, count)
             self._state.messages_ready(target, count, self._now)
 
     def result(self) -> int:
@@ -4573,9 +4798,11 @@ class Drain(Operation):
         self.seconds = 0.0
         self.is_last = False
         self._state = state
+        self._channel: str = parameters["channel"]
         self._n: int = parameters["n"]
 
     def on_commit(self) -> None:
+        self._state.events.count("deleted", self._channel, self.result())
         self.is_last = all(deleted < self._n for deleted, _ in self.results)
         self._state.counters["channel-drain"] += self.is_last
 
@@ -4617,11 +4844,15 @@ class ProcessDue(Operation):
             (deleted, _), (expired, _), (expired_in_flight, _), (exhausted, _), *buried,
             (delayed, _), ((ready, timed_out),), _, ((next_due,),), ((next_expiry,),),
         ) = self.results  # fmt: skip
-        state.counters["msg-timeouts"] += expired_in_flight + exhausted + delayed + timed_out
-        state.counters["msg-retention"] += deleted + expired + expired_in_flight
+        timeouts = expired_in_flight + exhausted + delayed + timed_out
+        expired += deleted + expired_in_flight
+        state.counters["msg-timeouts"] += timeouts
+        state.counters["msg-retention"] += expired
         state.counters["msg-delete"] += deleted
+        state.events.count("timed_out", channel, timeouts)
+        state.events.count("expired", channel, expired)
         self.set_next([moment for moment in (next_due, next_expiry) if moment is not None])
-        state.dead_buried(buried, self.now)
+        state.dead_buried(channel, buried, self.now)
         if ready:
             state.messages_ready(channel, ready, self.now)
 
@@ -4828,6 +5059,7 @@ class Administration:
     def __init__(self, store: Store, state: State, max_message: int) -> None:
         self.max_message = max_message
         self.counters = state.counters
+        self.events = state.events
         self._store = store
         self._state = state
         self._committer = state.committer
@@ -4835,6 +5067,7 @@ class Administration:
         self._bulk = BulkWork(state.committer)
         self._started = state.clock.now()
         self._start = int(state.clock.source.time())  # Unix time, to be shown
+        self._history = History(self._started)
         self._health = HealthCheck(self._write_health, state.clock.source.monotonic)
         ((row,),) = store.read(GET_CONFIG, key="server_id")
         self.id: str = row[0]
@@ -5155,10 +5388,8 @@ class Administration:
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and current totals."""
         self._submit_due()
-        totals, subscriptions, newest = self._read(
-            MESSAGE_TOTALS, SUBSCRIPTION_TOTALS, NEWEST_MESSAGE
-        )
-        ready, hidden, urgent, niced = totals[0]
+        subscriptions, newest = self._read(SUBSCRIPTION_TOTALS, NEWEST_MESSAGE)
+        ready, in_flight, delayed, urgent, niced = self._message_totals()
         topics, subscribed = subscriptions[0]
         times = os.times()
         return {
@@ -5167,9 +5398,9 @@ class Administration:
             "current-topics": topics,
             "current-subscriptions": subscribed,
             "current-channels": len(self.channels()),
-            "current-messages": ready + hidden,
+            "current-messages": ready + in_flight + delayed,
             "current-messages-ready": ready,
-            "current-messages-hidden": hidden,
+            "current-messages-hidden": in_flight + delayed,
             "current-messages-urgent": urgent,
             "current-messages-niced": niced,
             "current-uptime": int(self.now() - self._started),
@@ -5184,6 +5415,37 @@ class Administration:
             "id": self.id,
             "hostname": socket.gethostname(),
         }
+
+    def _message_totals(self) -> list[int]:
+        """The sums of all channels, a page at a time, so that other reads find room."""
+        totals, after, count = [0] * 5, "", CHANNEL_PAGE
+        while count == CHANNEL_PAGE:
+            (((*sums, count, after),),) = self._store.read(
+                MESSAGE_TOTALS, after=after, n=CHANNEL_PAGE
+            )
+            totals = [total + part for total, part in zip(totals, sums)]
+        return totals
+
+    def sample_history(self) -> None:
+        """Adds a point to the history, if it is due."""
+        now = self.now()
+        if not self._history.is_due(now):
+            return
+        ready, in_flight, *_ = self._message_totals()
+        counts = self.events.by_channel().values()
+        totals = {event: sum(count[event] for count in counts) for event in EVENTS}
+        totals["failed"] = sum(totals[event] for event in FAILURES)
+        totals["published"] = self.counters["publications"]
+        self._history.add(now, [totals[name] for name in SAMPLED[:-2]], ready, in_flight)
+
+    def history(self, seconds: int = HISTORY_SECONDS) -> dict[str, Any]:
+        """The totals of the last seconds: `time`, when each point was added in Unix time, and for
+        each of SAMPLED its values, what has happened since the point before."""
+        now, wall = self.now(), self._state.clock.source.time()
+        points = self._history.since(now - seconds)
+        columns = zip(*(values for _, values in points)) if points else [()] * len(SAMPLED)
+        times = [round(wall - (now - moment), 1) for moment, _ in points]
+        return {"interval": SAMPLE_INTERVAL, "time": times, **dict(zip(SAMPLED, columns))}
 
     # -- the database
 
@@ -5348,10 +5610,11 @@ class Broker(Administration):
         max_message: int = MAX_MESSAGE,
         clock: Clock = SYSTEM_CLOCK,
         max_channels: int = MAX_CHANNELS,
+        metrics_channels: int = METRICS_CHANNELS,
     ) -> None:
         """`hlm`: messages that a channel may hold, 0 for any number; `max_message`: in bytes;
         `max_channels`: those with messages, subscriptions, settings or a pause, and also those
-        for which consumers wait."""
+        for which consumers wait; `metrics_channels`: those with counters of their own."""
         self.max_channels = max_channels
         self._waits_checked_at = 0.0
         (record,) = store.read(GET_CONFIG, key="time")
@@ -5362,7 +5625,9 @@ class Broker(Administration):
                 committer.run(Operation((TAKE_OVER_TIMES,), {"now": self._clock.now()}))
             channels = Channels(max_channels, committer.read, self._clock)
             timers = Timers(self._on_tick, self._clock)
-            super().__init__(store, State(committer, self._clock, channels, timers), max_message)
+            events = EventCounts(metrics_channels)
+            state = State(committer, self._clock, channels, timers, events)
+            super().__init__(store, state, max_message)
             self._channels = channels
             self._waiting = self._state.waiting
             self._new = NewMessages(hlm, max_message, channels.settings, self.now)
@@ -5402,6 +5667,7 @@ class Broker(Administration):
         if record is not None:
             self._committer.submit(record)
         self._end_overdue_waits()
+        self.sample_history()
 
     def _end_overdue_waits(self) -> None:
         """Ends waits that should have ended by themselves, after what is due was processed.
@@ -5667,7 +5933,7 @@ class Broker(Administration):
         self, id: int, lease: Optional[int] = None, expected_channel: Optional[str] = None
     ) -> None:
         """Deletes a message; `lease` and `expected_channel` as for `touch`."""
-        self._run(Delete(self._state, id, lease, expected_channel))
+        self._run(Delete(self._state, id, lease, expected_channel, self.now()))
 
     def delete_async(
         self,
@@ -5677,8 +5943,9 @@ class Broker(Administration):
         expected_channel: Optional[str] = None,
     ) -> None:
         """As `delete`, for a caller that does not wait."""
-        self._submit_due()
-        operation = Delete(self._state, id, lease, expected_channel)
+        now = self.now()
+        self._submit_due(now=now)
+        operation = Delete(self._state, id, lease, expected_channel, now)
         operation.done_callback = on_done
         self._committer.submit(operation)
 
@@ -5695,7 +5962,8 @@ class Broker(Administration):
             {"id": id, "lease": lease, "expected_channel": expected_channel.get(id)}
             for id, lease in dict(messages).items()
         ]
-        outcome: tuple[list[int], list[int], list[int]] = self._run(DeleteBatch(self._state, rows))
+        operation = DeleteBatch(self._state, rows, self.now())
+        outcome: tuple[list[int], list[int], list[int]] = self._run(operation)
         return outcome
 
     def release(
@@ -6140,6 +6408,7 @@ ROUTES = (
     Route("GET", "/", "server_info", True, AUTHENTICATED, "name and version of the server"),
     Route("GET", "/health", "check_health", True, PUBLIC, "whether it can store a message now"),
     Route("GET", "/stats", "get_stats", True, ADMIN, "counters of the server"),
+    Route("GET", "/stats/history", "get_history", True, ADMIN, "totals of the last hour"),
     Route("GET", "/backup", "open_backup", False, ADMIN, "a copy of the database"),
     Route("GET", "/channels", "list_channels", True, READ, "list channels"),
     Route("GET", "/channels/<channel>", "take_message", False, READ, "take messages"),
@@ -6175,6 +6444,7 @@ DEDUP_NAMES = tuple(p.name for p in DEDUP_PARAMETERS)
 
 # The parameters of each endpoint that has any; the response names others as ignored.
 PARAMETERS_OF: dict[str, Sequence[str]] = {
+    "get_history": ("seconds",),
     "list_channels": ("info", "n", "after", "like", "order"),
     "take_message": ("wait", "nowait", "n", "timeout", "auto", "ack", "lease"),
     "post_message": ("msg", *MESSAGE_NAMES),
@@ -7427,6 +7697,10 @@ class ManagementApi:
 
     def get_stats(self, _: Request) -> Response:
         return json_response(self._broker.stats())
+
+    def get_history(self, request: Request, _: str) -> Response:
+        seconds = request.integer("seconds", 1, HISTORY_SECONDS) or HISTORY_SECONDS
+        return json_response(self._broker.history(seconds))
 
     def open_backup(self, _: Request) -> Response:
         copy = self._broker.open_copy()
@@ -10316,6 +10590,8 @@ OPTIONS = (
            " quarter of the machine's, up to 1 GB"),
     Option("max-channels", "Broker", MAX_CHANNELS, _integer(1, 10_000_000), "N",
            "channels with messages, subscriptions, settings or a pause"),
+    Option("metrics-channels", "Broker", METRICS_CHANNELS, _integer(0, MAX_METRICS_CHANNELS), "N",
+           "channels with counters of their own in /metrics"),
     Option("max-db-size", "", 0, _integer(0, MAX_INTEGER), "BYTES",
            "size of the database, 0 = limited by the disk"),
     Option("read-timeout", "Server", READ_TIMEOUT, _integer(1, 86_400), "SECONDS",
@@ -10495,6 +10771,7 @@ if TYPE_CHECKING:
         max_waiting: int
         max_memory: int
         max_channels: int
+        metrics_channels: int
         read_timeout: float
         idle_timeout: float
         token: Optional[str]

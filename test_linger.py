@@ -2545,6 +2545,7 @@ class StatsTest(BrokerTest):
         expected = {
             "msg-add": 3, "msg-get": 2, "delivered": 1, "msg-hide": 1, "msg-show": 4,
             "msg-timeouts": 1, "msg-retention": 0, "msg-touch": 1, "msg-delete": 1, "publish": 1,
+            "publications": 1,
             "msg-release": 0, "msg-reject": 0, "msg-dead": 0, "msg-redrive": 0,
             "channel-create": 0, "channel-remove": 0, "channel-drain": 1, "subscription-add": 1,
             "subscription-delete": 1,
@@ -2562,6 +2563,15 @@ class StatsTest(BrokerTest):
                  "messages-hidden", "messages-urgent", "messages-niced")  # fmt: skip
         self.assertEqual([stats[f"current-{n}"] for n in names], [1, 2, 3, 4, 3, 1, 2, 1])
         self.assertEqual(stats["msg-max-id"], 4)
+
+    def test_channels_are_summed_a_page_at_a_time(self):
+        for n in range(7):
+            self.broker.post(f"q{n}", b"x", delay=n % 2)
+        for page in (1, 6, 7, 8):
+            with unittest.mock.patch.object(linger, "CHANNEL_PAGE", page):
+                stats = self.broker.stats()
+            counts = [stats[f"current-messages{s}"] for s in ("", "-ready", "-hidden")]
+            self.assertEqual(counts, [7, 4, 3], page)
 
     def test_kept_counts_agree_with_the_rows(self):
         for n in range(40):
@@ -2590,6 +2600,197 @@ class StatsTest(BrokerTest):
         self.assertEqual(self.broker.channels(), [])
         counters = self.broker.counters
         self.assertEqual((counters["channel-create"], counters["channel-remove"]), (1, 1))
+
+
+class EventTest(BrokerTest):
+    """What happens to messages is counted by channel, once it is committed."""
+
+    def counts(self, channel="q"):
+        """The counters of a channel that are not 0."""
+        counts = self.broker.events.by_channel().get(channel, {})
+        return {event: count for event, count in counts.items() if count}
+
+    def take(self, channel="q", **options):
+        consumer = self.broker.consumer([channel], **options)
+        return consumer, self.broker.take(consumer)
+
+    def test_each_event_counts_in_the_channel_of_the_message(self):
+        self.broker.subscribe("q", "t")
+        self.broker.publish("t", b"x")
+        self.broker.post_batch("q", [(b"x", "text/plain", {})] * 4)
+        self.broker.post("q", b"x", linger=1)
+        self.broker.delete(self.broker.get("q").id)
+        self.broker.release(self.broker.get("q").id, delay=60)
+        self.broker.reject(self.broker.get("q").id)
+        self.broker.get("q", auto=True)
+        self.broker.get("q", timeout=1)
+        self.clock.now += 1
+        self.broker.process_due()
+        expected = {
+            "posted": 6, "delivered": 5, "deleted": 2, "released": 1, "rejected": 1,
+            "timed_out": 1, "expired": 1,
+        }  # fmt: skip
+        self.assertEqual(self.counts(), expected)
+        self.assertEqual(self.broker.counters["publications"], 1)
+
+    def test_dead_letters_count_in_the_channel_that_they_leave(self):
+        for options in (
+            {"deliver": 1, "timeout": 1},
+            {"linger": 1, "delay": 0},
+            {},
+            {"deliver": 1},
+        ):
+            self.broker.post("q", b"x", dead="dead", **options)
+        for _ in range(2):
+            self.broker.get("q", timeout=1)
+        self.broker.reject(self.broker.get("q").id)
+        self.broker.release(self.broker.get("q").id)
+        self.clock.now += 1
+        self.broker.process_due()
+        expected = {
+            "posted": 4, "delivered": 4, "released": 1, "rejected": 1, "timed_out": 2,
+            "expired": 1, "dead_lettered": 4,
+        }  # fmt: skip
+        self.assertEqual(self.counts(), expected)
+        self.broker.redrive("dead")
+        self.broker.drain("q")
+        self.assertEqual(self.counts("dead"), {"redriven": 4})
+        self.assertEqual(self.counts(), {**expected, "deleted": 4})
+
+    def test_what_is_refused_or_repeated_is_not_counted(self):
+        self.broker.set_settings("q", hlm=2)
+        self.broker.subscribe("q", "t")
+        for _ in range(2):
+            self.broker.post("q", b"x", dedup="key")
+            self.broker.post("q", b"x", unique="key")
+            self.broker.publish("t", b"x", dedup="key")
+        with self.assertRaises(linger.Full):
+            self.broker.post("q", b"x")
+        with self.assertRaises(linger.Full):
+            self.broker.post_batch("q", [(b"x", "text/plain", {})] * 2)
+        message = self.broker.get("q")
+        for call in (self.broker.delete, self.broker.release, self.broker.reject):
+            with self.assertRaises(linger.Conflict):
+                call(message.id, message.lease + 1)
+        self.assertEqual(self.broker.delete_batch([(message.id, 9), (99, None)]), (
+            [], [message.id], [99]))  # fmt: skip
+        self.assertEqual(self.counts(), {"posted": 2, "delivered": 1})
+        self.assertEqual(self.broker.counters["publications"], 1)
+
+    def test_what_is_rolled_back_is_not_counted(self):
+        bad = unittest.mock.patch.object(linger, "ADD_MESSAGE", "insert into nothing values (1)")
+        with bad, self.assertRaises(linger.Unavailable):
+            self.broker.post("q", b"x")
+        self.assertEqual(self.counts(), {})
+
+    def test_an_undone_delivery_does_not_count_and_no_counter_decreases(self):
+        self.broker.post("q", b"x")
+        for auto in (False, True):
+            consumer, messages = self.take(auto=auto)
+            self.broker.undo_take(consumer, messages)
+        self.broker.get("q", auto=True)
+        self.assertEqual(self.counts(), {"posted": 1, "delivered": 1, "deleted": 1})
+        self.broker.post("q", b"x")
+        consumer, messages = self.take(auto=True)
+        shown = self.counts()
+        self.broker.undo_take(consumer, messages)
+        self.assertEqual(self.counts(), shown)
+        self.take(auto=True)
+        self.assertEqual(self.counts(), shown)
+
+    def test_a_deletion_counts_where_the_message_was(self):
+        """Whether or not this server has delivered it, and where it was moved meanwhile."""
+        first, second = (self.broker.post("q", b"x").id for _ in range(2))
+        dead = self.broker.post("q", b"x", priority=-1, timeout=1, deliver=1, dead="dead").id
+        self.broker.post("other", b"x")
+        self.broker.get("q")
+        self.clock.now += 1
+        self.broker.process_due()
+        self.broker.delete(dead)
+        taken = self.broker.get("q")
+        self.assertEqual(self.broker.delete_batch([(first, taken.lease), (second, None)])[0],
+                         [first, second])  # fmt: skip
+        self.assertEqual(self.counts("dead"), {"deleted": 1})
+        self.assertEqual(self.counts()["deleted"], 2)
+        self.broker.post("q", b"x")
+        taken = self.broker.get("q")
+        self.restart()
+        self.broker.take(self.broker.consumer(["other"]), ack=taken.id)
+        self.assertEqual(self.counts(), {"deleted": 1})
+        self.assertEqual(self.counts("other"), {"delivered": 1})
+
+    def test_a_message_in_flight_needs_no_look_up_to_be_deleted(self):
+        self.broker.post("q", b"x")
+        operation = linger.Delete(
+            self.broker._state, self.broker.get("q").id, None, None, self.clock.now
+        )
+        self.assertEqual(operation.statements, (linger.DELETE_MESSAGE,))
+
+    def test_further_channels_are_counted_together(self):
+        self.restart(metrics_channels=2)
+        for channel in ("a", "b", "c", "d", "a"):
+            self.broker.post(channel, b"x")
+        self.assertEqual([self.counts(channel)["posted"] for channel in ("a", "b", "")], [2, 1, 2])
+        self.assertEqual(set(self.broker.events.by_channel()), {"", "a", "b"})
+
+    def test_only_the_latest_flights_are_kept(self):
+        with unittest.mock.patch.object(linger, "MAX_FLIGHTS", 8):
+            flights = linger.Flights()
+            for id in range(100):
+                flights.add(id, linger.Flight("q", 0.0, 1.0))
+        known = [id for id in range(100) if flights.channel_of(id, 0.5)]
+        self.assertEqual(known, list(range(92, 100)))
+        self.assertIsNone(flights.channel_of(99, 1.0))
+        self.assertEqual([flights.pop(99) is None for _ in range(2)], [False, True])
+
+
+class HistoryTest(BrokerTest):
+    def sample(self, seconds=5):
+        self.clock.now += seconds
+        self.broker.sample_history()
+
+    def test_a_point_has_what_happened_since_the_one_before(self):
+        self.broker.subscribe("q", "t")
+        for _ in range(3):
+            self.broker.post("q", b"x")
+        self.sample()
+        self.broker.publish("t", b"x")
+        self.broker.delete(self.broker.get("q").id)
+        self.broker.release(self.broker.get("q").id)
+        self.broker.get("q")
+        self.sample()
+        expected = {
+            "interval": 5, "time": [self.clock.now - 5, self.clock.now], "posted": (3, 1),
+            "delivered": (0, 3), "deleted": (0, 1), "failed": (0, 1), "published": (0, 1),
+            "ready": (3, 2), "in-flight": (0, 1),
+        }  # fmt: skip
+        self.assertEqual(self.broker.history(), expected)
+
+    def test_it_has_a_point_each_five_seconds_for_an_hour(self):
+        for _ in range(10_000):
+            self.sample(1)
+        self.assertEqual(len(self.broker.history()["time"]), 720)
+        self.assertEqual(len(self.broker.history(60)["time"]), 12)
+
+    def test_times_are_of_the_wall_clock_and_evenly_spaced_though_it_steps(self):
+        self.sample()
+        self.clock.ahead = -1_000
+        self.sample()
+        now = self.clock.time()
+        self.assertEqual(self.broker.history()["time"], [now - 5, now])
+
+    def test_there_is_one_point_for_the_time_of_a_suspend(self):
+        self.broker.post("q", b"x")
+        self.sample(1_003)
+        self.sample(1)
+        self.sample(1)
+        now = self.clock.now
+        self.assertEqual(self.broker.history()["time"], [now - 2, now])
+        self.assertEqual(self.broker.history()["posted"], (1, 0))
+
+    def test_nothing_has_happened_yet(self):
+        self.assertEqual(self.broker.history()["time"], [])
+        self.assertEqual(self.broker.history()["posted"], ())
 
 
 class LeaseAndReleaseTest(BrokerTest):
@@ -4117,6 +4318,17 @@ class CallTest(ServerTest):
         self.assertNotIn("ZeroDivision", value["error"])
         self.assertIn("ZeroDivisionError", log.getvalue())
         self.assertEqual(self.call("GET", "/topics")[0], 200)
+
+
+class HistoryCallTest(ServerTest):
+    def test_the_totals_of_so_many_seconds_are_served(self):
+        self.broker.post("q", b"x")
+        pass_time(self.broker, 5)
+        self.broker.sample_history()
+        status, _, body = self.call("GET", "/stats/history?seconds=60")
+        self.assertEqual((status, json.loads(body)["posted"]), (200, [1]))
+        for seconds in ("0", "3601", "x"):
+            self.assertEqual(self.call("GET", f"/stats/history?seconds={seconds}")[0], 400)
 
 
 class ConsumerCallTest(ServerTest):
@@ -11284,7 +11496,7 @@ class ReadmeTest(Folder):
         "MAX_BLOB", "MAX_CACHED_HEAD", "MAX_DELAYED_FAILURES", "MAX_FAILING_ADDRESSES",
         "MAX_IDLE_CHANNELS", "MAX_INTEGER", "MAX_LINES_BYTES", "MAX_REFUSED_CONNECTIONS",
         "MAX_RECEIVE_SIZE", "MAX_REQUEST_HEAD", "MAX_REQUEST_LINE", "MAX_RETRY_DELAY",
-        "MAX_GROWTH", "MAX_SHM", "MAX_SIMULTANEOUS", "MAX_TIMER",
+        "MAX_FLIGHTS", "MAX_GROWTH", "MAX_SHM", "MAX_SIMULTANEOUS", "MAX_TIMER",
     ))  # fmt: skip
 
     def setUp(self):
