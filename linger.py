@@ -3294,6 +3294,8 @@ class Store:
         with self._lock:
             self._reader.close()
             with contextlib.suppress(sqlite3.Error):
+                # A program that reads, as Litestream always does, must not delay the end.
+                self._writer.execute("pragma busy_timeout = 0")
                 self._writer.execute("pragma wal_checkpoint(truncate)").fetchall()
             self._writer.close()
         self._space.close()

@@ -485,6 +485,17 @@ class StoreTest(StoreCase):
         for path in self.folder.iterdir():
             self.assertEqual(path.stat().st_mode & 0o777, 0o600, path)
 
+    def test_a_program_that_reads_does_not_delay_the_close(self):
+        committer = self.open()
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as reader:
+            reader.execute("begin")
+            reader.execute("select count(*) from messages").fetchall()
+            self.run_sql(committer, linger.ADD_CONFIG, key="k", value="v")
+            begun = time.monotonic()
+            committer.close()
+            self.store.close()
+            self.assertLess(time.monotonic() - begun, linger.BUSY_TIMEOUT / 2)
+
     def test_closing_leaves_no_log_behind(self):
         committer = self.open()
         self.run_sql(committer, linger.SET_CONFIG, key="k", value="1")
