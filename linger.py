@@ -164,6 +164,8 @@ MAX_BATCH_BYTES = 8_000_000  # size of a batch request, bytes
 MAX_BATCH_LINES = 4_000  # lines of a batch in NDJSON, empty lines included
 MAX_JSON_COMMAS = 32_000  # commas in a JSON batch: 32 fields per message
 MAX_JSON_STRUCTURE = 2_000_000  # characters in a JSON batch outside of its strings
+MAX_OWN_HEADERS = 16  # own headers of a message, and
+MAX_OWN_BYTES = 1_024  # their names and values, bytes: they are part of the head of each delivery
 MAX_REASON = 4_096  # reason for a release or rejection, bytes
 PREVIEW_BYTES = 1_024  # part of a body that a listing shows, bytes
 MAX_CHANNELS_AT_ONCE = 100  # channels in one GET
@@ -583,6 +585,7 @@ def default_max_connections() -> int:
 # ---------------------------------------------------------------------------------------------
 
 DEFAULT_TYPE = "text/plain"
+OWN_HEADER = "x-linger-h-"  # begins the names of a message's own headers
 
 
 class Message(NamedTuple):
@@ -605,6 +608,7 @@ class Message(NamedTuple):
     error: str = ""  # reason given with the last release or rejection
     backoff: str = ""  # time hidden after the 1st, 2nd, ... failed delivery, as 10,60,600
     dead_delivered: int = 0  # for a dead letter: how often it was delivered before
+    header_lines: str = ""  # the lines of its own headers, as a delivery has them
     # Only in listings and read_message:
     dead: str = ""  # channel for the message when it becomes a dead letter
     delay: int = 0  # time until a delayed message is ready
@@ -619,6 +623,13 @@ class Message(NamedTuple):
         """The body parsed as JSON; raises ValueError."""
         return json.loads(self.body)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Its own headers: those that were given when it was posted, by name in lower case."""
+        lines = self.header_lines.split("\r\n")[:-1]
+        pairs = (line[len(OWN_HEADER) :].partition(": ") for line in lines)
+        return {name: value for name, _, value in pairs}
+
 
 class PostResult(NamedTuple):
     """The id of the posted message; for a duplicate, the id of the message posted before."""
@@ -628,6 +639,7 @@ class PostResult(NamedTuple):
 
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # name of a header (RFC 9110 5.6.2)
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 VISIBLE = re.compile("[!-~]*")
 
@@ -664,6 +676,8 @@ def _integer_from(minimum: int) -> Callable[[str, object], object]:
 
 def _parse_dead_channel(_: str, value: object) -> str:
     """Returns the name of a channel, or an empty text for none."""
+    if not isinstance(value, str):
+        raise BadRequest("dead must be the name of a channel")
     return "" if value == "" else check_name("dead channel", value)
 
 
@@ -687,6 +701,29 @@ def _parse_key(name: str, value: object) -> str:
     raise BadRequest(f"{name} must be a text of 1 to {MAX_NAME} bytes in UTF-8")
 
 
+def parse_own_headers(name: str, value: object) -> str:
+    """Returns the header lines of a message's own headers, given by name."""
+    if not isinstance(value, Mapping):
+        raise BadRequest(f"{name} must be an object; over HTTP each is a header {OWN_HEADER}<name>")
+    own = {str(key).lower(): text for key, text in value.items()}
+    for key, text in own.items():
+        if not TOKEN.fullmatch(key):
+            raise BadRequest(f"the name of a header must consist of letters, digits and -: {key}")
+        if not isinstance(text, str) or text != text.strip(" ") or CONTROL.search(text):
+            raise BadRequest(
+                f"header {key} must be text without control characters, or spaces at its ends"
+            )
+    if len(own) < len(value):
+        raise BadRequest(f"{name} must have different names, also in lower case")
+    size = sum(len(key) + len(text.encode()) for key, text in own.items())
+    if len(value) > MAX_OWN_HEADERS or size > MAX_OWN_BYTES:
+        raise BadRequest(
+            f"a message may have {MAX_OWN_HEADERS} headers of its own, with {MAX_OWN_BYTES} bytes"
+            " of names and values in all"
+        )
+    return "".join(f"{OWN_HEADER}{key}: {text}\r\n" for key, text in own.items())
+
+
 class Parameter(NamedTuple):
     """A parameter of a message.  In Python its name has `_` in place of `-`."""
 
@@ -707,16 +744,18 @@ MESSAGE_PARAMETERS = (
     Parameter("backoff", "", _parse_backoff, "seconds hidden after the 1st, 2nd, ... failure"),
 )
 # For one message only.
-DEDUP_PARAMETERS = (
+SINGLE_PARAMETERS = (
     Parameter("dedup", None, _parse_key, "key that makes a repeated post a duplicate"),
     Parameter("dedup-for", 300, _integer_from(1), "seconds that the dedup key is remembered"),
     Parameter("unique", None, _parse_key, "key that only one message of the channel may have"),
+    Parameter("headers", "", parse_own_headers, "headers of its own, by name"),
 )
+PUBLISH_PARAMETERS = tuple(p for p in SINGLE_PARAMETERS if p.name != "unique")
 CHANNEL_PARAMETERS = (
     *MESSAGE_PARAMETERS,
     Parameter("hlm", None, _integer_from(0), "high-level mark of the channel, 0 = unlimited"),
 )
-ALL_PARAMETERS = MESSAGE_PARAMETERS + DEDUP_PARAMETERS
+ALL_PARAMETERS = MESSAGE_PARAMETERS + SINGLE_PARAMETERS
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
 
 
@@ -739,12 +778,14 @@ if TYPE_CHECKING:  # the same tables for a type checker; None is as not given
         dedup: Optional[str]
         dedup_for: Optional[int]
         unique: Optional[str]
+        headers: Optional[Mapping[str, str]]
 
     class PublishKeys(TypedDict, total=False):
-        """Those of DEDUP_PARAMETERS that a publication can have."""
+        """The values of PUBLISH_PARAMETERS."""
 
         dedup: Optional[str]
         dedup_for: Optional[int]
+        headers: Optional[Mapping[str, str]]
 
     class ChannelFields(MessageFields, total=False):
         """The values of CHANNEL_PARAMETERS."""
@@ -869,6 +910,7 @@ SCHEMA = (
         dead_reason text not null default '',
         dead_delivered integer not null default 0,
         error text not null default '',
+        headers text not null default '',
         body blob not null
     )
     """,
@@ -1102,7 +1144,7 @@ from messages
 where {HOLDS_UNIQUE}
 """
 
-# The usual case: no keys and no high-level mark.
+# The usual case: no keys, no high-level mark, no headers.
 ADD_MESSAGE = """
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
     expires_at, type, dead, backoff, body)
@@ -1113,9 +1155,9 @@ values (:channel, :priority, :state, :due_at, :timeout, :deliver, :now, :linger,
 # A key that was not given is null.  For a batch, CHECK_BATCH_FITS has looked at the mark.
 POST_MESSAGE = f"""
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
-    expires_at, type, dead, backoff, unique_key, body)
+    expires_at, type, dead, backoff, unique_key, headers, body)
 select :channel, :priority, :state, :due_at, :timeout, :deliver, :now, :linger,
-    :expires_at, :type, :dead, :backoff, :unique, :body
+    :expires_at, :type, :dead, :backoff, :unique, :headers, :body
 where case
         when :hlm = 0 then 1
         when :batch then exists (select 1 from config where key = 'batch fits')
@@ -1180,7 +1222,7 @@ COPY_LINGER = """coalesce(subscriptions.linger,
 
 PUBLISH_MESSAGE = f"""
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
-    expires_at, topic, type, dead, backoff, body)
+    expires_at, topic, type, dead, backoff, headers, body)
 select subscriptions.channel,
     coalesce(subscriptions.priority, settings.priority, 0),
     case when {COPY_DELAY} > 0 then 2 else 0 end,
@@ -1193,7 +1235,7 @@ select subscriptions.channel,
     topic, :type,
     coalesce(subscriptions.dead, settings.dead, ''),
     coalesce(subscriptions.backoff, settings.backoff, ''),
-    :body
+    :headers, :body
 from subscriptions
     left join settings on settings.channel = subscriptions.channel
     left join channels on channels.name = subscriptions.channel
@@ -1228,7 +1270,7 @@ on conflict (scope, key) do update set until = excluded.until, result = excluded
 # The fields of a `Message` as it is delivered, for NEXT_MESSAGE and SELECT_BATCH.
 DELIVERED_COLUMNS = """id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
-    dead_from, dead_reason, error, backoff, dead_delivered"""
+    dead_from, dead_reason, error, backoff, dead_delivered, headers"""
 
 BODY_COLUMN = Message._fields.index("body")  # among them
 
@@ -1339,7 +1381,7 @@ where id in ({BATCH_IDS})
 SELECT_BATCH_ROWS = f"""
 select id, channel, priority, timeout, deliver, delivered, lease, received, linger,
     expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, dead_delivered,
-    error, body
+    error, headers, body
 from messages
 where id in ({BATCH_IDS})
 order by id
@@ -1348,13 +1390,13 @@ order by id
 RESTORE_MESSAGE = """
 insert into messages (id, channel, priority, state, due_at, timeout, deliver, delivered, lease,
     received, linger, expires_at, topic, type, dead, backoff, unique_key, dead_from,
-    dead_reason, dead_delivered, error, body)
+    dead_reason, dead_delivered, error, headers, body)
 select :id, :channel, :priority, 0, :now, :timeout, :deliver, :delivered, :lease + 1,
     :received, :linger, :expires_at, :topic, :type, :dead, :backoff,
     case when exists (
         select 1 from messages where channel = :channel and unique_key = :unique_key)
         then null else :unique_key end,
-    :dead_from, :dead_reason, :dead_delivered, :error, :body
+    :dead_from, :dead_reason, :dead_delivered, :error, :headers, :body
 """
 
 UNDO_TAKE = """
@@ -1809,7 +1851,7 @@ order by channel
 BEFORE_BODY = """id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type"""
 
-AFTER_BODY = """dead_from, dead_reason, error, backoff, dead_delivered, dead,
+AFTER_BODY = """dead_from, dead_reason, error, backoff, dead_delivered, headers, dead,
     case when state = 2 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end,
     coalesce(unique_key, ''), state"""
 
@@ -4160,7 +4202,8 @@ class Post(Operation):
 
     def __init__(self, state: State, message: dict[str, Any]) -> None:
         """`message`: the parameters of POST_MESSAGE."""
-        statements: Sequence[str] = (POST_MESSAGE,) if message["hlm"] else (ADD_MESSAGE,)
+        is_plain = not (message["hlm"] or message["headers"])
+        statements: Sequence[str] = (ADD_MESSAGE,) if is_plain else (POST_MESSAGE,)
         if message["dedup"] is not None or message["unique"] is not None:
             statements = POST_KEYED
         super().__init__(statements, message)
@@ -4203,7 +4246,8 @@ class PostBatch(Operation):
             statements = POST_KEYED * len(messages)
             parameters: list[Any] = [message for message in messages for _ in POST_KEYED]
         else:
-            statements = (POST_MESSAGE if self._hlm else ADD_MESSAGE, LAST_ID)
+            is_plain = not (self._hlm or any(m["headers"] for m in messages))
+            statements = (ADD_MESSAGE if is_plain else POST_MESSAGE, LAST_ID)
             parameters = [messages, {}]
         fits = {"channel": first["channel"], "hlm": self._hlm, "count": len(messages)}
         super().__init__((CHECK_BATCH_FITS, *statements, CLEAR_BATCH_FITS), [fits, *parameters, {}])
@@ -4542,7 +4586,7 @@ class EndWait(Operation):
 RESTORED_COLUMNS = (
     "id", "channel", "priority", "timeout", "deliver", "delivered", "lease", "received", "linger",
     "expires_at", "topic", "type", "dead", "backoff", "unique_key", "dead_from", "dead_reason",
-    "dead_delivered", "error", "body",
+    "dead_delivered", "error", "headers", "body",
 )  # fmt: skip
 
 
@@ -5491,7 +5535,7 @@ class ForkedBroker:
 
 
 def _check_no_keys(parameters: Mapping[str, object]) -> None:
-    for name in ("dedup", "unique"):
+    for name in ("dedup", "unique", "headers"):
         if parameters.get(name) is not None:
             raise BadRequest(f"{name} can be given only with a message")
 
@@ -5537,22 +5581,18 @@ class NewMessages:
     """Checks what is posted or published, and completes the parameters of its statement."""
 
     def __init__(
-        self,
-        hlm: int,
-        max_message: int,
-        settings: Mapping[str, dict[str, Any]],
-        now: Callable[[], float],
+        self, broker: Administration, hlm: int, settings: Mapping[str, dict[str, Any]]
     ) -> None:
+        """`hlm`: where a channel has none of its own; `settings`: of all channels."""
+        self._broker = broker
         self._hlm = hlm
-        self._max_message = max_message
-        self._settings = settings  # of all channels
-        self._now = now
+        self._settings = settings
 
     def posted(
         self, channel: str, body: bytes, type: str, given: Mapping[str, object]
     ) -> dict[str, Any]:
         """The parameters of POST_MESSAGE."""
-        _check_body(body, self._max_message)
+        _check_body(body, self._broker.max_message)
         message = NEW_MESSAGE.copy()
         message["hlm"] = self._hlm
         settings = self._settings.get(channel)
@@ -5569,7 +5609,7 @@ class NewMessages:
         message["channel"] = channel
         message["body"] = body
         message["type"] = type
-        message["now"] = now = self._now()
+        message["now"] = now = self._broker.now()
         message["state"] = 2 if delay else 0
         message["due_at"] = now + delay
         message["expires_at"] = now + linger if linger else 0
@@ -5579,20 +5619,21 @@ class NewMessages:
         self, topic: str, body: bytes, type: str, given: Mapping[str, object]
     ) -> dict[str, Any]:
         """The parameters of PUBLISH_MESSAGE."""
-        _check_body(body, self._max_message)
+        _check_body(body, self._broker.max_message)
         if given.get("unique") is not None:
             raise BadRequest("unique belongs to a channel, and cannot be given with a publication")
-        keys = parse_parameters(given, DEDUP_PARAMETERS)
+        keys = parse_parameters(given, SINGLE_PARAMETERS)
         scope, dedup = _dedup(f"topic {topic}", keys.get("dedup"))
         return {
             "topic": topic,
             "body": body,
             "type": type,
             "hlm": self._hlm,
-            "now": self._now(),
+            "now": self._broker.now(),
             "scope": scope,
             "dedup": dedup,
             "dedup_for": keys.get("dedup-for", DEFAULTS["dedup-for"]),
+            "headers": keys.get("headers", ""),
         }
 
 
@@ -5632,7 +5673,7 @@ class Broker(Administration):
             super().__init__(store, state, max_message)
             self._channels = channels
             self._waiting = self._state.waiting
-            self._new = NewMessages(hlm, max_message, channels.settings, self.now)
+            self._new = NewMessages(self, hlm, channels.settings)
             self._schedule_all(timers)
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
@@ -5691,7 +5732,7 @@ class Broker(Administration):
     ) -> PostResult:
         """Adds a message to a channel.
 
-        `parameters` are those of `MESSAGE_PARAMETERS` and `DEDUP_PARAMETERS`; for what is not
+        `parameters` are those of `MESSAGE_PARAMETERS` and `SINGLE_PARAMETERS`; for what is not
         given the channel's settings hold.  Raises `BadRequest` for an empty body, `TooLarge`, and
         `Full` at the channel's high-level mark.
         """
@@ -5739,10 +5780,10 @@ class Broker(Administration):
     ) -> tuple[dict[str, int], list[str], bool]:
         """Adds a copy of a message to each subscribed channel, in one transaction.
 
-        `keys` may be `dedup` and `dedup_for`.  Returns the copies' ids by channel, the channels
+        `keys` are those of `PUBLISH_PARAMETERS`.  Returns the copies' ids by channel, the channels
         left out since they are at their high-level mark, and whether it was a duplicate.
         """
-        check_parameters(keys, DEDUP_PARAMETERS)
+        check_parameters(keys, SINGLE_PARAMETERS)
         (publication,) = self._publish(topic, [(body, type, keys)])
         return publication
 
@@ -6054,8 +6095,8 @@ CHALLENGE = (
     'WWW-Authenticate: Basic realm="Linger", charset="UTF-8"\r\n'
 )
 PREFLIGHT = (
-    "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE\r\n"
-    "Access-Control-Allow-Headers: Authorization, Content-Type, Idempotency-Key\r\n"
+    "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE\r\n"
+    "Access-Control-Allow-Headers: Authorization, *\r\n"  # which * does not include
     f"Access-Control-Max-Age: {CORS_MAX_AGE}\r\n"
 )
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
@@ -6442,22 +6483,22 @@ ROUTES = (
 )
 
 MESSAGE_NAMES = tuple(p.name for p in ALL_PARAMETERS)
-DEDUP_NAMES = tuple(p.name for p in DEDUP_PARAMETERS)
+SINGLE_NAMES = tuple(p.name for p in SINGLE_PARAMETERS)
 
 # The parameters of each endpoint that has any; the response names others as ignored.
 PARAMETERS_OF: dict[str, Sequence[str]] = {
     "get_history": ("seconds",),
     "list_channels": ("info", "n", "after", "like", "order"),
     "take_message": ("wait", "nowait", "n", "timeout", "auto", "ack", "lease"),
-    "post_message": ("msg", *MESSAGE_NAMES),
-    "post_batch": MESSAGE_NAMES,
+    "post_message": ("msg", "keep", *MESSAGE_NAMES),
+    "post_batch": ("keep", *MESSAGE_NAMES),
     "list_messages": ("state", "n", "after", "whole"),
-    "set_settings": (*(p.name for p in CHANNEL_PARAMETERS), *DEDUP_NAMES),  # refused by name
+    "set_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),  # refused by name
     "pause_channel": ("for",),
     "redrive": ("n", "to"),
     "subscribe": MESSAGE_NAMES,
-    "publish_message": ("msg", *DEDUP_NAMES),
-    "publish_batch": DEDUP_NAMES,
+    "publish_message": ("msg", "keep", *SINGLE_NAMES),
+    "publish_batch": ("keep", *SINGLE_NAMES),
     "delete_message": ("lease",),
     "touch_message": ("lease", "timeout"),
     "release_message": ("msg", "lease", "delay", "uncounted"),
@@ -6637,14 +6678,20 @@ def parse_multipart(body: bytes, content_type: str) -> Optional[dict[str, bytes]
 JSON_STRING = re.compile('"[^"]*"')
 LONG_NUMBER = re.compile("[0-9]{400}")  # Python 3.9 needs quadratic time for it
 FLAT_ARRAY = re.compile(r"\s*\[[^{}\[\]]*(?:\{[^{}\[\]]*\}[^{}\[\]]*)*\]\s*")
+FLAT_OBJECT = re.compile(r":\s*\{[^{}\[\]]*\}")  # as the value of a field
 
 
-def is_flat(text: str) -> bool:
-    """Whether a text, if it is JSON, is an array that can be parsed safely and quickly."""
+def is_flat(text: str, nested: bool = False) -> bool:
+    """Whether a text, if it is JSON, is an array that can be parsed safely and quickly.
+
+    `nested`: the fields of its objects may be flat objects.
+    """
     bare = text.replace("\\\\", "").replace('\\"', "")
     if bare.count('"') > 4 * (MAX_JSON_COMMAS + MAX_BATCH):  # those of a field's name and value
         return False
     bare = JSON_STRING.sub('""', bare)
+    if nested and len(bare) <= MAX_JSON_STRUCTURE:
+        bare = FLAT_OBJECT.sub(":0", bare)
     if (
         len(bare) > MAX_JSON_STRUCTURE
         or bare.count("{") > MAX_BATCH
@@ -6681,7 +6728,7 @@ class Headers:
 
     __slots__ = (
         "chunked", "close", "content_type", "cors_headers", "expects_continue", "fields", "is_form",
-        "keep_alive", "length", "media_type",
+        "keep_alive", "length", "media_type", "own",
     )  # fmt: skip
 
     def __init__(self, fields: dict[str, str]) -> None:
@@ -6696,6 +6743,7 @@ class Headers:
         self.chunked = "transfer-encoding" in fields
         self.length = int(fields.get("content-length", 0))
         self.expects_continue = "expect" in fields
+        self.own = [name for name in fields if name.startswith(OWN_HEADER)]
         self.cors_headers: Optional[str] = None  # the result of Access.check_origin, once it passed
 
 
@@ -6853,7 +6901,24 @@ class Request:
                 values.setdefault("dedup", key.encode("latin-1").decode("utf-8"))
             except UnicodeDecodeError:
                 raise BadRequest("Idempotency-Key must be text in UTF-8") from None
+        if self.headers.own or self.query or self._form:
+            own = self._own_headers()
+            if own:
+                values["headers"] = own
         return values
+
+    def _own_headers(self) -> dict[str, str]:
+        """The headers that the message keeps: its own, and those that `keep` names."""
+        fields = self.headers.fields
+        kept = [name.strip(" ") for name in (self.parameter("keep") or "").lower().split(",")]
+        if "authorization" in kept:
+            raise BadRequest("keep cannot name Authorization: consumers would see the token")
+        own = {name: fields[name] for name in kept if name in fields}
+        own.update((name[len(OWN_HEADER) :], fields[name]) for name in self.headers.own)
+        try:
+            return {name: text.encode("latin-1").decode("utf-8") for name, text in own.items()}
+        except UnicodeDecodeError:
+            raise BadRequest("headers that a message keeps must be text in UTF-8") from None
 
     def header_room(self) -> int:
         """Bytes of the response's head that are left for headers of its own."""
@@ -6990,7 +7055,8 @@ class HeaderCache:
         headers = self._headers.get(lines)
         if headers is None:
             headers = parse_header_lines(lines)
-            if len(lines) <= MAX_CACHED_HEAD and UNCACHED_HEADERS.isdisjoint(headers.fields):
+            is_fit = UNCACHED_HEADERS.isdisjoint(headers.fields) and not headers.own
+            if is_fit and len(lines) <= MAX_CACHED_HEAD:
                 with self._lock:
                     if len(self._headers) >= HEADER_CACHE:
                         self._headers.clear()
@@ -7466,6 +7532,8 @@ def _optional_headers(message: Message, room: int) -> str:
         "unique": encode_name(message.unique),
     }
     lines = {n: f"x-linger-{n}: {value}\r\n" for n, value in fields.items() if value != ""}
+    if message.header_lines:
+        lines["h"] = message.header_lines.encode().decode("latin-1")
     size = sum(map(len, lines.values()))
     if size > room or len(message.error) > room:
         _fit_lines(lines, message.error, room)
@@ -7473,14 +7541,17 @@ def _optional_headers(message: Message, room: int) -> str:
 
 
 def _fit_lines(lines: dict[str, str], error: str, room: int) -> None:
-    """Makes header lines fit: leaves out the longest and names them, then cuts the error."""
+    """Makes header lines fit: leaves out the longest and names them, then cuts the error.
+
+    The own headers, `h`, are the last to go.
+    """
     omitted: list[str] = []
     while True:
         lines["omitted"] = f"x-linger-omitted: {','.join(omitted)}\r\n" if omitted else ""
         left = room - sum(len(line) for name, line in lines.items() if name != "error")
         if left >= min(len(lines.get("error", "")), MIN_ERROR):
             break
-        longest = max(lines.keys() - {"error", "omitted"}, key=lambda name: len(lines[name]))
+        longest = max(lines.keys() - {"error", "omitted"}, key=lambda n: (n != "h", len(lines[n])))
         omitted.append(longest)
         del lines[longest]
     if len(lines.get("error", "")) > left:
@@ -7490,6 +7561,7 @@ def _fit_lines(lines: dict[str, str], error: str, room: int) -> None:
 
 MESSAGE_KEYS = Message._fields[: FIRST_OPTIONAL - 1]
 OPTIONAL_KEYS = tuple(name.replace("_", "-") for name in Message._fields[FIRST_OPTIONAL:])
+HEADERS_KEY = "header-lines"  # in JSON they are an object, `headers`
 
 
 def message_object(message: Message) -> dict[str, object]:
@@ -7497,7 +7569,9 @@ def message_object(message: Message) -> dict[str, object]:
     value: dict[str, object] = dict(zip(MESSAGE_KEYS, message))
     value.update(body_object(message.body))
     optional = zip(OPTIONAL_KEYS, message[FIRST_OPTIONAL:])
-    value.update({name: field for name, field in optional if field})
+    value.update({name: field for name, field in optional if field and name != HEADERS_KEY})
+    if message.header_lines:
+        value["headers"] = message.headers
     if message.dead_from:
         value["dead-delivered"] = message.dead_delivered  # also 0
     return value
@@ -7536,10 +7610,10 @@ BatchItem = tuple[bytes, str, Mapping[str, object]]  # body, type and parameters
 
 
 def parse_array(body: bytes) -> list[Any]:
-    """The items of a JSON array, which are numbers or flat objects, 1 to MAX_BATCH of them."""
+    """The items of a JSON array, which are numbers or objects, 1 to MAX_BATCH of them."""
     try:
         text = body.decode("utf-8")
-        items = json.loads(text) if is_flat(text) else None
+        items = json.loads(text) if is_flat(text, nested=True) else None
     except ValueError:
         items = None
     if not isinstance(items, list):
@@ -7774,7 +7848,7 @@ class ManagementApi:
         return json_response(self._broker.settings(channel))
 
     def set_settings(self, request: Request, channel: str) -> Response:
-        parameters = request.parameters(CHANNEL_PARAMETERS + DEDUP_PARAMETERS)
+        parameters = request.parameters(CHANNEL_PARAMETERS + SINGLE_PARAMETERS)
         self._check_dead_channel(request, parameters)
         self._broker.set_settings(channel, **parameters)
         return NO_CONTENT
@@ -8002,7 +8076,7 @@ class Api(ManagementApi):
         return messages
 
     def publish_message(self, request: Request, topic: str) -> Response:
-        parameters = request.message_parameters(DEDUP_PARAMETERS)
+        parameters = request.message_parameters(SINGLE_PARAMETERS)
         body, content_type = request.message()
         ids, dropped, duplicate = self._broker.publish(topic, body, content_type, **parameters)
         if duplicate:
@@ -8010,7 +8084,7 @@ class Api(ManagementApi):
         return self._published_response(request, ids, dropped)
 
     def publish_batch(self, request: Request, topic: str) -> Response:
-        messages = self._parse_batch(request, DEDUP_PARAMETERS)
+        messages = self._parse_batch(request, SINGLE_PARAMETERS)
         return self._published_response(request, *self._broker.publish_batch(topic, messages))
 
     def _published_response(
@@ -9273,6 +9347,7 @@ def parse_message(item: Mapping[str, Any]) -> Message:
     fields = {name.replace("-", "_"): value for name, value in item.items()}
     body = fields["body"]
     fields["body"] = base64.b64decode(body) if "encoding" in fields else body.encode("utf-8")
+    fields["header_lines"] = parse_own_headers("headers", fields.get("headers", {}))
     return Message(**{name: fields[name] for name in Message._fields if name in fields})
 
 
@@ -9289,6 +9364,9 @@ def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Messag
             fields[name] = convert(value)
     if "x-linger-error-cut" in headers:
         fields["error"] += "…"
+    names = [name.lower() for name in headers if name.lower().startswith(OWN_HEADER)]
+    own = {name[len(OWN_HEADER) :]: headers[name].encode("latin-1").decode() for name in names}
+    fields["header_lines"] = parse_own_headers("headers", own)
     return Message(**fields), headers["x-linger-state"]
 
 
@@ -9384,12 +9462,17 @@ class Transport:
         query: Optional[Mapping[str, object]] = None,
         body: bytes = b"",
         type: str = "",
+        headers: str = "",
     ) -> bytes:
-        """Returns a whole request; parameters of the query that are None are left out."""
+        """Returns a whole request; parameters of the query that are None are left out.
+
+        `headers`: further header lines.
+        """
         given = {name: value for name, value in (query or {}).items() if value is not None}
         if given:
             path += "?" + urllib.parse.urlencode(given)
         head = f"{method} {path} HTTP/1.1\r\n{self._base_headers}"
+        head += headers.encode().decode("latin-1")
         if body:
             head += f"Content-Type: {type}\r\n"
         if body or method == "POST":
@@ -9403,6 +9486,7 @@ class Transport:
         query: Optional[Mapping[str, object]] = None,
         body: bytes = b"",
         type: str = "",
+        headers: str = "",
         *,
         timeout: float,
         repeatable: bool = True,
@@ -9416,12 +9500,12 @@ class Transport:
         request is sent once more; then a status in `done_statuses` means that the first one was
         executed.  `into` receives the body of a good response.  `stop` ends the server's wait.
         """
-        request = self.encode(method, path, query, body, type)
+        request = self.encode(method, path, query, body, type, headers)
         repeated = False
         while True:
             connection = self.connection()
             try:
-                status, headers, content = connection.exchange(request, timeout, into, stop)
+                status, fields, content = connection.exchange(request, timeout, into, stop)
                 break
             except socket.timeout as error:
                 raise Unavailable(f"{self.url} did not respond in time") from error
@@ -9433,7 +9517,7 @@ class Transport:
                     ) from error
                 repeated = True
         if status < 300 or (repeated and status in done_statuses):
-            return headers, content
+            return fields, content
         raise error_in_response(self.url, status, content)
 
     def retry(self, request: Callable[[], T], timeout: float) -> T:
@@ -9712,9 +9796,11 @@ class _Requests:
         """Posts `content`, a body and its type; a dedup key makes the request repeatable."""
         if retry:
             query.setdefault("dedup", os.urandom(16).hex())
+        headers = parse_own_headers("headers", query.pop("headers", {}))
         request = functools.partial(
-            self.send_json, convert, "POST", path, query, *content, repeatable="dedup" in query
-        )
+            self.send_json, convert, "POST", path, query, *content, headers,
+            repeatable="dedup" in query,
+        )  # fmt: skip
         return self._transport.retry(request, self._timeout) if retry else request()
 
     def list_whole(self, channel: str) -> Iterator[dict[str, Any]]:
@@ -9977,7 +10063,7 @@ class Client(ManagementClient):
         return self._requests.add(
             lambda value: {channel: id for channel, id in value.items() if id is not True},
             encode_path("topics", topic), encode_message(body, type), retry,
-            encode_parameters(DEDUP_PARAMETERS, keys),
+            encode_parameters(SINGLE_PARAMETERS, keys),
         )  # fmt: skip
 
     def publish_batch(
@@ -9985,8 +10071,8 @@ class Client(ManagementClient):
     ) -> dict[str, list[int]]:
         """Publishes up to 1,000 messages, given as to `post_batch`; copies' ids by channel."""
         return self._requests.add(
-            dict, encode_path("topics", topic, "batch"), encode_batch(bodies, DEDUP_PARAMETERS),
-            retry, encode_parameters(DEDUP_PARAMETERS, keys),
+            dict, encode_path("topics", topic, "batch"), encode_batch(bodies, SINGLE_PARAMETERS),
+            retry, encode_parameters(SINGLE_PARAMETERS, keys),
         )  # fmt: skip
 
     # -- consuming
@@ -10897,7 +10983,6 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
 # result.  A command returns its exit status, or None for 0.  Knows no arguments: see Command line.
 # ---------------------------------------------------------------------------------------------
 
-PUBLISH_PARAMETERS = tuple(p for p in DEDUP_PARAMETERS if p.name != "unique")
 
 # The columns of lists
 COPY_COLUMNS = ("channel", "id")
@@ -11020,7 +11105,11 @@ def warn_user(text: str) -> None:
 def _given_parameters(options: argparse.Namespace, table: Sequence[Parameter]) -> dict[str, Any]:
     """Returns the parameters of a table that were given, by their names in Python."""
     values = ((name, getattr(options, name)) for name in (p.name.replace("-", "_") for p in table))
-    return {name: value for name, value in values if value is not None}
+    given = {name: value for name, value in values if value is not None}
+    if "headers" in given:
+        pairs = (text.partition(":") for text in given["headers"])
+        given["headers"] = {name: value.strip(" ") for name, _, value in pairs}
+    return given
 
 
 def _read_body(options: argparse.Namespace) -> bytes:
@@ -11704,11 +11793,12 @@ class Worker:
 def _environment_of(message: Message) -> dict[bytes, bytes]:
     """Returns all of a message but its body, as environment variables."""
     fields = message._asdict()
-    del fields["body"]
+    del fields["body"], fields["header_lines"]
     fields["message_id"] = fields.pop("id")
+    own = {"h_" + re.sub(r"\W", "_", name): value for name, value in message.headers.items()}
     return {
         f"LINGER_{name.upper()}".encode(): str(value).replace("\0", "").encode()
-        for name, value in fields.items()
+        for name, value in {**fields, **own}.items()
     }
 
 
@@ -12045,7 +12135,15 @@ def _seconds(
 
 
 def _parameters(table: Sequence[Parameter]) -> tuple[_Argument, ...]:
-    return tuple(_argument(f"--{p.name}", metavar="VALUE", help=p.help) for p in table)
+    """Returns the options for the parameters of a table; each of its headers has its own."""
+    options = [_argument(f"--{p.name}", metavar="VALUE", help=p.help) for p in table]
+    names = [p.name for p in table]
+    if "headers" in names:
+        options[names.index("headers")] = _argument(
+            "--header", metavar="NAME:VALUE", dest="headers", action="append",
+            help="header of its own; may be repeated",
+        )  # fmt: skip
+    return tuple(options)
 
 
 def _bench_seconds(text: str) -> float:
@@ -12085,7 +12183,8 @@ environment of COMMAND, in addition to that of the worker:
   LINGER_URL of the server, LINGER_MESSAGE_ID, and the rest of the message:
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[1:6])},
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[6:11])},
-  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:17])}
+  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:17])},
+  LINGER_H_NAME for each header of its own
 exit status of COMMAND:
   0  the message is deleted
   {TEMPORARY_FAILURE} (EX_TEMPFAIL)  the message is released

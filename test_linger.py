@@ -16,6 +16,7 @@ import dis
 import doctest
 import errno
 import fcntl
+import functools
 import gc
 import hashlib
 import http.client
@@ -1207,7 +1208,7 @@ class DeliveryTest(BrokerTest):
         self.clock.now += 2
         self.assertEqual(
             self.broker.get("q"),
-            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", "", 0, "", 0, ""),
+            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", "", 0, "", "", 0, ""),
         )
 
     def test_an_empty_channel_gives_none(self):
@@ -4692,6 +4693,27 @@ class HeadTest(ServerTest):
         self.assertEqual(fields["x-linger-dead-from"], self.quoted(0))
         self.assertNotIn("x-linger-omitted", fields)
 
+    def test_own_headers_go_out_with_the_longest_names(self):
+        own = {f"n{n:02}": "v" * 61 for n in range(linger.MAX_OWN_HEADERS)}
+        self.assertEqual(sum(len(n) + len(v) for n, v in own.items()), linger.MAX_OWN_BYTES)
+        self.broker.subscribe(self.longest(0), self.longest(1), priority=-(2**63))
+        self.broker.publish(self.longest(1), b"x", headers=own)
+        fields = self.head(f"GET /channels/{self.quoted(0)}?" + "ü=1&" * 90)[1]
+        self.assertEqual({n: fields[f"x-linger-h-{n}"] for n in own}, own)
+        self.assertNotIn("x-linger-omitted", fields)
+
+    def test_own_headers_are_the_last_to_be_left_out(self):
+        own = {f"n{n:02}": "v" * 61 for n in range(linger.MAX_OWN_HEADERS)}
+        with unittest.mock.patch.object(
+            linger.Broker, "publish", functools.partialmethod(linger.Broker.publish, headers=own)
+        ):
+            id = self.post_worst()
+        fields = self.head(f"GET /messages/{id}")[1]
+        self.assertEqual(fields["x-linger-omitted"][-2:], ",h")
+        self.assertIn("x-linger-error", fields)
+        taken = self.json("GET", f"/channels/{self.quoted(2)}?n=1")[1][0]
+        self.assertEqual(taken["headers"], own)
+
     def test_the_whole_reason_is_in_json(self):
         id = self.post_worst()
         listed = self.json("GET", f"/channels/{self.quoted(2)}/messages")[1][0]
@@ -4843,8 +4865,10 @@ class IgnoredTest(ServerTest):
         self.assertEqual(self.ignored("GET", "/topics?" + "&".join(["a"] * 101)), (None, None))
 
     def test_the_table_of_parameters_says_what_the_endpoints_read(self):
-        tables = {"ALL_PARAMETERS", "DEDUP_PARAMETERS", "CHANNEL_PARAMETERS"}
-        for method in ast.parse(inspect.getsource(linger.Api)).body[0].body:
+        tables = {"ALL_PARAMETERS", "SINGLE_PARAMETERS", "CHANNEL_PARAMETERS"}
+        classes = (linger.ManagementApi, linger.Api)
+        trees = [ast.parse(inspect.getsource(kind)).body[0] for kind in classes]
+        for method in itertools.chain.from_iterable(tree.body for tree in trees):
             if getattr(method, "name", None) not in {route.endpoint for route in linger.ROUTES}:
                 continue
             read = set()
@@ -4856,6 +4880,8 @@ class IgnoredTest(ServerTest):
                         read.add(node.args[0].value)
                     elif node.func.attr in ("reason", "message"):
                         read.add("msg")
+                    if node.func.attr in ("message_parameters", "_parse_batch"):
+                        read.add("keep")
             if method.name == "take_message":
                 read |= {*linger.TakeOptions._fields, "nowait"} - {"has_ack"}
             known = set(linger.PARAMETERS_OF.get(method.name, ()))
@@ -10222,6 +10248,116 @@ class CommandProcessCase(ProcessCase):
         self.addCleanup(self.server.end, signal.SIGKILL)
 
 
+class OwnHeadersTest(CommandCase, ClientCase):
+    """Headers that a message has of its own, from its post to its delivery."""
+
+    JSON = types.MappingProxyType({"Content-Type": "application/json"})
+
+    def own(self, query="", **headers):
+        """What a message has that is posted with request headers (`_` for `-`); or the error."""
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        status, value = self.json("POST", f"/channels/q{query}", "x", fields)
+        return self.broker.get("q").headers if status == 202 else value["error"]
+
+    def test_they_are_delivered_as_they_were_sent(self):
+        fields = {"X-Linger-H-Trace": "a: b, c", "x-linger-h-empty": "", "x-linger-ha": "no"}
+        self.assertEqual(self.call("POST", "/channels/q", "x", fields)[0], 202)
+        headers = self.call("GET", "/channels/q?timeout=1")[1]
+        own = {n: v for n, v in headers.items() if n.startswith("x-linger-h-")}
+        self.assertEqual(own, {"x-linger-h-trace": "a: b, c", "x-linger-h-empty": ""})
+        listed = self.json("GET", "/channels/q/messages")[1][0]
+        self.assertEqual(listed["headers"], {"trace": "a: b, c", "empty": ""})
+        self.assertNotIn("header-lines", listed)
+        self.broker.post("q", b"plain")
+        self.assertNotIn("headers", self.json("GET", "/channels/q?n=1")[1][0])
+
+    def test_text_in_utf_8_stays_as_it_is(self):
+        name = {"x-linger-h-name": "¡olé! 你好".encode()}
+        self.assertEqual(self.own(**name), {"name": "¡olé! 你好"})
+        self.assertEqual(self.client.read_message(1)[0].headers, {"name": "¡olé! 你好"})
+        self.assertIn("UTF-8", self.own(**{"x-linger-h-name": b"ol\xe9"}))
+
+    def test_keep_names_other_headers_of_the_request(self):
+        hook = {"X-Hub-Signature": "sha256=1", "User-Agent": "Hook/1", "x_linger_h_a": "1"}
+        kept = self.own("?keep=x-hub-signature,%20User-Agent,Missing", **hook)
+        self.assertEqual(kept, {"x-hub-signature": "sha256=1", "user-agent": "Hook/1", "a": "1"})
+        self.assertEqual(self.own("?keep=", User_Agent="x"), {})
+        self.assertIn("token", self.own("?keep=Authorization", Authorization="Bearer x"))
+
+    def test_their_number_and_size_are_limited(self):
+        most = {f"x-linger-h-n{n:02}": "v" * 61 for n in range(16)}
+        self.assertEqual(len(self.own(**most)), 16)
+        for name in ("x-linger-h-n01", "x-linger-h-more"):
+            self.assertIn("16 headers", self.own(**{**most, name: "v" * 62}))
+        self.assertEqual(self.broker.stats()["current-messages"], 1)
+
+    def test_an_item_of_a_batch_has_its_own_or_those_of_the_request(self):
+        items = '[{"body": "1", "headers": {"A": "2"}}, {"body": "2", "headers": null}]'
+        fields = {**self.JSON, "x-linger-h-common": "1"}
+        self.assertEqual(self.json("POST", "/channels/q/batch", items, fields)[0], 202)
+        self.assertEqual(self.broker.get("q").headers, {"a": "2"})
+        self.assertEqual(self.broker.get("q").headers, {"common": "1"})
+
+    def test_a_bad_item_of_a_batch_is_refused_with_its_index(self):
+        for value in ('"x"', "1", '{"a": 1}', '{"a": null}', '{"a b": ""}', '{"a": "\\n"}',
+                      '{"": ""}', '{"a": " x"}', '{"a": "\\ud800"}'):  # fmt: skip
+            items = f'[{{"body": "1"}}, {{"body": "2", "headers": {value}}}]'
+            status, error = self.json("POST", "/channels/q/batch", items, dict(self.JSON))
+            self.assertEqual((status, error["index"]), (400, 1), value)
+        for field in ("timeout", "dead", "backoff", "unique", "type", "encoding", "body"):
+            items = f'[{{"body": "1", "{field}": {{"a": "1"}}}}]'
+            status, error = self.json("POST", "/channels/q/batch", items, dict(self.JSON))
+            self.assertEqual((status, error["index"]), (400, 0), field)
+        for nested in ('{"a": {}}', "[]", '{"a": []}'):
+            items = f'[{{"body": "2", "headers": {nested}}}]'
+            self.assertEqual(self.call("POST", "/channels/q/batch", items, dict(self.JSON))[0], 400)
+        self.assertEqual(self.broker.stats()["current-messages"], 0)
+
+    def test_they_survive_dead_letters_an_undo_and_a_dump(self):
+        own = {"a": "1", "b": "ü"}
+        for hlm in (0, 1):
+            self.broker.set_settings("q", hlm=hlm)
+            self.client.post("q", "x", headers=own, dead="failed")
+            self.client.reject(self.client.get("q"))
+            self.assertEqual(self.client.redrive("failed"), 1)
+            consumer = self.broker.consumer(["q"], auto=True)
+            self.broker.undo_take(consumer, self.broker.take(consumer))
+            self.client.load({**record, "channel": "r"} for record in list(self.client.dump("q")))
+            self.assertEqual(self.client.get("r", ack=None).headers, own)
+            self.client.delete(self.client.get("q"))
+
+    def test_each_copy_of_a_publication_has_them(self):
+        self.client.subscribe("q", "t")
+        self.client.publish("t", "1", headers={"a": "1"})
+        self.client.publish_batch("t", ["2", ("3", None, {"headers": {"b": "2"}})])
+        self.json("POST", "/topics/t?keep=User-Agent", "4", {"User-Agent": "x"})
+        listed = [message.headers for message, _ in self.client.list_messages("q")]
+        self.assertEqual(listed, [{"a": "1"}, {}, {"b": "2"}, {"user-agent": "x"}])
+
+    def test_only_a_message_can_have_them(self):
+        for path in ("/channels/q/settings", "/channels/q/topics/t"):
+            status, value = self.json("PUT", path + "?headers=x")
+            self.assertEqual((status, "headers can be given only" in value["error"]), (400, True))
+        self.assertIn("x-linger-h-", self.own("?headers=x"))
+        for own in ({"a": "1", "A": "2"}, {"a\r\nb": "1"}, {"a": "1\r\nb: 2"}):
+            with self.assertRaises(linger.BadRequest):
+                self.client.post("q", "x", headers=own)
+        self.assertEqual(self.broker.stats()["current-messages"], 0)
+
+    def test_commands_give_and_show_them(self):
+        self.linger("post", "q", "x", "--header", "Trace-Id: 7", "--header", "b:")
+        shown = json.loads(self.linger("get", "q", "--json"))
+        self.assertEqual(shown["headers"], {"trace-id": "7", "b": ""})
+        self.linger("post", "q", "--lines", "--header", "a:1", stdin=b"1\n2\n")
+        self.assertEqual(self.broker.get("q").headers, {"a": "1"})
+        self.linger("subscribe", "r", "t")
+        self.linger("publish", "t", "x", "--header", "a: 1")
+        self.assertEqual(self.broker.get("r").headers, {"a": "1"})
+        environment = linger._environment_of(linger.parse_message(shown))
+        self.assertEqual(environment[b"LINGER_H_TRACE_ID"], b"7")
+        self.assertIn("letters", self.refused("post", "q", "x", "--header", "a b: 1"))
+
+
 class CommandProcessTest(CommandProcessCase):
     """Signals, pipes and restarts, which need a process."""
 
@@ -11567,12 +11703,13 @@ class ReadmeTest(Folder):
 
     def test_every_route_parameter_and_counter_is_in_the_reference(self):
         names = [f"`{route.method} {route.path}`" for route in linger.ROUTES]
-        names += [f"`{p.name}`" for p in (*linger.CHANNEL_PARAMETERS, *linger.DEDUP_PARAMETERS)]
+        names += [f"`{p.name}`" for p in (*linger.CHANNEL_PARAMETERS, *linger.SINGLE_PARAMETERS)]
         names += [f"`{counter}`" for counter in linger.COUNTERS]
         self.assertEqual([name for name in names if name not in self.section("HTTP API")], [])
 
     def test_every_response_header_is_in_the_reference(self):
         headers = set(re.findall(r"x-linger-[a-z-]*[a-z]", (HERE / "linger.py").read_text()))
+        headers = headers - {"x-linger-h"} | {"x-linger-h-<name>"}
         self.assertGreater(len(headers), 15)
         self.assertEqual([h for h in headers if f"`{h}`" not in self.section("HTTP API")], [])
 
