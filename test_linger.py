@@ -969,7 +969,7 @@ class LockTest(Folder):
                         linger.Store(path)
                     result = subprocess.run(
                         [sys.executable, *STRICT, "-c", program, path],
-                        cwd=HERE, capture_output=True, text=True,
+                        cwd=os.path.dirname(compiled), capture_output=True, text=True,
                     )  # fmt: skip
                     self.assertIn("in use by another Linger", result.stderr)
             store.transact([linger.Operation()])
@@ -3899,6 +3899,9 @@ class ServerTest(Folder):
         self.broker = self.server.broker
         self.address = self.server.server_address[:2]
 
+    def allow_messages_of(self, size):
+        self.broker.max_message = self.broker._new._max_message = size
+
     def connect(self):
         connection = socket.create_connection(self.address, PATIENCE)
         self.addCleanup(connection.close)
@@ -6448,8 +6451,9 @@ class MemoryTest(ServerTest):
 
     def test_messages_that_a_client_does_not_read_count_until_they_are_sent(self):
         body = "é" * 20_000_000
-        with unittest.mock.patch.object(self.broker, "max_message", 100_000_000):
-            self.broker.post("large", body.encode())
+        self.allow_messages_of(100_000_000)
+        self.broker.post("large", body.encode())
+        self.allow_messages_of(256_000)
         self.fill(2, 100_000)
         request = b"GET /channels/large?nowait HTTP/1.1\r\nHost: x\r\n\r\n"
         deaf = self.deaf(request)
@@ -6513,7 +6517,7 @@ class MemoryTest(ServerTest):
         self.assertEqual(self.broker.info("q")["ready"], 1)
 
     def test_listings_that_clients_do_not_read_are_bounded_and_undisturbed(self):
-        self.broker.max_message = 4_000_000
+        self.allow_messages_of(4_000_000)
         body = b"\x01" * 4_000_000  # six times as long in JSON
         for _ in range(2):
             self.broker.post("q", body)
@@ -6762,7 +6766,7 @@ class LongPollTest(ServerTest):
         until(lambda: not self.server.connections)
 
     def test_a_client_that_reads_too_slowly_is_disconnected_and_the_delivery_undone(self):
-        self.broker.max_message = 20_000_000
+        self.allow_messages_of(20_000_000)
         self.broker.post("q", b"x" * 20_000_000)
         with unittest.mock.patch.object(linger, "SEND_TIMEOUT", 1):
             connection = self.connect()
@@ -8715,11 +8719,21 @@ class Process:
         self.port = int(found[1]) if found else None
 
     def call(self, method, path, body=None, headers=None):
+        with self.session() as call:
+            return call(method, path, body, headers)
+
+    @contextlib.contextmanager
+    def session(self):
+        """Yields `call` with a connection that it keeps."""
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        with contextlib.closing(client):
+
+        def call(method, path, body=None, headers=None):
             client.request(method, path, body, headers or {"Content-Type": "x/y"})
             answer = client.getresponse()
             return answer.status, answer.headers, answer.read()
+
+        with contextlib.closing(client):
+            yield call
 
     def end(self, number=signal.SIGTERM):
         """Sends a signal; the exit status and what was written to standard error."""
@@ -9103,11 +9117,12 @@ for thread in threads:
 
         def post():
             stored, refused = [], 0
-            while refused < 10:
-                status, _, body = server.call("POST", "/channels/q", b"x" * size)
-                self.assertIn(status, (202, 507), body)
-                refused = refused + 1 if status == 507 else 0
-                stored += [json.loads(body)["id"]] if status == 202 else []
+            with server.session() as call:
+                while refused < 10:
+                    status, _, body = call("POST", "/channels/q", b"x" * size)
+                    self.assertIn(status, (202, 507), body)
+                    refused = refused + 1 if status == 507 else 0
+                    stored += [json.loads(body)["id"]] if status == 202 else []
             return stored
 
         threads = [self.thread(post) for _ in range(clients)]
@@ -9115,11 +9130,12 @@ for thread in threads:
 
     def empty(self, server, stored):
         """Takes and deletes all messages, of which none may be missing or refused."""
-        for id in stored:
-            status, headers, body = server.call("GET", "/channels/q?nowait")
-            self.assertEqual((status, headers["x-linger-msg-id"]), (200, str(id)), body)
-            self.assertEqual(server.call("DELETE", f"/messages/{id}")[0], 204)
-        self.assertEqual(server.call("GET", "/channels/q?nowait")[0], 204)
+        with server.session() as call:
+            for id in stored:
+                status, headers, body = call("GET", "/channels/q?nowait")
+                self.assertEqual((status, headers["x-linger-msg-id"]), (200, str(id)), body)
+                self.assertEqual(call("DELETE", f"/messages/{id}")[0], 204)
+            self.assertEqual(call("GET", "/channels/q?nowait")[0], 204)
 
     def mount(self, size):
         """Puts the database on a disk of its own."""
@@ -9167,23 +9183,15 @@ for thread in threads:
         self.mount(16)
         server = self.start()
         self.addCleanup(server.end)
-        stored = []
-        while (answer := server.call("POST", "/channels/q", b"x" * 100_000))[0] == 202:
-            stored.append(json.loads(answer[2])["id"])
-        self.assertEqual(answer[0], 507)
-        self.assertEqual(server.call("GET", "/health")[0], 503)
-        for id in stored:
-            status, headers, _ = server.call("GET", "/channels/q")
-            self.assertEqual((status, int(headers["x-linger-msg-id"])), (200, id))
-            self.assertEqual(server.call("DELETE", f"/messages/{id}")[0], 204)
-        for _ in range(300):
-            status, _, body = server.call("POST", "/channels/q", b"x" * 100_000)
-            self.assertEqual(status, 202)
-            id = json.loads(body)["id"]
-            self.assertEqual(server.call("DELETE", f"/messages/{id}")[0], 204)
-        while server.call("POST", "/channels/q", b"x" * 100_000)[0] == 202:
-            pass
-        self.assertEqual(server.call("DELETE", "/channels/q")[0], 204)
+        with server.session() as call:
+            self.empty(server, self.fill(server, 100_000))
+            for _ in range(300):
+                status, _, body = call("POST", "/channels/q", b"x" * 100_000)
+                self.assertEqual(status, 202)
+                self.assertEqual(call("DELETE", f"/messages/{json.loads(body)['id']}")[0], 204)
+            self.fill(server, 100_000)
+            self.assertEqual(call("GET", "/health")[0], 503)
+            self.assertEqual(call("DELETE", "/channels/q")[0], 204)
         server.end()
         server = self.start()
         self.assertEqual(server.call("GET", "/channels/q/stats")[2], b'{"ready":0,"hidden":0}\n')
@@ -9792,7 +9800,7 @@ class CommandTest(CommandCase):
     def test_failed_lines_are_reported_and_can_be_posted_again(self):
         lines = [b"x%d" % n for n in range(1_002)]
         arguments = ("post", "q", "--lines", "--dedup", "key")
-        self.broker.max_message = 10
+        self.allow_messages_of(10)
         errors = self.refused(*arguments, stdin=b"\n".join([*lines, b"too long for it\n"]))
         self.assertIn("line 1003: ", errors)
         self.assertIn("1000 messages were posted for certain, up to line 1000", errors)
@@ -10880,7 +10888,7 @@ class BenchTest(CommandCase):
         self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
 
     def test_refused_request_ends_bench_and_is_reported(self):
-        self.server.broker.hlm = 2
+        self.server.broker._new._hlm = 2
         self.assertIn("high-level mark", self.refused("bench", self.server.url))
         self.assertEqual(self.client.stats()["current-messages"], 0)
 
@@ -11351,10 +11359,12 @@ def oversized(source):
     starts = sections(source)
     ends = [*starts, source.count("\n") + 1][1:]
     sizes = [("section", starts[line], end - line) for line, end in zip(starts, ends)]
-    for node in ast.walk(ast.parse(source)):
+    nodes = ast.parse(source).body
+    for node in nodes:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             kind = "class" if isinstance(node, ast.ClassDef) else "function"
             sizes.append((kind, node.name, node.end_lineno - node.lineno + 1))
+            nodes += node.body if kind == "class" else []
     return [size for size in sizes if size[2] > MAX_LINES[size[0]]]
 
 
@@ -11377,15 +11387,18 @@ def functions_of(code):
             yield from functions_of(constant)
 
 
+@functools.cache
 def global_names(source):
     """Each use of a name of the module or of a builtin in a function, as (code object, name).
 
     The compiler has told them from local names, and left out the annotations.
     """
-    for code in functions_of(compile(source, "linger.py", "exec")):
-        for step in dis.get_instructions(code):
-            if step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
-                yield code, step.argval
+    return [
+        (code, step.argval)
+        for code in functions_of(compile(source, "linger.py", "exec"))
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")
+    ]
 
 
 def uses_of_sections_below(source):
