@@ -743,6 +743,8 @@ MESSAGE_PARAMETERS = (
     Parameter("dead", "", _parse_dead_channel, "channel for dead letters"),
     Parameter("backoff", "", _parse_backoff, "seconds hidden after the 1st, 2nd, ... failure"),
 )
+# Those that can be changed while a message waits.
+CHANGE_PARAMETERS = tuple(p for p in MESSAGE_PARAMETERS if p.name not in ("linger", "backoff"))
 # For one message only.
 SINGLE_PARAMETERS = (
     Parameter("dedup", None, _parse_key, "key that makes a repeated post a duplicate"),
@@ -968,6 +970,16 @@ SCHEMA = (
         set ready = ready + (new.state = 0) - (old.state = 0),
             in_flight = in_flight + (new.state = 1) - (old.state = 1),
             delayed = delayed + (new.state = 2) - (old.state = 2)
+        where name = new.channel;
+    end
+    """,
+    """
+    create trigger message_reordered after update of priority on messages
+    when old.priority <> new.priority and old.channel = new.channel
+    begin
+        update channels
+        set urgent = urgent + (new.priority < 0) - (old.priority < 0),
+            niced = niced + (new.priority > 0) - (old.priority > 0)
         where name = new.channel;
     end
     """,
@@ -1536,12 +1548,43 @@ where id in ({REDRIVE_IDS})
 group by 1
 """
 
+SET_REDRIVEN = f"""channel = coalesce(:to, dead_from), due_at = :now, delivered = 0, leased = 0,
+    unique_key = {MOVED_KEY.format(target="coalesce(:to, messages.dead_from)")},
+    dead_from = '', dead_reason = '', dead_delivered = 0"""
+
 REDRIVE_MESSAGES = f"""
 update messages
-set channel = coalesce(:to, dead_from), due_at = :now, delivered = 0, leased = 0,
-    unique_key = {MOVED_KEY.format(target="coalesce(:to, messages.dead_from)")},
-    dead_from = '', dead_reason = '', dead_delivered = 0
+set {SET_REDRIVEN}
 where id in ({REDRIVE_IDS})
+"""
+
+# -- second thoughts: a message that is not in flight
+
+WAITING_MESSAGE = """
+select channel, state, delivered, dead_from
+from messages
+where id = :id and channel = coalesce(:expected_channel, channel)
+"""
+
+REDRIVE_MESSAGE = f"""
+update messages
+set state = 0, {SET_REDRIVEN}
+where id = :id and state <> 1 and channel = coalesce(:expected_channel, channel)
+    and (:to is not null or dead_from <> '') and channel <> coalesce(:to, dead_from)
+"""
+
+# Without :delay it stays ready or delayed, until when it was.
+CHANGE_MESSAGE = """
+update messages
+set priority = coalesce(:priority, priority),
+    timeout = coalesce(:timeout, timeout),
+    deliver = coalesce(:deliver, deliver),
+    dead = coalesce(:dead, dead),
+    state = case when :delay is null then state when :delay > 0 then 2 else 0 end,
+    due_at = coalesce(:now + :delay, due_at)
+where id = :id and state <> 1 and channel = coalesce(:expected_channel, channel)
+    and (coalesce(:deliver, 0) = 0 or delivered < :deliver)
+    and (expires_at = 0 or coalesce(:delay, 0) = 0 or :now + :delay < expires_at)
 """
 
 DRAIN_READY = """
@@ -1744,6 +1787,20 @@ on conflict (channel) do update set
     dead = excluded.dead,
     backoff = excluded.backoff,
     hlm = excluded.hlm
+"""
+
+CHANGE_SETTINGS = """
+insert into settings (channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm)
+values (:channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :hlm)
+on conflict (channel) do update set
+    priority = coalesce(excluded.priority, priority),
+    timeout = coalesce(excluded.timeout, timeout),
+    deliver = coalesce(excluded.deliver, deliver),
+    linger = coalesce(excluded.linger, linger),
+    delay = coalesce(excluded.delay, delay),
+    dead = coalesce(excluded.dead, dead),
+    backoff = coalesce(excluded.backoff, backoff),
+    hlm = coalesce(excluded.hlm, hlm)
 """
 
 CLEAR_SETTINGS = """
@@ -4808,6 +4865,71 @@ def refuse_lease(
     raise Conflict(f"message {id} is not in flight: only what was delivered can be {done}")
 
 
+# -- second thoughts
+
+
+class ChangeMessage(Operation):
+    """Changes a message that waits: ready, or delayed."""
+
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__((WAITING_MESSAGE, CHANGE_MESSAGE), parameters)
+        self._state = state
+        self._values = parameters
+
+    def on_commit(self) -> None:
+        before, (changed, _) = self.results
+        if changed and self._values["delay"] is not None:
+            channel, was_hidden = before[0][:2]
+            now, delay = self._values["now"], self._values["delay"]
+            if delay:
+                self._state.timers.schedule(channel, now + delay)
+            elif was_hidden:
+                self._state.messages_ready(channel, 1, now)
+
+    def result(self) -> None:
+        before, (changed, _) = self.rows()
+        if not changed:
+            deliver = self._values["deliver"]
+            check_waits(self._values["id"], before)
+            if deliver and deliver <= before[0][2]:
+                raise Conflict(
+                    f"the message was delivered {before[0][2]} times: deliver must be more, or 0"
+                )
+            raise Conflict("the message would expire before it is ready: delay must be shorter")
+
+
+class RedriveMessage(Operation):
+    """Moves one message back to the channel that it came from, or to another."""
+
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__((WAITING_MESSAGE, REDRIVE_MESSAGE), parameters)
+        self._state = state
+        self._values = parameters
+
+    def on_commit(self) -> None:
+        before, (moved, _) = self.results
+        if moved:
+            self._state.counters["msg-redrive"] += 1
+            self._state.events.count("redriven", before[0][0])
+            target, now = self._values["to"] or before[0][3], self._values["now"]
+            self._state.messages_ready(target, 1, now)
+            self._state.timers.schedule(target, now)  # its lingering may end
+
+    def result(self) -> None:
+        before, (moved, _) = self.rows()
+        if not moved:
+            check_waits(self._values["id"], before)
+            raise Conflict("the message is no dead letter, or is in that channel already")
+
+
+def check_waits(id: int, before: Sequence[Any]) -> None:
+    """Raises `NotFound` or `Conflict` for a message that does not wait, from WAITING_MESSAGE."""
+    if not before:
+        raise NotFound(f"there is no message {id}")
+    if before[0][1] == STATES.index("hidden"):
+        raise Conflict(f"message {id} is in flight: only one that waits can be changed or moved")
+
+
 # -- in pieces
 
 
@@ -4829,6 +4951,7 @@ class Redrive(Operation):
             self._state.counters["msg-redrive"] += count
             self._state.events.count("redriven", self._channel, count)
             self._state.messages_ready(target, count, self._now)
+            self._state.timers.schedule(target, self._now)  # the lingering of some may end
 
     def result(self) -> int:
         piece, _, (moved, _) = self.rows()
@@ -5238,17 +5361,28 @@ class Administration:
     def set_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
         """Sets what holds for messages posted to a channel that do not say otherwise, and its
         own `hlm`; replaces earlier settings."""
+        self._set_settings(SET_SETTINGS, channel, parameters)
+
+    def change_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
+        """Sets some of them, and leaves the others as they are."""
+        self._set_settings(CHANGE_SETTINGS, channel, parameters)
+
+    def _set_settings(self, statement: str, channel: str, parameters: Mapping[str, object]) -> None:
         _check_no_keys(parameters)
         check_parameters(parameters, CHANNEL_PARAMETERS)
-        check_name("channel", channel)
         settings = parse_parameters(parameters, CHANNEL_PARAMETERS)
-        self._state.channels.reserve(channel)
+        all_settings = self._state.channels.settings
+        changes = statement == CHANGE_SETTINGS
+        if changes:
+            validate_linger({**all_settings.get(check_name("channel", channel), {}), **settings})
+        self._state.channels.reserve(check_name("channel", channel))
 
         def effect(_: list[Any]) -> None:
-            self._state.channels.settings[channel] = settings
+            values = {**unset, **(all_settings.get(channel, {}) if changes else {}), **settings}
+            all_settings[channel] = {n: value for n, value in values.items() if value is not None}
 
         unset = dict.fromkeys(p.name for p in CHANNEL_PARAMETERS)
-        self._run(Change((SET_SETTINGS,), {**unset, **settings, "channel": channel}, effect))
+        self._run(Change((statement,), {**unset, **settings, "channel": channel}, effect))
 
     def clear_settings(self, channel: str) -> None:
         """Clears the settings of a channel; it is no error if there are none."""
@@ -6042,6 +6176,35 @@ class Broker(Administration):
         parameters["reason"] = _check_reason(reason)
         self._run(Reject(self._state, parameters))
 
+    # -- second thoughts
+
+    def change(
+        self, id: int, expected_channel: Optional[str] = None, **parameters: Unpack[MessageFields]
+    ) -> None:
+        """Changes a message that waits: those of CHANGE_PARAMETERS that are given.
+
+        `delay`: seconds from now until it is ready.  `NotFound`, or `Conflict` while it is in
+        flight, or if it would expire before it is ready or its deliveries are used up already.
+        """
+        check_parameters(parameters, CHANGE_PARAMETERS)
+        given = parse_parameters(parameters, CHANGE_PARAMETERS)
+        if not given:
+            names = ", ".join(p.name for p in CHANGE_PARAMETERS)
+            raise BadRequest(f"nothing is to be changed: give one or more of {names}")
+        unset = dict.fromkeys(p.name for p in CHANGE_PARAMETERS)
+        place = {"id": id, "expected_channel": expected_channel, "now": self.now()}
+        self._run(ChangeMessage(self._state, {**unset, **given, **place}))
+
+    def redrive_message(
+        self, id: int, to: Optional[str] = None, expected_channel: Optional[str] = None
+    ) -> None:
+        """Moves a dead letter back to the channel that it came from, or any message that waits
+        to the channel `to`, with its deliveries at 0.  Raises as `change`."""
+        if to is not None:
+            self._state.channels.reserve(check_name("channel", to))
+        place = {"id": id, "expected_channel": expected_channel, "now": self.now()}
+        self._run(RedriveMessage(self._state, {**place, "to": to}))
+
     def _lease_parameters(
         self, id: int, lease: Optional[int], expected_channel: Optional[str]
     ) -> dict[str, Any]:
@@ -6463,6 +6626,7 @@ ROUTES = (
     Route("GET", "/channels/<channel>/info", "get_info", True, READ, "its state in full"),
     Route("GET", "/channels/<channel>/settings", "get_settings", True, READ, "show its settings"),
     Route("PUT", "/channels/<channel>/settings", "set_settings", False, ADMIN, "replace them"),
+    Route("PATCH", "/channels/<channel>/settings", "change_settings", False, ADMIN, "change some"),
     Route("DELETE", "/channels/<channel>/settings", "clear_settings", False, ADMIN, "clear them"),
     Route("PUT", "/channels/<channel>/pause", "pause_channel", False, ADMIN, "stop deliveries"),
     Route("DELETE", "/channels/<channel>/pause", "resume_channel", False, ADMIN, "resume them"),
@@ -6475,11 +6639,13 @@ ROUTES = (
     Route("POST", "/topics/<topic>/batch", "publish_batch", False, WRITE, "publish many", MANY),
     Route("GET", "/topics/<topic>/channels", "list_subscribers", True, READ, "its channels"),
     Route("GET", "/messages/<id>", "read_message", True, READ, "show a message"),
+    Route("PATCH", "/messages/<id>", "change_message", False, WRITE, "change one that waits"),
     Route("DELETE", "/messages/<id>", "delete_message", False, READ, "delete a message"),
     Route("POST", "/messages/delete", "delete_messages", False, READ, "delete many messages", MANY),
     Route("POST", "/messages/<id>/touch", "touch_message", False, READ, "restart its timeout"),
     Route("POST", "/messages/<id>/release", "release_message", False, READ, "return it", CONTENT),
     Route("POST", "/messages/<id>/reject", "reject_message", False, READ, "give it up", CONTENT),
+    Route("POST", "/messages/<id>/redrive", "redrive_message", False, ADMIN, "move it back"),
 )
 
 MESSAGE_NAMES = tuple(p.name for p in ALL_PARAMETERS)
@@ -6494,8 +6660,11 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "post_batch": ("keep", *MESSAGE_NAMES),
     "list_messages": ("state", "n", "after", "whole"),
     "set_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),  # refused by name
+    "change_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),
     "pause_channel": ("for",),
     "redrive": ("n", "to"),
+    "redrive_message": ("to",),
+    "change_message": tuple(p.name for p in CHANGE_PARAMETERS),
     "subscribe": MESSAGE_NAMES,
     "publish_message": ("msg", "keep", *SINGLE_NAMES),
     "publish_batch": ("keep", *SINGLE_NAMES),
@@ -6505,7 +6674,8 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "reject_message": ("msg", "lease"),
 }
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
+KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+METHODS = (*KNOWN_METHODS, "TRACE", "CONNECT")
 
 
 def _path_pattern(segments: Sequence[str]) -> tuple[object, ...]:
@@ -6536,7 +6706,7 @@ def find_route(method: str, routes: Mapping[str, Route]) -> Route:
     if route is not None and (route.safe or method != "HEAD"):
         return route
     if method not in METHODS:
-        raise LingerError(f"unknown method: use one of {', '.join(METHODS[:6])}", 501)
+        raise LingerError(f"unknown method: use one of {', '.join(KNOWN_METHODS)}", 501)
     allowed = allowed_methods(routes)
     raise LingerError(f"this path allows {allowed}", 405, f"Allow: {allowed}\r\n")
 
@@ -7853,6 +8023,12 @@ class ManagementApi:
         self._broker.set_settings(channel, **parameters)
         return NO_CONTENT
 
+    def change_settings(self, request: Request, channel: str) -> Response:
+        parameters = request.parameters(CHANNEL_PARAMETERS + SINGLE_PARAMETERS)
+        self._check_dead_channel(request, parameters)
+        self._broker.change_settings(channel, **parameters)
+        return NO_CONTENT
+
     def clear_settings(self, _: Request, channel: str) -> Response:
         self._broker.clear_settings(channel)
         return NO_CONTENT
@@ -7867,12 +8043,28 @@ class ManagementApi:
 
     def redrive(self, request: Request, channel: str) -> Response:
         to = request.parameter("to")
+        self._check_target(request, to)
+        moved = self._broker.redrive(channel, request.integer("n", 1), to)
+        return json_response({"moved": moved})
+
+    def _check_target(self, request: Request, to: Optional[str]) -> None:
+        """`AccessDenied` unless a token may have messages moved to a channel."""
         if request.grant.channels is not None:
             if to is None:
                 raise AccessDenied("a restricted token must name the target: to=<channel>")
             request.grant.check_name("channels", to)
-        moved = self._broker.redrive(channel, request.integer("n", 1), to)
-        return json_response({"moved": moved})
+
+    def redrive_message(self, request: Request, id: str) -> Response:
+        number, to = parse_integer("id", id), request.parameter("to")
+        self._check_target(request, to)
+        self._broker.redrive_message(number, to, *self._expected_channels(request, number))
+        return NO_CONTENT
+
+    def change_message(self, request: Request, id: str) -> Response:
+        number, parameters = parse_integer("id", id), request.parameters(CHANGE_PARAMETERS)
+        self._check_dead_channel(request, parameters)
+        self._broker.change(number, *self._expected_channels(request, number), **parameters)
+        return NO_CONTENT
 
     def list_channel_topics(self, request: Request, channel: str) -> Response:
         topics = self._broker.topics(channel)
@@ -7997,7 +8189,7 @@ class Api(ManagementApi):
 
     def list_methods(self, request: Request, *_: str) -> Response:
         server_wide = request.target == "*"
-        allowed = ", ".join(METHODS[:6]) if server_wide else allowed_methods(request.routes)
+        allowed = ", ".join(KNOWN_METHODS) if server_wide else allowed_methods(request.routes)
         return Response(204, headers=f"Allow: {allowed}\r\n")
 
     # -- consuming and producing
@@ -9936,6 +10128,11 @@ class ManagementClient:
         path = encode_path("channels", channel, "settings")
         self._requests.send("PUT", path, encode_parameters(CHANNEL_PARAMETERS, parameters))
 
+    def change_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
+        """Sets some of the settings of a channel, and leaves the others as they are."""
+        path = encode_path("channels", channel, "settings")
+        self._requests.send("PATCH", path, encode_parameters(CHANNEL_PARAMETERS, parameters))
+
     def clear_settings(self, channel: str) -> None:
         """Clears the settings of a channel; no error if there are none."""
         self._requests.send("DELETE", encode_path("channels", channel, "settings"))
@@ -10199,6 +10396,17 @@ class Client(ManagementClient):
             "POST", encode_path("channels", channel, "redrive"), {"n": n, "to": to},
             repeatable=False, wait=BULK_WAIT,
         )  # fmt: skip
+
+    def redrive_message(self, id: int, to: Optional[str] = None) -> None:
+        """Moves a dead letter back to where it came from, or a message to the channel `to`."""
+        path = f"/messages/{id}/redrive"
+        self._requests.send("POST", path, {"to": to}, repeatable=False)
+
+    def change(self, id: int, **parameters: Unpack[MessageFields]) -> None:
+        """Changes the priority, delay, timeout, dead channel or limit of deliveries of a message
+        that waits.  `NotFound`, or `Conflict` while it is in flight."""
+        query = encode_parameters(CHANGE_PARAMETERS, parameters)
+        self._requests.send("PATCH", f"/messages/{id}", query)
 
     def drain(self, channel: str) -> None:
         """Deletes all messages of a channel, in every state, and its dedup keys."""
@@ -11392,7 +11600,14 @@ def _drain(client: Client, options: argparse.Namespace) -> int:
 
 
 def _redrive(client: Client, options: argparse.Namespace) -> int:
-    moved = client.redrive(options.channel, options.count, options.to)
+    is_one = options.id is not None
+    if is_one != (options.channel is None) or (is_one and options.count is not None):
+        raise BadRequest("redrive needs a CHANNEL, perhaps with --count, or --id: one of them")
+    if is_one:
+        client.redrive_message(options.id, options.to)
+        moved = 1
+    else:
+        moved = client.redrive(options.channel, options.count, options.to)
     _write_records([{"moved": moved}], options.json)
     return 0 if moved else 1
 
@@ -11401,6 +11616,8 @@ def _settings(client: Client, options: argparse.Namespace) -> int:
     parameters = _given_parameters(options, CHANNEL_PARAMETERS)
     if options.clear:
         client.clear_settings(options.channel)
+    elif parameters and options.keep:
+        client.change_settings(options.channel, **parameters)
     elif parameters:
         client.set_settings(options.channel, **parameters)
     else:
@@ -12287,9 +12504,15 @@ COMMANDS = (
             (ID, LEASE, REASON), nothing=NO_MESSAGE),
     Command("redrive", "move messages of a dead channel back, and write how many",
             "linger redrive failed --count 10", _redrive,
-            (CHANNEL, _number("--count", "N", "maximum number of messages (default: all)"), JSON,
-             _argument("--to", metavar="CHANNEL", help="target, in place of their origin")),
+            (_argument("channel", metavar="CHANNEL", nargs="?", help="name of the channel"),
+             _number("--id", "ID", "move this message only, in place of a channel's", 0),
+             _number("--count", "N", "maximum number of messages (default: all)"), JSON,
+             _argument("--to", metavar="TARGET", help="channel, in place of their origin")),
             nothing="there was no message to move", columns=("moved",)),
+    Command("change", "change a message that waits", "linger change 1 --priority -1 --delay 0",
+            lambda client, options: client.change(
+                options.id, **_given_parameters(options, CHANGE_PARAMETERS)),
+            (ID, *_parameters(CHANGE_PARAMETERS)), nothing=NO_MESSAGE),
     Command("drain", "delete all messages of a channel", "linger drain jobs --yes", _drain,
             (CHANNEL, _flag("--yes", "do not ask for confirmation")), nothing="not confirmed"),
     Command("channels", "list the channels, with the age of the oldest message in seconds",
@@ -12308,10 +12531,12 @@ COMMANDS = (
     Command("settings", "show the settings of a channel, or replace all of them",
             "linger settings jobs --deliver 5 --dead failed", _settings,
             (CHANNEL, _flag("--clear", "remove all settings"),
+             _flag("--keep", "change those that are given, and leave the others"),
              *_parameters(CHANNEL_PARAMETERS), JSON),
             nothing="nothing is set", columns=PAIR_COLUMNS,
             excludes=[("--clear", f"--{parameter.name}", "settings are removed or replaced")
-                      for parameter in CHANNEL_PARAMETERS]),
+                      for parameter in CHANNEL_PARAMETERS]
+                     + [("--clear", "--keep", "settings are removed or changed")]),
     Command("pause", "stop the delivery of a channel's messages", "linger pause jobs --for 600",
             lambda client, options: client.pause(options.channel, options.seconds),
             (CHANNEL, _seconds("--for", "length of the pause (default: until resume)",

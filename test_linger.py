@@ -3594,6 +3594,138 @@ class SettingsTest(BrokerTest):
         self.assertEqual(self.broker.take(self.broker.consumer(["a", "b"])), [])
 
 
+class ChangeTest(BrokerTest):
+    """Second thoughts: messages and settings that are changed in place."""
+
+    def refused(self, reason, call, *arguments, **options):
+        before = self.broker._committer.read("select * from messages", "select * from channels")
+        with self.assertRaisesRegex(linger.LingerError, reason):
+            call(*arguments, **options)
+        after = self.broker._committer.read("select * from messages", "select * from channels")
+        self.assertEqual(after, before)
+
+    def test_a_message_that_waits_is_changed_in_place(self):
+        for n in range(3):
+            self.broker.post("q", b"%d" % n)
+        self.broker.change(3, priority=-1, timeout=7, deliver=2, dead="d")
+        self.broker.change(1, priority=1)
+        totals = {n: self.broker.stats()[f"current-messages-{n}"] for n in ("urgent", "niced")}
+        self.assertEqual(totals, {"urgent": 1, "niced": 1})
+        message = self.broker.get("q")
+        self.assertEqual(message[:6], (3, "q", -1, 7, 2, 1))
+        self.broker.reject(3)
+        self.assertEqual(self.broker.get("d").id, 3)
+        self.assertEqual(self.bodies("q"), [b"1", b"0"])
+
+    def test_a_delayed_one_stays_delayed_until_when_it_was(self):
+        self.broker.post("q", b"x", delay=10)
+        self.clock.now += 4
+        self.broker.change(1, priority=-1, timeout=5)
+        self.assertEqual(self.broker.read_message(1)[0].delay, 6)
+        self.clock.now += 5.9
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 0.1
+        self.assertEqual(self.broker.get("q").id, 1)
+
+    def test_one_in_its_backoff_does_not_come_early(self):
+        self.broker.post("q", b"x", backoff="60")
+        self.broker.release(self.broker.get("q").id)
+        self.broker.change(1, priority=5, timeout=5)
+        self.clock.now += 59
+        self.assertIsNone(self.broker.get("q"))
+
+    def test_a_delay_counts_from_now_and_zero_makes_it_ready(self):
+        self.broker.post("q", b"x")
+        self.broker.change(1, delay=10)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 1})
+        self.clock.now += 9
+        self.broker.change(1, delay=10)
+        self.clock.now += 9
+        self.assertIsNone(self.broker.get("q"))
+        waiting = self.park("q")
+        self.broker.change(1, delay=0)
+        self.assertEqual(waiting.result(PATIENCE).id, 1)
+
+    def test_a_delay_ends_in_time_for_a_consumer_that_waits(self):
+        self.broker.post("q", b"x", delay=1000)
+        self.broker.change(1, delay=5)
+        waiting = self.park("q")
+        self.clock.now += 5
+        self.broker.process_due()
+        self.assertEqual(waiting.result(PATIENCE).id, 1)
+
+    def test_one_in_flight_is_refused_and_one_that_has_come_back_is_not(self):
+        self.broker.post("q", b"x", timeout=5)
+        self.refused("no message 2", self.broker.change, 2, priority=1)
+        self.broker.get("q")
+        self.refused("is in flight", self.broker.change, 1, priority=1)
+        self.refused("is in flight", self.broker.redrive_message, 1, "r")
+        self.clock.now += 5
+        self.broker.change(1, delay=10)
+        self.broker.delete(1, lease=1)
+
+    def test_what_would_never_be_delivered_is_refused(self):
+        self.broker.post("q", b"x", linger=20)
+        self.broker.release(self.broker.get("q").id)
+        self.refused("delivered 1 times", self.broker.change, 1, deliver=1)
+        self.refused("expire before", self.broker.change, 1, delay=20)
+        self.refused("one or more of priority, timeout, deliver, delay", self.broker.change, 1)
+        self.refused("unknown parameter linger", self.broker.change, 1, linger=5)
+        self.broker.change(1, deliver=2, delay=19)
+        self.clock.now += 19
+        self.assertEqual(self.broker.get("q").deliver, 2)
+
+    def test_a_change_survives_a_restart(self):
+        self.broker.post("q", b"x", delay=50)
+        self.broker.change(1, delay=5, priority=3)
+        self.restart()
+        self.clock.now += 5
+        self.assertEqual(self.broker.get("q").priority, 3)
+
+    def test_one_dead_letter_is_moved_back(self):
+        for n in range(3):
+            self.broker.post("q", b"%d" % n, dead="d", unique=str(n))
+            self.broker.reject(self.broker.get("q").id)
+        waiting = self.park("q")
+        self.broker.redrive_message(2)
+        self.assertEqual(waiting.result(PATIENCE)[:6], (2, "q", 0, 30, 0, 1))
+        self.broker.release(self.broker.get("d").id, delay=60)
+        self.broker.redrive_message(1)
+        self.assertEqual(self.broker.get("q").id, 1)
+        self.broker.redrive_message(3, "r")
+        self.assertEqual(self.broker.counters["msg-redrive"], 3)
+        self.assertEqual(self.broker.get("r").dead_from, "")
+        self.assertEqual(self.broker.channel_stats("d"), {"ready": 0, "hidden": 0})
+
+    def test_only_a_dead_letter_is_moved_back(self):
+        self.broker.post("q", b"x")
+        self.refused("no dead letter", self.broker.redrive_message, 1)
+        self.refused("in that channel already", self.broker.redrive_message, 1, "q")
+        self.refused("no message", self.broker.redrive_message, 2)
+
+    def test_what_is_moved_elsewhere_still_expires(self):
+        for n in range(2):
+            self.broker.post("q", b"x", linger=5 + n)
+        self.broker.redrive_message(1, "r")
+        self.broker.redrive("q", to="s")
+        self.clock.now += 9
+        self.assertEqual(self.broker.channels(), [])
+
+    def test_settings_are_changed_one_by_one(self):
+        self.broker.set_settings("q", timeout=60, dead="d")
+        self.broker.change_settings("q", deliver=3, timeout=9)
+        self.broker.change_settings("new", hlm=5)
+        for _ in range(2):
+            self.assertEqual(self.broker.settings("q"), {"timeout": 9, "deliver": 3, "dead": "d"})
+            self.assertEqual(self.broker.settings("new"), {"hlm": 5})
+            self.restart()
+        self.broker.change_settings("q", linger=8)
+        with self.assertRaisesRegex(linger.BadRequest, "longer than delay"):
+            self.broker.change_settings("q", delay=8)
+        with self.assertRaisesRegex(linger.BadRequest, "unique can be given only"):
+            self.broker.change_settings("q", unique="u")
+
+
 class LookingTest(BrokerTest):
     def test_reading_a_message_changes_nothing(self):
         id = self.broker.post("q", b"x").id
@@ -3866,6 +3998,12 @@ class ModelTest(BrokerTest):
                     chance.choice((*methods, self.broker.touch))(id)
                 elif call == 10:
                     self.broker.redrive(channel)
+                    if chance.random() < 0.5:
+                        self.broker.redrive_message(id + 1, chance.choice((None, "c")))
+                    self.broker.change(
+                        id, priority=chance.choice((None, -1, 0, 1)),
+                        delay=chance.choice((None, 0, 5)), deliver=chance.randrange(3),
+                    )  # fmt: skip
                 else:
                     self.clock.now += chance.random() * 4
             if step % 10 == 0:
@@ -4868,7 +5006,7 @@ class IgnoredTest(ServerTest):
         self.assertEqual(self.ignored("GET", "/topics?" + "&".join(["a"] * 101)), (None, None))
 
     def test_the_table_of_parameters_says_what_the_endpoints_read(self):
-        tables = {"ALL_PARAMETERS", "SINGLE_PARAMETERS", "CHANNEL_PARAMETERS"}
+        tables = {n for n in vars(linger) if n.endswith("_PARAMETERS")}
         classes = (linger.ManagementApi, linger.Api)
         trees = [ast.parse(inspect.getsource(kind)).body[0] for kind in classes]
         for method in itertools.chain.from_iterable(tree.body for tree in trees):
@@ -7296,8 +7434,12 @@ class TokenTest(ServerTest):
             ("POST", "/channels/orders-1/batch", '[{"body": "x", "dead": "other"}]', batch),
             ("PUT", "/channels/orders-1/settings?dead=other", None, {}),
             ("PUT", "/channels/orders-1/topics/orders?dead=other", None, {}),
+            ("PATCH", "/channels/orders-1/settings?dead=other", None, {}),
             ("POST", "/channels/orders-1/redrive?to=other", None, {}),
             ("POST", "/channels/orders-1/redrive", None, {}),
+            ("POST", "/messages/1/redrive?to=other", None, {}),
+            ("POST", "/messages/1/redrive", None, {}),
+            ("PATCH", "/messages/1?dead=other", None, {}),
         ):
             with self.subTest(path=path, body=body):
                 self.assertEqual(self.as_shop(method, path, body, headers)[0], 403)
@@ -7320,6 +7462,8 @@ class TokenTest(ServerTest):
             ("POST", f"/messages/{foreign}/touch?timeout=900"),
             ("POST", f"/messages/{foreign}/release"),
             ("POST", f"/messages/{foreign}/reject"),
+            ("POST", f"/messages/{foreign}/redrive?to=orders-2"),
+            ("PATCH", f"/messages/{foreign}?priority=1"),
             ("GET", f"/channels/orders-1?nowait&ack={foreign}"),
             ("GET", f"/channels/orders-1?nowait&ack={foreign}&lease=1"),
             ("GET", f"/channels/orders-1/messages?state=ready&after={foreign}"),
@@ -10254,6 +10398,46 @@ class CommandProcessCase(ProcessCase):
         self.server.end(number)
         self.server = Process(f"--port={port}", "--dbfile", self.dbfile)
         self.addCleanup(self.server.end, signal.SIGKILL)
+
+
+class ChangeCallTest(CommandCase, ClientCase):
+    def test_a_message_is_changed_by_call_client_and_command(self):
+        self.client.post("q", "x", delay=60)
+        self.assertEqual(self.json("PATCH", "/messages/1?priority=3"), (204, None))
+        self.client.change(1, timeout=77)
+        self.linger("change", "1", "--delay", "0", "--dead", "failed")
+        message = self.client.get("q", wait=0)
+        self.assertEqual((message.priority, message.timeout), (3, 77))
+        self.assertEqual(self.json("PATCH", "/messages/1?priority=3")[0], 409)
+        self.assertEqual(self.json("PATCH", "/messages/2?priority=3")[0], 404)
+        self.assertEqual(self.run_command("change", "2", "--priority", "3")[0], 1)
+        self.assertEqual(self.json("PATCH", "/messages/1?linger=3")[0], 400)
+        self.assertIn("nothing is to be changed", self.refused("change", "1"))
+
+    def test_one_dead_letter_is_moved_back_by_call_client_and_command(self):
+        for n in range(1, 4):
+            self.client.post("q", "x", dead="failed")
+            self.client.reject(n)
+        self.assertEqual(self.json("POST", "/messages/1/redrive"), (204, None))
+        self.client.redrive_message(2)
+        self.assertEqual(self.linger("redrive", "--id", "3", "--to", "r"), "1\n")
+        self.assertEqual(self.client.channel_stats("q")["ready"], 2)
+        self.assertEqual(self.client.channel_stats("r")["ready"], 1)
+        self.assertIn("no dead letter", self.refused("redrive", "--id", "3"))
+        self.assertEqual(self.run_command("redrive", "--id", "9")[0], 1)
+        for arguments in ((), ("q", "--id", 3), ("--count", 1), ("--count", 1, "--id", 3)):
+            self.assertIn("one of them", self.refused("redrive", *arguments))
+
+    def test_settings_are_changed_by_call_client_and_command(self):
+        self.client.set_settings("q", timeout=60)
+        self.client.change_settings("q", deliver=2)
+        self.linger("settings", "q", "--keep", "--dead", "failed")
+        self.assertEqual(self.json("PATCH", "/channels/q/settings", "hlm=5", FORM)[0], 204)
+        expected = {"timeout": 60, "deliver": 2, "dead": "failed", "hlm": 5}
+        self.assertEqual(self.client.settings("q"), expected)
+        self.assertEqual(self.json("PATCH", "/channels/q/settings", "x")[0], 415)
+        self.linger("settings", "q", "--timeout", "9")
+        self.assertEqual(self.client.settings("q"), {"timeout": 9})
 
 
 class OwnHeadersTest(CommandCase, ClientCase):
