@@ -25,6 +25,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import py_compile
 import random
@@ -52,6 +53,7 @@ import unittest.mock
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import linger
 
@@ -9665,6 +9667,566 @@ class CrashTest(ProcessCase):
         self.assertEqual(server.call("POST", "/channels/q", "x")[0], 202)
 
 
+RQLITED = os.environ.get("LINGER_TEST_RQLITED")  # the program of real nodes
+DONE = (200, 202, 204)
+UNKNOWN = (0, 504)  # 0: the connection broke
+LEASE_SLACK = 0.1  # seconds by which a lease may end early: servers agree on time by short messages
+SERVES_WITHIN = 10.0  # seconds after a fault
+
+
+class Call(NamedTuple):
+    """A request of a producer or consumer, and how it ended.  Times are of one clock."""
+
+    kind: str  # post, take or delete; a take that got no message is none
+    body: str
+    begun: float
+    ended: float
+    status: int
+    id: int = 0
+    lease: int = 0
+    timeout: int = 0  # how long the lease of a take is
+
+
+def find_faults(calls, disturbances=()):
+    """What is wrong in the history of a channel that was drained, a sentence for each fault.
+
+    `disturbances` are pairs of a moment and of what was done to the cluster then.
+    """
+    by_body = {}
+    for call in calls:
+        kinds = by_body.setdefault(call.body, {"post": [], "take": [], "delete": []})
+        kinds[call.kind].append(call)
+    faults = []
+    for body, kinds in by_body.items():
+        posts, takes, deletes = kinds.values()
+        faults += [f"{body}: {fault}" for fault in faults_of_posts(posts, takes)]
+        faults += [f"{body}: {fault}" for fault in faults_of_deletes(posts, takes, deletes)]
+        faults += [f"{body}: {fault}" for fault in faults_of_leases(takes)]
+    served = sorted((c.begun, c.ended) for c in calls if c.kind == "post" and c.status == 202)
+    for moment, what in disturbances:
+        end = moment + SERVES_WITHIN
+        later = served[bisect.bisect_left(served, (moment, 0)) : bisect.bisect(served, (end, 0))]
+        if not any(ended <= end for _, ended in later):
+            faults.append(f"no post succeeded within {SERVES_WITHIN:.0f} s of: {what}")
+    return faults
+
+
+def faults_of_posts(posts, takes):
+    """A message is there once if a post succeeded, once or not at all if one is in doubt."""
+    if not any(post.status in (*DONE, *UNKNOWN) for post in posts) and takes:
+        yield "delivered, although each post of it failed"
+    if len({call.id for call in (*posts, *takes) if call.id}) > 1:
+        yield "added twice"
+
+
+def faults_of_deletes(posts, takes, deletes):
+    """A message that was added is deleted once, and then it is gone."""
+    done = [delete for delete in deletes if delete.status in DONE]
+    last = max((take.lease for take in takes), default=0)
+    doubtful = any(d.status in UNKNOWN and d.lease >= last for d in deletes)
+    if len(done) > 1:
+        yield "deleted twice"
+    if any(post.status in DONE for post in posts) and not takes:
+        yield "lost before its first delivery"
+    elif takes and not done and not doubtful:
+        yield "lost after its delivery: nobody deleted it"
+    gone = min((d.ended for d in deletes if d.status in (*DONE, 404)), default=math.inf)
+    lease = min((delete.lease for delete in done), default=math.inf)
+    if any(take.begun > gone or take.lease > lease for take in takes):
+        yield "delivered after its deletion"
+
+
+def faults_of_leases(takes):
+    """A lease is nobody else's until its time is over, counted from before it was asked for."""
+    held_until = held = 0
+    for take in sorted(takes, key=lambda take: take.lease):
+        if take.lease == held:
+            yield f"lease {held} given to two"
+        elif take.ended < held_until - LEASE_SLACK:
+            yield f"leases {held} and {take.lease} at the same time"
+        held, held_until = take.lease, max(held_until, take.begun + take.timeout)
+
+
+class FindFaultsTest(unittest.TestCase):
+    """The checker of histories finds each fault in one that has it."""
+
+    POST = Call("post", "x", 0, 1, 202, id=1)
+    TAKE = Call("take", "x", 2, 3, 200, id=1, lease=1, timeout=10)
+    DELETE = Call("delete", "x", 4, 5, 204, id=1, lease=1)
+    TAKE_AGAIN = TAKE._replace(begun=14, ended=15, lease=2)
+    DELETE_AGAIN = DELETE._replace(begun=16, ended=17, lease=2)
+
+    def check(self, *calls, fault=None):
+        self.assertEqual(find_faults(calls), [f"x: {fault}"] if fault else [])
+
+    def test_a_history_without_a_fault(self):
+        self.check(self.POST, self.TAKE, self.DELETE)
+        self.check(self.POST, self.TAKE, self.TAKE_AGAIN, self.DELETE_AGAIN)
+        late = self.DELETE_AGAIN._replace(status=409, lease=1)
+        self.check(self.POST, self.TAKE, self.TAKE_AGAIN, late, self.DELETE_AGAIN)
+        soon = self.TAKE_AGAIN._replace(begun=11, ended=12.5)
+        self.check(self.POST, self.TAKE, soon, self.DELETE_AGAIN)
+
+    def test_a_post_in_doubt_was_done_or_not(self):
+        for status in UNKNOWN:
+            doubtful = self.POST._replace(status=status, id=0)
+            self.check(doubtful)
+            self.check(doubtful, self.TAKE, self.DELETE)
+            self.check(doubtful, self.POST, self.TAKE, self.DELETE)
+
+    def test_a_deletion_in_doubt_was_done_or_not(self):
+        for status in UNKNOWN:
+            doubtful = self.DELETE._replace(status=status)
+            self.check(self.POST, self.TAKE, doubtful)
+            self.check(self.POST, self.TAKE, doubtful, self.DELETE)
+            self.check(self.POST, self.TAKE, doubtful, self.DELETE._replace(status=404))
+            self.check(self.POST, self.TAKE, doubtful, self.TAKE_AGAIN, self.DELETE_AGAIN)
+
+    def test_a_lost_message(self):
+        self.check(self.POST, fault="lost before its first delivery")
+        fault = "lost after its delivery: nobody deleted it"
+        self.check(self.POST, self.TAKE, fault=fault)
+        for status in (404, 409, 503):
+            failed = self.DELETE._replace(status=status)
+            self.check(self.POST, self.TAKE, failed, fault=fault)
+        doubtful = self.DELETE._replace(status=504)
+        self.check(self.POST, self.TAKE, doubtful, self.TAKE_AGAIN, fault=fault)
+
+    def test_a_message_added_twice(self):
+        again = self.POST._replace(id=2)
+        self.check(self.POST, again, self.TAKE, self.DELETE, fault="added twice")
+        doubtful = self.POST._replace(status=504, id=0)
+        again, delete = self.TAKE_AGAIN._replace(id=2), self.DELETE_AGAIN._replace(id=2)
+        self.check(doubtful, self.TAKE, again, delete, fault="added twice")
+
+    def test_a_message_whose_post_failed(self):
+        refused = self.POST._replace(status=503, id=0)
+        self.check(refused)
+        fault = "delivered, although each post of it failed"
+        self.check(refused, self.TAKE, self.DELETE, fault=fault)
+
+    def test_a_message_deleted_twice(self):
+        self.check(self.POST, self.TAKE, self.DELETE, self.DELETE, fault="deleted twice")
+
+    def test_a_message_that_comes_back_after_its_deletion(self):
+        fault = "delivered after its deletion"
+        self.check(self.POST, self.TAKE, self.DELETE, self.TAKE_AGAIN, fault=fault)
+        doubtful = self.DELETE._replace(status=504)
+        gone = self.DELETE._replace(status=404)
+        history = self.POST, self.TAKE, doubtful, gone, self.TAKE_AGAIN, self.DELETE_AGAIN
+        self.check(*history, fault=fault)
+
+    def test_a_deletion_with_a_lease_that_was_lost(self):
+        late = self.DELETE_AGAIN._replace(lease=1)
+        history = self.POST, self.TAKE, self.TAKE_AGAIN, late
+        self.check(*history, fault="delivered after its deletion")
+
+    def test_a_message_held_by_two(self):
+        early = self.TAKE_AGAIN._replace(begun=10, ended=11.8)
+        history = self.POST, self.TAKE, early, self.DELETE_AGAIN
+        self.check(*history, fault="leases 1 and 2 at the same time")
+        same = self.TAKE_AGAIN._replace(lease=1)
+        self.check(self.POST, self.TAKE, same, self.DELETE_AGAIN, fault="lease 1 given to two")
+
+    def test_a_cluster_that_does_not_serve_after_a_fault(self):
+        history = self.POST, self.TAKE, self.DELETE
+        moves = [c._replace(body="y", begun=c.begun + 20, ended=c.ended + 20) for c in history]
+        moments = [(-1, "one"), (0.5, "two"), (11.5, "three"), (21, "four")]
+        expected = [f"no post succeeded within 10 s of: {what}" for what in ("two", "four")]
+        self.assertEqual(find_faults([*history, *moves], moments), expected)
+
+
+def free_ports(count):
+    """Ports below those that the system gives to connections, so that they stay free when the
+    process that listens there is killed and started again."""
+    with contextlib.ExitStack() as stack:
+        ports = []
+        while len(ports) < count:
+            listener = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", random.randrange(15_000, 30_000)))
+                ports.append(listener.getsockname()[1])
+        return ports
+
+
+class RqliteNode:
+    """A node of an rqlite cluster: a process with ports and a folder of its own."""
+
+    def __init__(self, folder, number, http_port, raft_port, raft_ports):
+        self.port = http_port
+        self.log = folder / f"node{number}.log"
+        self.command = [
+            RQLITED, f"-node-id={number}", f"-http-addr=127.0.0.1:{http_port}",
+            f"-raft-addr=127.0.0.1:{raft_port}", f"-bootstrap-expect={len(raft_ports)}",
+            "-join=" + ",".join(f"127.0.0.1:{port}" for port in raft_ports),
+            str(folder / f"node{number}"),
+        ]  # fmt: skip
+        self.start()
+
+    def start(self):
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def get(self, path):
+        """The status and body of a GET; 0 if there was none."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
+        with contextlib.closing(client):
+            try:
+                client.request("GET", path)
+                answer = client.getresponse()
+                return answer.status, answer.read()
+            except (OSError, http.client.HTTPException):
+                return 0, b""
+
+    def count_messages(self):
+        query = urllib.parse.urlencode({"level": "none", "q": "select count(*) from messages"})
+        return json.loads(self.get(f"/db/query?{query}")[1])["results"][0]["values"][0][0]
+
+    def is_ready(self):
+        return self.get("/readyz")[0] == 200
+
+    def is_leader(self):
+        status, body = self.get("/status")
+        raft = json.loads(body)["store"].get("raft", {}) if status == 200 else {}
+        return raft.get("state") == "Leader"
+
+
+@unittest.skipUnless(RQLITED, "LINGER_TEST_RQLITED names no rqlited; see make test-cluster")
+class NodesCase(Folder):
+    """A test with rqlite nodes."""
+
+    def start_nodes(self, count=3):
+        """The nodes of a new cluster, which has a leader."""
+        ports = free_ports(2 * count)
+        raft_ports = ports[count:]
+        nodes = [
+            RqliteNode(self.folder, n, ports[n], raft_ports[n], raft_ports) for n in range(count)
+        ]
+        for node in nodes:
+            self.addCleanup(node.kill)
+        until(lambda: all(node.is_ready() for node in nodes), 3 * PATIENCE)
+        return nodes
+
+
+class Link:
+    """A proxy on the way to a node.  While it is cut it takes bytes, both ways, and passes none on;
+    when it is whole again, it passes on what it held, or closes what it dropped bytes of."""
+
+    def __init__(self, port):
+        self.target = port
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.whole = threading.Event()
+        self.whole.set()
+        self.drops = False
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def cut(self, drops):
+        self.drops = drops
+        self.whole.clear()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                threading.Thread(target=self.connect, args=(near,), daemon=True).start()
+
+    def connect(self, near):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            stack.enter_context(near)
+            far = stack.enter_context(socket.create_connection(("127.0.0.1", self.target)))
+            for end in (near, far):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            back = threading.Thread(target=self.pump, args=(far, near), daemon=True)
+            back.start()
+            self.pump(near, far)
+            back.join()
+
+    def pump(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                if not self.whole.is_set():
+                    drops = self.drops
+                    self.whole.wait()
+                    if drops:
+                        break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.drops = True
+        self.whole.set()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+def pause(seconds):
+    select.select([], [], [], seconds)
+
+
+class Party:
+    """A producer or consumer: its connection to one of the servers, and its calls so far."""
+
+    def __init__(self, ports, seed):
+        self.random = random.Random(seed)
+        self.ports = ports
+        self.calls = []
+        self.client = None
+
+    def send(self, method, path, body=None, headers=None):
+        """Status and body of the response: 0 if the connection broke, 503 if there was
+        none; each of them and a 504 leads to another server."""
+        try:
+            if self.client is None or self.random.random() < 0.02:
+                self.close()
+                port = self.random.choice(self.ports)
+                self.client = http.client.HTTPConnection("127.0.0.1", port, timeout=2 * PATIENCE)
+                self.client.connect()
+        except OSError:
+            self.close()
+            return 503, b""
+        try:
+            self.client.request(method, path, body, headers or {})
+            answer = self.client.getresponse()
+            status, body = answer.status, answer.read()
+        except (OSError, http.client.HTTPException):
+            status, body = 0, b""
+        if status in (0, 503, 504):
+            self.close()
+        return status, body
+
+    def close(self):
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+
+    def record(self, kind, body, begun, status, **fields):
+        self.calls.append(Call(kind, body, begun, time.monotonic(), status, **fields))
+
+    def post(self, body, key):
+        begun = time.monotonic()
+        headers = {"Idempotency-Key": key} if key else {}
+        status, content = self.send("POST", "/channels/q", body, headers)
+        id = json.loads(content)["id"] if status == 202 else 0
+        self.record("post", body, begun, status, id=id)
+        return status == 202
+
+    def take(self, ack=None):
+        """Takes up to some messages, and deletes another in the same transaction."""
+        begun = time.monotonic()
+        timeout, n = self.random.randint(2, 6), self.random.choice((1, 1, 4))
+        path = f"/channels/q?wait=1&timeout={timeout}&n={n}"
+        if ack:
+            path += f"&ack={ack['id']}&lease={ack['lease']}"
+        status, content = self.send("GET", path)
+        if ack:
+            self.record("delete", ack["body"], begun, status, id=ack["id"], lease=ack["lease"])
+        messages = json.loads(content) if status == 200 else []
+        for each in messages:
+            self.record("take", each["body"], begun, status, id=each["id"], lease=each["lease"],
+                        timeout=timeout)  # fmt: skip
+        return messages, status
+
+    def delete(self, message):
+        """Deletes a message; asks until it is known whether that was done."""
+        while True:
+            begun = time.monotonic()
+            path = f"/messages/{message['id']}?lease={message['lease']}"
+            status, _ = self.send("DELETE", path)
+            self.record("delete", message["body"], begun, status, id=message["id"],
+                        lease=message["lease"])  # fmt: skip
+            if status not in (0, 503, 504):
+                return
+            pause(0.02)
+
+
+class ChaosOnClusterTest(NodesCase):
+    """Two servers on three nodes, which are killed, stopped and cut off while clients use them.
+
+    LINGER_TEST_SECONDS says for how long, LINGER_TEST_SEED what is done when.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.seconds = float(os.environ.get("LINGER_TEST_SECONDS", "20"))
+        self.seed = int(os.environ.get("LINGER_TEST_SEED", "1"))
+        self.nodes = self.start_nodes()
+        self.links = [[Link(node.port) for node in self.nodes] for _ in range(2)]
+        for link in itertools.chain(*self.links):
+            self.addCleanup(link.close)
+        self.ports = free_ports(2)
+        self.servers = [self.start_server(number) for number in range(2)]
+        self.assertNotIn(None, [server.port for server in self.servers])
+        self.disturbances = []
+        self.posting, self.taking = threading.Event(), threading.Event()
+        self.posting.set()
+        self.taking.set()
+
+    def start_server(self, number):
+        hosts = ",".join(f"127.0.0.1:{link.port}" for link in self.links[number])
+        options = "--port", str(self.ports[number]), "--dbfile", f"http://{hosts}"
+        with (self.folder / f"server{number}.log").open("a") as log:
+            server = Process(*options, strict=False, errors=log)
+        self.addCleanup(server.end, signal.SIGKILL)
+        return server
+
+    # -- faults
+
+    def note(self, what):
+        self.disturbances.append((time.monotonic(), what))
+
+    def leader(self):
+        until(lambda: any(node.is_leader() for node in self.nodes))
+        return next((node for node in self.nodes if node.is_leader()), self.nodes[0])
+
+    def kill_node(self, node, chance):
+        node.kill()
+        pause(chance.uniform(0, 3))
+        node.start()
+        until(node.is_ready, 3 * PATIENCE)
+
+    def kill_leader(self, chance):
+        node = self.leader()
+        self.note(f"kill -9 of the leader, node {self.nodes.index(node)}")
+        self.kill_node(node, chance)
+
+    def kill_follower(self, chance):
+        leader = self.leader()
+        node = chance.choice([node for node in self.nodes if node is not leader])
+        self.note(f"kill -9 of a follower, node {self.nodes.index(node)}")
+        self.kill_node(node, chance)
+
+    def stop_leader(self, chance):
+        node = self.leader()
+        self.note(f"SIGSTOP of the leader, node {self.nodes.index(node)}")
+        node.process.send_signal(signal.SIGSTOP)
+        pause(chance.uniform(2, 5))
+        node.process.send_signal(signal.SIGCONT)
+        until(node.is_ready, 3 * PATIENCE)
+
+    def kill_server(self, chance):
+        number = chance.randrange(2)
+        self.note(f"kill -9 of server {number}")
+        self.servers[number].end(signal.SIGKILL)
+        pause(chance.uniform(0, 2))
+        self.servers[number] = self.start_server(number)
+        while self.servers[number].port is None:  # it gives up after a while without a leader
+            self.servers[number].end()
+            self.servers[number] = self.start_server(number)
+
+    def cut_server(self, chance):
+        number, drops = chance.randrange(2), chance.random() < 0.5
+        links = self.links[number]
+        if chance.random() < 0.7:
+            links = [links[self.nodes.index(self.leader())]]
+        self.note(f"server {number} cut from {len(links)} nodes, {drops=}")
+        for link in links:
+            link.cut(drops)
+        pause(chance.uniform(1, 5))
+        for link in links:
+            link.whole.set()
+
+    def disturb(self, seed, *faults):
+        """Does one thing after another to the cluster, each of them equally often."""
+        chance = random.Random(seed)
+        end = time.monotonic() + self.seconds
+        while True:
+            for fault in chance.sample(faults, len(faults)):
+                if time.monotonic() > end:
+                    return
+                pause(chance.uniform(0, 1.5))
+                fault(chance)
+
+    # -- clients
+
+    def party(self, number):
+        party = Party(self.ports, number)
+        self.addCleanup(party.close)
+        return party
+
+    def produce(self, number):
+        """Posts; repeats what has a key until it succeeds."""
+        party = self.party(number)
+        numbers = itertools.count()
+        while self.posting.is_set():
+            n = next(numbers)
+            body = f"{number}:{n}"
+            key = body if n % 4 else ""
+            while not party.post(body, key):
+                pause(0.02)
+                if not key:
+                    break
+            pause(0.005)
+        return party
+
+    def consume(self, number):
+        """Takes and deletes; forgets some messages, which come back."""
+        party = self.party(number)
+        ack = None
+        while ack or self.taking.is_set():
+            messages, status = party.take(ack)
+            if status not in DONE:
+                pause(0.02)
+            if ack and status not in (*DONE, 404, 409):
+                party.delete(ack)
+            ack = None
+            kept = [each for each in messages if party.random.random() > 0.03]
+            for message in kept:
+                if ack is None and party.random.random() < 0.3:
+                    ack = message
+                else:
+                    party.delete(message)
+        return party
+
+    def is_drained(self):
+        status, body = self.party(0).send("GET", "/channels/q/stats")
+        return status == 200 and json.loads(body) == {"ready": 0, "hidden": 0}
+
+    def test_the_books_are_right_whatever_happens(self):
+        with ThreadPoolExecutor(20) as pool:
+            clients = [pool.submit(self.produce, n) for n in range(8)]
+            clients += [pool.submit(self.consume, n) for n in range(8, 16)]
+            try:
+                node_faults = self.kill_leader, self.stop_leader, self.kill_follower
+                todo = [
+                    pool.submit(self.disturb, self.seed, *node_faults),
+                    pool.submit(self.disturb, -self.seed, self.kill_server, self.cut_server),
+                ]
+                for each in todo:
+                    each.result()
+                self.posting.clear()
+                with contextlib.suppress(AssertionError):  # the faults say what is left
+                    until(self.is_drained, 3 * PATIENCE)
+            finally:
+                self.posting.clear()
+                self.taking.clear()
+            calls = [call for client in clients for call in client.result().calls]
+        self.report(calls)
+        faults = find_faults(calls, self.disturbances)
+        bodies = {fault.partition(": ")[0] for fault in faults[:5]}
+        history = "\n".join(str(call) for call in calls if call.body in bodies)
+        self.assertEqual(faults, [], f"{history}\n{self.disturbances}")
+        self.assertTrue(self.is_drained())
+        for node in self.nodes:
+            until(lambda node=node: node.count_messages() == 0)
+
+    def report(self, calls):
+        """Prints counts and the longest time in which no post succeeded."""
+        ends = sorted(call.ended for call in calls if call.kind == "post" and call.status == 202)
+        gap = max((later - sooner for sooner, later in zip(ends, ends[1:])), default=0)
+        slowest = max(call.ended - call.begun for call in calls)
+        print(f"\nseed {self.seed}, {len(self.disturbances)} faults;", end=" ")
+        counts = collections.Counter((call.kind, call.status) for call in calls)
+        print(*(f"{kind} {status}: {n}" for (kind, status), n in sorted(counts.items())), sep=", ")
+        print(f"longest gap {gap:.1f} s, slowest call {slowest:.1f} s", flush=True)
+
+
 class WorkerProcessTest(ProcessCase):
     """Real workers against real servers."""
 
@@ -11776,7 +12338,7 @@ FIRST, SECOND = 1, 2
     def test_make_help_lists_every_target(self):
         targets = re.findall(r"(?m)^\.PHONY: (.*)", (HERE / "Makefile").read_text())[0].split()
         output = subprocess.check_output(["make", "help"], cwd=HERE, text=True)
-        self.assertEqual(re.findall(r"(?m)^make (\w+) +[^ ]", output), targets)
+        self.assertEqual(re.findall(r"(?m)^make ([\w-]+) +[^ ]", output), targets)
 
     def test_ci_runs_on_every_python_that_is_supported(self):
         workflow = (HERE / ".github/workflows/ci.yml").read_text()
