@@ -5988,7 +5988,7 @@ class WireTest(ServerTest):
             ("/topics", "GET, HEAD, OPTIONS"),
             ("/channels/x", "GET, POST, DELETE, OPTIONS"),
             ("/messages/1/touch", "POST, OPTIONS"),
-            ("/messages/1", "GET, DELETE, PATCH, HEAD, OPTIONS"),
+            ("/messages/1", "GET, PATCH, DELETE, HEAD, OPTIONS"),
             ("/messages/delete", "POST, OPTIONS"),
         ):
             self.assertEqual(self.call("PUT", path)[1]["Allow"], allowed)
