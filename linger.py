@@ -22,12 +22,11 @@ The file reads downwards: a section uses only what stands above it.
     Commits       operations, and the thread that commits them in groups
     Files         a database's file, its lock, and whether a log belongs to it
     Store         SQLite and its files
-    Cluster       rqlite in place of SQLite: one database for several servers
     Time          broker time, which never steps; sleeps that follow it
+    Live          what happens to messages, as it happens, for whoever listens
     State         what is in memory: waiting consumers, channels, timers
     Operations    a class for each kind of call: statements, effects, result
     Management    channels and topics, bulk work, and what there is
-    Watch         what other servers of a cluster change, and how this one learns of it
     Broker        the public calls of queue and pub-sub
     Access        tokens and their rights; which web pages may send requests
     Routes        every endpoint of the HTTP API
@@ -52,7 +51,7 @@ Where to look for the rules that matter most:
     a consumer waits, is woken   `WaitingList` in State, `State.wake` in Operations
     operations share a commit    `Committer` in Commits
     timeouts and delays end      `ProcessDue` in Operations, `Timers` in State
-    nothing is done twice        `Cluster.transact` in Cluster, `TAKE_TURN` in SQL
+    an event reaches a stream    `LOOK_UPS` and `Live` in Live, `EventStream` in Responses
     a request is read            `RequestReader` in Requests (`_read_chunks`: a chunked body)
     a token is looked up         `Access.identify` in Access
     a reply waits for a commit   `ReplySlot` in Connections, and the comment above it
@@ -143,13 +142,11 @@ __all__ = [
     "LingerError",
     "Message",
     "NotFound",
-    "OutcomeUnknown",
     "PostResult",
     "Server",
     "Store",
     "TooLarge",
     "Unavailable",
-    "open_store",
     "serve",
 ]
 
@@ -298,19 +295,6 @@ MAX_TRANSACTION_BYTES = 8_000_000  # bodies that a transaction adds or takes for
 TAKEN_BYTES = 100_000  # so much of them is expected for each message of a batch, bytes
 BACKUP_PAGES = 1_024  # pages that a backup copies at a time
 
-# Cluster
-NODE_PORT = 4_001  # of rqlite, if the URL names none
-NODE_TIMEOUT = 3.0  # silence of a node after which another one is asked, seconds,
-NODE_RATE = 1_000_000  # and one more for so many bytes that are sent to it
-CLUSTER_TIMEOUT = 12.0  # time in which a node must answer, or the call fails, seconds
-NODE_RETRY_DELAY = 0.05  # pause before the next node is asked, seconds
-MAX_IDLE_NODE_CONNECTIONS = 4  # open connections to a node that no request uses
-LOOK_INTERVAL = 0.05  # between two looks at what other servers changed, seconds,
-IDLE_LOOK_INTERVAL = 0.9  # while no consumer waits: below the shortest timeout and delay,
-LOOK_SHARE = 0.2  # and so long that looking takes no larger part of the time
-JOIN_TIMEOUT = 3.0  # time in which other servers must tell a new one the broker time, seconds
-SESSION_TTL = 3_600  # age at which the session of a server that was killed is forgotten, seconds
-
 # Time
 TICK_INTERVAL = 1.0  # seconds between two looks at the clocks: a crash may follow a step
 CLOCK_STEP = 0.5  # difference by which the wall clock has been stepped and not slewed, seconds
@@ -326,6 +310,18 @@ MAX_METRICS_CHANNELS = 100_000  # its largest value: each takes 500 bytes, and 2
 MAX_FLIGHTS = 32_768  # messages in flight whose channel is kept in memory, 300 bytes each
 SAMPLE_INTERVAL = 5  # seconds between two points of the history
 HISTORY_SECONDS = 3_600  # length of the history, seconds
+
+# Live streams
+MAX_EVENT_BODY = 65_536  # part of a body that an event shows, bytes; but PREVIEW_BYTES
+MANY_MESSAGES = 16  # if a call may change more messages than this
+EVENT_BYTES = 512  # an event's objects beside its body, bytes
+MAX_BEHIND = 1_000_000  # events that a reader may not have read, bytes,
+BEHIND_TIME = 1.0  # if the oldest is as old as this, seconds: a batch comes all at once
+MAX_BURST = 16_000_000  # and in any case, bytes: two of the largest batches
+SILENCE_LIMIT = 15.0  # longest silence of a stream, seconds: proxies close after 60
+LISTENER_CHECK_INTERVAL = 2.0  # seconds between two looks for readers that have gone
+STREAM_PACE = 0.0005  # pause after readers were woken, seconds for each: so streams take a small
+# part of the time of the interpreter, and the more there are, the more events each sends at once
 
 # Client and commands
 CLIENT_TIMEOUT = 30.0  # time to connect, and longest silence of a server, seconds
@@ -405,12 +401,6 @@ class Unavailable(LingerError):
     """Not possible now; the same call may succeed later."""
 
     status = 503
-
-
-class OutcomeUnknown(LingerError):
-    """Whether it was done is not known: the cluster did not say."""
-
-    status = 504
 
 
 class Full(LingerError):
@@ -653,6 +643,17 @@ class Message(NamedTuple):
         lines = self.header_lines.split("\r\n")[:-1]
         pairs = (line[len(OWN_HEADER) :].partition(": ") for line in lines)
         return {name: value for name, _, value in pairs}
+
+
+def message_of(row: Sequence[Any]) -> Message:
+    """The message in a row of NEXT_MESSAGE, or of READ_MESSAGE without the state."""
+    message = Message(*row)
+    return message._replace(backoff=backoff_text(message.backoff)) if message.backoff else message
+
+
+def backoff_text(backoff: str) -> str:
+    """A backoff as it was given, from the fields in which it is kept."""
+    return ",".join(backoff.split())
 
 
 class PostResult(NamedTuple):
@@ -1055,28 +1056,6 @@ SCHEMA = (
         until real not null
     ) without rowid
     """,
-    # Each server of a cluster keeps copies of these tables, and learns here that they changed.
-    *(
-        f"""
-    create trigger {table}_{event} after {event} on {table}
-    begin
-        insert into config (key, value)
-        values ('changes', '1')
-        on conflict (key) do update set value = value + 1;
-    end
-    """
-        for table in ("settings", "pauses")
-        for event in ("insert", "update", "delete")
-    ),
-    # The servers of a cluster.  turn: the number of the last transaction of each, 0 until it has
-    # learned the broker time; at: the broker time of that transaction.
-    """
-    create table sessions (
-        name text primary key,
-        turn integer not null,
-        at real not null
-    ) without rowid
-    """,
     # Keys of messages that must not be added twice.  scope: `channel <name>` or `topic <name>`,
     # with `batch ` before it for the keys of whole batches; result: the id, or for a topic a line
     # `<id> <channel>` for each copy.
@@ -1346,7 +1325,6 @@ select {DELIVERED_COLUMNS}
 from messages
 where channel = :channel and state = 0 and {IS_ALIVE}
     and (:ack is null or changes() = 1)
-    and not exists (select 1 from pauses where channel = :channel)
 order by priority, id
 limit 1
 """
@@ -1359,7 +1337,6 @@ where id = (
     from messages
     where channel = :channel and state = 0 and {IS_ALIVE}
         and (:ack is null or changes() = 1)
-        and not exists (select 1 from pauses where channel = :channel)
     order by priority, id
     limit 1
 )
@@ -1750,9 +1727,9 @@ where channel = :channel and expires_at > 0 and state <> 1
 # At the start: the next due time of each channel, null if it has none.
 NEXT_BY_CHANNEL = """
 select name,
-    (select min(due_at) from messages where channel = name and state > 0) as due_at,
+    (select min(due_at) from messages where channel = name and state > 0),
     (select min(expires_at) from messages
-        where channel = name and expires_at > 0 and state <> 1) as expires_at
+        where channel = name and expires_at > 0 and state <> 1)
 from channels
 """
 
@@ -1992,6 +1969,16 @@ order by id
 limit :n
 """
 
+# The pattern of LOOK_UPS: what events show of messages, and the channels where these are then.
+EVENT_ROWS = f"""
+select {BEFORE_BODY}, substr(body, 1, :event_bytes + 1), {AFTER_BODY}, :event_bytes, {{target}}
+from messages
+where ({{watched}}) and {{condition}}
+"""
+
+# Whether somebody listens to the channel {}; :watched has a channel on each line.
+IS_WATCHED = "instr(:watched, char(10) || {} || char(10)) > 0"
+
 # Of a page of channels.
 MESSAGE_TOTALS = """
 select coalesce(sum(ready), 0), coalesce(sum(in_flight), 0), coalesce(sum(delayed), 0),
@@ -2013,79 +2000,6 @@ from subscriptions
 NEWEST_MESSAGE = """
 select max(id)
 from messages
-"""
-
-# -- several servers on one cluster
-
-# Whose database it is.
-IDENTIFY = """
-select sqlite_version(), (select count(*) from sqlite_master where name not glob 'sqlite_*')
-"""
-
-DATABASE_SIZE = """
-select page_count * page_size
-from pragma_page_count, pragma_page_size
-"""
-
-# The first statement of each transaction: it fails, and all others with it, unless this is the
-# session's next one.  So each is executed once at most, and never after a later one, however often
-# and late it arrives.
-TAKE_TURN = """
-insert into sessions (name, turn, at)
-values (:session,
-    (select turn + 1 from sessions where name = :session and turn = :turn - 1), :now)
-on conflict (name) do update set turn = excluded.turn, at = max(at, excluded.at)
-"""
-
-GET_TURN = """
-select turn
-from sessions
-where name = :session
-"""
-
-# A new session has turn 0 until its first transaction.
-BEGIN_SESSION = """
-insert into sessions (name, turn, at)
-select :session, 0, coalesce(max(at), 0)
-from sessions
-where true
-on conflict (name) do nothing
-"""
-
-FORGET_SESSIONS = """
-delete from sessions
-where at < (select max(at) from sessions) - :ttl
-"""
-
-END_SESSION = """
-delete from sessions
-where name = :session
-"""
-
-COUNT_SERVING = """
-select count(*)
-from sessions
-where turn > 0
-"""
-
-# Whether settings or pauses have changed, how far broker time is, and who asks for it.
-LOOK_AROUND = """
-select (select value from config where key = 'changes'), max(at),
-    group_concat(case when turn = 0 then name end, ' ')
-from sessions
-"""
-
-READY_CHANNELS = """
-select name, ready
-from channels
-where ready > 0 and name in (select value from json_each(:names))
-    and not exists (select 1 from pauses where channel = name)
-"""
-
-DUE_SOON = f"""
-select name, due_at, expires_at
-from ({NEXT_BY_CHANNEL})
-where due_at <= :soon or expires_at <= :soon
 """
 
 
@@ -2297,6 +2211,8 @@ class Operation:
     size = 0  # bytes that it reads or writes, if they may be many
     owner: Any = None  # for the done callback: whose operation it is
     is_large = False  # whether the reply is large: then a thread of its own renders it
+    look_ups: Mapping[int, Any] = types.MappingProxyType({})  # what an `Observer` wants to know, by
+    looked_up: Sequence[tuple[Any, list[Any]]] = ()  # the position of the statement; and the rows
 
     def __init__(self, statements: Sequence[str] = (), parameters: Parameters = parameters) -> None:
         self.statements = statements
@@ -2305,6 +2221,13 @@ class Operation:
 
     def on_begin(self) -> None:
         """May change `parameters`, which depend on the moment."""
+
+    def separate_look_ups(self) -> None:
+        """Takes the rows that an `Observer` wants out of the results; called before
+        `on_executed` if there are any."""
+        results, look_ups = self.results, self.look_ups
+        self.looked_up = [(look_up, results[i]) for i, look_up in look_ups.items()]
+        self.results = [result for i, result in enumerate(results) if i not in look_ups]
 
     def on_executed(self) -> None:
         """May join operations to the transaction.  Called once, even if the transaction fails."""
@@ -2331,11 +2254,18 @@ class Operation:
 DoneCallback = Callable[[Operation], None]
 
 
-class TransactionFailed(Exception):
-    """All operations of a transaction failed alike; `reason` is the error for the clients.
+class Observer(Protocol):
+    """What may watch the operations of a committer, in its thread."""
 
-    Trying them one by one would be in vain, or might execute them twice.
-    """
+    def prepare(self, operation: Operation) -> None:
+        """May add look-ups to an operation that is about to run."""
+
+    def report(self, operation: Operation) -> None:
+        """Gets an operation with look-ups after its commit, and before its `on_commit`."""
+
+
+class CannotBegin(Exception):
+    """A store cannot begin a transaction; `reason` is the error for the clients."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -2343,41 +2273,17 @@ class TransactionFailed(Exception):
 
 
 class Transactions(Protocol):
-    """What the committer and the broker need of a store."""
+    """What the committer needs of a store."""
 
-    path: str  # the name of the database
-    is_shared: bool  # whether other servers change the same database
-
-    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
-        """The record of broker time, and whether another server has made it just now.
-
-        `now()` is the broker time of each transaction after this.
-        """
-
-    def transact(self, batch: list[Operation]) -> list[Operation]:
+    def transact(self, batch: list[Operation]) -> None:
         """Runs the statements and `on_executed` of each operation, in order, and commits.
 
-        The batch may grow meanwhile.  Returns those that joined too late: they belong to the next
-        transaction.  If this raises, nothing was changed; but see `TransactionFailed`.
+        The batch may grow meanwhile.  If this raises, nothing was changed; `CannotBegin` says that
+        trying the operations one by one would be in vain.
         """
 
     def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
         """The rows of selects, all from the moment of the last commit; for any thread."""
-
-    def check_space(self) -> None:
-        """`Full` when space is so short that only takes and deletes may go on."""
-
-    def size(self) -> int:
-        """The size of the database in bytes, -1 for one in memory."""
-
-    def copy(self, path: str) -> None:
-        """Copies the database, as of the last commit, into an empty file; commits go on."""
-
-    def open_snapshot(self) -> BinaryIO:
-        """A copy of the database in a file that is gone when it is closed."""
-
-    def close(self) -> None:
-        """Closes the database; calls after this fail."""
 
 
 class Committer:
@@ -2394,6 +2300,7 @@ class Committer:
     ) -> None:
         """`companion()` is called before each transaction, and may give an operation that goes
         with it; it must not raise."""
+        self.observer: Optional[Observer] = None
         self._store = store
         self._companion = companion
         self._pending: collections.deque[Operation] = collections.deque()  # until they are done
@@ -2428,8 +2335,10 @@ class Committer:
             raise RuntimeError("a callback must not make a call that waits for a commit")
 
     def join_transaction(self, operation: Operation) -> None:
-        """Adds an operation to the transaction under way, or the next; only for `on_executed`."""
+        """Adds an operation to the transaction under way; only for `on_executed`."""
         assert self._batch is not None, "no transaction is under way"
+        if self.observer is not None:
+            self.observer.prepare(operation)
         self._batch.append(operation)
 
     def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
@@ -2461,6 +2370,9 @@ class Committer:
             companion = self._companion()
             if companion is not None:
                 batch.append(companion)
+            if self.observer is not None:
+                for operation in batch:
+                    self.observer.prepare(operation)
             self._commit(batch)
             for _ in pending:
                 self._pending.popleft()
@@ -2485,8 +2397,8 @@ class Committer:
         that is refused harms no other.  If no transaction can begin, all fail at once."""
         self._batch = batch
         try:
-            late = self._store.transact(batch)
-        except TransactionFailed as error:
+            self._store.transact(batch)
+        except CannotBegin as error:
             _fail(batch, error.reason)
         except Exception as error:
             if alone:
@@ -2497,9 +2409,7 @@ class Committer:
                     self._commit(again, alone=True)
                     batch += again[1:]  # what joined its transaction
         else:
-            for operation in late:
-                self.submit(operation)
-            _run_commit_callbacks(batch)
+            _run_commit_callbacks(batch, self.observer)
         finally:
             self._batch = None
 
@@ -2526,12 +2436,13 @@ def _fail(batch: Iterable[Operation], error: Exception) -> None:
         operation.error = error
 
 
-def _run_commit_callbacks(batch: Iterable[Operation]) -> None:
+def _run_commit_callbacks(batch: Iterable[Operation], observer: Optional[Observer]) -> None:
     """A bug in one must not stop the others."""
     for operation in batch:
         try:
-            if operation.error is None:
-                operation.on_commit()
+            if operation.looked_up and observer is not None:
+                observer.report(operation)
+            operation.on_commit()
         except Exception:
             log(traceback.format_exc())
 
@@ -3173,7 +3084,6 @@ class Store:
     The writing connection belongs to the thread that calls `transact`.
     """
 
-    is_shared = False
     _damage = ""  # why nothing can be written any more, until a restart
     _is_disowned = False  # whether this is a forked child's copy
 
@@ -3265,19 +3175,14 @@ class Store:
 
     # -- writing
 
-    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
-        """The record of broker time; no other server has made it."""
-        (record,) = self.read(GET_CONFIG, key="time")
-        return record[0][0] if record else "", False
-
-    def transact(self, batch: list[Operation]) -> list[Operation]:
+    def transact(self, batch: list[Operation]) -> None:
         """Runs operations in one transaction and commits; see `Transactions`."""
         with self._lock if self.path == MEMORY else contextlib.nullcontext():
             try:
                 self._check_files()
                 self._writer.execute("begin immediate")
             except Exception as error:
-                raise TransactionFailed(self._translate(error)) from error
+                raise CannotBegin(self._translate(error)) from error
             try:
                 adds = self._execute(batch)
                 self._space.before_commit(self._writer, adds)
@@ -3288,7 +3193,6 @@ class Store:
                     raise self._translate(error) from error
                 raise
             self._mark_log()
-        return []
 
     def _execute(self, batch: list[Operation]) -> int:
         """Runs the operations; about how many bytes of messages they add."""
@@ -3310,6 +3214,8 @@ class Store:
                     results.append(rows if changed < 0 else (changed, cursor.lastrowid))
             if began is not None:
                 operation.seconds = time.perf_counter() - began
+            if operation.look_ups:
+                operation.separate_look_ups()
             if not operation.executed:
                 operation.executed = True
                 operation.on_executed()
@@ -3570,7 +3476,6 @@ ERROR_MESSAGES = {
     SQLITE_FULL: "database or disk is full",
     SQLITE_NOTADB: "file is not a database",
 }
-OTHER_DATABASE = "choose another --dbfile"
 BACKUP_HINT = "stop the server and restore a backup as README, Backup, says"
 
 
@@ -3621,28 +3526,23 @@ def read_schema_version(path: str) -> Optional[int]:
     if not header:
         return None
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise Unavailable(f"{path} is not a database of Linger: {OTHER_DATABASE}")
+        raise Unavailable(f"{path} is not a database of Linger: choose another --dbfile")
     version, application = struct.unpack(">I4xI", header[60:72])
     if application == 0 == version and _is_version_1(path):
         return 0
     if application != APPLICATION_ID:
-        raise Unavailable(f"{path} is a database of another program: {OTHER_DATABASE}")
-    check_schema_version(path, version)
-    return int(version)
-
-
-def check_schema_version(path: str, version: int) -> None:
-    """`Unavailable` if this program does not know the schema of a database of Linger."""
+        raise Unavailable(f"{path} is a database of another program: choose another --dbfile")
     if version < SCHEMA_VERSION:
         raise Unavailable(
             f"{path} has schema {version} of a development version that was never released:"
-            f" {OTHER_DATABASE}"
+            " choose another --dbfile"
         )
     if version > SCHEMA_VERSION:
         raise Unavailable(
             f"{path} has schema {version}, and Linger {__version__} knows up to"
             f" {SCHEMA_VERSION}: use the newer Linger that made it"
         )
+    return int(version)
 
 
 def create_database(path: str, migrate: bool = False) -> None:
@@ -3747,556 +3647,6 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Cluster: the database on an rqlite cluster, which several servers share.  Speaks rqlite's HTTP
-# API and runs what the committer gives it; knows no consumers.
-#
-# A transaction is one request, and so one entry in the log of the cluster: it is executed whole or
-# not at all.  It is sent again, to any node, until one answers; TAKE_TURN sees to it that it is
-# executed once at most.  What `on_executed` adds belongs to the next transaction, but for look-ups.
-# ---------------------------------------------------------------------------------------------
-
-TRIED_RQLITE = "8.26.8"  # versions with which the tests ran
-OLDEST_CLUSTER_SQLITE = (3, 41)  # in rqlite: unhex()
-CLUSTER_PASSWORD = "LINGER_DB_PASSWORD"  # variable with the password, if the URL has none
-NO_LEADER = b"leader not found"  # with status 503: the node has passed the request to nobody
-TURN_REFUSED = "sessions.turn"  # in the error of TAKE_TURN
-NODE_ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
-LOOKS_LIKE_BLOB = re.compile(r"[xX]'[0-9a-fA-F]*'")  # some versions take such a text for a blob
-
-
-class NodeFailed(Exception):
-    """A node did not do what it was asked for, or did not say so."""
-
-    def __init__(self, reason: object, may_be_done: bool = True) -> None:
-        super().__init__(str(reason))
-        self.may_be_done = may_be_done
-
-
-class ClusterUrl(NamedTuple):
-    """Where a cluster is: `http[s]://[user[:password]@]host[:port][,host[:port]...]`."""
-
-    scheme: str
-    user: str
-    password: str
-    nodes: tuple[str, ...]  # host:port of each
-
-    @classmethod
-    def parse(cls, url: str) -> ClusterUrl:
-        """`BadRequest` if it is not of that form."""
-        scheme, _, rest = url.partition("://")
-        login, _, hosts = rest.rstrip("/").rpartition("@")
-        user, _, password = (urllib.parse.unquote(part) for part in login.partition(":"))
-        nodes = hosts.split(",")
-        if scheme not in ("http", "https") or not all(map(NODE_ADDRESS.fullmatch, nodes)):
-            raise BadRequest(
-                "the URL of a cluster must be like http://node1:4001,node2:4001 or"
-                f" https://user:password@node1:4001, not {scheme}://{hosts}"
-            )
-        password = password or os.environ.get(CLUSTER_PASSWORD, "")
-        ports = ("" if re.search(r":[0-9]+$", node) else f":{NODE_PORT}" for node in nodes)
-        return cls(scheme, user, password, tuple(map(str.__add__, nodes, ports)))
-
-    def __str__(self) -> str:
-        """The URL without its password."""
-        user = urllib.parse.quote(self.user) + "@" if self.user else ""
-        return f"{self.scheme}://{user}{','.join(self.nodes)}"
-
-    def headers(self) -> dict[str, str]:
-        """The header lines of each request."""
-        if not self.user:
-            return {}
-        login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return {"Authorization": f"Basic {login}"}
-
-
-class Nodes:
-    """Sends requests to the nodes of a cluster; for any thread.
-
-    All threads ask the same node, the leader once it is known, until it fails; then the next one.
-    """
-
-    def __init__(self, url: ClusterUrl) -> None:
-        self.closed = False
-        self._url = url
-        self._headers = {**url.headers(), "Content-Type": "application/json"}
-        self._connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
-        if url.scheme == "https":
-            context = ssl.create_default_context()
-            self._connect = functools.partial(http.client.HTTPSConnection, context=context)
-        self._place = 0  # of the node that is asked
-        self._forwards = False  # whether that node asks the leader, which the URL does not name
-        self._idle: collections.deque[tuple[int, http.client.HTTPConnection]] = collections.deque()
-
-    def ask(self, path: str, body: Callable[[], bytes]) -> tuple[bytes, bool]:
-        """Sends `body()` to one node after another until one answers.
-
-        Returns the answer, and whether an earlier try may have been executed.  `Unavailable` if
-        surely none was, else `OutcomeUnknown`.
-        """
-        deadline = time.monotonic() + CLUSTER_TIMEOUT
-        may_be_done = False
-        while True:
-            try:
-                return self.ask_once(path, body()), may_be_done
-            except NodeFailed as error:
-                may_be_done = may_be_done or error.may_be_done
-                if time.monotonic() > deadline or self.closed:
-                    kind = OutcomeUnknown if may_be_done else Unavailable
-                    known = "it is not known whether this was done: " if may_be_done else ""
-                    raise kind(
-                        f"{known}the cluster {self._url} does not answer: {error}"
-                    ) from error
-            time.sleep(NODE_RETRY_DELAY)
-
-    def ask_once(self, path: str, body: bytes, timeout: float = NODE_TIMEOUT) -> bytes:
-        """Sends a request to a node and returns its answer; `NodeFailed`.
-
-        `Unavailable` if another node would give the same answer.
-        """
-        place = self._place
-        if not self._forwards:
-            path += "&redirect" if "?" in path else "?redirect"
-        timeout += len(body) / NODE_RATE
-        try:
-            status, headers, content = self._exchange(place, path, body, timeout)
-        except NodeFailed:
-            self._move(place, place + 1)
-            raise
-        if status in (301, 307, 308):
-            self._follow(place, headers.get("Location", ""))
-        if status in (401, 403):
-            raise Unavailable(f"the cluster {self._url} refuses the user or the password")
-        if status == 400:
-            raise Unavailable(f"the cluster {self._url} does not understand: {content[:200]!r}")
-        if status == 404:
-            raise Unavailable(
-                f"{self._url} is no rqlite, or one that is too old: Linger was tried with rqlite"
-                f" {TRIED_RQLITE}"
-            )
-        if status == 200:
-            return content
-        self._move(place, place + 1)
-        text = content[:200].decode("utf-8", "replace").strip()
-        sure = status == 503 and content.startswith(NO_LEADER)
-        raise NodeFailed(f"{self._url.nodes[place]} says {status}: {text}", not sure)
-
-    def _exchange(
-        self, place: int, path: str, body: bytes, timeout: float
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        node = self._url.nodes[place]
-        connection = self._connection(place, timeout)
-        try:
-            connection.request("POST" if body else "GET", path, body or None, self._headers)
-            response = connection.getresponse()
-            content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise NodeFailed(f"{node}: {error or type(error).__name__}") from error
-        except BaseException:  # also Ctrl-C: the rest would be taken for the next answer
-            connection.close()
-            raise
-        if len(self._idle) >= MAX_IDLE_NODE_CONNECTIONS or self.closed:
-            connection.close()
-        else:
-            self._idle.append((place, connection))
-        return response.status, response.headers, content
-
-    def _connection(self, place: int, timeout: float) -> http.client.HTTPConnection:
-        """An open connection to a node that no other thread uses."""
-        with contextlib.suppress(IndexError):
-            while True:
-                at, connection = self._idle.pop()
-                if at == place:
-                    connection.timeout = timeout
-                    connection.sock.settimeout(timeout)
-                    return connection
-                connection.close()
-        node = self._url.nodes[place]
-        connection = self._connect(node, timeout=timeout)
-        try:
-            connection.connect()
-        except OSError as error:
-            connection.close()
-            raise NodeFailed(f"{node}: {error}", may_be_done=False) from error
-        return connection
-
-    def _follow(self, place: int, location: str) -> NoReturn:
-        """Asks the leader from now on, if the URL names it; no other gets the password."""
-        leader = urllib.parse.urlsplit(location).netloc.rpartition("@")[2]
-        if leader in self._url.nodes:
-            self._move(place, self._url.nodes.index(leader))
-        else:
-            self._forwards = True
-        raise NodeFailed(f"the leader is at {leader}", may_be_done=False)
-
-    def _move(self, failed: int, place: int) -> None:
-        """Asks another node from now on, unless another thread has moved on already."""
-        if self._place == failed:
-            self._place = place % len(self._url.nodes)
-            self._forwards = False
-
-    def close(self) -> None:
-        """Lets requests under way fail early."""
-        self.closed = True
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop()[1].close()
-
-
-class Cluster:
-    """The database on an rqlite cluster: what it has answered is on the disks of most nodes.
-
-    Only the committer thread transacts; any thread reads.
-    """
-
-    is_shared = True
-
-    def __init__(self, url: str) -> None:
-        """Opens or creates the database at `url`; `LingerError` says why it cannot."""
-        require_posix("a server of Linger")
-        parsed = ClusterUrl.parse(url)
-        self.path = str(parsed)
-        self._nodes = Nodes(parsed)
-        self._session = ""
-        self._turn = 0  # the session's last transaction
-        self._now: Callable[[], float] = time.time
-        self._copying = threading.Lock()  # one copy is made at a time
-        self._is_disowned = False
-        try:
-            self._open()
-        except BaseException:
-            self._nodes.close()
-            raise
-        disown_in_children(self)
-
-    def _open(self) -> None:
-        """Creates the tables unless they are there; other servers may do the same meanwhile."""
-        if not self._is_created():
-            statements: list[Run] = [(statement, {}) for statement in SCHEMA]
-            statements += [
-                (ADD_CONFIG, {"key": "server_id", "value": os.urandom(16).hex()}),
-                (f"pragma application_id = {APPLICATION_ID}", {}),
-                (f"pragma user_version = {SCHEMA_VERSION}", {}),
-            ]
-            body = encode_request(encode_statement(text, values) for text, values in statements)
-            with contextlib.suppress(OutcomeUnknown):
-                self._nodes.ask("/db/request?transaction", lambda: body)
-            if not self._is_created():
-                raise Unavailable(f"the tables of Linger could not be created in {self.path}")
-
-    def _is_created(self) -> bool:
-        """Whether the database is one of Linger; `Unavailable` if it is of another program."""
-        ((sqlite, count),), ((application,),), ((version,),) = self.read(
-            IDENTIFY, "pragma application_id", "pragma user_version"
-        )
-        if tuple(map(int, sqlite.split(".")[:2])) < OLDEST_CLUSTER_SQLITE:
-            raise Unavailable(
-                f"the rqlite at {self.path} has SQLite {sqlite} and is too old: Linger needs SQLite"
-                f" 3.41 in it, and was tried with rqlite {TRIED_RQLITE}"
-            )
-        if application == APPLICATION_ID:
-            check_schema_version(self.path, version)
-            return True
-        if count:
-            raise Unavailable(f"{self.path} is a database of another program: {OTHER_DATABASE}")
-        return False
-
-    # -- writing
-
-    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
-        """Begins a session and returns the record of broker time.
-
-        The servers that run write a new record for a new session: it is awaited if there are any.
-        """
-        self._now = now
-        before, ((others,),) = self.read(GET_CONFIG, COUNT_SERVING, key="time")
-        self._begin_session()
-        record, deadline = before, time.monotonic() + JOIN_TIMEOUT
-        while others and record == before and time.monotonic() < deadline:
-            time.sleep(LOOK_INTERVAL)
-            (record,) = self.read(GET_CONFIG, key="time")
-        return record[0][0] if record else "", record != before
-
-    def _begin_session(self) -> None:
-        self._session, self._turn = os.urandom(8).hex(), 0
-        parameters = {"session": self._session, "ttl": SESSION_TTL}
-        body = encode_request(
-            encode_statement(text, parameters) for text in (FORGET_SESSIONS, BEGIN_SESSION)
-        )
-        self._nodes.ask("/db/request?transaction", lambda: body)
-
-    def transact(self, batch: list[Operation]) -> list[Operation]:
-        """Runs operations in one transaction; see `Transactions`.
-
-        A look-up that `on_executed` adds runs at once.
-        """
-        for operation in batch:
-            operation.on_begin()
-        runs = [list(_runs_of(operation)) for operation in batch]
-        if any(runs):
-            results = self._execute([run for runs_of_one in runs for run in runs_of_one])
-            for operation, runs_of_one in zip(batch, runs):
-                _set_results(operation, results[: len(runs_of_one)])
-                del results[: len(runs_of_one)]
-        count = len(batch)
-        for operation in batch[:count]:
-            if not operation.executed and operation.error is None:
-                operation.executed = True
-                try:
-                    operation.on_executed()
-                except Exception:  # a bug; what was committed must not run again
-                    log(traceback.format_exc())
-        late = [added for added in batch[count:] if not _only_reads(added)]
-        batch[count:] = [added for added in batch[count:] if _only_reads(added)]
-        self._look_up(batch[count:])
-        return late
-
-    def _execute(self, runs: list[Run]) -> list[Any]:
-        """The results of statements that run in one transaction."""
-
-        def encode() -> bytes:
-            now = self._now()
-            turn = {"session": self._session, "turn": self._turn + 1, "now": now}
-            return encode_request(
-                encode_statement(statement, parameters, now)
-                for statement, parameters in ((TAKE_TURN, turn), *runs)
-            )
-
-        while True:
-            turn_before = self._turn
-            answer, repeated = self._ask("/db/request?transaction&timings", encode)
-            error = answer[0].get("error", "")
-            if not error:
-                break
-            if TURN_REFUSED not in error:
-                raise TransactionFailed(Unavailable(f"the database cannot do this now: {error}"))
-            self._find_turn()
-            if repeated:
-                raise TransactionFailed(
-                    OutcomeUnknown("this was probably done, but the cluster's answer was lost")
-                )
-        errors = [result["error"] for result in answer if "error" in result]
-        if errors and self._find_turn() == turn_before:
-            raise Unavailable(f"the database cannot do this now{NOTHING_CHANGED}: {errors[0]}")
-        self._turn = turn_before + 1
-        return answer[1:]
-
-    def _ask(self, path: str, encode: Callable[[], bytes]) -> tuple[list[Any], bool]:
-        try:
-            content, repeated = self._nodes.ask(path, encode)
-        except LingerError as error:
-            raise TransactionFailed(error) from error
-        return decode_answer(content), repeated
-
-    def _find_turn(self) -> int:
-        """Reads the session's last turn: an earlier transaction, of which nothing was heard, may
-        have it.  Begins a new session if it is gone: forgotten, or restored from a backup."""
-        try:
-            (rows,) = self.read(GET_TURN, session=self._session)
-            if rows and rows[0][0] >= self._turn:
-                self._turn = rows[0][0]
-            else:
-                self._begin_session()
-        except LingerError as error:
-            raise TransactionFailed(error) from error
-        return self._turn
-
-    def _look_up(self, operations: Sequence[Operation]) -> None:
-        """Runs operations that only read."""
-        runs = [run for operation in operations for run in _runs_of(operation)]
-        try:
-            results = self._query(runs)
-        except LingerError as error:
-            for operation in operations:
-                operation.error = error
-            return
-        for operation in operations:
-            operation.results = results[: len(operation.statements)]
-            del results[: len(operation.statements)]
-
-    def check_space(self) -> None:
-        """Nothing: the nodes have their own disks."""
-
-    # -- reading
-
-    def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
-        """The rows of selects, all from the same moment, as the leader has them."""
-        if self._is_disowned:
-            raise Unavailable(FORKED)
-        return self._query([(statement, parameters) for statement in statements])
-
-    def _query(self, runs: Sequence[Run]) -> list[list[Any]]:
-        if not runs:
-            return []
-        body = encode_request(encode_statement(*run) for run in runs)
-        try:
-            content, _ = self._nodes.ask("/db/query?transaction&level=weak", lambda: body)
-        except OutcomeUnknown as error:
-            raise Unavailable(str(error)) from error
-        results = decode_answer(content)
-        for result in results:
-            if "error" in result:
-                raise Unavailable(f"the database cannot do this now: {result['error']}")
-        return [_rows_of(result) for result in results]
-
-    def size(self) -> int:
-        """The size of the database in bytes."""
-        return int(self.read(DATABASE_SIZE)[0][0][0])
-
-    # -- copies
-
-    def copy(self, path: str) -> None:
-        """Writes the database, as the leader has it, into a file from which a server can start."""
-        raise NotImplementedError
-
-    def open_snapshot(self) -> BinaryIO:
-        """The same in a file that is gone when it is closed; one is made at a time."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Ends the session; calls after this fail."""
-        if self._nodes.closed:
-            return
-        end = encode_request([encode_statement(END_SESSION, {"session": self._session})])
-        with contextlib.suppress(NodeFailed, LingerError):
-            self._nodes.ask_once("/db/request", end)
-        self._nodes.close()
-
-    def disown(self) -> None:
-        """In a forked child: lets each call fail."""
-        self._is_disowned = True
-        self._nodes.close()
-
-
-def open_store(path: str, sync: str = "full", max_size: int = 0) -> Transactions:
-    """The database in a file, or at the URL of a cluster; the other arguments are of `Store`."""
-    if not re.match(r"https?://", path):
-        return Store(path, sync, max_size)
-    if sync != "full":
-        raise BadRequest("sync is for a file: the nodes of a cluster always sync")
-    if max_size:
-        raise BadRequest("max-db-size is for a file: the nodes of a cluster have their own disks")
-    return Cluster(path)
-
-
-# -- statements and results as rqlite has them
-
-Run = tuple[str, Mapping[str, Any]]  # a statement and its parameters
-
-
-def _runs_of(operation: Operation) -> Iterator[Run]:
-    """Each statement of an operation, as often as it runs."""
-    parameters: Any = operation.parameters
-    if type(parameters) is not list:
-        parameters = itertools.repeat(parameters)
-    for statement, given in zip(operation.statements, parameters):
-        for each in given if type(given) is list else (given,):
-            yield statement, each
-
-
-def _only_reads(operation: Operation) -> bool:
-    return all(_translate(statement).only_reads for statement in operation.statements)
-
-
-class Translation(NamedTuple):
-    """A statement as rqlite takes it."""
-
-    text: str
-    names: tuple[str, ...]  # of its parameters
-    only_reads: bool
-
-
-@functools.lru_cache(STATEMENT_CACHE)
-def _translate(statement: str) -> Translation:
-    """A blob goes to rqlite in hexadecimal digits, and a part of one comes back so."""
-    names = tuple(dict.fromkeys(re.findall(r":(\w+)", statement)))
-    text = statement.strip()
-    if not text.startswith("create"):  # a trigger has comments
-        text = " ".join(text.split())
-    text = re.sub(r":body\b", "unhex(:body)", text)
-    text = re.sub(r"substr\(body, [^()]*\)", r"hex(\g<0>) as hex", text)
-    return Translation(text, names, text.startswith(("select", "with")))
-
-
-def encode_statement(statement: str, parameters: Mapping[str, Any], now: float = 0.0) -> str:
-    """A statement with its parameters in JSON; `:now` is at least `now`."""
-    text, names, _ = _translate(statement)
-    values = {}
-    for name in names:
-        value = parameters[name]
-        if isinstance(value, bytes):
-            value = value.hex()
-        elif isinstance(value, str) and LOOKS_LIKE_BLOB.fullmatch(value):
-            value = value.encode().hex()
-            text = re.sub(rf":{name}\b", f"cast(unhex(:{name}) as text)", text)
-        values[name] = value
-    if "now" in values:
-        values["now"] = max(values["now"], now)
-    return json.dumps([text, values] if values else [text])
-
-
-def encode_request(statements: Iterable[str]) -> bytes:
-    """The body of a request."""
-    return f"[{', '.join(statements)}]".encode()
-
-
-def decode_answer(content: bytes) -> list[Any]:
-    """The results in an answer, an object each."""
-    try:
-        results: list[Any] = json.loads(content)["results"]
-    except (ValueError, LookupError, TypeError) as error:
-        text = content[:200].decode("utf-8", "replace")
-        raise Unavailable(f"the cluster's answer is none of rqlite: {text}") from error
-    return results
-
-
-def _set_results(operation: Operation, results: list[Any]) -> None:
-    """Gives an operation the results of its statements; those of one that ran often are added.
-
-    A statement that cannot be prepared ends no transaction in rqlite.
-    """
-    errors = [result["error"] for result in results if "error" in result]
-    if errors:
-        operation.error = OutcomeUnknown(f"the database could do only a part of this: {errors[0]}")
-        return
-    if operation.seconds is not None:
-        operation.seconds = sum(result.get("time", 0.0) for result in results)
-    parameters: Any = operation.parameters
-    if type(parameters) is not list:
-        operation.results = [_result_of(result) for result in results]
-        return
-    operation.results = []
-    rest = iter(results)
-    for given in parameters[: len(operation.statements)]:
-        if type(given) is not list:
-            operation.results.append(_result_of(next(rest)))
-            continue
-        parts = [_result_of(part) for part in itertools.islice(rest, len(given))]
-        changed = sum(part[0] for part in parts)
-        operation.results.append((changed, parts[-1][1] if parts else 0))
-
-
-def _result_of(result: Mapping[str, Any]) -> Any:
-    if "columns" in result:
-        return _rows_of(result)
-    return result.get("rows_affected", 0), result.get("last_insert_id", 0)
-
-
-def _rows_of(result: Mapping[str, Any]) -> list[Any]:
-    """The rows that a select has found; a blob comes in base64."""
-    rows = result.get("values") or []
-    decode: Optional[Callable[[str], bytes]] = None
-    if "blob" in result["types"]:
-        column, decode = result["types"].index("blob"), base64.b64decode
-    elif "hex" in result["columns"]:
-        column, decode = result["columns"].index("hex"), bytes.fromhex
-    if decode is not None:
-        for row in rows:
-            row[column] = decode(row[column])
-    return list(map(tuple, rows))
-
-
-# ---------------------------------------------------------------------------------------------
 # Time: every duration is measured in broker time.  It advances with elapsed time, never steps,
 # and goes on from what the database has recorded of it; no wall clock can delete, delay or hurry
 # a message.
@@ -4342,8 +3692,8 @@ class BrokerClock:
     stepped, and when the server stops.
     """
 
-    def __init__(self, source: Clock, record: str = "", is_current: bool = False) -> None:
-        """`record` is the last one of the database, or empty; `is_current`: it was made now."""
+    def __init__(self, source: Clock, record: str = "") -> None:
+        """`record` is the last one of the database, or empty."""
         self.source = source
         wall = source.time()
         self._latest = wall
@@ -4352,7 +3702,7 @@ class BrokerClock:
         self._ahead = NEVER  # by how much the wall clock was ahead of broker time then, seconds
         if record:
             latest, wall_then = map(float, record.split())
-            passed = 0.0 if is_current else max(wall - wall_then, 0.0)
+            passed = max(wall - wall_then, 0.0)
             self._latest = latest + passed
             if passed > LONG_DOWNTIME:
                 log(
@@ -4372,10 +3722,6 @@ class BrokerClock:
             return self.now()
         return self._latest
 
-    def advance(self, moment: float) -> None:
-        """Catches up with another server of the cluster, which is ahead."""
-        self._zero += max(moment - self.now(), 0.0)
-
     def record(self, idle: bool = False, closing: bool = False) -> Optional[RecordTime]:
         """The operation that records broker time, if that is due, or the server is `closing`.
 
@@ -4391,10 +3737,6 @@ class BrokerClock:
             return None
         self._tried_at = now
         return RecordTime(self, now, wall, always=stepped or not idle)
-
-    def make_record(self) -> RecordTime:
-        """The operation that records broker time in any case."""
-        return RecordTime(self, self.now(), self.source.time(), always=True)
 
     def _is_record_due(self, now: float, stepped: bool, idle: bool) -> bool:
         old = now - self._recorded_at >= TIME_RECORD_INTERVAL
@@ -4448,6 +3790,444 @@ class Alarm:
         """Gives back its file descriptors."""
         os.close(self._receiver)
         os.close(self._sender)
+
+
+# ---------------------------------------------------------------------------------------------
+# Live: what happens to messages, as it happens, for whoever listens.  Knows no sockets and no JSON.
+#
+# Each channel or topic with a listener has a `Feed`: its latest events, which all its readers
+# share, each at its own place.  The committer adds events in the order of commits, which costs the
+# same for any number of readers; a thread of `Live` wakes those that wait.  Each reader has a
+# thread of its own, which may be slow.
+#
+# What an event shows and its operation does not know, `LOOK_UPS` read in the same transaction.
+# While nobody listens to a channel, no operation has any.
+# ---------------------------------------------------------------------------------------------
+
+
+def condition_of(statement: str) -> str:
+    """The condition of the rows that a statement changes or reads."""
+    return statement.partition("\nwhere ")[2]
+
+
+ADDED = "id = last_insert_rowid() and changes() = 1"
+CHANGED = "id = :id and changes() = 1"
+ADDED_TOGETHER = """changes() = 1
+    and id > last_insert_rowid() - :count and id <= last_insert_rowid()"""
+SAME = ""  # as the statement, before which it is read
+TIMED_OUT = f"state = 1 and {condition_of(MAKE_DUE_READY)}"
+
+# The EVENTS that statements stand for, and the condition of the messages that they change.
+REPORTED: tuple[tuple[Sequence[str], str, Sequence[str]], ...] = (
+    (("posted",), ADDED, (ADD_MESSAGE, POST_MESSAGE)),
+    (("posted",), ADDED_TOGETHER, (LAST_ID,)),
+    (("posted",), SAME, (PUBLISHED,)),
+    (("released",), CHANGED, (RELEASE_MESSAGE, RELEASE_UNCOUNTED, EXHAUST_RELEASED)),
+    (("released",), CHANGED, (UNDO_TAKE, RESTORE_MESSAGE)),
+    (("rejected",), CHANGED, (REJECT_MESSAGE,)),
+    (("deleted",), SAME, (DELETE_MESSAGE, DELETE_LEASED, DELETE_DEAD, DRAIN_READY, DRAIN_HIDDEN)),
+    (("timed_out",), SAME, (EXHAUST_TIMED_OUT, BACK_OFF_TIMED_OUT)),
+    (("timed_out",), TIMED_OUT, (MAKE_DUE_READY,)),
+    (("expired",), CHANGED, (EXPIRE_MESSAGE,)),
+    (("expired",), SAME, (EXPIRE_WAITING, EXPIRE_TIMED_OUT)),
+    (("expired", "deleted"), SAME, (DELETE_EXPIRED,)),
+    (("dead_lettered",), SAME, (MOVE_DEAD,)),
+    (("redriven",), SAME, (REDRIVE_MESSAGES, REDRIVE_MESSAGE)),
+)
+TARGETS = {  # where messages go that a statement moves
+    MOVE_DEAD: "dead",
+    REDRIVE_MESSAGES: "coalesce(:to, dead_from)",
+    REDRIVE_MESSAGE: "coalesce(:to, dead_from)",
+}
+
+
+class LookUp(NamedTuple):
+    """A select that reads the messages that a statement changes."""
+
+    statement: str
+    events: Sequence[str]
+    sql: str
+    after: bool  # whether it runs after the statement
+
+
+def _look_up(statement: str, events: Sequence[str], condition: str) -> LookUp:
+    target = TARGETS.get(statement, "channel")
+    watched = " or ".join(map(IS_WATCHED.format, dict.fromkeys(("channel", target))))
+    sql = EVENT_ROWS.format(
+        target=target, watched=watched, condition=condition or condition_of(statement)
+    )
+    return LookUp(statement, events, sql, condition in (ADDED, CHANGED))
+
+
+LOOK_UPS = {
+    statement: _look_up(statement, events, condition)
+    for events, condition, statements in REPORTED
+    for statement in statements
+}
+EVENT_STATEMENTS = tuple(look_up.sql for look_up in LOOK_UPS.values())
+
+
+class Listener(Protocol):
+    """The client for which a reader reads."""
+
+    def is_disconnected(self) -> bool:
+        """Whether it has gone away."""
+
+    def disconnect(self, only_stuck: bool = False) -> None:
+        """Breaks its connection; `only_stuck`: if it does not take what is sent."""
+
+
+class Event:
+    """Something that happened to a message; without a name, that it was published."""
+
+    __slots__ = ("cut", "data", "end", "message", "name", "size", "source", "time")
+
+    def __init__(self, name: str, message: Message, cut: int, source: str = "") -> None:
+        self.name = "moved" if source else name.replace("_", "-")
+        self.message = message  # as it is after the event, or was when it was still there
+        self.cut = cut  # bytes of its body that are shown
+        self.source = source  # the channel from which it has moved
+        self.time = time.monotonic()
+        self.size = len(message.body) + EVENT_BYTES
+        self.end = 0  # bytes of all events of the feed, up to this one
+        self.data = b""  # what its first reader has made of it, for the others
+
+
+class Feed:
+    """The latest events of a channel or topic; guarded by the lock of `Live`."""
+
+    def __init__(self, feeds: dict[str, Feed], name: str, memory: MemoryBudget) -> None:
+        self.feeds = feeds  # those of all channels, or of all topics
+        self.name = name
+        self.readers: set[Reader] = set()
+        self.waiting: set[Reader] = set()  # those that have read all
+        self.total = 0  # events ever added, bytes
+        self._events: list[Event] = []
+        self._first = 0  # the number of the first one that is kept
+        self._memory = Reservation(memory)
+        self._limit = UNCOUNTED  # bytes kept, beyond which it is to make room
+
+    def end(self) -> int:
+        """The number that the next event gets."""
+        return self._first + len(self._events)
+
+    def add(self, event: Event) -> Sequence[Reader]:
+        """Adds an event; returns the readers that are too slow, which it forgets."""
+        self.total += event.size
+        event.end = self.total
+        self._events.append(event)
+        return self._make_room() if self._kept() > self._limit else ()
+
+    def _kept(self) -> int:
+        return self.total - self._events[0].end + self._events[0].size if self._events else 0
+
+    def _make_room(self) -> Sequence[Reader]:
+        """Forgets readers that are too far behind, and what all others have read.
+
+        This looks at all readers, so it is not done again before more has been added.
+        """
+        slow = self._remove_slow(self._is_too_slow)
+        if not self.readers:
+            return slow
+        kept = self._forget_read()
+        self._limit = kept + max(UNCOUNTED, min(kept, SMALL_AMOUNT))
+        try:
+            self._memory.resize(self._limit)
+        except Unavailable:
+            slow += self._remove_slow(lambda reader: self.total - reader.read > SMALL_AMOUNT)
+            self._limit = self._forget_read() + SMALL_AMOUNT
+            self._memory.force(self._limit if self.readers else 0)
+        return slow
+
+    def _is_too_slow(self, reader: Reader) -> bool:
+        unread = self.total - reader.read
+        if unread <= MAX_BEHIND:
+            return False
+        oldest = self._events[reader.position - self._first]
+        return unread > MAX_BURST or oldest.time < time.monotonic() - BEHIND_TIME
+
+    def _remove_slow(self, is_slow: Callable[[Reader], bool]) -> list[Reader]:
+        slow = [reader for reader in self.readers if is_slow(reader)]
+        for reader in slow:
+            reader.is_slow = True
+            self.remove(reader)
+        return slow
+
+    def _forget_read(self) -> int:
+        """Forgets what all readers have read; how many bytes are kept."""
+        first = min((reader.position for reader in self.readers), default=self.end())
+        del self._events[: first - self._first]
+        self._first = first
+        return self._kept()
+
+    def read(self, reader: Reader) -> list[Event]:
+        """The next events for a reader, but not many at once; none if it has read all."""
+        events: list[Event] = []
+        for event in itertools.islice(self._events, reader.position - self._first, None):
+            if event.end - reader.read > SMALL_AMOUNT and events:
+                break
+            events.append(event)
+        if events:
+            reader.position += len(events)
+            reader.read = events[-1].end
+        return events
+
+    def wait(self, reader: Reader) -> None:
+        """Notes that a reader has read all; when all have, nothing needs to be kept."""
+        self.waiting.add(reader)
+        if len(self.waiting) == len(self.readers) and self._events:
+            self._forget_read()
+            self._memory.release()
+            self._limit = UNCOUNTED
+
+    def remove(self, reader: Reader) -> None:
+        """Forgets a reader; with the last one, this feed is forgotten too."""
+        self.readers.discard(reader)
+        self.waiting.discard(reader)
+        if not self.readers:
+            self._memory.release()
+            if self.feeds.get(self.name) is self:
+                del self.feeds[self.name]
+
+
+class Reader:
+    """A place in a feed; one thread calls `events` again and again, and then `close`."""
+
+    def __init__(self, live: Live, feed: Feed, listener: Listener) -> None:
+        self.listener = listener
+        self.position = feed.end()  # the number of the event that it reads next,
+        self.read = feed.total  # and how many bytes there are before it
+        self.is_slow = False  # whether it was so far behind that it has missed something
+        self.is_silent = False  # whether there has been no event for SILENCE_LIMIT
+        self.waits_since = 0.0
+        self._live = live
+        self._feed = feed
+        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def events(self) -> Optional[list[Event]]:
+        """Waits for events, and returns some; none if there were none for SILENCE_LIMIT;
+        None when all streams end.  ConnectionAbortedError: it was too slow, or its client has gone.
+        """
+        while True:
+            with self._live.lock:
+                events = [] if self.is_slow else self._feed.read(self)
+                if events:
+                    return events
+                if self.is_slow or self.is_silent or self._live.is_closed:
+                    break
+                self.waits_since = time.monotonic()
+                self._feed.wait(self)
+            self._wakeups.get()
+        self.is_silent = False
+        if self.is_slow or self.listener.is_disconnected():
+            raise ConnectionAbortedError
+        return None if self._live.is_closed else []
+
+    def wake(self) -> None:
+        """Lets `events` look again, after it was taken out of the waiting readers."""
+        self._wakeups.put(None)
+
+    def close(self) -> None:
+        """Ends it; may be repeated."""
+        self._live.leave(self, self._feed)
+
+
+class Live:
+    """The feeds of the channels and topics to which somebody listens.
+
+    Any thread may look whether `channels` or `topics` has any.
+    """
+
+    def __init__(self, committer: Committer, clock: BrokerClock) -> None:
+        self.channels: dict[str, Feed] = {}
+        self.topics: dict[str, Feed] = {}
+        self.lock = threading.Lock()  # guards all feeds and readers, and what follows
+        self.is_closed = False
+        self._committer = committer
+        self._clock = clock
+        self._watched = ""  # the names of `channels`, as IS_WATCHED wants them
+        self._with_news: set[Feed] = set()  # those with events for readers that wait
+        self._alarm: Optional[Alarm] = None  # of the thread, which the first reader starts
+        self._is_asleep = False
+
+    def listen(self, kind: str, name: str, listener: Listener, memory: MemoryBudget) -> Reader:
+        """A reader of what happens from now on in one of the `channels` or `topics` (`kind`)."""
+        feeds = self.channels if kind == "channels" else self.topics
+        with self.lock:
+            feed = feeds.get(name) or feeds.setdefault(name, Feed(feeds, name, memory))
+            reader = Reader(self, feed, listener)
+            feed.readers.add(reader)
+            self._observe()
+            if self._alarm is None:
+                self._alarm = Alarm()
+                threading.Thread(target=self._run, name="linger-live", daemon=True).start()
+            self._alarm.ring()
+        return reader
+
+    def leave(self, reader: Reader, feed: Feed) -> None:
+        """Forgets a reader."""
+        with self.lock:
+            feed.remove(reader)
+            self._observe()
+
+    def _observe(self) -> None:
+        self._watched = "".join(f"\n{name}" for name in self.channels) + "\n"
+        self._committer.observer = self if self.channels else None
+
+    def close(self) -> None:
+        """Ends all streams."""
+        with self.lock:
+            self.is_closed = True
+            feeds = (*self.channels.values(), *self.topics.values())
+            waiting = [reader for feed in feeds for reader in feed.waiting]
+            busy = [reader for feed in feeds for reader in feed.readers - feed.waiting]
+            for feed in feeds:
+                feed.waiting.clear()
+            if self._alarm is not None:
+                self._alarm.ring()
+        for reader in waiting:
+            reader.wake()
+        for reader in busy:
+            reader.listener.disconnect(only_stuck=True)
+
+    # -- in the committer thread
+
+    def prepare(self, operation: Operation) -> None:
+        """Adds look-ups to an operation that changes messages; once, since it may run again."""
+        if operation.look_ups or LOOK_UPS.keys().isdisjoint(operation.statements):
+            return
+        given: Any = operation.parameters
+        each, count = (given, len(given)) if type(given) is list else (itertools.repeat(given), 1)
+        steps: list[tuple[str, Any]] = []
+        look_ups: dict[int, LookUp] = {}
+        for statement, values in zip(operation.statements, each):
+            steps.append((statement, values))
+            look_up = LOOK_UPS.get(statement)
+            if look_up is not None and type(values) is not list:
+                position = len(steps) - (not look_up.after)
+                steps.insert(position, (look_up.sql, {**self._parameters(values, count), **values}))
+                look_ups[position] = look_up
+        operation.look_ups = look_ups
+        operation.statements = [statement for statement, _ in steps]
+        if type(given) is list:
+            operation.parameters = [values for _, values in steps]
+        else:
+            operation.parameters = {**self._parameters(given, count), **given}
+
+    def _parameters(self, values: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """The parameters of a look-up, beside those of its statement."""
+        event_bytes = shown_bytes(max(count, values.get("n", 1), values.get("count", 1)))
+        now = self._clock.now_or_latest()
+        return {"watched": self._watched, "event_bytes": event_bytes, "now": now}
+
+    def report(self, operation: Operation) -> None:
+        """Adds the events of an operation to the feeds."""
+        for look_up, rows in operation.looked_up:
+            for row in rows:
+                *fields, _, cut, to = row
+                message, source = message_of(fields), ""
+                if look_up.statement in TARGETS:
+                    message, source = _after_move(look_up.statement, message, to), message.channel
+                for name in look_up.events:
+                    self._add(self.channels, message.channel, Event(name, message, cut, source))
+                    if source:
+                        self._add(self.channels, source, Event(name, message, cut, source))
+
+    def delivered(self, messages: Sequence[Message], deleted: bool) -> None:
+        """Adds the events of a take, which may have `deleted` the messages."""
+        cut = shown_bytes(len(messages))
+        for message in messages:
+            if len(message.body) > cut:
+                message = message._replace(body=message.body[: cut + 1])
+            for name in ("delivered", "deleted") if deleted else ("delivered",):
+                self._add(self.channels, message.channel, Event(name, message, cut))
+
+    def published(self, topic: str, body: bytes, type: str) -> None:
+        """Adds the event of a publication."""
+        body = body[: MAX_EVENT_BODY + 1]
+        message = Message(0, "", 0, 0, 0, 0, 0, 0, topic, 0, type, body)
+        self._add(self.topics, topic, Event("", message, MAX_EVENT_BODY))
+
+    def _add(self, feeds: Mapping[str, Feed], name: str, event: Event) -> None:
+        feed = feeds.get(name)
+        if feed is None:
+            return
+        with self.lock:
+            slow = feed.add(event)
+            if feed.waiting:
+                self._with_news.add(feed)
+                if self._is_asleep and self._alarm is not None:
+                    self._is_asleep = False
+                    self._alarm.ring()
+        for reader in slow:
+            reader.listener.disconnect()
+            reader.wake()
+
+    # -- in the thread that wakes readers
+
+    def _run(self) -> None:
+        alarm = self._alarm
+        assert alarm is not None
+        checked_at = time.monotonic()
+        while not self.is_closed:
+            with self.lock:
+                self._is_asleep = not self._with_news
+                is_needed = bool(self.channels or self.topics)
+            if self._is_asleep:
+                left = checked_at + LISTENER_CHECK_INTERVAL - time.monotonic()
+                alarm.sleep(max(left, 0.0) if is_needed else CHANNEL_TTL)
+            readers = self._readers_with_news()
+            if time.monotonic() >= checked_at + LISTENER_CHECK_INTERVAL:
+                checked_at = time.monotonic()
+                readers += self._readers_to_check()
+            for reader in readers:
+                reader.wake()
+            time.sleep(min(len(readers) * STREAM_PACE, BEHIND_TIME / 2))
+        with self.lock:
+            self._alarm = None
+        alarm.close()
+
+    def _readers_with_news(self) -> list[Reader]:
+        with self.lock:
+            self._is_asleep = False
+            readers = [reader for feed in self._with_news for reader in feed.waiting]
+            for feed in self._with_news:
+                feed.waiting.clear()
+            self._with_news.clear()
+        return readers
+
+    def _readers_to_check(self) -> list[Reader]:
+        """Waiting readers whose clients have gone, or are to get a sign of life."""
+        with self.lock:
+            feeds = (*self.channels.values(), *self.topics.values())
+            waiting = [(feed, reader) for feed in feeds for reader in feed.waiting]
+        before = time.monotonic() - SILENCE_LIMIT + LISTENER_CHECK_INTERVAL
+        found = [
+            (f, r) for f, r in waiting if r.waits_since <= before or r.listener.is_disconnected()
+        ]
+        with self.lock:
+            found = [(feed, reader) for feed, reader in found if reader in feed.waiting]
+            for feed, reader in found:
+                reader.is_silent = True
+                feed.waiting.discard(reader)
+        return [reader for _, reader in found]
+
+
+def shown_bytes(count: int) -> int:
+    """How much an event shows of a body, if so many messages change at once."""
+    return MAX_EVENT_BODY if count <= MANY_MESSAGES else PREVIEW_BYTES
+
+
+def _after_move(statement: str, message: Message, to: str) -> Message:
+    """A message as it is after MOVE_DEAD, or was moved back."""
+    if statement == MOVE_DEAD:
+        return message._replace(
+            channel=message.dead, dead_from=message.channel, delivered=0, linger=0,
+            dead_delivered=message.delivered,
+        )  # fmt: skip
+    return message._replace(
+        channel=to, dead_from="", dead_reason="", dead_delivered=0, delivered=0
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4542,7 +4322,6 @@ class WaitingList:
         self._tickets = itertools.count(1)
         self._counters = counters
         self._closed = False
-        self.on_first: Callable[[], None] = lambda: None  # called when a consumer waits alone
 
     @locked
     def add(self, consumer: Consumer) -> bool:
@@ -4558,8 +4337,6 @@ class WaitingList:
         if not returning:
             consumer.ticket = next(self._tickets)
         consumer.waiting = True
-        if not self._queues:
-            self.on_first()
         for channel in consumer.channels:
             queue = self._queues.get(channel)
             if queue is None:
@@ -4622,11 +4399,6 @@ class WaitingList:
             self._counters["channel-remove"] += 1
 
     @locked
-    def awaited(self) -> list[str]:
-        """The channels for which consumers wait."""
-        return list(self._queues)
-
-    @locked
     def count(self, channel: str) -> int:
         """How many consumers wait for a channel."""
         return len(self._queues.get(channel, ()))
@@ -4665,10 +4437,9 @@ class Channels:
     def __init__(
         self, max_channels: int, read: Callable[[str], list[list[Any]]], clock: BrokerClock
     ) -> None:
-        self.settings: dict[str, dict[str, Any]] = {}
-        self.pauses: dict[str, float] = {}  # until when; NEVER: until it is ended
         (settings,), (pauses,) = read(ALL_SETTINGS), read(ALL_PAUSES)
-        self.learn(settings, pauses)
+        self.settings = {row[0]: _settings_of(row[1:]) for row in settings}
+        self.pauses: dict[str, float] = dict(pauses)  # until when; NEVER: until it is ended
         self.max_channels = max_channels
         self._read = read
         self._clock = clock
@@ -4676,11 +4447,6 @@ class Channels:
         self._names: set[str] = set()  # all channels that hold something, and some that did
         self._counted_at = 0.0
         self._count()
-
-    def learn(self, settings: Sequence[Sequence[Any]], pauses: Sequence[tuple[str, float]]) -> None:
-        """Takes over the rows of ALL_SETTINGS and ALL_PAUSES."""
-        _renew(self.settings, {row[0]: _settings_of(row[1:]) for row in settings})
-        _renew(self.pauses, dict(pauses))
 
     def reserve(self, channel: str) -> None:
         """`Full` if a channel that is to hold something would be one too many.
@@ -4704,13 +4470,6 @@ class Channels:
         (rows,) = self._read(CHANNEL_NAMES)
         self._names = {name for (name,) in rows}.union(self.settings.copy(), self.pauses.copy())
         self._counted_at = self._clock.source.monotonic()
-
-
-def _renew(kept: dict[str, Any], now: dict[str, Any]) -> None:
-    """Changes a dict in place, so that other threads find in it what stays."""
-    kept.update(now)
-    for channel in kept.keys() - now.keys():
-        del kept[channel]
 
 
 def _settings_of(values: Sequence[object]) -> dict[str, Any]:
@@ -4900,6 +4659,7 @@ class State:
         self.timers = timers
         self.events = events
         self.flights = Flights()
+        self.live = Live(committer, clock)
         self.counters = dict.fromkeys(COUNTERS, 0)  # each written by the committer thread only,
         self.waiting = WaitingList(self.counters)  # but those of channels, which this guards
         self.due_piece = PieceSize(PIECE_ROWS)
@@ -5048,7 +4808,7 @@ class PostBatch(Operation):
         else:
             is_plain = not (self._hlm or any(m["headers"] for m in messages))
             statements = (ADD_MESSAGE if is_plain else POST_MESSAGE, LAST_ID)
-            parameters = [messages, {}]
+            parameters = [messages, {"count": len(messages)}]
         fits = {"channel": first["channel"], "hlm": self._hlm, "count": len(messages)}
         super().__init__((CHECK_BATCH_FITS, *statements, CLEAR_BATCH_FITS), [fits, *parameters, {}])
         self.size = sum(len(message["body"]) for message in messages)
@@ -5137,6 +4897,7 @@ class Publish(Operation):
         )
         self.size = sum(len(message["body"]) for message in messages)
         self._state = state
+        self._messages = messages
         self._now: float = messages[0]["now"]
         self._woken: collections.Counter[str] = collections.Counter()
 
@@ -5152,11 +4913,19 @@ class Publish(Operation):
         known = self.results[:: self._size] if self._keyed else ()
         publications = len(self.results) // self._size - sum(map(bool, known))
         self._state.counters["publications"] += publications
+        if self._messages[0]["topic"] in self._state.live.topics:
+            self._report()
         for copy in self._copies():
             channel = copy["channel"]
             self._state.counters["publish"] += 1
             self._state.message_added(copy, self._now, self._woken[channel] > 0)
             self._woken[channel] -= not copy["state"]
+
+    def _report(self) -> None:
+        """Adds the events of those publications that are not duplicates."""
+        for message, first in zip(self._messages, self.results[:: self._size]):
+            if not (self._keyed and first):
+                self._state.live.published(message["topic"], message["body"], message["type"])
 
     def _copies(self) -> Iterator[dict[str, Any]]:
         names = ("channel", "id", "state", "due_at", "expires_at")
@@ -5318,6 +5087,8 @@ class Take(Operation):
         self.is_large = count > LARGE_COUNT
         counters["delivered"] += count
         state.events.count("delivered", channel, count)
+        if state.live.channels:
+            state.live.delivered(list(map(message_of, rows)), deleted=consumer.auto)
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
             counters["msg-delete"] += count
@@ -5806,17 +5577,6 @@ class EndPausesAndKeys(ProcessDue):
             state.wake(channel, count, self.now)
 
 
-def message_of(row: Sequence[Any]) -> Message:
-    """The message in a row of NEXT_MESSAGE, or of READ_MESSAGE without the state."""
-    message = Message(*row)
-    return message._replace(backoff=backoff_text(message.backoff)) if message.backoff else message
-
-
-def backoff_text(backoff: str) -> str:
-    """A backoff as it was given, from the fields in which it is kept."""
-    return ",".join(backoff.split())
-
-
 # ---------------------------------------------------------------------------------------------
 # Management: the calls that neither produce nor consume.  They set up channels and topics, do bulk
 # work in pieces, and read what there is.
@@ -5968,7 +5728,7 @@ class Administration:
     What they read is as of the last commit.
     """
 
-    def __init__(self, store: Transactions, state: State, max_message: int) -> None:
+    def __init__(self, store: Store, state: State, max_message: int) -> None:
         self.max_message = max_message
         self.counters = state.counters
         self.events = state.events
@@ -6418,119 +6178,6 @@ def _check_no_keys(parameters: Mapping[str, object]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Watch: what other servers of a cluster change in the rows, and how this one learns of it: messages
-# that are ready while consumers wait here, what comes due, settings and pauses, broker time.
-# ---------------------------------------------------------------------------------------------
-
-
-class LearnSettings(Operation):
-    """Reads the settings and pauses again, in the order of commits."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__((ALL_SETTINGS, ALL_PAUSES))
-        self._state = state
-
-    def on_commit(self) -> None:
-        channels = self._state.channels
-        channels.learn(*self.results)
-        for moment in channels.pauses.values():
-            self._state.timers.schedule(ALL, moment)
-
-
-class Notice(Operation):
-    """Wakes consumers for messages that other servers made ready, and schedules what is due."""
-
-    def __init__(
-        self, state: State, ready: Sequence[tuple[str, int]], due: Sequence[tuple[Any, ...]]
-    ) -> None:
-        super().__init__()
-        self._state = state
-        self._ready = ready
-        self._due = due
-
-    def on_commit(self) -> None:
-        for channel, *moments in self._due:
-            for moment in moments:
-                if moment is not None:
-                    self._state.timers.schedule(channel, moment)
-        now = self._state.clock.now()
-        for channel, count in self._ready:
-            self._state.wake(channel, count, now)
-
-
-class Watch:
-    """A thread that looks again and again at what other servers of the cluster have changed."""
-
-    def __init__(self, state: State, read: Callable[..., list[list[Any]]]) -> None:
-        self._state = state
-        self._read = read
-        self._alarm = Alarm()
-        self._stopping = False
-        self._changes: Optional[str] = None  # how often settings and pauses had changed
-        self._joined: set[str] = set()  # new sessions that were told the broker time
-        self._swept_at = -NEVER  # when it was last read what is due
-        self._thread = threading.Thread(target=self._work, name="linger-watch", daemon=True)
-
-    def start(self) -> None:
-        """Starts the thread."""
-        self._state.waiting.on_first = self._alarm.ring
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Lets the thread end."""
-        if not self._stopping:
-            self._stopping = True
-            self._alarm.ring()
-
-    def join(self) -> None:
-        """Waits until the thread has ended."""
-        self._state.waiting.on_first = lambda: None
-        if self._thread.is_alive():
-            self._thread.join()
-            self._alarm.close()
-
-    def _work(self) -> None:
-        seconds = 0.0
-        while not self._stopping:
-            idle = self._state.waiting.is_empty()
-            pause = IDLE_LOOK_INTERVAL if idle else LOOK_INTERVAL
-            self._alarm.sleep(max(pause, seconds / LOOK_SHARE))
-            began = time.monotonic()
-            try:
-                if not self._stopping:
-                    self._look(began)
-            except LingerError:  # no node answers: what needs one fails by itself
-                pass
-            except Exception:
-                log(traceback.format_exc())
-            seconds = time.monotonic() - began
-
-    def _look(self, began: float) -> None:
-        state, now = self._state, self._state.clock.now()
-        statements = [LOOK_AROUND, READY_CHANNELS]
-        sweeps = began - self._swept_at >= IDLE_LOOK_INTERVAL
-        if sweeps:
-            statements.append(DUE_SOON)
-        (general,), ready, *due = self._read(
-            *statements, names=json.dumps(state.waiting.awaited()), soon=now + 2 * TICK_INTERVAL
-        )
-        if sweeps:
-            self._swept_at = began
-        changes, latest, joining = general
-        if latest is not None:
-            state.clock.advance(latest)
-        if changes != self._changes:
-            self._changes = changes
-            state.committer.submit(LearnSettings(state))
-        joined = set((joining or "").split())
-        if joined - self._joined:
-            state.committer.submit(state.clock.make_record())
-        self._joined = joined
-        if ready or any(due):
-            state.committer.submit(Notice(state, ready, due[0] if due else ()))
-
-
-# ---------------------------------------------------------------------------------------------
 # Broker: the public calls.  Knows nothing of sockets, headers, JSON, argv.
 #
 # How a call runs through the file, from its connection (C) and in the committer thread (W):
@@ -6638,7 +6285,7 @@ class Broker(Administration):
 
     def __init__(
         self,
-        store: Transactions,
+        store: Store,
         hlm: int = 0,
         max_message: int = MAX_MESSAGE,
         clock: Clock = SYSTEM_CLOCK,
@@ -6650,8 +6297,8 @@ class Broker(Administration):
         for which consumers wait; `metrics_channels`: those with counters of their own."""
         self.max_channels = max_channels
         self._waits_checked_at = 0.0
-        record, is_current = store.join(lambda: self._clock.now_or_latest())
-        self._clock = BrokerClock(clock, record, is_current)
+        (record,) = store.read(GET_CONFIG, key="time")
+        self._clock = BrokerClock(clock, record[0][0] if record else "")
         committer = Committer(store, self._clock.record)
         try:
             if not record:
@@ -6664,13 +6311,10 @@ class Broker(Administration):
             self._channels = channels
             self._waiting = self._state.waiting
             self._new = NewMessages(self, hlm, channels.settings)
-            self._watch = Watch(self._state, store.read) if store.is_shared else None
             self._schedule_all(timers)
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
             timers.start()
-            if self._watch is not None:
-                self._watch.start()
         except BaseException:
             committer.close()
             raise
@@ -6688,8 +6332,6 @@ class Broker(Administration):
         self._committer.check_thread()
         self.cancel_all()
         self._state.timers.join()
-        if self._watch is not None:
-            self._watch.join()
         record = self._clock.record(closing=True)
         if record is not None:
             with contextlib.suppress(LingerError):  # the database cannot be written, or is closed
@@ -6937,11 +6579,10 @@ class Broker(Administration):
             consumer.on_done(EndWait(consumer))
 
     def cancel_all(self) -> None:
-        """Ends all waits, now and from now on."""
+        """Ends all waits and streams of events, now and from now on."""
         self._state.timers.stop()
-        if self._watch is not None:
-            self._watch.stop()
         self._waiting.close()
+        self._state.live.close()
         for consumer in self._waiting.consumers():
             self.cancel(consumer)
 
@@ -6950,6 +6591,12 @@ class Broker(Administration):
         if messages:
             undo = UndoTake(self._state, consumer, messages, self.now())
             self._run(undo, messages[0].channel)
+
+    def listen(self, kind: str, name: str, listener: Listener, memory: MemoryBudget) -> Reader:
+        """A reader of what happens from now on in a channel, or is published on a topic; `kind`
+        is `channels` or `topics`.  `memory` has room for what is not read yet."""
+        check_name(kind[:-1], name)
+        return self._state.live.listen(kind, name, listener, memory)
 
     # -- acknowledging
 
@@ -7487,6 +7134,7 @@ ROUTES = (
     Route("GET", "/channels/<channel>/messages", "list_messages", True, READ, "list its messages"),
     Route("GET", "/channels/<channel>/stats", "get_channel_stats", True, READ, "its counts"),
     Route("GET", "/channels/<channel>/info", "get_info", True, READ, "its state in full"),
+    Route("GET", "/channels/<channel>/live", "open_stream", True, READ, "stream its events"),
     Route("GET", "/channels/<channel>/settings", "get_settings", True, READ, "show its settings"),
     Route("PUT", "/channels/<channel>/settings", "set_settings", False, ADMIN, "replace them"),
     Route("PATCH", "/channels/<channel>/settings", "change_settings", False, ADMIN, "change some"),
@@ -7501,6 +7149,7 @@ ROUTES = (
     Route("POST", "/topics/<topic>", "publish_message", False, WRITE, "publish a message", CONTENT),
     Route("POST", "/topics/<topic>/batch", "publish_batch", False, WRITE, "publish many", MANY),
     Route("GET", "/topics/<topic>/channels", "list_subscribers", True, READ, "its channels"),
+    Route("GET", "/topics/<topic>/live", "open_stream", True, READ, "stream its publications"),
     Route("GET", "/messages/<id>", "read_message", True, READ, "show a message"),
     Route("PATCH", "/messages/<id>", "change_message", False, WRITE, "change one that waits"),
     Route("DELETE", "/messages/<id>", "delete_message", False, READ, "delete a message"),
@@ -8412,6 +8061,68 @@ def json_length(body: bytes) -> int:
     return len(body) + short + 5 * (len(body) - short - len(body.translate(None, ALL_ESCAPES)))
 
 
+SSE, NDJSON = "text/event-stream", "application/x-ndjson"
+
+
+def event_json(event: Event) -> bytes:
+    """An event as a JSON object: the message, and what happened to it."""
+    message = event.message
+    if not event.name:
+        value: dict[str, object] = {"topic": message.topic, "type": message.type}
+        return TO_JSON({**value, **cut_body(message.body, event.cut)}).encode()
+    value = {"event": event.name}
+    if event.source:
+        value["from"] = event.source
+    value.update(message_object(message._replace(body=b"")))
+    return TO_JSON({**value, **cut_body(message.body, event.cut)}).encode()
+
+
+class EventStream:
+    """The events of a reader as the body of a response, as server-sent events
+    (html.spec.whatwg.org/multipage/server-sent-events.html) or a line of JSON each.
+
+    A comment or an empty line is a sign of life.  With HTTP/1.1 the body is chunked, so that one
+    that was broken off can be told from one that has ended.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        reader: Optional[Reader] = None,
+        is_allowed: Callable[[], bool] = bool,
+    ) -> None:
+        """`reader`: None for a HEAD; `is_allowed()` is called before more is sent: when it says no,
+        the stream ends."""
+        self._reader = reader
+        self._is_allowed = is_allowed
+        self._is_ndjson = NDJSON in request.headers.fields.get("accept", "").lower()
+        self.is_chunked = not request.http10
+        self.type = NDJSON if self._is_ndjson else SSE
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body, as the events happen; ends when the server stops."""
+        assert self._reader is not None
+        heartbeat = b"\n" if self._is_ndjson else b":\n\n"
+        events: Optional[list[Event]] = []
+        try:
+            while events is not None and self._is_allowed():
+                yield self._frame(b"".join(map(self._encode, events)) or heartbeat)
+                events = self._reader.events()
+        finally:
+            self._reader.close()
+        if self.is_chunked:
+            yield b"0\r\n\r\n"
+
+    def _encode(self, event: Event) -> bytes:
+        data = event.data or event_json(event)
+        if len(data) <= UNCOUNTED:
+            event.data = data
+        return data + b"\n" if self._is_ndjson else b"data: %s\n\n" % data
+
+    def _frame(self, data: bytes) -> bytes:
+        return b"%x\r\n%s\r\n" % (len(data), data) if self.is_chunked else data
+
+
 class Response(NamedTuple):
     """A response, and `undo`, which is called if it cannot be sent."""
 
@@ -8422,6 +8133,7 @@ class Response(NamedTuple):
     undo: Optional[Callable[[], None]] = None
     file: Optional[BinaryIO] = None  # sent in place of the body, and closed
     array: Optional[JsonArray] = None  # sent in place of the body
+    stream: Optional[EventStream] = None  # sent in place of the body, without an end
 
     def length(self) -> int:
         """The bytes of its body."""
@@ -8449,8 +8161,11 @@ class Response(NamedTuple):
     def render(self, request: Optional[Request], date: str, connection: str) -> bytes:
         """Its head, and its body if that is short.  `request` is None for one that is malformed;
         `date` and `connection` are header lines."""
-        status, body, content_type, headers, _, file, array = self
-        if status != 204:  # which has no body (RFC 9110 8.6)
+        status, body, content_type, headers, _, file, array, stream = self
+        if stream is not None:
+            headers = f"{headers}Content-Type: {stream.type}\r\n"
+            headers += "Transfer-Encoding: chunked\r\n" if stream.is_chunked else ""
+        elif status != 204:  # which has no body (RFC 9110 8.6)
             length = len(body) if file is None and array is None else self.length()
             headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
         base_headers = "" if request is None else request.base_headers + request.ignored
@@ -8467,6 +8182,8 @@ class Response(NamedTuple):
                 yield chunk
         elif self.array is not None:
             yield from self.array.pieces()
+        elif self.stream is not None:
+            yield from self.stream.pieces()
         elif len(self.body) > SMALL_AMOUNT:
             yield self.body
 
@@ -8613,10 +8330,14 @@ def message_object(message: Message) -> dict[str, object]:
 def listed_object(message: Message, state: str, cut: Optional[int]) -> dict[str, object]:
     """A message of a listing, with only the first `cut` bytes of its body."""
     value = {**message_object(message._replace(body=b"")), "state": state}
-    is_cut = cut is not None and len(message.body) > cut
-    if is_cut:
-        value["cut"] = True
-    return {**value, **body_object(message.body[:cut], is_cut)}
+    return {**value, **cut_body(message.body, cut)}
+
+
+def cut_body(body: bytes, cut: Optional[int]) -> dict[str, object]:
+    """The first `cut` bytes of a body in JSON, which says so if there are more."""
+    if cut is None or len(body) <= cut:
+        return body_object(body)
+    return {"cut": True, **body_object(body[:cut], is_cut=True)}
 
 
 def body_object(body: bytes, is_cut: bool = False) -> dict[str, object]:
@@ -9156,6 +8877,28 @@ class Api(ManagementApi):
         visible = request.grant.visible("channels", ids)
         return {channel: ids[channel] for channel in visible}
 
+    def open_stream(self, request: Request, name: str) -> Response:
+        headers = f"{NO_STORE}X-Accel-Buffering: no\r\n"  # which lets nginx send events at once
+        if request.method == "HEAD":
+            return Response(200, headers=headers, stream=EventStream(request))
+        request.close_after = True
+        request.connection.start_stream()
+        kind, connection = request.segments[0], request.connection
+        reader = self._broker.listen(kind, name, connection, self._memory)
+        stream = EventStream(request, reader, lambda: self._is_allowed(request))
+        return Response(200, headers=headers, undo=reader.close, stream=stream)
+
+    def _is_allowed(self, request: Request) -> bool:
+        """Whether a request may still be made, after tokens may have been read again."""
+        if request.grants is self._access.grants:
+            return True
+        try:
+            self.admit(request)
+            self._find_endpoint(request)
+        except LingerError:
+            return False
+        return True
+
     # -- acknowledging
 
     def delete_message(self, request: Request, id: str) -> None:
@@ -9403,10 +9146,25 @@ def send_rest(
                 piece = next(pieces, None)
             if piece is None:
                 return
+            if response.stream is not None:
+                memory.force(len(piece))
             stream.send(piece)
             sent += len(piece)
             if response.array is not None:
                 memory.force(reserved * (length - sent) // length)
+
+
+def log_request(address: str, request: Optional[Request], status: int, began: float) -> None:
+    """Logs a request on one line: the time of the response, the address, the name of the token in
+    its file, the request (but a malformed one), the status, and how long it took."""
+    milliseconds = (time.monotonic() - began) * 1000
+    name, line = "-", "- -"
+    if request is not None:  # the target has no control characters but those of latin-1
+        target = request.target.encode("ascii", "backslashreplace").decode()
+        name, line = request.grant.token_name, f"{request.method} {target}"
+    now = time.time()
+    utc = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
+    log(f"{utc} {address} {name} {line} {status} {milliseconds:.1f} ms")
 
 
 class ReplySlot:
@@ -9511,6 +9269,7 @@ class Connection:
         self._reader.discard()
         self.input.release()
         self.output.release()
+        self._server.release_consumer(self)
         self._server.active.discard(self)
         with contextlib.suppress(OSError):
             self._stream.end()
@@ -9543,7 +9302,7 @@ class Connection:
             self.input.release()
             self._send(failed, error_response(error), close=True)
             if self._server.log_requests:
-                self._log(failed, error.status)
+                log_request(self.address, failed, error.status, self._started_at)
             self._drain_on_close = True
             return
         try:
@@ -9723,6 +9482,18 @@ class Connection:
         """Whether the client has closed its end, or the connection is broken."""
         return self._stream.is_disconnected()
 
+    def disconnect(self, only_stuck: bool = False) -> None:
+        """Breaks the connection; `only_stuck`: if the client does not take what is sent."""
+        if not (only_stuck and self._stream.is_ready(select.POLLOUT)):
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def start_stream(self) -> None:
+        """Before the response is a stream, which counts as a waiting consumer: `Unavailable` if
+        too many do."""
+        self._server.first_requests.end(self._socket)
+        self._server.admit_consumer(self)
+
     def yield_to_simultaneous(self) -> None:
         """Before a first request that only reads: see `FirstRequests`."""
         if self._first_request:
@@ -9892,19 +9663,7 @@ class Connection:
             self._first_request = False
             self._server.first_requests.end(self._socket)
         if self._server.log_requests:
-            self._log(request, status)
-
-    def _log(self, request: Optional[Request], status: int) -> None:
-        """Logs a request on one line: the time of the response, the address, the name of the token
-        in its file, the request (but a malformed one), the status, and how long it took."""
-        milliseconds = (time.monotonic() - self._started_at) * 1000
-        name, line = "-", "- -"
-        if request is not None:  # the target has no control characters but those of latin-1
-            target = request.target.encode("ascii", "backslashreplace").decode()
-            name, line = request.grant.token_name, f"{request.method} {target}"
-        now = time.time()
-        utc = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
-        log(f"{utc} {self.address} {name} {line} {status} {milliseconds:.1f} ms")
+            log_request(self.address, request, status, self._started_at)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -11729,7 +11488,7 @@ OPTIONS = (
     Option("host", "", "127.0.0.1", _text, "ADDRESS", "address to listen on"),
     Option("port", "", 8989, _integer(0, 65_535), "PORT", "port to listen on, 0 = any free port"),
     Option("dbfile", "", "linger.db", _text, "FILE",
-           "database file, or the URL of an rqlite cluster; :memory: = in memory only"),
+           "database file; :memory: = in memory only"),
     Option("sync", "", "full", _sync_level, "LEVEL",
            "full = on disk before the response; normal = shortly after, so that a power failure may"
            " lose the last changes; off = when the system writes it"),
@@ -11903,7 +11662,7 @@ def _create_server(options: Mapping[str, Any]) -> Server:
         return {o.key: options[o.key] for o in OPTIONS if o.receiver == receiver}
 
     def open_broker() -> Broker:
-        store = open_store(os.fspath(options["dbfile"]), options["sync"], options["max_db_size"])
+        store = Store(os.fspath(options["dbfile"]), options["sync"], options["max_db_size"])
         try:
             return Broker(store, **of("Broker"))
         except RuntimeError as error:

@@ -1178,13 +1178,10 @@ class BrokerTest(Folder):
         self.broker = self.open()
 
     def open(self, path=None, max_size=0, **options):
-        store = self.open_store(path or self.dbfile, max_size)
+        store = linger.Store(path or self.dbfile, "off", max_size)
         broker = linger.Broker(store, clock=self.clock, **options)
         self.addCleanup(broker.close)
         return broker
-
-    def open_store(self, path, max_size):
-        return linger.Store(path, "off", max_size)
 
     def restart(self, **options):
         self.broker.close()
@@ -1696,7 +1693,7 @@ class TimeTest(BrokerTest):
 
     def test_an_endless_pause_is_a_finite_number_in_the_database(self):
         self.broker.pause("q")
-        (((until,),),) = self.broker._store.read("select until from pauses")
+        ((until,),) = self.broker._store.read("select until from pauses")[0]
         self.assertTrue(self.clock.now + 1e6 * YEAR < until < 2**53)
         self.clock.now += 1000 * YEAR
         self.restart()
@@ -2196,9 +2193,8 @@ class BulkTest(BrokerTest):
             if not posted:
                 done = lambda operation: kinds.append(type(operation).__name__)  # noqa: E731
                 posted.append(self.broker.post_async(done, "other", b"x"))
-            late = transact(batch)
+            transact(batch)
             kinds.extend(type(o).__name__ for o in batch if o.seconds is not None)
-            return late
 
         with unittest.mock.patch.object(self.broker._store, "transact", spy):
             call()
@@ -2300,7 +2296,7 @@ class BulkTest(BrokerTest):
         def transact(batch):
             if any(type(operation) is linger.Drain for operation in batch):
                 failing()
-            return original(batch)
+            original(batch)
 
         with unittest.mock.patch.object(self.broker._store, "transact", transact):
             failing.side_effect = [None, None, *[linger.Unavailable("no disk")] * 2]
@@ -2390,7 +2386,7 @@ class BulkTest(BrokerTest):
             def transact(batch):
                 if any(type(operation) is linger.ProcessDue for operation in batch):
                     raise linger.Full("the disk is full")
-                return original(batch)
+                original(batch)
 
             with unittest.mock.patch.object(self.broker._store, "transact", transact):
                 self.assertIsNone(self.broker.get("q"))
@@ -3985,251 +3981,287 @@ class ModelTest(BrokerTest):
         self.assertEqual(counted, kept)
 
 
-# -- Cluster -------------------------------------------------------------------------------------
-
-RQLITED = os.environ.get("LINGER_TEST_RQLITED")  # a binary: then OnCluster runs real nodes
-PREPARE_ERROR = re.compile(r'no such|near "|.* already exists')  # does not end a transaction
+# -- the HTTP server -----------------------------------------------------------------------------
 
 
-class Rqlite(http.server.ThreadingHTTPServer):
-    """A stand-in for nodes of rqlite that share a database; `faults` are what goes wrong.
-
-    Each request to write takes the next one: None, `drop` (closes the connection before it is
-    executed), `lose` (after), `late` (closes it, and executes it in `replay`), `stall` (answers
-    in `stalled.set`), a status with its text, or `leader <n>`: redirects to the n-th node.
-    """
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, nodes=1):
-        self.database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        for name, count, function in (
-            ("sqlite_version", 0, lambda: "3.45.1"),
-            ("unhex", 1, lambda digits: digits and bytes.fromhex(digits)),
-        ):
-            self.database.create_function(name, count, function)
-        self.lock = threading.Lock()  # guards the database and the lists
-        self.faults = []
-        self.delayed = []  # requests that are executed by `replay`
-        self.writes = []  # bodies of all requests to write that were executed
-        self.asked = collections.Counter()  # requests to each node
-        self.stalled = threading.Event()
-        super().__init__(("127.0.0.1", 0), RqliteHandler)
-        self.others = [Node(self) for _ in range(nodes - 1)]
-        self.addresses = [f"127.0.0.1:{s.server_address[1]}" for s in (self, *self.others)]
-        self.url = "http://" + ",".join(self.addresses)
-        for server in (self, *self.others):
-            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self):
-        self.stalled.set()
-        for server in (self, *self.others):
-            server.shutdown()
-            server.server_close()
-        self.database.close()
-
-    def handle_error(self, request, address):
-        """The client has closed the connection."""
-
-    def replay(self):
-        """Executes what was `late`; the results."""
-        delayed, self.delayed = self.delayed, []
-        return [self.execute(body) for body in delayed]
-
-    def execute(self, body, query="transaction"):
-        """The results of a request, as rqlite gives them."""
-        results = []
-        with self.lock:
-            if "level" not in query:
-                self.writes.append(body)
-            self.database.execute("begin")
-            for statement, *parameters in json.loads(body):
-                try:
-                    results.append(self._result(statement, *parameters))
-                except sqlite3.Error as error:
-                    results.append({"error": str(error)})
-                    if not PREPARE_ERROR.match(str(error)):
-                        self.database.execute("rollback")
-                        break
-            else:
-                self.database.execute("commit")
-        return results
-
-    def _result(self, statement, parameters=()):
-        cursor = self.database.execute(statement, parameters)
-        if cursor.description is None:
-            rows = self.database.execute("select changes(), last_insert_rowid()").fetchone()
-            changed = max(cursor.rowcount, 0)
-            return {"rows_affected": changed, "last_insert_id": rows[1], "time": 1e-6}
-        columns = [column[0] for column in cursor.description]
-        rows = [list(row) for row in cursor]
-        for row in rows:
-            for i, value in enumerate(row):
-                if isinstance(value, bytes):
-                    assert columns[i] == "body", "rqlite takes other blobs for texts"
-                    row[i] = base64.b64encode(value).decode()
-        types = ["blob" if column == "body" else "" for column in columns]
-        return {"columns": columns, "types": types, **({"values": rows} if rows else {})}
-
-
-class Node(http.server.ThreadingHTTPServer):
-    """Another node of a cluster."""
-
-    daemon_threads = True
-
-    def __init__(self, cluster):
-        self.cluster = cluster
-        super().__init__(("127.0.0.1", 0), RqliteHandler)
-
-    def handle_error(self, request, address):
-        """The client has closed the connection."""
-
-
-class RqliteHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_POST(self):
-        cluster = getattr(self.server, "cluster", self.server)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        with cluster.lock:
-            cluster.asked[self.server.server_address[1]] += 1
-            writes = "/db/query" not in self.path
-            fault = cluster.faults.pop(0) if writes and cluster.faults else None
-        if fault == "stall":
-            cluster.stalled.wait(PATIENCE)
-        if fault == "late":
-            cluster.delayed.append(body)
-        if fault in ("drop", "late"):
-            self.close_connection = True
-        elif isinstance(fault, tuple):
-            self.answer(fault[0], fault[1].encode())
-        elif isinstance(fault, str) and fault.startswith("leader"):
-            leader = f"http://{cluster.addresses[int(fault[-1])]}{self.path}"
-            self.answer(301, b"", {"Location": leader})
-        else:
-            results = cluster.execute(body, urllib.parse.urlsplit(self.path).query)
-            if fault == "lose":
-                self.close_connection = True
-            else:
-                self.answer(200, json.dumps({"results": results}).encode())
-
-    def answer(self, status, body, headers=types.MappingProxyType({})):
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        head = f"HTTP/1.1 {status} x\r\nContent-Length: {len(body)}\r\n{lines}\r\n"
-        self.wfile.write(head.encode() + body)
-
-    def log_message(self, *_):
-        """Nothing."""
-
-
-class RealRqlite:
-    """Three nodes of rqlite, each a process, started for all tests; `reset` empties them."""
-
-    running = None
-
-    @classmethod
-    def get(cls):
-        """The nodes with an empty database."""
-        if cls.running is None:
-            cls.running = cls()
-        cls.running.reset()
-        return cls.running
+class NoListener:
+    """What a reader asks of its client, which is there unless a test says otherwise."""
 
     def __init__(self):
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        unittest.addModuleCleanup(folder.cleanup)
-        with contextlib.ExitStack() as sockets:
-            bound = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
-            ports = [sockets.enter_context(each).getsockname()[1] for each in bound]
-        self.url = "http://" + ",".join(f"127.0.0.1:{port}" for port in ports[:3])
-        for number in range(3):
-            join = ("-join", f"127.0.0.1:{ports[3]}") if number else ()
-            process = subprocess.Popen(
-                [
-                    RQLITED, "-node-id", f"n{number}", "-http-addr", f"127.0.0.1:{ports[number]}",
-                    "-raft-addr", f"127.0.0.1:{ports[3 + number]}", *join,
-                    os.path.join(folder.name, f"n{number}"),
-                ],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            unittest.addModuleCleanup(process.wait)
-            unittest.addModuleCleanup(process.kill)
-            until(lambda port=ports[number]: self.is_ready(port))
+        self.gone = False
+        self.disconnected = []
 
-    @staticmethod
-    def is_ready(port):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        with contextlib.closing(connection), contextlib.suppress(OSError):
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 200
-        return False
+    def is_disconnected(self):
+        return self.gone
 
-    def reset(self):
-        nodes = linger.Nodes(linger.ClusterUrl.parse(self.url))
-        listed = "select type, name from sqlite_master where name not glob 'sqlite_*'"
-        answer, _ = nodes.ask("/db/query?level=strong", lambda: json.dumps([listed]).encode())
-        names = linger.decode_answer(answer)[0].get("values", ())
-        drops = [f"drop {kind} {name}" for kind, name in names if kind != "index"]
-        drops.sort(reverse=True)  # triggers before tables
-        drops += ["pragma application_id = 0", "pragma user_version = 0"]
-        nodes.ask("/db/request?transaction", lambda: json.dumps(drops).encode())
-        nodes.close()
-
-    def close(self):
-        """Nothing: they run on."""
+    def disconnect(self, only_stuck=False):
+        self.disconnected.append(only_stuck)
 
 
-class OnCluster:
-    """Lets a case of BrokerTest run on a cluster: on the stand-in, or on real nodes."""
+class FeedTest(BrokerTest):
+    """What somebody who listens to a channel or topic learns."""
 
     def setUp(self):
-        self.cluster = RealRqlite.get() if RQLITED else Rqlite()
-        self.addCleanup(self.cluster.close)
         super().setUp()
+        self.memory = linger.MemoryBudget(100_000_000)
+        self.live = self.broker._state.live
+        self.reader = self.listen("q")
 
-    def open_store(self, path, max_size):
-        return linger.open_store(self.cluster.url)
+    def listen(self, name, kind="channels"):
+        reader = self.broker.listen(kind, name, NoListener(), self.memory)
+        self.addCleanup(reader.close)
+        return reader
 
+    def read(self, reader=None):
+        """The events that are there."""
+        reader = reader or self.reader
+        events = []
+        while reader.position < reader._feed.end():
+            events += reader.events()
+        return events
 
-def on_cluster(case, left_out=()):
-    """The case with a cluster in place of a file, without the tests that are about the file."""
-    name = case.__name__.replace("Test", "OnClusterTest")
-    return type(name, (OnCluster, case), {"__module__": __name__, **dict.fromkeys(left_out)})
+    def seen(self, reader=None):
+        """The names and ids of the events that are there."""
+        return [(event.name, event.message.id) for event in self.read(reader)]
 
+    def test_the_life_of_a_message_is_seen(self):
+        self.broker.post("q", b"hello", "text/x", priority=3)
+        message = self.broker.get("q")
+        self.broker.delete(message.id, message.lease)
+        posted, delivered, deleted = self.read()
+        self.assertEqual([e.name for e in (posted, delivered)], ["posted", "delivered"])
+        self.assertEqual(
+            posted.message[:3] + posted.message[10:12], (1, "q", 3, "text/x", b"hello")
+        )
+        self.assertEqual(delivered.message, message)
+        self.assertEqual((deleted.name, deleted.message), ("deleted", message))
 
-KeyOnClusterTest = on_cluster(KeyTest)
-SettingsOnClusterTest = on_cluster(SettingsTest)
-TakingOnClusterTest = on_cluster(TakingTest)
-if RQLITED:  # too slow for each run of the tests
-    BatchOnClusterTest = on_cluster(BatchTest)
-    BoundsOnClusterTest = on_cluster(
-        BoundsTest,
-        (
-            "test_a_database_at_its_bound_adds_nothing_but_gives_and_deletes",
-            "test_a_database_that_is_larger_than_its_bound_still_gives_and_deletes",
-            "test_no_transaction_takes_a_database_beyond_its_bound",
-        ),
-    )
-    BulkOnClusterTest = on_cluster(BulkTest)
-    DeadLetterOnClusterTest = on_cluster(DeadLetterTest)
-    DeliveryOnClusterTest = on_cluster(DeliveryTest)
-    LeaseAndReleaseOnClusterTest = on_cluster(LeaseAndReleaseTest)
-    LookingOnClusterTest = on_cluster(LookingTest)
-    ModelOnClusterTest = on_cluster(ModelTest)
-    StatsOnClusterTest = on_cluster(StatsTest)
-    TopicOnClusterTest = on_cluster(TopicTest)
-    WaitingOnClusterTest = on_cluster(
-        WaitingTest,
-        (
-            "test_a_failed_take_wakes_the_next_consumer",
-            "test_a_waiting_consumer_takes_a_message_in_the_transaction_that_adds_it",
-        ),
-    )
+    def test_each_way_to_take_and_delete_is_seen(self):
+        for n in range(6):
+            self.broker.post("q", b"%d" % n)
+        self.read()
+        self.broker.get("q", auto=True)
+        self.assertEqual(self.seen(), [("delivered", 1), ("deleted", 1)])
+        consumer = functools.partial(self.broker.consumer, ["other", "q"])
+        self.broker.take(consumer(2))
+        self.assertEqual(self.seen(), [("delivered", 2), ("delivered", 3)])
+        self.broker.take(consumer(), ack=2)
+        self.assertEqual(self.seen(), [("deleted", 2), ("delivered", 4)])
+        self.broker.delete_batch([(3, 1), (4, 7), (9, None)])
+        self.assertEqual(self.seen(), [("deleted", 3)])
+        self.broker.drain("q")
+        self.assertEqual(self.seen(), [("deleted", 5), ("deleted", 6), ("deleted", 4)])
 
+    def test_each_way_to_post_is_seen(self):
+        self.broker.post_batch("q", [(b"a", "x", {}), (b"b", "x", {})])
+        self.broker.post_batch("q", [(b"c", "x", {"unique": "k"}), (b"d", "x", {})])
+        self.broker.post("q", b"e", unique="k2", delay=9)
+        self.broker.subscribe("q", "news")
+        self.broker.subscribe("p", "news")
+        self.broker.publish("news", b"f")
+        events = self.read()
+        self.assertEqual({event.name for event in events}, {"posted"})
+        self.assertEqual([event.message.id for event in events], [1, 2, 3, 4, 5, 7])
+        self.assertEqual(b"".join(event.message.body for event in events), b"abcdef")
+        self.assertEqual((events[4].message.delay, events[5].message.topic), (9, "news"))
 
-# -- the HTTP server -----------------------------------------------------------------------------
+    def test_a_waiting_consumer_is_delivered_to_after_the_post(self):
+        taken = self.park("q")
+        self.broker.post("q", b"x")
+        taken.result(PATIENCE)
+        self.assertEqual(self.seen(), [("posted", 1), ("delivered", 1)])
+
+    def test_what_is_given_back_or_up_is_seen_and_where_it_goes(self):
+        dead = self.listen("dead")
+        for n in range(3):
+            self.broker.post("q", b"x", dead="dead", deliver=2 - n % 2)
+            self.broker.get("q")
+        self.read()
+        self.broker.release(1, reason="later", delay=5)
+        released = self.read()[0]
+        self.assertEqual((released.name, released.message.error, released.message.delay),
+                         ("released", "later", 5))  # fmt: skip
+        self.broker.release(2)
+        self.assertEqual(self.seen(), [("released", 2), ("moved", 2)])
+        self.broker.reject(3, reason="bad")
+        rejected, moved = self.read()
+        self.assertEqual((rejected.name, rejected.message.error), ("rejected", "bad"))
+        message = moved.message
+        self.assertEqual((message.channel, message.dead_from, message.dead_reason, message.error,
+                          message.delivered, message.dead_delivered, moved.source),
+                         ("dead", "q", "reject", "bad", 0, 1, "q"))  # fmt: skip
+        self.assertEqual(message, self.broker.read_message(3)[0])
+        self.assertEqual(self.seen(dead), [("moved", 2), ("moved", 3)])
+        self.broker.redrive("dead")
+        for reader in (dead, self.reader):
+            events = self.read(reader)
+            self.assertEqual([(e.name, e.message.id, e.source, e.message.channel) for e in events],
+                             [("moved", 2, "dead", "q"), ("moved", 3, "dead", "q")])  # fmt: skip
+        self.assertEqual(events[1].message, self.broker.read_message(3)[0])
+        self.broker.redrive_message(3, "dead")
+        (event,) = self.read()
+        self.assertEqual((event.name, event.source, event.message.channel), ("moved", "q", "dead"))
+
+    def test_what_ends_in_time_is_seen(self):
+        self.broker.post("q", b"1", timeout=1)
+        self.broker.post("q", b"2", timeout=1, backoff="9")
+        self.broker.post("q", b"3", timeout=1, deliver=1)
+        for _ in range(3):
+            self.broker.get("q")
+        self.broker.post("q", b"4", linger=1)
+        self.broker.post("q", b"5", linger=1, dead="dead")
+        self.broker.post("q", b"6", delay=1)
+        self.read()
+        self.clock.now += 2
+        self.broker.process_due()
+        self.assertCountEqual(self.seen(), [
+            ("timed-out", 1), ("timed-out", 2), ("timed-out", 3), ("deleted", 3),
+            ("expired", 4), ("deleted", 4), ("expired", 5), ("moved", 5),
+        ])  # fmt: skip
+
+    def test_an_undone_delivery_is_released(self):
+        for auto in (False, True):
+            id = self.broker.post("q", b"x").id
+            consumer = self.broker.consumer(["q"], auto=auto)
+            messages = self.broker.take(consumer)
+            self.read()
+            self.broker.undo_take(consumer, messages)
+            self.assertEqual(self.seen(), [("released", id)])
+            self.broker.drain("q")
+            self.read()
+
+    def test_what_changes_nothing_is_not_seen(self):
+        self.broker.post("q", b"x", dedup="k")
+        self.broker.get("q")
+        self.read()
+        self.broker.post("q", b"x", dedup="k")
+        for call in (self.broker.delete, self.broker.release, self.broker.reject):
+            with self.assertRaises(linger.Conflict):
+                call(1, lease=9)
+        self.broker.set_settings("q", hlm=1)
+        for call in (lambda: self.broker.post("q", b"x"),
+                     lambda: self.broker.post_batch("q", [(b"x", "x", {})])):  # fmt: skip
+            with self.assertRaises(linger.Full):
+                call()
+        self.broker.get("q")
+        self.broker.post("other", b"x")
+        self.broker.delete(2)
+        self.assertEqual(self.seen(), [])
+
+    def test_a_publication_is_seen_once_and_without_subscribers(self):
+        reader = self.listen("news", "topics")
+        self.broker.publish("news", b"one", "text/x")
+        self.broker.publish("other", b"x")
+        for _ in range(2):
+            self.broker.publish("news", b"two", dedup="k")
+        self.broker.publish_batch("news", [(b"three", "x", {}), (b"four", "x", {})])
+        events = self.read(reader)
+        self.assertEqual([e.message.body for e in events], [b"one", b"two", b"three", b"four"])
+        self.assertEqual((events[0].name, *events[0].message[8:11:2]), ("", "news", "text/x"))
+
+    def test_events_are_seen_once_if_an_operation_beside_is_refused(self):
+        with busy(self.broker._committer):
+            posts = [self.thread(self.broker.post, "q", b"x") for _ in range(2)]
+            self.broker._committer.submit(linger.Operation(("select no_column",)))
+            until(lambda: len(self.broker._committer._pending) == 3)
+        for post in posts:
+            post.result(PATIENCE)
+        self.assertEqual(sorted(self.seen()), [("posted", 1), ("posted", 2)])
+
+    def test_nothing_is_looked_up_while_nobody_listens_to_a_channel(self):
+        self.listen("news", "topics")
+        self.reader.close()
+        self.assertIsNone(self.broker._committer.observer)
+        self.assertEqual(self.live.channels, {})
+        self.broker.post("q", b"x")
+
+    def test_every_event_that_is_counted_can_be_seen(self):
+        seen = {name for events, _, _ in linger.REPORTED for name in events}
+        self.assertEqual(seen | {"delivered"}, set(linger.EVENTS))
+
+    def test_every_statement_that_changes_messages_has_its_events_or_needs_none(self):
+        change = re.compile(r"\s*(?:insert into|update|delete from) messages\b")
+        changes = {name for name, sql in statements().items() if change.match(sql)}
+        seen = {name for name, sql in statements().items() if sql in linger.LOOK_UPS}
+        self.assertEqual(changes - seen, {
+            "LEASE_NEXT", "LEASE_BATCH", "DELETE_BATCH",  # of takes, which report themselves
+            "PUBLISH_MESSAGE",  # PUBLISHED follows it
+            "TOUCH_MESSAGE", "CHANGE_MESSAGE", "TAKE_OVER_TIMES",
+        })  # fmt: skip
+
+    def test_a_body_is_cut_the_more_the_more_messages_change(self):
+        self.broker.post("q", b"x" * 100_000)
+        self.broker.get("q", auto=True)
+        self.assertEqual({(len(e.message.body), e.cut) for e in self.read()}, {(65_537, 65_536)})
+        self.broker.post_batch("q", [(b"x" * 2_000, "x", {})] * 17)
+        self.broker.take(self.broker.consumer(["q"], 17))
+        self.broker.delete_batch([(n, None) for n in range(2, 19)])
+        events = self.read()
+        self.assertEqual(len(events), 3 * 17)
+        self.assertEqual({(len(e.message.body), e.cut) for e in events}, {(1_025, 1_024)})
+
+    # -- readers
+
+    def test_what_all_have_read_is_not_kept(self):
+        other = self.listen("q")
+        for _ in range(100):
+            self.broker.post("q", b"x" * 5_000)
+        self.assertGreater(self.memory.used, 500_000)
+        self.read()
+        self.read(other)
+        waits = [self.thread(reader.events) for reader in (self.reader, other)]
+        until(lambda: len(self.reader._feed.waiting) == 2)
+        self.assertEqual((self.memory.used, self.reader._feed._events), (0, []))
+        self.broker.post("q", b"x")
+        self.assertEqual([len(wait.result(PATIENCE)) for wait in waits], [1, 1])
+
+    def test_a_reader_far_behind_is_disconnected_and_the_others_go_on(self):
+        other = self.listen("q")
+        while self.reader._feed.total < 3_000_000:
+            self.broker.post("q", b"x" * 50_000)
+            self.read(other)
+        self.assertFalse(self.reader.is_slow)  # all came within a second
+        for event in self.reader._feed._events:
+            event.time -= linger.BEHIND_TIME
+        for _ in range(3):
+            self.broker.post("q", b"x" * 50_000)
+        self.assertEqual((self.reader.is_slow, other.is_slow), (True, False))
+        self.assertEqual(self.reader.listener.disconnected, [False])
+        self.assertLess(self.memory.used, 1_000_000)
+        with self.assertRaises(ConnectionAbortedError):
+            self.reader.events()
+        self.assertEqual(self.seen(other)[-1][0], "posted")
+
+    def test_no_reader_keeps_more_than_a_burst(self):
+        with unittest.mock.patch.object(linger, "MAX_BURST", 2_000_000):
+            while not self.reader.is_slow:
+                self.broker.post("q", b"x" * 60_000)
+                self.assertLess(self.memory.used, 2_300_000)
+
+    def test_without_memory_readers_are_given_up_and_no_call_fails(self):
+        self.memory.limit = 300_000
+        self.memory.reserve(1)
+        while not self.reader.is_slow:
+            self.broker.post("q", b"x" * 60_000)
+            self.assertLess(self.memory.used, 600_000)
+        self.assertEqual(self.memory.used, 1)
+
+    def test_a_reader_whose_listener_has_gone_ends(self):
+        with unittest.mock.patch.object(linger, "LISTENER_CHECK_INTERVAL", 0.01):
+            wait = self.thread(self.listen("q").events)  # which wakes the thread
+            until(lambda: self.live.channels["q"].waiting)
+            (reader,) = self.live.channels["q"].waiting
+            reader.listener.gone = True
+            self.assertIsInstance(wait.exception(PATIENCE), ConnectionAbortedError)
+
+    def test_a_silent_reader_is_woken_from_time_to_time(self):
+        with (
+            unittest.mock.patch.object(linger, "LISTENER_CHECK_INTERVAL", 0.01),
+            unittest.mock.patch.object(linger, "SILENCE_LIMIT", 0.02),
+        ):
+            reader = self.listen("q")
+            for _ in range(3):
+                self.assertEqual(self.thread(reader.events).result(PATIENCE), [])
 
 
 class ServerTest(Folder):
@@ -6331,6 +6363,123 @@ class FuzzTest(ServerTest):
         self.assertGreater(count, 50 * self.seconds)
 
 
+class LiveTest(ServerTest):
+    """Streams of events over HTTP."""
+
+    def listen(self, path="/channels/q/live", accept="application/x-ndjson", **headers):
+        """The response to which events come, after the sign of life with which it begins."""
+        client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        self.addCleanup(client.close)
+        client.request("GET", path, headers={"Accept": accept, **headers})
+        response = client.getresponse()
+        self.addCleanup(response.close)
+        self.assertEqual(response.status, 200)
+        self.assertEqual(response.readline(), b"\n" if "ndjson" in accept else b":\n")
+        return response
+
+    def events(self, stream, n):
+        return [json.loads(stream.readline()) for _ in range(n)]
+
+    def test_a_line_of_json_is_sent_for_each_event(self):
+        stream = self.listen()
+        self.call("POST", "/channels/q", "häh?".encode(), {"Content-Type": "text/x"})
+        self.call("GET", "/channels/q?auto")
+        posted, *others = self.events(stream, 3)
+        message = {"id": 1, "channel": "q", "priority": 0, "timeout": 30, "deliver": 0,
+                   "delivered": 0, "received": 0, "linger": 0, "topic": "", "lease": 0,
+                   "type": "text/x", "body": "häh?"}  # fmt: skip
+        self.assertEqual(posted, {"event": "posted", **message})
+        self.assertEqual([e["event"] for e in others], ["delivered", "deleted"])
+        self.assertEqual(stream.headers["Content-Type"], "application/x-ndjson")
+
+    def test_by_default_server_sent_events_come(self):
+        stream = self.listen("/topics/a%20b/live", "*/*")
+        self.call("POST", "/topics/a%20b", b"\xff\n")
+        lines = [stream.readline() for _ in range(3)]
+        self.assertEqual(lines[::2], [b"\n", b"\n"])
+        self.assertTrue(lines[1].startswith(b"data: "), lines)
+        self.assertEqual(json.loads(lines[1][6:]), {
+            "topic": "a b", "type": "text/plain", "body": "/wo=", "encoding": "base64",
+        })  # fmt: skip
+        headers = ("Content-Type", "Cache-Control", "X-Accel-Buffering", "Connection")
+        self.assertEqual([stream.headers[name] for name in headers],
+                         ["text/event-stream", "no-store", "no", "close"])  # fmt: skip
+
+    def test_a_long_body_is_cut_and_the_event_says_so(self):
+        stream = self.listen()
+        self.broker.post("q", b"\x01" * 65_535 + "ä".encode())
+        (event,) = self.events(stream, 1)
+        self.assertEqual((event["body"], event["cut"]), ("\x01" * 65_535, True))
+
+    def test_a_moved_message_says_from_where(self):
+        stream = self.listen("/channels/dead/live")
+        self.broker.post("q", b"x", dead="dead")
+        self.broker.reject(1)
+        (event,) = self.events(stream, 1)
+        self.assertEqual([event[key] for key in ("event", "from", "channel", "dead-reason")],
+                         ["moved", "q", "dead", "reject"])  # fmt: skip
+
+    def test_http_1_0_gets_a_stream_without_chunks(self):
+        with self.connect() as connection, connection.makefile("rb") as file:
+            connection.sendall(b"GET /channels/q/live HTTP/1.0\r\n\r\n")
+            head = b"".join(iter(file.readline, b"\r\n"))
+            self.assertNotIn(b"Transfer-Encoding", head)
+            self.assertEqual([file.readline(), file.readline()], [b":\n", b"\n"])
+            self.broker.post("q", b"x")
+            self.assertTrue(file.readline().startswith(b'data: {"event":"posted"'))
+
+    def test_head_gets_the_head_and_the_connection_stays_usable(self):
+        with contextlib.closing(http.client.HTTPConnection(*self.address, PATIENCE)) as client:
+            for _ in range(2):
+                client.request("HEAD", "/topics/x/live")
+                response = client.getresponse()
+                self.assertEqual(response.read(), b"")
+                self.assertEqual(response.headers["Content-Type"], "text/event-stream")
+        self.assertEqual(self.broker._state.live.topics, {})
+
+    def test_a_client_that_leaves_is_forgotten(self):
+        with unittest.mock.patch.object(linger, "LISTENER_CHECK_INTERVAL", 0.01):
+            stream = self.listen()
+            stream.close()
+            until(lambda: not self.broker._state.live.channels)
+            until(lambda: not self.server._waiting)
+
+    def test_streams_count_as_waiting_consumers(self):
+        self.server.max_waiting = 1
+        self.listen()
+        self.assertEqual(self.call("GET", "/channels/q/live")[0], 503)
+        self.assertEqual(self.call("GET", "/channels/q?nowait")[0], 204)
+
+    def test_a_stop_ends_streams_properly_and_breaks_those_that_are_not_read(self):
+        deaf = self.listen()
+        feed = self.broker._state.live.channels["q"]
+        (deaf_reader,) = feed.readers
+        stream = self.listen()
+        while feed.total - deaf_reader.read < 300_000:
+            self.broker.post("q", b"x" * 60_000)
+            self.events(stream, 1)
+        began = time.monotonic()
+        self.server.close()
+        self.assertLess(time.monotonic() - began, linger.STOP_TIMEOUT)
+        self.assertEqual(stream.read(), b"")  # IncompleteRead without the last chunk
+        with self.assertRaises((http.client.HTTPException, OSError)):
+            deaf.read()
+
+    def test_a_client_that_does_not_read_delays_no_other_and_is_disconnected(self):
+        self.listen()
+        until(lambda: self.broker._state.live.channels["q"].waiting)
+        (reader,) = self.broker._state.live.channels["q"].readers
+        with unittest.mock.patch.object(linger, "BEHIND_TIME", 0):
+            while not reader.is_slow:
+                self.broker.post("q", b"x" * 60_000)
+        until(lambda: not self.server._waiting)
+        self.assertEqual(self.server.memory.used, 0)
+
+    def test_a_page_of_another_site_gets_no_stream(self):
+        foreign = {"Origin": "http://b.example"}
+        self.assertEqual(self.call("GET", "/channels/q/live", None, foreign)[0], 403)
+
+
 class StopTest(ServerTest):
     """A stop while a request is just coming: its thread has read it and has not yet looked at it,
     so that its connection seems to be idle."""
@@ -6776,7 +6925,7 @@ class MemoryTest(ServerTest):
         def slow(batch):
             committing.set()
             go_on.wait(PATIENCE)
-            return transact(batch)
+            transact(batch)
 
         self.addCleanup(go_on.set)
         with unittest.mock.patch.object(self.broker._store, "transact", slow):
@@ -6898,7 +7047,7 @@ class MemoryTest(ServerTest):
 
         def record(batch):
             batches.append([operation.size for operation in batch])
-            return transact(batch)
+            transact(batch)
 
         large, small = linger.Operation(), linger.Operation()
         large.size, small.size = 5_000_000, 1
@@ -7514,8 +7663,9 @@ class TokenTest(ServerTest):
             for right, token in {**tokens, "": None, "all": "b0ss"}.items():
                 with self.subTest(route=route.path, method=route.method, right=right):
                     query = "?nowait" if route.endpoint == "take_message" else ""
+                    method = "HEAD" if route.endpoint == "open_stream" else route.method
                     shown = bearer(token) if token else {}
-                    status, _, _ = self.call(route.method, path + query, None, shown)
+                    status, _, _ = self.call(method, path + query, None, shown)
                     if route.right == "":
                         self.assertEqual(status, 200)
                     elif right == "":
@@ -7524,6 +7674,18 @@ class TokenTest(ServerTest):
                         self.assertNotIn(status, (401, 403))
                     else:
                         self.assertEqual(status, 403)
+
+    def test_a_stream_ends_when_its_token_loses_the_right(self):
+        client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        self.addCleanup(client.close)
+        client.request("GET", "/channels/orders-1/live", headers=bearer("sh0p"))
+        stream = client.getresponse()
+        self.assertEqual(stream.readline(), b":\n")
+        self.assertEqual(self.call("GET", "/channels/q/live", None, bearer("sh0p"))[0], 403)
+        self.tokens.write_text(TOKENS.replace("orders-*", "other-*"))
+        self.server.reload()
+        self.broker.post("orders-1", b"secret")
+        self.assertEqual(stream.read(), b"\n")
 
     def test_only_health_is_served_without_a_token(self):
         for method, path in (("GET", "/nowhere"), ("PATCH", "/topics"), ("OPTIONS", "/health")):
@@ -9566,7 +9728,7 @@ if os.fork() == 0:
             call()
         except linger.Unavailable as error:
             said.append("forked" in str(error))
-        except linger.TransactionFailed as error:
+        except linger.CannotBegin as error:
             said.append("forked" in str(error))
     server.close()
     print(*said, flush=True)
@@ -12280,24 +12442,18 @@ ONCE = (
     "SCHEMA",
     "BEFORE_MIGRATION",
     "AFTER_MIGRATION",
-)  # constants with statements that run once in a file
+    "EVENT_ROWS",
+)  # constants with statements that run once in a file, and the pattern of EVENT_STATEMENTS
 MEANT_SCANS = {  # statements that read a whole table or index, which the call that uses them asks
     "ALL_PAUSES": {"pauses"},
     "ALL_SETTINGS": {"settings"},
     "CHANNEL_NAMES": {"channels", "subscriptions"},
-    "COUNT_SERVING": {"sessions"},
-    "DATABASE_SIZE": {"pragma_page_count", "pragma_page_size"},
     "DRAIN_HIDDEN": {"messages"},  # the index of all that is hidden
     "ENDED_PAUSES": {"pauses"},
-    "DUE_SOON": {"channels"},  # by Watch, in a small share of the time
     "END_PAUSES": {"pauses"},
-    "FORGET_SESSIONS": {"sessions"},
-    "IDENTIFY": {"sqlite_master"},
     "LIST_ALL": {"messages"},  # from an id on
     "LIST_HIDDEN": {"messages"},  # from an id on
     "MESSAGE_TOTALS": {"channels"},
-    "LOOK_AROUND": {"sessions"},
-    "READY_CHANNELS": {"json_each"},
     "RECORD_TIME": {"channels", "dedups", "pauses"},  # up to the first row
     "NEXT_BY_CHANNEL": {"channels"},  # once, at the start
     "SUBSCRIPTION_TOTALS": {"subscriptions"},
