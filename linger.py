@@ -22,11 +22,13 @@ The file reads downwards: a section uses only what stands above it.
     Commits       operations, and the thread that commits them in groups
     Files         a database's file, its lock, and whether a log belongs to it
     Store         SQLite and its files
+    Cluster       rqlite in place of SQLite: one database for several servers
     Time          broker time, which never steps; sleeps that follow it
     Live          what happens to messages, as it happens, for whoever listens
     State         what is in memory: waiting consumers, channels, timers
     Operations    a class for each kind of call: statements, effects, result
     Management    channels and topics, bulk work, and what there is
+    Watch         what other servers of a cluster change, and how this one learns of it
     Broker        the public calls of queue and pub-sub
     Access        tokens and their rights; which web pages may send requests
     Routes        every endpoint of the HTTP API
@@ -51,6 +53,7 @@ Where to look for the rules that matter most:
     a consumer waits, is woken   `WaitingList` in State, `State.wake` in Operations
     operations share a commit    `Committer` in Commits
     timeouts and delays end      `ProcessDue` in Operations, `Timers` in State
+    nothing is done twice        `Cluster.transact` in Cluster, `TAKE_TURN` in SQL
     an event reaches a stream    `LOOK_UPS` and `Live` in Live, `EventStream` in Responses
     a request is read            `RequestReader` in Requests (`_read_chunks`: a chunked body)
     a token is looked up         `Access.identify` in Access
@@ -142,11 +145,13 @@ __all__ = [
     "LingerError",
     "Message",
     "NotFound",
+    "OutcomeUnknown",
     "PostResult",
     "Server",
     "Store",
     "TooLarge",
     "Unavailable",
+    "open_store",
     "serve",
 ]
 
@@ -295,6 +300,19 @@ MAX_TRANSACTION_BYTES = 8_000_000  # bodies that a transaction adds or takes for
 TAKEN_BYTES = 100_000  # so much of them is expected for each message of a batch, bytes
 BACKUP_PAGES = 1_024  # pages that a backup copies at a time
 
+# Cluster
+NODE_PORT = 4_001  # of rqlite, if the URL names none
+NODE_TIMEOUT = 3.0  # silence of a node after which another one is asked, seconds,
+NODE_RATE = 1_000_000  # and one more for so many bytes that are sent to it
+CLUSTER_TIMEOUT = 12.0  # time in which a node must answer, or the call fails, seconds
+NODE_RETRY_DELAY = 0.05  # pause before the next node is asked, seconds
+MAX_IDLE_NODE_CONNECTIONS = 4  # open connections to a node that no request uses
+LOOK_INTERVAL = 0.05  # between two looks at what other servers changed, seconds,
+IDLE_LOOK_INTERVAL = 0.9  # while no consumer waits: below the shortest timeout and delay,
+LOOK_SHARE = 0.2  # and so long that looking takes no larger part of the time
+JOIN_TIMEOUT = 3.0  # time in which other servers must tell a new one the broker time, seconds
+SESSION_TTL = 3_600  # age at which the session of a server that was killed is forgotten, seconds
+
 # Time
 TICK_INTERVAL = 1.0  # seconds between two looks at the clocks: a crash may follow a step
 CLOCK_STEP = 0.5  # difference by which the wall clock has been stepped and not slewed, seconds
@@ -401,6 +419,12 @@ class Unavailable(LingerError):
     """Not possible now; the same call may succeed later."""
 
     status = 503
+
+
+class OutcomeUnknown(LingerError):
+    """Whether it was done is not known: the cluster did not say."""
+
+    status = 504
 
 
 class Full(LingerError):
@@ -1056,6 +1080,28 @@ SCHEMA = (
         until real not null
     ) without rowid
     """,
+    # Each server of a cluster keeps copies of these tables, and learns here that they changed.
+    *(
+        f"""
+    create trigger {table}_{event} after {event} on {table}
+    begin
+        insert into config (key, value)
+        values ('changes', '1')
+        on conflict (key) do update set value = value + 1;
+    end
+    """
+        for table in ("settings", "pauses")
+        for event in ("insert", "update", "delete")
+    ),
+    # The servers of a cluster.  turn: the number of the last transaction of each, 0 until it has
+    # learned the broker time; at: the broker time of that transaction.
+    """
+    create table sessions (
+        name text primary key,
+        turn integer not null,
+        at real not null
+    ) without rowid
+    """,
     # Keys of messages that must not be added twice.  scope: `channel <name>` or `topic <name>`,
     # with `batch ` before it for the keys of whole batches; result: the id, or for a topic a line
     # `<id> <channel>` for each copy.
@@ -1325,6 +1371,7 @@ select {DELIVERED_COLUMNS}
 from messages
 where channel = :channel and state = 0 and {IS_ALIVE}
     and (:ack is null or changes() = 1)
+    and not exists (select 1 from pauses where channel = :channel)
 order by priority, id
 limit 1
 """
@@ -1337,6 +1384,7 @@ where id = (
     from messages
     where channel = :channel and state = 0 and {IS_ALIVE}
         and (:ack is null or changes() = 1)
+        and not exists (select 1 from pauses where channel = :channel)
     order by priority, id
     limit 1
 )
@@ -1727,9 +1775,9 @@ where channel = :channel and expires_at > 0 and state <> 1
 # At the start: the next due time of each channel, null if it has none.
 NEXT_BY_CHANNEL = """
 select name,
-    (select min(due_at) from messages where channel = name and state > 0),
+    (select min(due_at) from messages where channel = name and state > 0) as due_at,
     (select min(expires_at) from messages
-        where channel = name and expires_at > 0 and state <> 1)
+        where channel = name and expires_at > 0 and state <> 1) as expires_at
 from channels
 """
 
@@ -2002,6 +2050,79 @@ select max(id)
 from messages
 """
 
+# -- several servers on one cluster
+
+# Whose database it is.
+IDENTIFY = """
+select sqlite_version(), (select count(*) from sqlite_master where name not glob 'sqlite_*')
+"""
+
+DATABASE_SIZE = """
+select page_count * page_size
+from pragma_page_count, pragma_page_size
+"""
+
+# The first statement of each transaction: it fails, and all others with it, unless this is the
+# session's next one.  So each is executed once at most, and never after a later one, however often
+# and late it arrives.
+TAKE_TURN = """
+insert into sessions (name, turn, at)
+values (:session,
+    (select turn + 1 from sessions where name = :session and turn = :turn - 1), :now)
+on conflict (name) do update set turn = excluded.turn, at = max(at, excluded.at)
+"""
+
+GET_TURN = """
+select turn
+from sessions
+where name = :session
+"""
+
+# A new session has turn 0 until its first transaction.
+BEGIN_SESSION = """
+insert into sessions (name, turn, at)
+select :session, 0, coalesce(max(at), 0)
+from sessions
+where true
+on conflict (name) do nothing
+"""
+
+FORGET_SESSIONS = """
+delete from sessions
+where at < (select max(at) from sessions) - :ttl
+"""
+
+END_SESSION = """
+delete from sessions
+where name = :session
+"""
+
+COUNT_SERVING = """
+select count(*)
+from sessions
+where turn > 0
+"""
+
+# Whether settings or pauses have changed, how far broker time is, and who asks for it.
+LOOK_AROUND = """
+select (select value from config where key = 'changes'), max(at),
+    group_concat(case when turn = 0 then name end, ' ')
+from sessions
+"""
+
+READY_CHANNELS = """
+select name, ready
+from channels
+where ready > 0 and name in (select value from json_each(:names))
+    and not exists (select 1 from pauses where channel = name)
+"""
+
+DUE_SOON = f"""
+select name, due_at, expires_at
+from ({NEXT_BY_CHANNEL})
+where due_at <= :soon or expires_at <= :soon
+"""
+
 
 # ---------------------------------------------------------------------------------------------
 # Counters: what has happened to messages since the start.  Operations count after their commit;
@@ -2264,8 +2385,11 @@ class Observer(Protocol):
         """Gets an operation with look-ups after its commit, and before its `on_commit`."""
 
 
-class CannotBegin(Exception):
-    """A store cannot begin a transaction; `reason` is the error for the clients."""
+class TransactionFailed(Exception):
+    """All operations of a transaction failed alike; `reason` is the error for the clients.
+
+    Trying them one by one would be in vain, or might execute them twice.
+    """
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -2273,17 +2397,41 @@ class CannotBegin(Exception):
 
 
 class Transactions(Protocol):
-    """What the committer needs of a store."""
+    """What the committer and the broker need of a store."""
 
-    def transact(self, batch: list[Operation]) -> None:
+    path: str  # the name of the database
+    is_shared: bool  # whether other servers change the same database
+
+    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
+        """The record of broker time, and whether another server has made it just now.
+
+        `now()` is the broker time of each transaction after this.
+        """
+
+    def transact(self, batch: list[Operation]) -> list[Operation]:
         """Runs the statements and `on_executed` of each operation, in order, and commits.
 
-        The batch may grow meanwhile.  If this raises, nothing was changed; `CannotBegin` says that
-        trying the operations one by one would be in vain.
+        The batch may grow meanwhile.  Returns those that joined too late: they belong to the next
+        transaction.  If this raises, nothing was changed; but see `TransactionFailed`.
         """
 
     def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
         """The rows of selects, all from the moment of the last commit; for any thread."""
+
+    def check_space(self) -> None:
+        """`Full` when space is so short that only takes and deletes may go on."""
+
+    def size(self) -> int:
+        """The size of the database in bytes, -1 for one in memory."""
+
+    def copy(self, path: str) -> None:
+        """Copies the database, as of the last commit, into an empty file; commits go on."""
+
+    def open_snapshot(self) -> BinaryIO:
+        """A copy of the database in a file that is gone when it is closed."""
+
+    def close(self) -> None:
+        """Closes the database; calls after this fail."""
 
 
 class Committer:
@@ -2335,7 +2483,7 @@ class Committer:
             raise RuntimeError("a callback must not make a call that waits for a commit")
 
     def join_transaction(self, operation: Operation) -> None:
-        """Adds an operation to the transaction under way; only for `on_executed`."""
+        """Adds an operation to the transaction under way, or the next; only for `on_executed`."""
         assert self._batch is not None, "no transaction is under way"
         if self.observer is not None:
             self.observer.prepare(operation)
@@ -2397,8 +2545,8 @@ class Committer:
         that is refused harms no other.  If no transaction can begin, all fail at once."""
         self._batch = batch
         try:
-            self._store.transact(batch)
-        except CannotBegin as error:
+            late = self._store.transact(batch)
+        except TransactionFailed as error:
             _fail(batch, error.reason)
         except Exception as error:
             if alone:
@@ -2409,6 +2557,8 @@ class Committer:
                     self._commit(again, alone=True)
                     batch += again[1:]  # what joined its transaction
         else:
+            for operation in late:
+                self.submit(operation)
             _run_commit_callbacks(batch, self.observer)
         finally:
             self._batch = None
@@ -2440,6 +2590,8 @@ def _run_commit_callbacks(batch: Iterable[Operation], observer: Optional[Observe
     """A bug in one must not stop the others."""
     for operation in batch:
         try:
+            if operation.error is not None:
+                continue
             if operation.looked_up and observer is not None:
                 observer.report(operation)
             operation.on_commit()
@@ -3084,6 +3236,7 @@ class Store:
     The writing connection belongs to the thread that calls `transact`.
     """
 
+    is_shared = False
     _damage = ""  # why nothing can be written any more, until a restart
     _is_disowned = False  # whether this is a forked child's copy
 
@@ -3175,14 +3328,19 @@ class Store:
 
     # -- writing
 
-    def transact(self, batch: list[Operation]) -> None:
+    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
+        """The record of broker time; no other server has made it."""
+        (record,) = self.read(GET_CONFIG, key="time")
+        return record[0][0] if record else "", False
+
+    def transact(self, batch: list[Operation]) -> list[Operation]:
         """Runs operations in one transaction and commits; see `Transactions`."""
         with self._lock if self.path == MEMORY else contextlib.nullcontext():
             try:
                 self._check_files()
                 self._writer.execute("begin immediate")
             except Exception as error:
-                raise CannotBegin(self._translate(error)) from error
+                raise TransactionFailed(self._translate(error)) from error
             try:
                 adds = self._execute(batch)
                 self._space.before_commit(self._writer, adds)
@@ -3193,6 +3351,7 @@ class Store:
                     raise self._translate(error) from error
                 raise
             self._mark_log()
+        return []
 
     def _execute(self, batch: list[Operation]) -> int:
         """Runs the operations; about how many bytes of messages they add."""
@@ -3476,6 +3635,7 @@ ERROR_MESSAGES = {
     SQLITE_FULL: "database or disk is full",
     SQLITE_NOTADB: "file is not a database",
 }
+OTHER_DATABASE = "choose another --dbfile"
 BACKUP_HINT = "stop the server and restore a backup as README, Backup, says"
 
 
@@ -3526,23 +3686,28 @@ def read_schema_version(path: str) -> Optional[int]:
     if not header:
         return None
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise Unavailable(f"{path} is not a database of Linger: choose another --dbfile")
+        raise Unavailable(f"{path} is not a database of Linger: {OTHER_DATABASE}")
     version, application = struct.unpack(">I4xI", header[60:72])
     if application == 0 == version and _is_version_1(path):
         return 0
     if application != APPLICATION_ID:
-        raise Unavailable(f"{path} is a database of another program: choose another --dbfile")
+        raise Unavailable(f"{path} is a database of another program: {OTHER_DATABASE}")
+    check_schema_version(path, version)
+    return int(version)
+
+
+def check_schema_version(path: str, version: int) -> None:
+    """`Unavailable` if this program does not know the schema of a database of Linger."""
     if version < SCHEMA_VERSION:
         raise Unavailable(
             f"{path} has schema {version} of a development version that was never released:"
-            " choose another --dbfile"
+            f" {OTHER_DATABASE}"
         )
     if version > SCHEMA_VERSION:
         raise Unavailable(
             f"{path} has schema {version}, and Linger {__version__} knows up to"
             f" {SCHEMA_VERSION}: use the newer Linger that made it"
         )
-    return int(version)
 
 
 def create_database(path: str, migrate: bool = False) -> None:
@@ -3647,6 +3812,558 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Cluster: the database on an rqlite cluster, which several servers share.  Speaks rqlite's HTTP
+# API and runs what the committer gives it; knows no consumers.
+#
+# A transaction is one request, and so one entry in the log of the cluster: it is executed whole or
+# not at all.  It is sent again, to any node, until one answers; TAKE_TURN sees to it that it is
+# executed once at most.  What `on_executed` adds belongs to the next transaction, but for look-ups.
+# ---------------------------------------------------------------------------------------------
+
+TRIED_RQLITE = "8.26.8"  # versions with which the tests ran
+OLDEST_CLUSTER_SQLITE = (3, 41)  # in rqlite: unhex()
+CLUSTER_PASSWORD = "LINGER_DB_PASSWORD"  # variable with the password, if the URL has none
+NO_LEADER = b"leader not found"  # with status 503: the node has passed the request to nobody
+TURN_REFUSED = "sessions.turn"  # in the error of TAKE_TURN
+NODE_ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
+LOOKS_LIKE_BLOB = re.compile(r"[xX]'[0-9a-fA-F]*'")  # some versions take such a text for a blob
+
+
+class NodeFailed(Exception):
+    """A node did not do what it was asked for, or did not say so."""
+
+    def __init__(self, reason: object, may_be_done: bool = True) -> None:
+        super().__init__(str(reason))
+        self.may_be_done = may_be_done
+
+
+class ClusterUrl(NamedTuple):
+    """Where a cluster is: `http[s]://[user[:password]@]host[:port][,host[:port]...]`."""
+
+    scheme: str
+    user: str
+    password: str
+    nodes: tuple[str, ...]  # host:port of each
+
+    @classmethod
+    def parse(cls, url: str) -> ClusterUrl:
+        """`BadRequest` if it is not of that form."""
+        scheme, _, rest = url.partition("://")
+        login, _, hosts = rest.rstrip("/").rpartition("@")
+        user, _, password = (urllib.parse.unquote(part) for part in login.partition(":"))
+        nodes = hosts.split(",")
+        if scheme not in ("http", "https") or not all(map(NODE_ADDRESS.fullmatch, nodes)):
+            raise BadRequest(
+                "the URL of a cluster must be like http://node1:4001,node2:4001 or"
+                f" https://user:password@node1:4001, not {scheme}://{hosts}"
+            )
+        password = password or os.environ.get(CLUSTER_PASSWORD, "")
+        ports = ("" if re.search(r":[0-9]+$", node) else f":{NODE_PORT}" for node in nodes)
+        return cls(scheme, user, password, tuple(map(str.__add__, nodes, ports)))
+
+    def __str__(self) -> str:
+        """The URL without its password."""
+        user = urllib.parse.quote(self.user) + "@" if self.user else ""
+        return f"{self.scheme}://{user}{','.join(self.nodes)}"
+
+    def headers(self) -> dict[str, str]:
+        """The header lines of each request."""
+        if not self.user:
+            return {}
+        login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+        return {"Authorization": f"Basic {login}"}
+
+
+class Nodes:
+    """Sends requests to the nodes of a cluster; for any thread.
+
+    All threads ask the same node, the leader once it is known, until it fails; then the next one.
+    """
+
+    def __init__(self, url: ClusterUrl) -> None:
+        self.closed = False
+        self._url = url
+        self._headers = {**url.headers(), "Content-Type": "application/json"}
+        self._connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        if url.scheme == "https":
+            context = ssl.create_default_context()
+            self._connect = functools.partial(http.client.HTTPSConnection, context=context)
+        self._place = 0  # of the node that is asked
+        self._forwards = False  # whether that node asks the leader, which the URL does not name
+        self._idle: collections.deque[tuple[int, http.client.HTTPConnection]] = collections.deque()
+
+    def ask(self, path: str, body: Callable[[], bytes]) -> tuple[bytes, bool]:
+        """Sends `body()` to one node after another until one answers.
+
+        Returns the answer, and whether an earlier try may have been executed.  `Unavailable` if
+        surely none was, else `OutcomeUnknown`.
+        """
+        deadline = time.monotonic() + CLUSTER_TIMEOUT
+        may_be_done = False
+        while True:
+            try:
+                return self.ask_once(path, body()), may_be_done
+            except NodeFailed as error:
+                may_be_done = may_be_done or error.may_be_done
+                if time.monotonic() > deadline or self.closed:
+                    kind = OutcomeUnknown if may_be_done else Unavailable
+                    known = "it is not known whether this was done: " if may_be_done else ""
+                    raise kind(
+                        f"{known}the cluster {self._url} does not answer: {error}"
+                    ) from error
+            time.sleep(NODE_RETRY_DELAY)
+
+    def ask_once(self, path: str, body: bytes, timeout: float = NODE_TIMEOUT) -> bytes:
+        """Sends a request to a node and returns its answer; `NodeFailed`.
+
+        `Unavailable` if another node would give the same answer.
+        """
+        place = self._place
+        if not self._forwards:
+            path += "&redirect" if "?" in path else "?redirect"
+        timeout += len(body) / NODE_RATE
+        try:
+            status, headers, content = self._exchange(place, path, body, timeout)
+        except NodeFailed:
+            self._move(place, place + 1)
+            raise
+        if status in (301, 307, 308):
+            self._follow(place, headers.get("Location", ""))
+        if status in (401, 403):
+            raise Unavailable(f"the cluster {self._url} refuses the user or the password")
+        if status == 400:
+            raise Unavailable(f"the cluster {self._url} does not understand: {content[:200]!r}")
+        if status == 404:
+            raise Unavailable(
+                f"{self._url} is no rqlite, or one that is too old: Linger was tried with rqlite"
+                f" {TRIED_RQLITE}"
+            )
+        if status == 200:
+            return content
+        self._move(place, place + 1)
+        text = content[:200].decode("utf-8", "replace").strip()
+        sure = status == 503 and content.startswith(NO_LEADER)
+        raise NodeFailed(f"{self._url.nodes[place]} says {status}: {text}", not sure)
+
+    def _exchange(
+        self, place: int, path: str, body: bytes, timeout: float
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        node = self._url.nodes[place]
+        connection = self._connection(place, timeout)
+        try:
+            connection.request("POST" if body else "GET", path, body or None, self._headers)
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise NodeFailed(f"{node}: {error or type(error).__name__}") from error
+        except BaseException:  # also Ctrl-C: the rest would be taken for the next answer
+            connection.close()
+            raise
+        if len(self._idle) >= MAX_IDLE_NODE_CONNECTIONS or self.closed:
+            connection.close()
+        else:
+            self._idle.append((place, connection))
+        return response.status, response.headers, content
+
+    def _connection(self, place: int, timeout: float) -> http.client.HTTPConnection:
+        """An open connection to a node that no other thread uses."""
+        with contextlib.suppress(IndexError):
+            while True:
+                at, connection = self._idle.pop()
+                if at == place:
+                    connection.timeout = timeout
+                    connection.sock.settimeout(timeout)
+                    return connection
+                connection.close()
+        node = self._url.nodes[place]
+        connection = self._connect(node, timeout=timeout)
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise NodeFailed(f"{node}: {error}", may_be_done=False) from error
+        return connection
+
+    def _follow(self, place: int, location: str) -> NoReturn:
+        """Asks the leader from now on, if the URL names it; no other gets the password."""
+        leader = urllib.parse.urlsplit(location).netloc.rpartition("@")[2]
+        if leader in self._url.nodes:
+            self._move(place, self._url.nodes.index(leader))
+        else:
+            self._forwards = True
+        raise NodeFailed(f"the leader is at {leader}", may_be_done=False)
+
+    def _move(self, failed: int, place: int) -> None:
+        """Asks another node from now on, unless another thread has moved on already."""
+        if self._place == failed:
+            self._place = place % len(self._url.nodes)
+            self._forwards = False
+
+    def close(self) -> None:
+        """Lets requests under way fail early."""
+        self.closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop()[1].close()
+
+
+class Cluster:
+    """The database on an rqlite cluster: what it has answered is on the disks of most nodes.
+
+    Only the committer thread transacts; any thread reads.
+    """
+
+    is_shared = True
+
+    def __init__(self, url: str) -> None:
+        """Opens or creates the database at `url`; `LingerError` says why it cannot."""
+        require_posix("a server of Linger")
+        parsed = ClusterUrl.parse(url)
+        self.path = str(parsed)
+        self._nodes = Nodes(parsed)
+        self._session = ""
+        self._turn = 0  # the session's last transaction
+        self._now: Callable[[], float] = time.time
+        self._copying = threading.Lock()  # one copy is made at a time
+        self._is_disowned = False
+        try:
+            self._open()
+        except BaseException:
+            self._nodes.close()
+            raise
+        disown_in_children(self)
+
+    def _open(self) -> None:
+        """Creates the tables unless they are there; other servers may do the same meanwhile."""
+        if not self._is_created():
+            statements: list[Run] = [(statement, {}) for statement in SCHEMA]
+            statements += [
+                (ADD_CONFIG, {"key": "server_id", "value": os.urandom(16).hex()}),
+                (f"pragma application_id = {APPLICATION_ID}", {}),
+                (f"pragma user_version = {SCHEMA_VERSION}", {}),
+            ]
+            body = encode_request(encode_statement(text, values) for text, values in statements)
+            with contextlib.suppress(OutcomeUnknown):
+                self._nodes.ask("/db/request?transaction", lambda: body)
+            if not self._is_created():
+                raise Unavailable(f"the tables of Linger could not be created in {self.path}")
+
+    def _is_created(self) -> bool:
+        """Whether the database is one of Linger; `Unavailable` if it is of another program."""
+        ((sqlite, count),), ((application,),), ((version,),) = self.read(
+            IDENTIFY, "pragma application_id", "pragma user_version"
+        )
+        if tuple(map(int, sqlite.split(".")[:2])) < OLDEST_CLUSTER_SQLITE:
+            raise Unavailable(
+                f"the rqlite at {self.path} has SQLite {sqlite} and is too old: Linger needs SQLite"
+                f" 3.41 in it, and was tried with rqlite {TRIED_RQLITE}"
+            )
+        if application == APPLICATION_ID:
+            check_schema_version(self.path, version)
+            return True
+        if count:
+            raise Unavailable(f"{self.path} is a database of another program: {OTHER_DATABASE}")
+        return False
+
+    # -- writing
+
+    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
+        """Begins a session and returns the record of broker time.
+
+        The servers that run write a new record for a new session: it is awaited if there are any.
+        """
+        self._now = now
+        before, ((others,),) = self.read(GET_CONFIG, COUNT_SERVING, key="time")
+        self._begin_session()
+        record, deadline = before, time.monotonic() + JOIN_TIMEOUT
+        while others and record == before and time.monotonic() < deadline:
+            time.sleep(LOOK_INTERVAL)
+            (record,) = self.read(GET_CONFIG, key="time")
+        return record[0][0] if record else "", record != before
+
+    def _begin_session(self) -> None:
+        self._session, self._turn = os.urandom(8).hex(), 0
+        parameters = {"session": self._session, "ttl": SESSION_TTL}
+        body = encode_request(
+            encode_statement(text, parameters) for text in (FORGET_SESSIONS, BEGIN_SESSION)
+        )
+        self._nodes.ask("/db/request?transaction", lambda: body)
+
+    def transact(self, batch: list[Operation]) -> list[Operation]:
+        """Runs operations in one transaction; see `Transactions`.
+
+        A look-up that `on_executed` adds runs at once.
+        """
+        for operation in batch:
+            operation.on_begin()
+        runs = [list(_runs_of(operation)) for operation in batch]
+        if any(runs):
+            results = self._execute([run for runs_of_one in runs for run in runs_of_one])
+            for operation, runs_of_one in zip(batch, runs):
+                _set_results(operation, results[: len(runs_of_one)])
+                del results[: len(runs_of_one)]
+        count = len(batch)
+        for operation in batch[:count]:
+            if operation.look_ups and operation.error is None:
+                operation.separate_look_ups()
+            if not operation.executed and operation.error is None:
+                operation.executed = True
+                try:
+                    operation.on_executed()
+                except Exception:  # a bug; what was committed must not run again
+                    log(traceback.format_exc())
+        late = [added for added in batch[count:] if not _only_reads(added)]
+        batch[count:] = [added for added in batch[count:] if _only_reads(added)]
+        self._look_up(batch[count:])
+        return late
+
+    def _execute(self, runs: list[Run]) -> list[Any]:
+        """The results of statements that run in one transaction."""
+
+        def encode() -> bytes:
+            now = self._now()
+            turn = {"session": self._session, "turn": self._turn + 1, "now": now}
+            return encode_request(
+                encode_statement(statement, parameters, now)
+                for statement, parameters in ((TAKE_TURN, turn), *runs)
+            )
+
+        while True:
+            turn_before = self._turn
+            answer, repeated = self._ask("/db/request?transaction&timings", encode)
+            error = answer[0].get("error", "")
+            if not error:
+                break
+            if TURN_REFUSED not in error:
+                raise TransactionFailed(Unavailable(f"the database cannot do this now: {error}"))
+            self._find_turn()
+            if repeated:
+                raise TransactionFailed(
+                    OutcomeUnknown("this was probably done, but the cluster's answer was lost")
+                )
+        errors = [result["error"] for result in answer if "error" in result]
+        if errors and self._find_turn() == turn_before:
+            raise Unavailable(f"the database cannot do this now{NOTHING_CHANGED}: {errors[0]}")
+        self._turn = turn_before + 1
+        return answer[1:]
+
+    def _ask(self, path: str, encode: Callable[[], bytes]) -> tuple[list[Any], bool]:
+        try:
+            content, repeated = self._nodes.ask(path, encode)
+        except LingerError as error:
+            raise TransactionFailed(error) from error
+        return decode_answer(content), repeated
+
+    def _find_turn(self) -> int:
+        """Reads the session's last turn: an earlier transaction, of which nothing was heard, may
+        have it.  Begins a new session if it is gone: forgotten, or restored from a backup."""
+        try:
+            (rows,) = self.read(GET_TURN, session=self._session)
+            if rows and rows[0][0] >= self._turn:
+                self._turn = rows[0][0]
+            else:
+                self._begin_session()
+        except LingerError as error:
+            raise TransactionFailed(error) from error
+        return self._turn
+
+    def _look_up(self, operations: Sequence[Operation]) -> None:
+        """Runs operations that only read."""
+        runs = [run for operation in operations for run in _runs_of(operation)]
+        try:
+            results = self._query(runs)
+        except LingerError as error:
+            for operation in operations:
+                operation.error = error
+            return
+        for operation in operations:
+            operation.results = results[: len(operation.statements)]
+            del results[: len(operation.statements)]
+
+    def check_space(self) -> None:
+        """Nothing: the nodes have their own disks."""
+
+    # -- reading
+
+    def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
+        """The rows of selects, all from the same moment, as the leader has them."""
+        if self._is_disowned:
+            raise Unavailable(FORKED)
+        return self._query([(statement, parameters) for statement in statements])
+
+    def _query(self, runs: Sequence[Run]) -> list[list[Any]]:
+        if not runs:
+            return []
+        body = encode_request(encode_statement(*run) for run in runs)
+        try:
+            content, _ = self._nodes.ask("/db/query?transaction&level=weak", lambda: body)
+        except OutcomeUnknown as error:
+            raise Unavailable(str(error)) from error
+        results = decode_answer(content)
+        for result in results:
+            if "error" in result:
+                raise Unavailable(f"the database cannot do this now: {result['error']}")
+        return [_rows_of(result) for result in results]
+
+    def size(self) -> int:
+        """The size of the database in bytes."""
+        return int(self.read(DATABASE_SIZE)[0][0][0])
+
+    # -- copies
+
+    def copy(self, path: str) -> None:
+        """Writes the database, as the leader has it, into a file from which a server can start."""
+        raise NotImplementedError
+
+    def open_snapshot(self) -> BinaryIO:
+        """The same in a file that is gone when it is closed; one is made at a time."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends the session; calls after this fail."""
+        if self._nodes.closed:
+            return
+        end = encode_request([encode_statement(END_SESSION, {"session": self._session})])
+        with contextlib.suppress(NodeFailed, LingerError):
+            self._nodes.ask_once("/db/request", end)
+        self._nodes.close()
+
+    def disown(self) -> None:
+        """In a forked child: lets each call fail."""
+        self._is_disowned = True
+        self._nodes.close()
+
+
+def open_store(path: str, sync: str = "full", max_size: int = 0) -> Transactions:
+    """The database in a file, or at the URL of a cluster; the other arguments are of `Store`."""
+    if not re.match(r"https?://", path):
+        return Store(path, sync, max_size)
+    if sync != "full":
+        raise BadRequest("sync is for a file: the nodes of a cluster always sync")
+    if max_size:
+        raise BadRequest("max-db-size is for a file: the nodes of a cluster have their own disks")
+    return Cluster(path)
+
+
+# -- statements and results as rqlite has them
+
+Run = tuple[str, Mapping[str, Any]]  # a statement and its parameters
+
+
+def _runs_of(operation: Operation) -> Iterator[Run]:
+    """Each statement of an operation, as often as it runs."""
+    parameters: Any = operation.parameters
+    if type(parameters) is not list:
+        parameters = itertools.repeat(parameters)
+    for statement, given in zip(operation.statements, parameters):
+        for each in given if type(given) is list else (given,):
+            yield statement, each
+
+
+def _only_reads(operation: Operation) -> bool:
+    return all(_translate(statement).only_reads for statement in operation.statements)
+
+
+class Translation(NamedTuple):
+    """A statement as rqlite takes it."""
+
+    text: str
+    names: tuple[str, ...]  # of its parameters
+    only_reads: bool
+
+
+@functools.lru_cache(STATEMENT_CACHE)
+def _translate(statement: str) -> Translation:
+    """A blob goes to rqlite in hexadecimal digits, and a part of one comes back so."""
+    names = tuple(dict.fromkeys(re.findall(r":(\w+)", statement)))
+    text = statement.strip()
+    if not text.startswith("create"):  # a trigger has comments
+        text = " ".join(text.split())
+    text = re.sub(r":body\b", "unhex(:body)", text)
+    text = re.sub(r"substr\(body, [^()]*\)", r"hex(\g<0>) as hex", text)
+    return Translation(text, names, text.startswith(("select", "with")))
+
+
+def encode_statement(statement: str, parameters: Mapping[str, Any], now: float = 0.0) -> str:
+    """A statement with its parameters in JSON; `:now` is at least `now`."""
+    text, names, _ = _translate(statement)
+    values = {}
+    for name in names:
+        value = parameters[name]
+        if isinstance(value, bytes):
+            value = value.hex()
+        elif isinstance(value, str) and LOOKS_LIKE_BLOB.fullmatch(value):
+            value = value.encode().hex()
+            text = re.sub(rf":{name}\b", f"cast(unhex(:{name}) as text)", text)
+        values[name] = value
+    if "now" in values:
+        values["now"] = max(values["now"], now)
+    return json.dumps([text, values] if values else [text])
+
+
+def encode_request(statements: Iterable[str]) -> bytes:
+    """The body of a request."""
+    return f"[{', '.join(statements)}]".encode()
+
+
+def decode_answer(content: bytes) -> list[Any]:
+    """The results in an answer, an object each."""
+    try:
+        results: list[Any] = json.loads(content)["results"]
+    except (ValueError, LookupError, TypeError) as error:
+        text = content[:200].decode("utf-8", "replace")
+        raise Unavailable(f"the cluster's answer is none of rqlite: {text}") from error
+    return results
+
+
+def _set_results(operation: Operation, results: list[Any]) -> None:
+    """Gives an operation the results of its statements; those of one that ran often are added.
+
+    A statement that cannot be prepared ends no transaction in rqlite.
+    """
+    errors = [result["error"] for result in results if "error" in result]
+    if errors:
+        operation.error = OutcomeUnknown(f"the database could do only a part of this: {errors[0]}")
+        return
+    if operation.seconds is not None:
+        operation.seconds = sum(result.get("time", 0.0) for result in results)
+    parameters: Any = operation.parameters
+    if type(parameters) is not list:
+        operation.results = [_result_of(result) for result in results]
+        return
+    operation.results = []
+    rest = iter(results)
+    for given in parameters[: len(operation.statements)]:
+        if type(given) is not list:
+            operation.results.append(_result_of(next(rest)))
+            continue
+        parts = [_result_of(part) for part in itertools.islice(rest, len(given))]
+        changed = sum(part[0] for part in parts)
+        operation.results.append((changed, parts[-1][1] if parts else 0))
+
+
+def _result_of(result: Mapping[str, Any]) -> Any:
+    if "columns" in result:
+        return _rows_of(result)
+    return result.get("rows_affected", 0), result.get("last_insert_id", 0)
+
+
+def _rows_of(result: Mapping[str, Any]) -> list[Any]:
+    """The rows that a select has found; a blob comes in base64."""
+    rows = result.get("values") or []
+    decode: Optional[Callable[[str], bytes]] = None
+    if "blob" in result["types"]:
+        column, decode = result["types"].index("blob"), base64.b64decode
+    elif "hex" in result["columns"]:
+        column, decode = result["columns"].index("hex"), bytes.fromhex
+    if decode is not None:
+        for row in rows:
+            row[column] = decode(row[column])
+    return list(map(tuple, rows))
+
+
+# ---------------------------------------------------------------------------------------------
 # Time: every duration is measured in broker time.  It advances with elapsed time, never steps,
 # and goes on from what the database has recorded of it; no wall clock can delete, delay or hurry
 # a message.
@@ -3692,8 +4409,8 @@ class BrokerClock:
     stepped, and when the server stops.
     """
 
-    def __init__(self, source: Clock, record: str = "") -> None:
-        """`record` is the last one of the database, or empty."""
+    def __init__(self, source: Clock, record: str = "", is_current: bool = False) -> None:
+        """`record` is the last one of the database, or empty; `is_current`: it was made now."""
         self.source = source
         wall = source.time()
         self._latest = wall
@@ -3702,7 +4419,7 @@ class BrokerClock:
         self._ahead = NEVER  # by how much the wall clock was ahead of broker time then, seconds
         if record:
             latest, wall_then = map(float, record.split())
-            passed = max(wall - wall_then, 0.0)
+            passed = 0.0 if is_current else max(wall - wall_then, 0.0)
             self._latest = latest + passed
             if passed > LONG_DOWNTIME:
                 log(
@@ -3722,6 +4439,10 @@ class BrokerClock:
             return self.now()
         return self._latest
 
+    def advance(self, moment: float) -> None:
+        """Catches up with another server of the cluster, which is ahead."""
+        self._zero += max(moment - self.now(), 0.0)
+
     def record(self, idle: bool = False, closing: bool = False) -> Optional[RecordTime]:
         """The operation that records broker time, if that is due, or the server is `closing`.
 
@@ -3737,6 +4458,10 @@ class BrokerClock:
             return None
         self._tried_at = now
         return RecordTime(self, now, wall, always=stepped or not idle)
+
+    def make_record(self) -> RecordTime:
+        """The operation that records broker time in any case."""
+        return RecordTime(self, self.now(), self.source.time(), always=True)
 
     def _is_record_due(self, now: float, stepped: bool, idle: bool) -> bool:
         old = now - self._recorded_at >= TIME_RECORD_INTERVAL
@@ -4322,6 +5047,7 @@ class WaitingList:
         self._tickets = itertools.count(1)
         self._counters = counters
         self._closed = False
+        self.on_first: Callable[[], None] = lambda: None  # called when a consumer waits alone
 
     @locked
     def add(self, consumer: Consumer) -> bool:
@@ -4337,6 +5063,8 @@ class WaitingList:
         if not returning:
             consumer.ticket = next(self._tickets)
         consumer.waiting = True
+        if not self._queues:
+            self.on_first()
         for channel in consumer.channels:
             queue = self._queues.get(channel)
             if queue is None:
@@ -4399,6 +5127,11 @@ class WaitingList:
             self._counters["channel-remove"] += 1
 
     @locked
+    def awaited(self) -> list[str]:
+        """The channels for which consumers wait."""
+        return list(self._queues)
+
+    @locked
     def count(self, channel: str) -> int:
         """How many consumers wait for a channel."""
         return len(self._queues.get(channel, ()))
@@ -4437,9 +5170,10 @@ class Channels:
     def __init__(
         self, max_channels: int, read: Callable[[str], list[list[Any]]], clock: BrokerClock
     ) -> None:
+        self.settings: dict[str, dict[str, Any]] = {}
+        self.pauses: dict[str, float] = {}  # until when; NEVER: until it is ended
         (settings,), (pauses,) = read(ALL_SETTINGS), read(ALL_PAUSES)
-        self.settings = {row[0]: _settings_of(row[1:]) for row in settings}
-        self.pauses: dict[str, float] = dict(pauses)  # until when; NEVER: until it is ended
+        self.learn(settings, pauses)
         self.max_channels = max_channels
         self._read = read
         self._clock = clock
@@ -4447,6 +5181,11 @@ class Channels:
         self._names: set[str] = set()  # all channels that hold something, and some that did
         self._counted_at = 0.0
         self._count()
+
+    def learn(self, settings: Sequence[Sequence[Any]], pauses: Sequence[tuple[str, float]]) -> None:
+        """Takes over the rows of ALL_SETTINGS and ALL_PAUSES."""
+        _renew(self.settings, {row[0]: _settings_of(row[1:]) for row in settings})
+        _renew(self.pauses, dict(pauses))
 
     def reserve(self, channel: str) -> None:
         """`Full` if a channel that is to hold something would be one too many.
@@ -4470,6 +5209,13 @@ class Channels:
         (rows,) = self._read(CHANNEL_NAMES)
         self._names = {name for (name,) in rows}.union(self.settings.copy(), self.pauses.copy())
         self._counted_at = self._clock.source.monotonic()
+
+
+def _renew(kept: dict[str, Any], now: dict[str, Any]) -> None:
+    """Changes a dict in place, so that other threads find in it what stays."""
+    kept.update(now)
+    for channel in kept.keys() - now.keys():
+        del kept[channel]
 
 
 def _settings_of(values: Sequence[object]) -> dict[str, Any]:
@@ -5728,7 +6474,7 @@ class Administration:
     What they read is as of the last commit.
     """
 
-    def __init__(self, store: Store, state: State, max_message: int) -> None:
+    def __init__(self, store: Transactions, state: State, max_message: int) -> None:
         self.max_message = max_message
         self.counters = state.counters
         self.events = state.events
@@ -6130,6 +6876,12 @@ class Administration:
         times = [round(wall - (now - moment), 1) for moment, _ in points]
         return {"interval": SAMPLE_INTERVAL, "time": times, **dict(zip(SAMPLED, columns))}
 
+    def listen(self, kind: str, name: str, listener: Listener, memory: MemoryBudget) -> Reader:
+        """A reader of what happens from now on in a channel, or is published on a topic; `kind`
+        is `channels` or `topics`.  `memory` has room for what is not read yet."""
+        check_name(kind[:-1], name)
+        return self._state.live.listen(kind, name, listener, memory)
+
     # -- the database
 
     def backup(self, path: str) -> None:
@@ -6175,6 +6927,119 @@ def _check_no_keys(parameters: Mapping[str, object]) -> None:
     for name in ("dedup", "unique", "headers"):
         if parameters.get(name) is not None:
             raise BadRequest(f"{name} can be given only with a message")
+
+
+# ---------------------------------------------------------------------------------------------
+# Watch: what other servers of a cluster change in the rows, and how this one learns of it: messages
+# that are ready while consumers wait here, what comes due, settings and pauses, broker time.
+# ---------------------------------------------------------------------------------------------
+
+
+class LearnSettings(Operation):
+    """Reads the settings and pauses again, in the order of commits."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__((ALL_SETTINGS, ALL_PAUSES))
+        self._state = state
+
+    def on_commit(self) -> None:
+        channels = self._state.channels
+        channels.learn(*self.results)
+        for moment in channels.pauses.values():
+            self._state.timers.schedule(ALL, moment)
+
+
+class Notice(Operation):
+    """Wakes consumers for messages that other servers made ready, and schedules what is due."""
+
+    def __init__(
+        self, state: State, ready: Sequence[tuple[str, int]], due: Sequence[tuple[Any, ...]]
+    ) -> None:
+        super().__init__()
+        self._state = state
+        self._ready = ready
+        self._due = due
+
+    def on_commit(self) -> None:
+        for channel, *moments in self._due:
+            for moment in moments:
+                if moment is not None:
+                    self._state.timers.schedule(channel, moment)
+        now = self._state.clock.now()
+        for channel, count in self._ready:
+            self._state.wake(channel, count, now)
+
+
+class Watch:
+    """A thread that looks again and again at what other servers of the cluster have changed."""
+
+    def __init__(self, state: State, read: Callable[..., list[list[Any]]]) -> None:
+        self._state = state
+        self._read = read
+        self._alarm = Alarm()
+        self._stopping = False
+        self._changes: Optional[str] = None  # how often settings and pauses had changed
+        self._joined: set[str] = set()  # new sessions that were told the broker time
+        self._swept_at = -NEVER  # when it was last read what is due
+        self._thread = threading.Thread(target=self._work, name="linger-watch", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._state.waiting.on_first = self._alarm.ring
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Lets the thread end."""
+        if not self._stopping:
+            self._stopping = True
+            self._alarm.ring()
+
+    def join(self) -> None:
+        """Waits until the thread has ended."""
+        self._state.waiting.on_first = lambda: None
+        if self._thread.is_alive():
+            self._thread.join()
+            self._alarm.close()
+
+    def _work(self) -> None:
+        seconds = 0.0
+        while not self._stopping:
+            idle = self._state.waiting.is_empty()
+            pause = IDLE_LOOK_INTERVAL if idle else LOOK_INTERVAL
+            self._alarm.sleep(max(pause, seconds / LOOK_SHARE))
+            began = time.monotonic()
+            try:
+                if not self._stopping:
+                    self._look(began)
+            except LingerError:  # no node answers: what needs one fails by itself
+                pass
+            except Exception:
+                log(traceback.format_exc())
+            seconds = time.monotonic() - began
+
+    def _look(self, began: float) -> None:
+        state, now = self._state, self._state.clock.now()
+        statements = [LOOK_AROUND, READY_CHANNELS]
+        sweeps = began - self._swept_at >= IDLE_LOOK_INTERVAL
+        if sweeps:
+            statements.append(DUE_SOON)
+        (general,), ready, *due = self._read(
+            *statements, names=json.dumps(state.waiting.awaited()), soon=now + 2 * TICK_INTERVAL
+        )
+        if sweeps:
+            self._swept_at = began
+        changes, latest, joining = general
+        if latest is not None:
+            state.clock.advance(latest)
+        if changes != self._changes:
+            self._changes = changes
+            state.committer.submit(LearnSettings(state))
+        joined = set((joining or "").split())
+        if joined - self._joined:
+            state.committer.submit(state.clock.make_record())
+        self._joined = joined
+        if ready or any(due):
+            state.committer.submit(Notice(state, ready, due[0] if due else ()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6285,7 +7150,7 @@ class Broker(Administration):
 
     def __init__(
         self,
-        store: Store,
+        store: Transactions,
         hlm: int = 0,
         max_message: int = MAX_MESSAGE,
         clock: Clock = SYSTEM_CLOCK,
@@ -6297,8 +7162,8 @@ class Broker(Administration):
         for which consumers wait; `metrics_channels`: those with counters of their own."""
         self.max_channels = max_channels
         self._waits_checked_at = 0.0
-        (record,) = store.read(GET_CONFIG, key="time")
-        self._clock = BrokerClock(clock, record[0][0] if record else "")
+        record, is_current = store.join(lambda: self._clock.now_or_latest())
+        self._clock = BrokerClock(clock, record, is_current)
         committer = Committer(store, self._clock.record)
         try:
             if not record:
@@ -6311,10 +7176,13 @@ class Broker(Administration):
             self._channels = channels
             self._waiting = self._state.waiting
             self._new = NewMessages(self, hlm, channels.settings)
+            self._watch = Watch(self._state, store.read) if store.is_shared else None
             self._schedule_all(timers)
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
             timers.start()
+            if self._watch is not None:
+                self._watch.start()
         except BaseException:
             committer.close()
             raise
@@ -6332,6 +7200,8 @@ class Broker(Administration):
         self._committer.check_thread()
         self.cancel_all()
         self._state.timers.join()
+        if self._watch is not None:
+            self._watch.join()
         record = self._clock.record(closing=True)
         if record is not None:
             with contextlib.suppress(LingerError):  # the database cannot be written, or is closed
@@ -6581,6 +7451,8 @@ class Broker(Administration):
     def cancel_all(self) -> None:
         """Ends all waits and streams of events, now and from now on."""
         self._state.timers.stop()
+        if self._watch is not None:
+            self._watch.stop()
         self._waiting.close()
         self._state.live.close()
         for consumer in self._waiting.consumers():
@@ -6591,12 +7463,6 @@ class Broker(Administration):
         if messages:
             undo = UndoTake(self._state, consumer, messages, self.now())
             self._run(undo, messages[0].channel)
-
-    def listen(self, kind: str, name: str, listener: Listener, memory: MemoryBudget) -> Reader:
-        """A reader of what happens from now on in a channel, or is published on a topic; `kind`
-        is `channels` or `topics`.  `memory` has room for what is not read yet."""
-        check_name(kind[:-1], name)
-        return self._state.live.listen(kind, name, listener, memory)
 
     # -- acknowledging
 
@@ -11488,7 +12354,7 @@ OPTIONS = (
     Option("host", "", "127.0.0.1", _text, "ADDRESS", "address to listen on"),
     Option("port", "", 8989, _integer(0, 65_535), "PORT", "port to listen on, 0 = any free port"),
     Option("dbfile", "", "linger.db", _text, "FILE",
-           "database file; :memory: = in memory only"),
+           "database file, or the URL of an rqlite cluster; :memory: = in memory only"),
     Option("sync", "", "full", _sync_level, "LEVEL",
            "full = on disk before the response; normal = shortly after, so that a power failure may"
            " lose the last changes; off = when the system writes it"),
@@ -11662,7 +12528,7 @@ def _create_server(options: Mapping[str, Any]) -> Server:
         return {o.key: options[o.key] for o in OPTIONS if o.receiver == receiver}
 
     def open_broker() -> Broker:
-        store = Store(os.fspath(options["dbfile"]), options["sync"], options["max_db_size"])
+        store = open_store(os.fspath(options["dbfile"]), options["sync"], options["max_db_size"])
         try:
             return Broker(store, **of("Broker"))
         except RuntimeError as error:

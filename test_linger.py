@@ -1178,10 +1178,13 @@ class BrokerTest(Folder):
         self.broker = self.open()
 
     def open(self, path=None, max_size=0, **options):
-        store = linger.Store(path or self.dbfile, "off", max_size)
+        store = self.open_store(path or self.dbfile, max_size)
         broker = linger.Broker(store, clock=self.clock, **options)
         self.addCleanup(broker.close)
         return broker
+
+    def open_store(self, path, max_size):
+        return linger.Store(path, "off", max_size)
 
     def restart(self, **options):
         self.broker.close()
@@ -1693,7 +1696,7 @@ class TimeTest(BrokerTest):
 
     def test_an_endless_pause_is_a_finite_number_in_the_database(self):
         self.broker.pause("q")
-        ((until,),) = self.broker._store.read("select until from pauses")[0]
+        (((until,),),) = self.broker._store.read("select until from pauses")
         self.assertTrue(self.clock.now + 1e6 * YEAR < until < 2**53)
         self.clock.now += 1000 * YEAR
         self.restart()
@@ -2193,8 +2196,9 @@ class BulkTest(BrokerTest):
             if not posted:
                 done = lambda operation: kinds.append(type(operation).__name__)  # noqa: E731
                 posted.append(self.broker.post_async(done, "other", b"x"))
-            transact(batch)
+            late = transact(batch)
             kinds.extend(type(o).__name__ for o in batch if o.seconds is not None)
+            return late
 
         with unittest.mock.patch.object(self.broker._store, "transact", spy):
             call()
@@ -2296,7 +2300,7 @@ class BulkTest(BrokerTest):
         def transact(batch):
             if any(type(operation) is linger.Drain for operation in batch):
                 failing()
-            original(batch)
+            return original(batch)
 
         with unittest.mock.patch.object(self.broker._store, "transact", transact):
             failing.side_effect = [None, None, *[linger.Unavailable("no disk")] * 2]
@@ -2386,7 +2390,7 @@ class BulkTest(BrokerTest):
             def transact(batch):
                 if any(type(operation) is linger.ProcessDue for operation in batch):
                     raise linger.Full("the disk is full")
-                original(batch)
+                return original(batch)
 
             with unittest.mock.patch.object(self.broker._store, "transact", transact):
                 self.assertIsNone(self.broker.get("q"))
@@ -3979,6 +3983,250 @@ class ModelTest(BrokerTest):
             "select name, ready, in_flight, delayed, urgent, niced from channels order by name",
         )
         self.assertEqual(counted, kept)
+
+
+# -- Cluster -------------------------------------------------------------------------------------
+
+RQLITED = os.environ.get("LINGER_TEST_RQLITED")  # a binary: then OnCluster runs real nodes
+PREPARE_ERROR = re.compile(r'no such|near "|.* already exists')  # does not end a transaction
+
+
+class Rqlite(http.server.ThreadingHTTPServer):
+    """A stand-in for nodes of rqlite that share a database; `faults` are what goes wrong.
+
+    Each request to write takes the next one: None, `drop` (closes the connection before it is
+    executed), `lose` (after), `late` (closes it, and executes it in `replay`), `stall` (answers
+    in `stalled.set`), a status with its text, or `leader <n>`: redirects to the n-th node.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, nodes=1):
+        self.database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        for name, count, function in (
+            ("sqlite_version", 0, lambda: "3.45.1"),
+            ("unhex", 1, lambda digits: digits and bytes.fromhex(digits)),
+        ):
+            self.database.create_function(name, count, function)
+        self.lock = threading.Lock()  # guards the database and the lists
+        self.faults = []
+        self.delayed = []  # requests that are executed by `replay`
+        self.writes = []  # bodies of all requests to write that were executed
+        self.asked = collections.Counter()  # requests to each node
+        self.stalled = threading.Event()
+        super().__init__(("127.0.0.1", 0), RqliteHandler)
+        self.others = [Node(self) for _ in range(nodes - 1)]
+        self.addresses = [f"127.0.0.1:{s.server_address[1]}" for s in (self, *self.others)]
+        self.url = "http://" + ",".join(self.addresses)
+        for server in (self, *self.others):
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self.stalled.set()
+        for server in (self, *self.others):
+            server.shutdown()
+            server.server_close()
+        self.database.close()
+
+    def handle_error(self, request, address):
+        """The client has closed the connection."""
+
+    def replay(self):
+        """Executes what was `late`; the results."""
+        delayed, self.delayed = self.delayed, []
+        return [self.execute(body) for body in delayed]
+
+    def execute(self, body, query="transaction"):
+        """The results of a request, as rqlite gives them."""
+        results = []
+        with self.lock:
+            if "level" not in query:
+                self.writes.append(body)
+            self.database.execute("begin")
+            for statement, *parameters in json.loads(body):
+                try:
+                    results.append(self._result(statement, *parameters))
+                except sqlite3.Error as error:
+                    results.append({"error": str(error)})
+                    if not PREPARE_ERROR.match(str(error)):
+                        self.database.execute("rollback")
+                        break
+            else:
+                self.database.execute("commit")
+        return results
+
+    def _result(self, statement, parameters=()):
+        cursor = self.database.execute(statement, parameters)
+        if cursor.description is None:
+            rows = self.database.execute("select changes(), last_insert_rowid()").fetchone()
+            changed = max(cursor.rowcount, 0)
+            return {"rows_affected": changed, "last_insert_id": rows[1], "time": 1e-6}
+        columns = [column[0] for column in cursor.description]
+        rows = [list(row) for row in cursor]
+        for row in rows:
+            for i, value in enumerate(row):
+                if isinstance(value, bytes):
+                    assert columns[i] == "body", "rqlite takes other blobs for texts"
+                    row[i] = base64.b64encode(value).decode()
+        types = ["blob" if column == "body" else "" for column in columns]
+        return {"columns": columns, "types": types, **({"values": rows} if rows else {})}
+
+
+class Node(http.server.ThreadingHTTPServer):
+    """Another node of a cluster."""
+
+    daemon_threads = True
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+        super().__init__(("127.0.0.1", 0), RqliteHandler)
+
+    def handle_error(self, request, address):
+        """The client has closed the connection."""
+
+
+class RqliteHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        cluster = getattr(self.server, "cluster", self.server)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with cluster.lock:
+            cluster.asked[self.server.server_address[1]] += 1
+            writes = "/db/query" not in self.path
+            fault = cluster.faults.pop(0) if writes and cluster.faults else None
+        if fault == "stall":
+            cluster.stalled.wait(PATIENCE)
+        if fault == "late":
+            cluster.delayed.append(body)
+        if fault in ("drop", "late"):
+            self.close_connection = True
+        elif isinstance(fault, tuple):
+            self.answer(fault[0], fault[1].encode())
+        elif isinstance(fault, str) and fault.startswith("leader"):
+            leader = f"http://{cluster.addresses[int(fault[-1])]}{self.path}"
+            self.answer(301, b"", {"Location": leader})
+        else:
+            results = cluster.execute(body, urllib.parse.urlsplit(self.path).query)
+            if fault == "lose":
+                self.close_connection = True
+            else:
+                self.answer(200, json.dumps({"results": results}).encode())
+
+    def answer(self, status, body, headers=types.MappingProxyType({})):
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"HTTP/1.1 {status} x\r\nContent-Length: {len(body)}\r\n{lines}\r\n"
+        self.wfile.write(head.encode() + body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+class RealRqlite:
+    """Three nodes of rqlite, each a process, started for all tests; `reset` empties them."""
+
+    running = None
+
+    @classmethod
+    def get(cls):
+        """The nodes with an empty database."""
+        if cls.running is None:
+            cls.running = cls()
+        cls.running.reset()
+        return cls.running
+
+    def __init__(self):
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        unittest.addModuleCleanup(folder.cleanup)
+        with contextlib.ExitStack() as sockets:
+            bound = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
+            ports = [sockets.enter_context(each).getsockname()[1] for each in bound]
+        self.url = "http://" + ",".join(f"127.0.0.1:{port}" for port in ports[:3])
+        for number in range(3):
+            join = ("-join", f"127.0.0.1:{ports[3]}") if number else ()
+            process = subprocess.Popen(
+                [
+                    RQLITED, "-node-id", f"n{number}", "-http-addr", f"127.0.0.1:{ports[number]}",
+                    "-raft-addr", f"127.0.0.1:{ports[3 + number]}", *join,
+                    os.path.join(folder.name, f"n{number}"),
+                ],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            unittest.addModuleCleanup(process.wait)
+            unittest.addModuleCleanup(process.kill)
+            until(lambda port=ports[number]: self.is_ready(port))
+
+    @staticmethod
+    def is_ready(port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 200
+        return False
+
+    def reset(self):
+        nodes = linger.Nodes(linger.ClusterUrl.parse(self.url))
+        listed = "select type, name from sqlite_master where name not glob 'sqlite_*'"
+        answer, _ = nodes.ask("/db/query?level=strong", lambda: json.dumps([listed]).encode())
+        names = linger.decode_answer(answer)[0].get("values", ())
+        drops = [f"drop {kind} {name}" for kind, name in names if kind != "index"]
+        drops.sort(reverse=True)  # triggers before tables
+        drops += ["pragma application_id = 0", "pragma user_version = 0"]
+        nodes.ask("/db/request?transaction", lambda: json.dumps(drops).encode())
+        nodes.close()
+
+    def close(self):
+        """Nothing: they run on."""
+
+
+class OnCluster:
+    """Lets a case of BrokerTest run on a cluster: on the stand-in, or on real nodes."""
+
+    def setUp(self):
+        self.cluster = RealRqlite.get() if RQLITED else Rqlite()
+        self.addCleanup(self.cluster.close)
+        super().setUp()
+
+    def open_store(self, path, max_size):
+        return linger.open_store(self.cluster.url)
+
+
+def on_cluster(case, left_out=()):
+    """The case with a cluster in place of a file, without the tests that are about the file."""
+    name = case.__name__.replace("Test", "OnClusterTest")
+    return type(name, (OnCluster, case), {"__module__": __name__, **dict.fromkeys(left_out)})
+
+
+KeyOnClusterTest = on_cluster(KeyTest)
+SettingsOnClusterTest = on_cluster(SettingsTest)
+TakingOnClusterTest = on_cluster(TakingTest)
+if RQLITED:  # too slow for each run of the tests
+    BatchOnClusterTest = on_cluster(BatchTest)
+    BoundsOnClusterTest = on_cluster(
+        BoundsTest,
+        (
+            "test_a_database_at_its_bound_adds_nothing_but_gives_and_deletes",
+            "test_a_database_that_is_larger_than_its_bound_still_gives_and_deletes",
+            "test_no_transaction_takes_a_database_beyond_its_bound",
+        ),
+    )
+    BulkOnClusterTest = on_cluster(BulkTest)
+    DeadLetterOnClusterTest = on_cluster(DeadLetterTest)
+    DeliveryOnClusterTest = on_cluster(DeliveryTest)
+    LeaseAndReleaseOnClusterTest = on_cluster(LeaseAndReleaseTest)
+    LookingOnClusterTest = on_cluster(LookingTest)
+    ModelOnClusterTest = on_cluster(ModelTest)
+    StatsOnClusterTest = on_cluster(StatsTest)
+    TopicOnClusterTest = on_cluster(TopicTest)
+    WaitingOnClusterTest = on_cluster(
+        WaitingTest,
+        (
+            "test_a_failed_take_wakes_the_next_consumer",
+            "test_a_waiting_consumer_takes_a_message_in_the_transaction_that_adds_it",
+        ),
+    )
 
 
 # -- the HTTP server -----------------------------------------------------------------------------
@@ -6925,7 +7173,7 @@ class MemoryTest(ServerTest):
         def slow(batch):
             committing.set()
             go_on.wait(PATIENCE)
-            transact(batch)
+            return transact(batch)
 
         self.addCleanup(go_on.set)
         with unittest.mock.patch.object(self.broker._store, "transact", slow):
@@ -7047,7 +7295,7 @@ class MemoryTest(ServerTest):
 
         def record(batch):
             batches.append([operation.size for operation in batch])
-            transact(batch)
+            return transact(batch)
 
         large, small = linger.Operation(), linger.Operation()
         large.size, small.size = 5_000_000, 1
@@ -9728,7 +9976,7 @@ if os.fork() == 0:
             call()
         except linger.Unavailable as error:
             said.append("forked" in str(error))
-        except linger.CannotBegin as error:
+        except linger.TransactionFailed as error:
             said.append("forked" in str(error))
     server.close()
     print(*said, flush=True)
@@ -12448,12 +12696,19 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "ALL_PAUSES": {"pauses"},
     "ALL_SETTINGS": {"settings"},
     "CHANNEL_NAMES": {"channels", "subscriptions"},
+    "COUNT_SERVING": {"sessions"},
+    "DATABASE_SIZE": {"pragma_page_count", "pragma_page_size"},
     "DRAIN_HIDDEN": {"messages"},  # the index of all that is hidden
     "ENDED_PAUSES": {"pauses"},
+    "DUE_SOON": {"channels"},  # by Watch, in a small share of the time
     "END_PAUSES": {"pauses"},
+    "FORGET_SESSIONS": {"sessions"},
+    "IDENTIFY": {"sqlite_master"},
     "LIST_ALL": {"messages"},  # from an id on
     "LIST_HIDDEN": {"messages"},  # from an id on
     "MESSAGE_TOTALS": {"channels"},
+    "LOOK_AROUND": {"sessions"},
+    "READY_CHANNELS": {"json_each"},
     "RECORD_TIME": {"channels", "dedups", "pauses"},  # up to the first row
     "NEXT_BY_CHANNEL": {"channels"},  # once, at the start
     "SUBSCRIPTION_TOTALS": {"subscriptions"},
