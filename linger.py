@@ -34,6 +34,7 @@ The file reads downwards: a section uses only what stands above it.
     Routes        every endpoint of the HTTP API
     Requests      from bytes to requests, without sockets
     Responses     from messages and results to bytes
+    Metrics       the page for Prometheus, from a table
     API           the endpoints: call the broker
     Connections   a thread each: receives, waits, replies
     Server        accepts, limits, starts and stops
@@ -83,6 +84,7 @@ import io
 import ipaddress
 import itertools
 import json
+import operator
 import os
 import queue
 import re
@@ -324,7 +326,7 @@ WAIT_GRACE = 1.0  # time after its end that a wait has to end by itself, seconds
 
 # Metrics
 METRICS_CHANNELS = 1_000  # default of --metrics-channels: channels with counters of their own
-MAX_METRICS_CHANNELS = 100_000  # its largest value: each takes 500 bytes, and 2,000 of a page
+MAX_METRICS_CHANNELS = 10_000  # its largest value: a channel has about 1,000 bytes of each page
 MAX_FLIGHTS = 32_768  # messages in flight whose channel is kept in memory, 300 bytes each
 SAMPLE_INTERVAL = 5  # seconds between two points of the history
 HISTORY_SECONDS = 3_600  # length of the history, seconds
@@ -670,7 +672,7 @@ class Message(NamedTuple):
 
 
 def message_of(row: Sequence[Any]) -> Message:
-    """The message in a row of NEXT_MESSAGE, or of READ_MESSAGE without the state."""
+    """The message in a row of NEXT_MESSAGE or READ_MESSAGE, without its last column."""
     message = Message(*row)
     return message._replace(backoff=backoff_text(message.backoff)) if message.backoff else message
 
@@ -1350,10 +1352,11 @@ on conflict (scope, key) do update set until = excluded.until, result = excluded
 
 # -- consuming
 
-# The fields of a `Message` as it is delivered, for NEXT_MESSAGE and SELECT_BATCH.
+# The fields of a `Message` as it is delivered, and since when it has been ready, for NEXT_MESSAGE
+# and SELECT_BATCH.
 DELIVERED_COLUMNS = """id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
-    dead_from, dead_reason, error, backoff, dead_delivered, headers"""
+    dead_from, dead_reason, error, backoff, dead_delivered, headers, due_at"""
 
 BODY_COLUMN = Message._fields.index("body")  # among them
 
@@ -1932,7 +1935,7 @@ select {OLDEST_OF.format(name=":channel")}
 """
 
 CHANNELS_AFTER = f"""
-select name, ready, case when :by_age then {OLDEST_OF.format(name="name")} end
+select name, ready, case when :by_age then {OLDEST_OF.format(name="name")} end, in_flight, delayed
 from channels
 where name > :after
 order by name
@@ -2141,6 +2144,10 @@ EVENTS = {
     "dead_lettered": "Messages moved from this channel to its dead channel.",
     "redriven": "Dead letters moved from this channel back to where they came from.",
 }
+# Upper bounds of histograms
+SHORT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+LONG_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3_600.0, 86_400.0)
+AMOUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_024)
 FAILURES = ("released", "rejected", "timed_out")  # of deliveries
 SAMPLED = ("posted", "delivered", "deleted", "failed", "published", "ready", "in-flight")
 
@@ -2149,7 +2156,7 @@ class EventCounts:
     """How often each of EVENTS has happened in each channel.
 
     The first channels, up to a limit, have counts of their own; the others share those of the
-    channel "", which is no channel's name.  Written by the committer thread.
+    channel "", which is no channel's name.  The committer thread counts; any may add a channel.
     """
 
     def __init__(self, max_channels: int) -> None:
@@ -2160,13 +2167,19 @@ class EventCounts:
 
     def count(self, event: str, channel: str, n: int = 1) -> None:
         """Counts an event; fewer than none for deliveries that were undone."""
-        counts = self._counts.get(channel) or self._counts_of(channel)
-        counts[event] += n
+        self._counts_of(channel)[event] += n
 
     def _counts_of(self, channel: str) -> dict[str, int]:
-        if len(self._counts) > self._max_channels:
-            return self._counts[""]
-        return self._counts.setdefault(channel, dict.fromkeys(EVENTS, 0))
+        counts = self._counts.get(channel)
+        if counts is None:
+            if len(self._counts) > self._max_channels:
+                return self._counts[""]
+            counts = self._counts.setdefault(channel, dict.fromkeys(EVENTS, 0))
+        return counts
+
+    def label(self, channel: str) -> str:
+        """The channel, or "" if it is counted together with others."""
+        return channel if self._counts_of(channel) is not self._counts[""] else ""
 
     def by_channel(self) -> dict[str, dict[str, int]]:
         """The counts of each channel, for any thread.
@@ -2180,6 +2193,22 @@ class EventCounts:
                     if count > shown[event]:
                         shown[event] = count
             return {channel: shown.copy() for channel, shown in self._shown.items()}
+
+
+class Histogram:
+    """How many values were at most each of some bounds, and their sum; one thread writes."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # not cumulative; the last is of larger values
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Adds a value, which is not negative."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
 
 class Flight(NamedTuple):
@@ -2424,6 +2453,9 @@ class Transactions(Protocol):
     def size(self) -> int:
         """The size of the database in bytes, -1 for one in memory."""
 
+    def disk_usage(self) -> dict[str, int]:
+        """The bytes of the database, of its log, and free on its disk, by name in METRICS."""
+
     def copy(self, path: str) -> None:
         """Copies the database, as of the last commit, into an empty file; commits go on."""
 
@@ -2454,6 +2486,8 @@ class Committer:
         self._pending: collections.deque[Operation] = collections.deque()  # until they are done
         self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each operation
         self._batch: Optional[list[Operation]] = None  # the transaction under way
+        self.commit_times = Histogram(SHORT_SECONDS)
+        self.commit_sizes = Histogram(AMOUNTS)
         self._closing = False
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="linger-committer", daemon=True)
@@ -2544,6 +2578,7 @@ class Committer:
         """Runs operations in one transaction; if it fails, each in one of its own, so that one
         that is refused harms no other.  If no transaction can begin, all fail at once."""
         self._batch = batch
+        began = time.perf_counter()
         try:
             late = self._store.transact(batch)
         except TransactionFailed as error:
@@ -2557,6 +2592,8 @@ class Committer:
                     self._commit(again, alone=True)
                     batch += again[1:]  # what joined its transaction
         else:
+            self.commit_times.observe(time.perf_counter() - began)
+            self.commit_sizes.observe(len(batch))
             for operation in late:
                 self.submit(operation)
             _run_commit_callbacks(batch, self.observer)
@@ -3508,6 +3545,16 @@ class Store:
             return os.stat(self.path).st_size
         return 0
 
+    def disk_usage(self) -> dict[str, int]:
+        """The bytes of the file, of its log, and free on their disk, by name in METRICS."""
+        if self.path == MEMORY:
+            return {}
+        usage = {"linger_database_bytes": self.size()}
+        with contextlib.suppress(OSError):
+            usage["linger_log_bytes"] = os.stat(self.path + "-wal").st_size
+            usage["linger_disk_free_bytes"], _ = free_space(os.statvfs(self.path))
+        return usage
+
     # -- copies
 
     def copy(self, path: str) -> None:
@@ -4209,6 +4256,10 @@ class Cluster:
     def size(self) -> int:
         """The size of the database in bytes."""
         return int(self.read(DATABASE_SIZE)[0][0][0])
+
+    def disk_usage(self) -> dict[str, int]:
+        """Only the bytes of the database: the disks are those of the nodes."""
+        return {"linger_database_bytes": self.size()}
 
     # -- copies
 
@@ -5136,6 +5187,11 @@ class WaitingList:
         """How many consumers wait for a channel."""
         return len(self._queues.get(channel, ()))
 
+    @locked
+    def counts(self) -> dict[str, int]:
+        """How many consumers wait for each channel that has any."""
+        return {channel: len(queue) for channel, queue in self._queues.items()}
+
     def is_empty(self, channel: Optional[str] = None) -> bool:
         """Whether no consumer waits, for one channel or any; takes no lock.
 
@@ -5406,6 +5462,8 @@ class State:
         self.events = events
         self.flights = Flights()
         self.live = Live(committer, clock)
+        self.queue_times = Histogram(LONG_SECONDS)
+        self.flight_times = Histogram(LONG_SECONDS)
         self.counters = dict.fromkeys(COUNTERS, 0)  # each written by the committer thread only,
         self.waiting = WaitingList(self.counters)  # but those of channels, which this guards
         self.due_piece = PieceSize(PIECE_ROWS)
@@ -5475,11 +5533,13 @@ class State:
             self.events.count("dead_lettered", channel, count)
             self.messages_ready(target, count, now)
 
-    def message_deleted(self, id: int, channel: str) -> None:
+    def message_deleted(self, id: int, channel: str, now: float) -> None:
         """After a client has deleted a message."""
         self.counters["msg-delete"] += 1
         self.events.count("deleted", channel)
-        self.flights.pop(id)
+        flight = self.flights.pop(id)
+        if flight is not None:
+            self.flight_times.observe(max(now - flight.began, 0.0))
 
 
 class Change(Operation):
@@ -5700,11 +5760,12 @@ class Publish(Operation):
 class Deletion:
     """The part of an operation that deletes a message, with `lookup` and one statement more."""
 
-    __slots__ = ("_channel", "_id", "_reason", "_state", "lookup")
+    __slots__ = ("_channel", "_id", "_now", "_reason", "_state", "lookup")
 
     def __init__(self, state: State, id: int, now: float) -> None:
         self._state = state
         self._id = id
+        self._now = now
         self._channel = state.flights.channel_of(id, now)
         self.lookup = () if self._channel else (CHANNEL_OF_MESSAGE,)  # for the counters
         self._reason: Optional[Operation] = None  # reads why it was not deleted
@@ -5723,7 +5784,8 @@ class Deletion:
         """Counts the deletion; whether there was one."""
         if not self.is_done(operation):
             return False
-        self._state.message_deleted(self._id, self._channel or operation.results[0][0][1])
+        channel = self._channel or operation.results[0][0][1]
+        self._state.message_deleted(self._id, channel, self._now)
         return True
 
     def check(self, operation: Operation) -> None:
@@ -5812,7 +5874,7 @@ class Take(Operation):
         self._declined = error
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
-        messages = [message_of(row) for row in self.results[-2]]
+        messages = [message_of(row[:-1]) for row in self.results[-2]]
         undo = UndoTake(self._state, consumer, messages, self._now)
         self._state.committer.join_transaction(undo)
         self.results[-2] = [  # without bodies: many may be declined in one transaction
@@ -5830,11 +5892,14 @@ class Take(Operation):
             self._waits = self._state.waiting.add(consumer) or self._try_again()
             return
         count, channel, state, now = len(rows), rows[0][1], self._state, self._now
+        for row in rows:
+            state.queue_times.observe(max(now - row[-1], 0.0))
         self.is_large = count > LARGE_COUNT
         counters["delivered"] += count
         state.events.count("delivered", channel, count)
         if state.live.channels:
-            state.live.delivered(list(map(message_of, rows)), deleted=consumer.auto)
+            messages = [message_of(row[:-1]) for row in rows]
+            state.live.delivered(messages, deleted=consumer.auto)
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
             counters["msg-delete"] += count
@@ -5877,7 +5942,7 @@ class Take(Operation):
             if self.deletion is not None:
                 return []  # no error, since the other message has been deleted
             raise self._declined
-        messages = [message_of(row) for row in results[-2]]
+        messages = [message_of(row[:-1]) for row in results[-2]]
         if len(messages) > 1:
             messages.sort(key=lambda message: message.priority)  # the rows are sorted by id
         return messages
@@ -5993,6 +6058,7 @@ class DeleteBatch(Operation):
         )
         self._state = state
         self._messages = messages
+        self._now = now
         self._lookup: Optional[Operation] = None  # why some were not deleted
 
     def _outcome(self) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -6011,7 +6077,8 @@ class DeleteBatch(Operation):
             self._channels.update(rows)
         for message, deleted in self._outcome():
             if deleted:
-                self._state.message_deleted(message["id"], self._channels[message["id"]] or "")
+                channel = self._channels[message["id"]] or ""
+                self._state.message_deleted(message["id"], channel, self._now)
 
     def result(self) -> tuple[list[int], list[int], list[int]]:
         outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
@@ -6336,6 +6403,9 @@ CHANNEL_ORDERS: Mapping[str, Callable[[ChannelRow], Any]] = {
 }
 
 
+ChannelMetrics = list[float]  # ready, in flight, delayed, age of the oldest ready, waiting
+
+
 class ChannelList:
     """The channels with messages, subscriptions, or consumers that wait or did so lately.
 
@@ -6370,13 +6440,17 @@ class ChannelList:
         by_age = order == "oldest"
         waiting = self._waiting[bisect.bisect_right(self._waiting, after) :]
         rows: Iterator[ChannelRow] = heapq.merge(
-            self._pages(CHANNELS_AFTER, after, by_age=by_age),
+            self.counted(after, by_age),
             ((name, 0, None) for (name,) in self._pages(SUBSCRIBED_AFTER, after)),
             ((name, 0, None) for name in waiting),
             key=lambda row: row[0],
         )
         for _, same in itertools.groupby(rows, key=lambda row: row[0]):
             yield next(same)  # that of CHANNELS_AFTER, if there is one
+
+    def counted(self, after: str = "", by_age: bool = True) -> Iterator[Any]:
+        """The rows of CHANNELS_AFTER."""
+        return self._pages(CHANNELS_AFTER, after, by_age=by_age)
 
     def _pages(self, statement: str, after: str, **parameters: object) -> Iterator[Any]:
         while True:
@@ -6468,6 +6542,76 @@ class HealthCheck:
             raise type(self._error)(str(self._error))
 
 
+class Statistics:
+    """What is measured: totals, their history, and the figures of each channel."""
+
+    def __init__(self, store: Transactions, state: State) -> None:
+        self._store = store
+        self._state = state
+        self._history = History(state.clock.now())
+
+    def message_totals(self) -> list[int]:
+        """The sums of all channels, a page at a time, so that other reads find room."""
+        totals, after, count = [0] * 5, "", CHANNEL_PAGE
+        while count == CHANNEL_PAGE:
+            (((*sums, count, after),),) = self._store.read(
+                MESSAGE_TOTALS, after=after, n=CHANNEL_PAGE
+            )
+            totals = [total + part for total, part in zip(totals, sums)]
+        return totals
+
+    def sample(self) -> None:
+        """Adds a point to the history, if it is due."""
+        now = self._state.clock.now()
+        if not self._history.is_due(now):
+            return
+        ready, in_flight, *_ = self.message_totals()
+        counts = self._state.events.by_channel().values()
+        totals = {event: sum(count[event] for count in counts) for event in EVENTS}
+        totals["failed"] = sum(totals[event] for event in FAILURES)
+        totals["published"] = self._state.counters["publications"]
+        self._history.add(now, [totals[name] for name in SAMPLED[:-2]], ready, in_flight)
+
+    def channels(self) -> dict[str, ChannelMetrics]:
+        """Each channel with counters of its own; under "" all others together."""
+        now, events = self._state.clock.now(), self._state.events
+        found: dict[str, ChannelMetrics] = {name: [0] * 5 for name in events.by_channel()}
+        for name, ready, oldest, in_flight, delayed in ChannelList(self._store.read, ()).counted():
+            row = found.setdefault(events.label(name), [0] * 5)
+            age = 0 if oldest is None else now - oldest
+            counts = (ready, in_flight, delayed)
+            row[:] = [*map(operator.add, row, counts), max(row[3], round(age, 3)), 0]
+        for name, count in self._state.waiting.counts().items():
+            found.setdefault(events.label(name), [0] * 5)[4] += count
+        return found
+
+    def events(self) -> dict[str, dict[str, int]]:
+        """How often each of EVENTS has happened in each of the same channels."""
+        return self._state.events.by_channel()
+
+    def histograms(self) -> dict[str, Histogram]:
+        """What is measured since the start, by its name in METRICS."""
+        return {
+            "linger_commit_seconds": self._state.committer.commit_times,
+            "linger_commit_operations": self._state.committer.commit_sizes,
+            "linger_queue_time_seconds": self._state.queue_times,
+            "linger_flight_time_seconds": self._state.flight_times,
+        }
+
+    def disk_usage(self) -> dict[str, int]:
+        """The bytes of the database and its log, and those that are free, by name in METRICS."""
+        return self._store.disk_usage()
+
+    def history(self, seconds: int = HISTORY_SECONDS) -> dict[str, Any]:
+        """The totals of the last seconds: `time`, when each point was added in Unix time, and for
+        each of SAMPLED its values, what has happened since the point before."""
+        now, wall = self._state.clock.now(), self._state.clock.source.time()
+        points = self._history.since(now - seconds)
+        columns = zip(*(values for _, values in points)) if points else [()] * len(SAMPLED)
+        times = [round(wall - (now - moment), 1) for moment, _ in points]
+        return {"interval": SAMPLE_INTERVAL, "time": times, **dict(zip(SAMPLED, columns))}
+
+
 class Administration:
     """The calls that neither produce nor consume: they set up channels and topics, and read.
 
@@ -6477,15 +6621,14 @@ class Administration:
     def __init__(self, store: Transactions, state: State, max_message: int) -> None:
         self.max_message = max_message
         self.counters = state.counters
-        self.events = state.events
         self._store = store
         self._state = state
         self._committer = state.committer
         self._read = state.committer.read
         self._bulk = BulkWork(state.committer)
         self._started = state.clock.now()
-        self._start = int(state.clock.source.time())  # Unix time, to be shown
-        self._history = History(self._started)
+        self.start = int(state.clock.source.time())  # Unix time, to be shown
+        self.statistics = Statistics(store, state)
         self._health = HealthCheck(self._write_health, state.clock.source.monotonic)
         ((row,),) = store.read(GET_CONFIG, key="server_id")
         self.id: str = row[0]
@@ -6818,11 +6961,11 @@ class Administration:
         """Counters since the start, and current totals."""
         self._submit_due()
         subscriptions, newest = self._read(SUBSCRIPTION_TOTALS, NEWEST_MESSAGE)
-        ready, in_flight, delayed, urgent, niced = self._message_totals()
+        ready, in_flight, delayed, urgent, niced = self.statistics.message_totals()
         topics, subscribed = subscriptions[0]
         times = os.times()
         return {
-            "start": self._start,
+            "start": self.start,
             **self.counters,
             "current-topics": topics,
             "current-subscriptions": subscribed,
@@ -6844,37 +6987,6 @@ class Administration:
             "id": self.id,
             "hostname": socket.gethostname(),
         }
-
-    def _message_totals(self) -> list[int]:
-        """The sums of all channels, a page at a time, so that other reads find room."""
-        totals, after, count = [0] * 5, "", CHANNEL_PAGE
-        while count == CHANNEL_PAGE:
-            (((*sums, count, after),),) = self._store.read(
-                MESSAGE_TOTALS, after=after, n=CHANNEL_PAGE
-            )
-            totals = [total + part for total, part in zip(totals, sums)]
-        return totals
-
-    def sample_history(self) -> None:
-        """Adds a point to the history, if it is due."""
-        now = self.now()
-        if not self._history.is_due(now):
-            return
-        ready, in_flight, *_ = self._message_totals()
-        counts = self.events.by_channel().values()
-        totals = {event: sum(count[event] for count in counts) for event in EVENTS}
-        totals["failed"] = sum(totals[event] for event in FAILURES)
-        totals["published"] = self.counters["publications"]
-        self._history.add(now, [totals[name] for name in SAMPLED[:-2]], ready, in_flight)
-
-    def history(self, seconds: int = HISTORY_SECONDS) -> dict[str, Any]:
-        """The totals of the last seconds: `time`, when each point was added in Unix time, and for
-        each of SAMPLED its values, what has happened since the point before."""
-        now, wall = self.now(), self._state.clock.source.time()
-        points = self._history.since(now - seconds)
-        columns = zip(*(values for _, values in points)) if points else [()] * len(SAMPLED)
-        times = [round(wall - (now - moment), 1) for moment, _ in points]
-        return {"interval": SAMPLE_INTERVAL, "time": times, **dict(zip(SAMPLED, columns))}
 
     def listen(self, kind: str, name: str, listener: Listener, memory: MemoryBudget) -> Reader:
         """A reader of what happens from now on in a channel, or is published on a topic; `kind`
@@ -7217,7 +7329,7 @@ class Broker(Administration):
         if record is not None:
             self._committer.submit(record)
         self._end_overdue_waits()
-        self.sample_history()
+        self.statistics.sample()
 
     def _end_overdue_waits(self) -> None:
         """Ends waits that should have ended by themselves, after what is due was processed.
@@ -7624,8 +7736,8 @@ def _each(items: Sequence[Any], convert: Callable[[Any], dict[str, Any]]) -> lis
 # and its client's address; nothing of sockets, paths or messages.
 # ---------------------------------------------------------------------------------------------
 
-READ, WRITE, ADMIN = "read", "write", "admin"
-RIGHTS = (READ, WRITE, ADMIN)
+READ, WRITE, ADMIN, METRICS_ONLY = "read", "write", "admin", "metrics"
+RIGHTS = (READ, WRITE, ADMIN, METRICS_ONLY)  # admin includes metrics
 PUBLIC = ""  # the right that needs no token
 AUTHENTICATED = "any token"  # the right that every token gives
 
@@ -7691,6 +7803,8 @@ def parse_grant(rights: str, patterns: Sequence[str]) -> Grant:
     named = frozenset(rights.split(","))
     if not named.issubset(RIGHTS):
         raise BadRequest(f"the rights must be among {', '.join(RIGHTS)}, separated by commas")
+    if ADMIN in named:
+        named |= {METRICS_ONLY}
     if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_NAME for pattern in patterns):
         raise BadRequest(f"the limit is {MAX_PATTERNS} patterns of {MAX_NAME} characters")
     if not patterns:
@@ -7991,6 +8105,7 @@ ROUTES = (
     Route("GET", "/health", "check_health", True, PUBLIC, "whether it can store a message now"),
     Route("GET", "/stats", "get_stats", True, ADMIN, "counters of the server"),
     Route("GET", "/stats/history", "get_history", True, ADMIN, "totals of the last hour"),
+    Route("GET", "/metrics", "get_metrics", True, METRICS_ONLY, "figures for Prometheus"),
     Route("GET", "/backup", "open_backup", False, ADMIN, "a copy of the database"),
     Route("GET", "/channels", "list_channels", True, READ, "list channels"),
     Route("GET", "/channels/<channel>", "take_message", False, READ, "take messages"),
@@ -8093,7 +8208,8 @@ def authorize(route: Route, kinds: Sequence[str], names: Sequence[str], grant: G
     """`AccessDenied` if a token lacks the right to an endpoint with these names in its path."""
     if route.right not in grant.rights:
         raise AccessDenied(f"this token lacks the right `{route.right}`")
-    if route.right == ADMIN and not names and grant.channels is not None:
+    server_wide = route.right in (ADMIN, METRICS_ONLY) and not names
+    if server_wide and grant.channels is not None:
         raise AccessDenied("a token with patterns has no rights to the whole server")
     for kind, name in zip(kinds, names):
         if kind in ("channels", "topics"):
@@ -9217,6 +9333,183 @@ def body_object(body: bytes, is_cut: bool = False) -> dict[str, object]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Metrics: the page for Prometheus (prometheus.io/docs/instrumenting/exposition_formats).  It is
+# built in the thread of the connection that asks, from the table METRICS.
+# ---------------------------------------------------------------------------------------------
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Sample = tuple[str, float]  # the rest of the name with its labels, and the value
+
+
+class RequestCounts:
+    """How many requests were answered, by endpoint and status; for any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the counts
+        self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
+
+    def count(self, request: Optional[Request], status: int) -> None:
+        """Counts a response; `request` is None for one that is malformed."""
+        endpoint = ""  # of no route
+        if request is not None:
+            route = request.routes.get("GET" if request.method == "HEAD" else request.method)
+            endpoint = "" if route is None else route.endpoint
+        with self._lock:
+            self._counts[endpoint, status] += 1
+
+    def samples(self) -> Iterator[Sample]:
+        """The counts, labeled with route and status."""
+        with self._lock:
+            counts = sorted(self._counts.items())
+        routes = {route.endpoint: (route.method, route.path) for route in ROUTES}
+        for (endpoint, status), count in counts:
+            method, path = routes.get(endpoint, ("", ""))
+            yield labels(method=method, route=path, status=str(status)), count
+
+
+def labels(**values: str) -> str:
+    """Labels as they stand behind a name."""
+    escaped = ((name, text.translate(LABEL_ESCAPES)) for name, text in values.items())
+    return "{" + ",".join(f'{name}="{text}"' for name, text in escaped) + "}"
+
+
+LABEL_ESCAPES = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
+
+
+class Snapshot:
+    """What a page shows, as far as several metrics share it."""
+
+    def __init__(self, server: Server) -> None:
+        broker = server.broker
+        self.channels = broker.statistics.channels()
+        self.events = broker.statistics.events()
+        self.histograms = broker.statistics.histograms()
+        self.requests: RequestCounts = server.requests
+        self.labels = {channel: labels(channel=channel) for channel in self.channels}
+        self.single: dict[str, float] = {
+            "linger_publications_total": broker.counters["publications"],
+            "linger_connections": len(server.connections),
+            "linger_connections_limit": server.max_connections,
+            "process_start_time_seconds": broker.start,
+            **broker.statistics.disk_usage(),
+            **process_usage(),
+        }
+
+    def column(self, column: int) -> Iterator[Sample]:
+        """A column of ChannelMetrics."""
+        return ((self.labels[channel], row[column]) for channel, row in self.channels.items())
+
+    def messages(self) -> Iterator[Sample]:
+        """The messages of each channel and state."""
+        for channel, row in self.channels.items():
+            for state, count in zip(("ready", "in_flight", "delayed"), row):
+                yield f'{self.labels[channel][:-1]},state="{state}"}}', count
+
+    def event(self, event: str) -> Iterator[Sample]:
+        """How often one of EVENTS has happened in each channel."""
+        for channel, counts in self.events.items():
+            yield self.labels.get(channel) or labels(channel=channel), counts[event]
+
+    def histogram(self, name: str) -> Iterator[Sample]:
+        """The buckets, which are cumulative, the sum and the count."""
+        histogram = self.histograms[name]
+        totals = list(itertools.accumulate(histogram.counts))
+        for bound, total in zip((*histogram.bounds, "+Inf"), totals):
+            yield f'_bucket{{le="{bound}"}}', total
+        yield "_sum", histogram.sum
+        yield "_count", totals[-1]
+
+    def value(self, name: str) -> Iterator[Sample]:
+        """A single value, if it is known here."""
+        if name in self.single:
+            yield "", self.single[name]
+
+    def versions(self) -> Iterator[Sample]:
+        """A sample for the program."""
+        python, sqlite = sys.version.split()[0], sqlite3.sqlite_version
+        yield labels(version=__version__, python=python, sqlite=sqlite), 1
+
+
+class Metric(NamedTuple):
+    """A metric of the page."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Callable[[Snapshot], Iterable[Sample]]
+
+
+def _value(name: str, help: str, kind: str = "gauge") -> Metric:
+    return Metric(name, kind, help, lambda snapshot: snapshot.value(name))
+
+
+def _histogram(name: str, help: str) -> Metric:
+    return Metric(name, "histogram", help, lambda snapshot: snapshot.histogram(name))
+
+
+def _event(event: str, help: str) -> Metric:
+    return Metric(f"linger_messages_{event}_total", "counter", help, lambda s: s.event(event))
+
+
+# fmt: off
+METRICS = (
+    Metric("linger_build_info", "gauge", "The versions in use; always 1.", Snapshot.versions),
+    Metric("linger_messages", "gauge", "Messages that there are.", Snapshot.messages),
+    Metric("linger_oldest_ready_seconds", "gauge",
+           "Time since the oldest ready message was posted, 0 without one.", lambda s: s.column(3)),
+    Metric("linger_waiting_consumers", "gauge", "Consumers that wait.", lambda s: s.column(4)),
+    *itertools.starmap(_event, EVENTS.items()),
+    _value("linger_publications_total", "Messages published, without their copies.", "counter"),
+    _histogram("linger_queue_time_seconds", "Time that a message was ready until its delivery."),
+    _histogram("linger_flight_time_seconds", "Time from a message's last delivery to its delete."),
+    _histogram("linger_commit_seconds", "Time of a transaction with its sync."),
+    _histogram("linger_commit_operations", "Operations that a transaction had."),
+    Metric("linger_http_requests_total", "counter", "Requests answered.",
+           lambda s: s.requests.samples()),
+    _value("linger_connections", "Open connections."),
+    _value("linger_connections_limit", "Connections that may be open."),
+    _value("linger_database_bytes", "Size of the database file."),
+    _value("linger_log_bytes", "Size of its write-ahead log."),
+    _value("linger_disk_free_bytes", "Free space on the disk of the database."),
+    _value("process_cpu_seconds_total", "CPU time used.", "counter"),
+    _value("process_start_time_seconds", "Start of the process, in Unix time."),
+    _value("process_resident_memory_bytes", "Resident memory."),
+    _value("process_virtual_memory_bytes", "Virtual memory."),
+    _value("process_open_fds", "Open file descriptors."),
+    _value("process_max_fds", "File descriptors that may be open."),
+)
+# fmt: on
+
+
+def process_usage() -> dict[str, float]:
+    """What the process uses, by name in METRICS; on other systems than Linux less of it."""
+    times = os.times()
+    usage: dict[str, float] = {
+        "process_cpu_seconds_total": round(times.user + times.system, 2),
+        "process_max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+        pages = [int(number) for number in file.read().split()]
+        usage["process_virtual_memory_bytes"] = pages[0] * resource.getpagesize()
+        usage["process_resident_memory_bytes"] = pages[1] * resource.getpagesize()
+        usage["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+    return usage
+
+
+def metrics_page(server: Server) -> bytes:
+    """The whole page.  It pauses between metrics, so that other threads get the interpreter."""
+    snapshot = Snapshot(server)
+    parts = []
+    for name, kind, help, samples in METRICS:
+        lines = [f"{name}{rest} {value}\n" for rest, value in samples(snapshot)]
+        if lines:
+            head = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+            parts.append("".join((head, *lines)).encode())
+        time.sleep(YIELD_TIME)
+    return b"".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
 # API: the endpoints.  Each takes a request, calls the broker, and returns a response; what must
 # wait for a commit asks the request's connection to reply later.  Knows nothing of bytes.
 # ---------------------------------------------------------------------------------------------
@@ -9396,7 +9689,11 @@ class ManagementApi:
 
     def get_history(self, request: Request, _: str) -> Response:
         seconds = request.integer("seconds", 1, HISTORY_SECONDS) or HISTORY_SECONDS
-        return json_response(self._broker.history(seconds))
+        return json_response(self._broker.statistics.history(seconds))
+
+    def get_metrics(self, _: Request) -> Response:
+        with self._memory.large_work:
+            return Response(200, metrics_page(self._server), METRICS_TYPE)
 
     def open_backup(self, _: Request) -> Response:
         copy = self._broker.open_copy()
@@ -10167,8 +10464,7 @@ class Connection:
             self._reader.discard()
             self.input.release()
             self._send(failed, error_response(error), close=True)
-            if self._server.log_requests:
-                log_request(self.address, failed, error.status, self._started_at)
+            self._note_answered(failed, error.status)
             self._drain_on_close = True
             return
         try:
@@ -10523,8 +10819,9 @@ class Connection:
             except LingerError as error:
                 log(f"linger: a message that could not be sent stays hidden: {error}")
 
-    def _note_answered(self, request: Request, status: int) -> None:
+    def _note_answered(self, request: Optional[Request], status: int) -> None:
         self._answered_at = time.monotonic()
+        self._server.requests.count(request, status)
         if self._first_request:
             self._first_request = False
             self._server.first_requests.end(self._socket)
@@ -10746,7 +11043,7 @@ class Server(ThreadingHTTPServer):
         self.max_waiting = max_waiting or int(self.max_connections * WAITING_SHARE) or 1
         self.memory = MemoryBudget(max_memory or default_max_memory())
         self.log_requests = log_requests
-        self.header_cache = HeaderCache()
+        self.header_cache, self.requests = HeaderCache(), RequestCounts()
         self.clients = AddressLimiter(max_connections_per_address)
         self.first_requests = FirstRequests()
         self._overflow = Overflow(self.shutdown_request)
@@ -10841,6 +11138,7 @@ class Server(ThreadingHTTPServer):
             return True
         if excess >= 0:
             self.refused.add(connection)
+            self.requests.count(None, 503)
         self.connections.add(connection)
         self.first_requests.add(connection)
         try:

@@ -2582,7 +2582,7 @@ class EventTest(BrokerTest):
 
     def counts(self, channel="q"):
         """The counters of a channel that are not 0."""
-        counts = self.broker.events.by_channel().get(channel, {})
+        counts = self.broker.statistics.events().get(channel, {})
         return {event: count for event, count in counts.items() if count}
 
     def take(self, channel="q", **options):
@@ -2706,7 +2706,7 @@ class EventTest(BrokerTest):
         for channel in ("a", "b", "c", "d", "a"):
             self.broker.post(channel, b"x")
         self.assertEqual([self.counts(channel)["posted"] for channel in ("a", "b", "")], [2, 1, 2])
-        self.assertEqual(set(self.broker.events.by_channel()), {"", "a", "b"})
+        self.assertEqual(set(self.broker.statistics.events()), {"", "a", "b"})
 
     def test_only_the_latest_flights_are_kept(self):
         with unittest.mock.patch.object(linger, "MAX_FLIGHTS", 8):
@@ -2722,7 +2722,7 @@ class EventTest(BrokerTest):
 class HistoryTest(BrokerTest):
     def sample(self, seconds=5):
         self.clock.now += seconds
-        self.broker.sample_history()
+        self.broker.statistics.sample()
 
     def test_a_point_has_what_happened_since_the_one_before(self):
         self.broker.subscribe("q", "t")
@@ -2739,20 +2739,20 @@ class HistoryTest(BrokerTest):
             "delivered": (0, 3), "deleted": (0, 1), "failed": (0, 1), "published": (0, 1),
             "ready": (3, 2), "in-flight": (0, 1),
         }  # fmt: skip
-        self.assertEqual(self.broker.history(), expected)
+        self.assertEqual(self.broker.statistics.history(), expected)
 
     def test_it_has_a_point_each_five_seconds_for_an_hour(self):
         for _ in range(10_000):
             self.sample(1)
-        self.assertEqual(len(self.broker.history()["time"]), 720)
-        self.assertEqual(len(self.broker.history(60)["time"]), 12)
+        self.assertEqual(len(self.broker.statistics.history()["time"]), 720)
+        self.assertEqual(len(self.broker.statistics.history(60)["time"]), 12)
 
     def test_times_are_of_the_wall_clock_and_evenly_spaced_though_it_steps(self):
         self.sample()
         self.clock.ahead = -1_000
         self.sample()
         now = self.clock.time()
-        self.assertEqual(self.broker.history()["time"], [now - 5, now])
+        self.assertEqual(self.broker.statistics.history()["time"], [now - 5, now])
 
     def test_there_is_one_point_for_the_time_of_a_suspend(self):
         self.broker.post("q", b"x")
@@ -2760,12 +2760,12 @@ class HistoryTest(BrokerTest):
         self.sample(1)
         self.sample(1)
         now = self.clock.now
-        self.assertEqual(self.broker.history()["time"], [now - 2, now])
-        self.assertEqual(self.broker.history()["posted"], (1, 0))
+        self.assertEqual(self.broker.statistics.history()["time"], [now - 2, now])
+        self.assertEqual(self.broker.statistics.history()["posted"], (1, 0))
 
     def test_nothing_has_happened_yet(self):
-        self.assertEqual(self.broker.history()["time"], [])
-        self.assertEqual(self.broker.history()["posted"], ())
+        self.assertEqual(self.broker.statistics.history()["time"], [])
+        self.assertEqual(self.broker.statistics.history()["posted"], ())
 
 
 class LeaseAndReleaseTest(BrokerTest):
@@ -4964,11 +4964,171 @@ class HistoryCallTest(ServerTest):
     def test_the_totals_of_so_many_seconds_are_served(self):
         self.broker.post("q", b"x")
         pass_time(self.broker, 5)
-        self.broker.sample_history()
+        self.broker.statistics.sample()
         status, _, body = self.call("GET", "/stats/history?seconds=60")
         self.assertEqual((status, json.loads(body)["posted"]), (200, [1]))
         for seconds in ("0", "3601", "x"):
             self.assertEqual(self.call("GET", f"/stats/history?seconds={seconds}")[0], 400)
+
+
+class MetricsTest(ServerTest):
+    NAMES = ("plain", 'quoted "name"', "back\\slash\\", "größe,{}=", "#<script>")
+    options = types.MappingProxyType({"metrics_channels": 5})
+
+    def page(self):
+        status, headers, body = self.call("GET", "/metrics")
+        self.assertEqual((status, headers["Content-Type"]), (
+            200, "text/plain; version=0.0.4; charset=utf-8"))  # fmt: skip
+        return body.decode()
+
+    def values(self, name):
+        """The values of a metric, by its labels."""
+        lines = re.findall(rf"(?m)^{name}(?:{{(.*)}})? ([^ ]+)$", self.page())
+        return {labels: float(value) for labels, value in lines}
+
+    def test_messages_and_consumers_are_told_by_channel(self):
+        for n in range(3):
+            self.broker.post("a", b"x", delay=n // 2)
+        self.broker.get("a")
+        self.park("b")
+        expected = {"ready": 1, "in_flight": 1, "delayed": 1}
+        found = self.values("linger_messages")
+        for state, count in expected.items():
+            self.assertEqual(found[f'channel="a",state="{state}"'], count)
+        waiting = self.values("linger_waiting_consumers")
+        self.assertEqual(waiting, {'channel=""': 0, 'channel="a"': 0, 'channel="b"': 1})
+        posted = self.values("linger_messages_posted_total")
+        self.assertEqual(posted, {'channel=""': 0, 'channel="a"': 3, 'channel="b"': 0})
+
+    def test_the_age_of_the_oldest_is_told(self):
+        self.broker.post("a", b"x")
+        pass_time(self.broker, 100)
+        self.broker.post("a", b"x")
+        age = self.values("linger_oldest_ready_seconds")['channel="a"']
+        self.assertTrue(100 <= age < 100 + PATIENCE, age)
+
+    def test_times_are_in_histograms(self):
+        self.broker.post("q", b"x")
+        pass_time(self.broker, 10)
+        message = self.broker.get("q")
+        pass_time(self.broker, 20)
+        self.broker.delete(message.id)
+        for name, most in (("queue", 15.0), ("flight", 60.0)):
+            buckets = self.values(f"linger_{name}_time_seconds_bucket")
+            bounds = [labels for labels, count in buckets.items() if count]
+            self.assertEqual(bounds[0], f'le="{most}"')
+            self.assertEqual(list(buckets.values())[-1], 1)
+            self.assertEqual(self.values(f"linger_{name}_time_seconds_count"), {"": 1})
+            self.assertLess(self.values(f"linger_{name}_time_seconds_sum")[""], most)
+
+    def test_a_shared_commit_is_one_of_several_operations(self):
+        with busy(self.broker._committer):
+            for _ in range(3):
+                self.broker.post_async(lambda _: None, "q", b"x")
+        self.broker.post("q", b"x")
+        sums = self.values("linger_commit_operations_sum"), self.values("linger_commit_seconds_sum")
+        count = self.values("linger_commit_operations_count")[""]
+        self.assertGreaterEqual(sums[0][""], count + 2)
+        self.assertGreater(sums[1][""], 0)
+
+    def test_requests_are_counted_by_route_and_status(self):
+        for method in ("GET", "HEAD", "PUT"):
+            self.call(method, "/topics")
+        for _ in range(2):
+            self.call("POST", "/channels/q%20q", b"x")
+        self.call("GET", "/channels/q%20q")
+        self.call("GET", "/nothing")
+        self.talk(b"malformed\r\n\r\n")
+        found = self.values("linger_http_requests_total")
+        expected = {
+            'method="GET",route="/topics",status="200"': 2,
+            'method="POST",route="/channels/<channel>",status="202"': 2,
+            'method="GET",route="/channels/<channel>",status="200"': 1,
+            'method="",route="",status="400"': 1,
+            'method="",route="",status="404"': 1,
+            'method="",route="",status="405"': 1,
+        }
+        self.assertEqual(found, expected)
+
+    def test_further_channels_share_a_series_so_the_page_is_bounded(self):
+        for n in range(20):
+            self.broker.post(f"q{n}", b"x")
+        self.park("other")
+        for name in ("messages", "oldest_ready_seconds", "waiting_consumers"):
+            channels = {labels.split(",")[0] for labels in self.values(f"linger_{name}")}
+            self.assertEqual(len(channels), 6, name)
+        self.assertEqual(self.values("linger_messages")['channel="",state="ready"'], 15)
+        self.assertEqual(self.values("linger_waiting_consumers")['channel=""'], 1)
+        self.assertEqual(sum(self.values("linger_messages_posted_total").values()), 20)
+
+    def test_the_page_does_not_wait_for_a_commit(self):
+        with busy(self.broker._committer):
+            self.assertIn("linger_build_info", self.page())
+
+    def test_head_has_no_body(self):
+        status, headers, body = self.call("HEAD", "/metrics")
+        self.assertEqual((status, body), (200, b""))
+        self.assertGreater(int(headers["Content-Length"]), 1_000)
+
+    def test_a_database_in_memory_has_no_size(self):
+        self.assertEqual(self.values("linger_database_bytes"), {})
+
+    def test_hostile_names_are_escaped(self):
+        for name in self.NAMES:
+            self.broker.post(name, b"x")
+        found = self.values("linger_messages_posted_total")
+        names = [ast.literal_eval(labels.partition("=")[2]) for labels in found]
+        self.assertEqual(names, ["", *self.NAMES])
+
+    @unittest.skipUnless(shutil.which("promtool"), "needs promtool (Debian's prometheus)")
+    def test_promtool_finds_nothing(self):
+        for name in self.NAMES:
+            self.broker.post(name, b"x")
+        self.check(["check", "metrics"], self.page())
+        section = (HERE / "README.md").read_text().partition("### Metrics\n")[2]
+        blocks = re.findall(r"(?m)(?:^(?:    .*)?\n)+", section.partition("\n### ")[0])
+        config, rules = (textwrap.dedent(block) for block in blocks if block.strip())
+        self.folder.joinpath("config").write_text(config)
+        self.folder.joinpath("rules").write_text(rules)
+        self.check(["check", "rules", str(self.folder / "rules")])
+        self.check(["check", "config", "--syntax-only", str(self.folder / "config")])
+
+    def check(self, arguments, text=""):
+        done = subprocess.run(
+            ["promtool", *arguments], input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=PATIENCE,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, done.stdout)
+
+    @unittest.skipUnless(shutil.which("prometheus"), "needs prometheus")
+    def test_prometheus_scrapes_it(self):
+        self.broker.post(self.NAMES[1], b"x")
+        config = {"job_name": "linger", "scrape_interval": "1s", "scrape_timeout": "1s",
+                  "static_configs": [{"targets": [self.server.url[len("http://"):]]}]}  # fmt: skip
+        self.folder.joinpath("config").write_text(json.dumps({"scrape_configs": [config]}))
+        log = self.folder / "log"
+        with log.open("wb") as file:
+            prometheus = subprocess.Popen(
+                ["prometheus", f"--config.file={self.folder}/config",
+                 f"--storage.tsdb.path={self.folder}/data", "--web.listen-address=127.0.0.1:0"],
+                stdout=file, stderr=file,
+            )  # fmt: skip
+        self.addCleanup(prometheus.wait)
+        self.addCleanup(prometheus.terminate)
+        listening = re.compile(r'msg="Listening on" address=127\.0\.0\.1:([0-9]+)')
+        until(lambda: listening.search(log.read_text()))
+        port = int(listening.search(log.read_text())[1])
+        query = urllib.parse.quote("linger_messages_posted_total > 0")
+
+        def results():
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as client:
+                client.request("GET", f"/api/v1/query?query={query}")
+                answer = client.getresponse()  # 503 while it starts
+                return answer.status == 200 and json.load(answer)["data"]["result"]
+
+        until(results)
+        (found,) = results()
+        self.assertEqual((found["metric"]["channel"], found["value"][1]), (self.NAMES[1], "1"))
 
 
 class ConsumerCallTest(ServerTest):
@@ -7881,6 +8041,7 @@ boss   b0ss   read,write,admin
 reader r3ad   read
 writer wr1te  write
 admin  adm1n  admin
+figure f1gur  metrics
 shop   sh0p   read,write,admin  orders-* topic:orders
 """
 
@@ -7905,7 +8066,7 @@ class TokenTest(ServerTest):
         return self.json(method, path, body, {**bearer("sh0p"), **(headers or {})})
 
     def test_every_route_needs_its_right_and_no_other(self):
-        tokens = {"read": "r3ad", "write": "wr1te", "admin": "adm1n"}
+        tokens = {"read": "r3ad", "write": "wr1te", "admin": "adm1n", "metrics": "f1gur"}
         for route in linger.ROUTES:
             path = re.sub("<[a-z]+>", "7", route.path)
             for right, token in {**tokens, "": None, "all": "b0ss"}.items():
@@ -7918,7 +8079,11 @@ class TokenTest(ServerTest):
                         self.assertEqual(status, 200)
                     elif right == "":
                         self.assertEqual(status, 401)
-                    elif right in (route.right, "all") or route.right == linger.AUTHENTICATED:
+                    elif (
+                        right in (route.right, "all")
+                        or route.right == linger.AUTHENTICATED
+                        or (right, route.right) == ("admin", "metrics")
+                    ):
                         self.assertNotIn(status, (401, 403))
                     else:
                         self.assertEqual(status, 403)
@@ -13088,6 +13253,8 @@ class ReadmeTest(Folder):
         names += [f"`{p.name}`" for p in (*linger.CHANNEL_PARAMETERS, *linger.SINGLE_PARAMETERS)]
         names += [f"`{counter}`" for counter in linger.COUNTERS]
         self.assertEqual([name for name in names if name not in self.section("HTTP API")], [])
+        metrics = [f"`{metric.name}`" for metric in linger.METRICS]
+        self.assertEqual([m for m in metrics if m not in self.section("Deployment")], [])
 
     def test_every_response_header_is_in_the_reference(self):
         headers = set(re.findall(r"x-linger-[a-z-]*[a-z]", (HERE / "linger.py").read_text()))
