@@ -17,7 +17,8 @@ The file reads downwards: a section uses only what stands above it.
     Memory        the bytes that clients may make the server keep
     Messages      the message, its parameters, and how they are read
     Schema        tables, indexes and triggers; the migration from 1.0.1
-    SQL           every statement
+    SQL           the statements that change messages
+    Directory     the SQL statements of channels and topics, inspection, clusters
     Counters      what has happened to messages, and the totals of the last hour
     Commits       operations, and the thread that commits them in groups
     Files         a database's file, its lock, and whether a log belongs to it
@@ -27,6 +28,7 @@ The file reads downwards: a section uses only what stands above it.
     Live          what happens to messages, as it happens, for whoever listens
     State         what is in memory: waiting consumers, channels, timers
     Operations    a class for each kind of call: statements, effects, result
+    Changes       operations that change, move or drain messages
     Management    channels and topics, bulk work, and what there is
     Watch         what other servers of a cluster change, and how this one learns of it
     Broker        the public calls of queue and pub-sub
@@ -54,7 +56,7 @@ Where to look for the rules that matter most:
     a consumer waits, is woken   `WaitingList` in State, `State.wake` in Operations
     operations share a commit    `Committer` in Commits
     timeouts and delays end      `ProcessDue` in Operations, `Timers` in State
-    nothing is done twice        `Cluster.transact` in Cluster, `TAKE_TURN` in SQL
+    nothing is done twice        `Cluster.transact` in Cluster, `TAKE_TURN` in Directory
     an event reaches a stream    `LOOK_UPS` and `Live` in Live, `EventStream` in Responses
     a request is read            `RequestReader` in Requests (`_read_chunks`: a chunked body)
     a token is looked up         `Access.identify` in Access
@@ -807,6 +809,9 @@ PUBLISH_PARAMETERS = tuple(p for p in SINGLE_PARAMETERS if p.name != "unique")
 CHANNEL_PARAMETERS = (
     *MESSAGE_PARAMETERS,
     Parameter("hlm", None, _integer_from(0), "high-level mark of the channel, 0 = unlimited"),
+    Parameter(
+        "max-in-flight", None, _integer_from(0), "limit of messages in flight, 0 = unlimited"
+    ),
 )
 ALL_PARAMETERS = MESSAGE_PARAMETERS + SINGLE_PARAMETERS
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
@@ -844,6 +849,7 @@ if TYPE_CHECKING:  # the same tables for a type checker; None is as not given
         """The values of CHANNEL_PARAMETERS."""
 
         hlm: Optional[int]
+        max_in_flight: Optional[int]
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -1073,7 +1079,8 @@ SCHEMA = (
         delay integer,
         dead text,
         backoff text,
-        hlm integer
+        hlm integer,
+        max_in_flight integer
     ) without rowid
     """,
     """
@@ -1163,7 +1170,7 @@ AFTER_MIGRATION = (
 
 
 # ---------------------------------------------------------------------------------------------
-# SQL: every statement that runs again and again, a constant each.
+# SQL: the statements that change messages, a constant each.  They run again and again.
 #
 # A statement sees time only as :now (broker time, in seconds), decides by itself, and fits SQLite
 # 3.31: no RETURNING, no clock or random function, no PRAGMA.  Lists of columns and expressions
@@ -1374,7 +1381,6 @@ select {DELIVERED_COLUMNS}
 from messages
 where channel = :channel and state = 0 and {IS_ALIVE}
     and (:ack is null or changes() = 1)
-    and not exists (select 1 from pauses where channel = :channel)
 order by priority, id
 limit 1
 """
@@ -1387,17 +1393,37 @@ where id = (
     from messages
     where channel = :channel and state = 0 and {IS_ALIVE}
         and (:ack is null or changes() = 1)
-        and not exists (select 1 from pauses where channel = :channel)
     order by priority, id
     limit 1
 )
 """
 
 # For all other takes: of several messages, from several channels (:channels are lines), with
-# `auto`, or while any channel is paused.  The messages are the first of the first channel that
-# has one and is not paused.  They are sorted later, so that their bodies are not copied for that.
-# The limit without an order takes the rows as the subquery yields them: a sort would read them all.
-BATCH_IDS = f"""
+# `auto`, or while a channel is paused or limited.  The messages are the first of the first channel
+# that has one and is not paused.  They are sorted later, so that their bodies are not copied for
+# that.  The limit without an order takes the rows as the subquery yields them: a sort would read
+# them all.
+CHOSEN_CHANNEL = f"""(
+                        select name
+                        from wanted
+                        where not exists (select 1 from pauses where channel = name)
+                            {{and_open}}
+                            and exists (
+                                select 1
+                                from (
+                                    select expires_at
+                                    from messages
+                                    where channel = name and state = 0
+                                    order by priority, id
+                                    limit :n + :n_expired
+                                )
+                                where {IS_ALIVE}
+                            )
+                        order by position
+                        limit 1
+                    )"""
+
+MATCHING_IDS = f"""(
     with recursive wanted (position, name, rest) as (
         select 0, '', :channels || char(10)
         union all
@@ -1417,52 +1443,50 @@ BATCH_IDS = f"""
                 from (
                     select id, priority, expires_at
                     from messages
-                    where state = 0 and channel = (
-                        select name
-                        from wanted
-                        where not exists (select 1 from pauses where channel = name)
-                            and exists (
-                                select 1
-                                from (
-                                    select expires_at
-                                    from messages
-                                    where channel = name and state = 0
-                                    order by priority, id
-                                    limit :n + :n_expired
-                                )
-                                where {IS_ALIVE}
-                            )
-                        order by position
-                        limit 1
-                    )
+                    where state = 0 and channel = {{chosen}}
                         and (:ack is null or changes() = 1)
                     order by priority, id
                     limit :n + :n_expired
                 )
                 where {IS_ALIVE}
-                limit :n
+                limit {{most}}
             )
         )
     )
     where size_before < :max_bytes
-"""
+)"""
+
+BATCH_IDS = MATCHING_IDS.format(chosen=CHOSEN_CHANNEL.format(and_open=""), most=":n")
+
+# How many messages of a channel may begin their flight, up to :n.
+ROOM = """coalesce(
+            (select max_in_flight from settings where channel = {name} and max_in_flight > 0)
+            - coalesce((select in_flight from channels where name = {name}), 0), :n)"""
+
+# The same while a channel is limited: it is passed over while it has no room.
+LIMITED_CHANNEL = CHOSEN_CHANNEL.format(and_open=f"and {ROOM.format(name='wanted.name')} > 0")
+LIMITED_IDS = MATCHING_IDS.format(
+    chosen=LIMITED_CHANNEL,
+    most=f"min(:n, coalesce((select {ROOM.format(name='chosen.name')}"
+    f" from {LIMITED_CHANNEL} as chosen), 0))",
+)
 
 SELECT_BATCH = f"""
 select {DELIVERED_COLUMNS}
 from messages
-where id in ({BATCH_IDS})
+where id in {BATCH_IDS}
 order by id
 """
 
 LEASE_BATCH = f"""
 update messages
 set {SET_LEASED}
-where id in ({BATCH_IDS})
+where id in {BATCH_IDS}
 """
 
 DELETE_BATCH = f"""
 delete from messages
-where id in ({BATCH_IDS})
+where id in {BATCH_IDS}
 """
 
 # The whole rows, for RESTORE_MESSAGE.
@@ -1471,9 +1495,14 @@ select id, channel, priority, timeout, deliver, delivered, lease, received, ling
     expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, dead_delivered,
     error, headers, body
 from messages
-where id in ({BATCH_IDS})
+where id in {BATCH_IDS}
 order by id
 """
+
+SELECT_LIMITED, LEASE_LIMITED, DELETE_LIMITED, SELECT_LIMITED_ROWS = (
+    statement.replace(BATCH_IDS, LIMITED_IDS)
+    for statement in (SELECT_BATCH, LEASE_BATCH, DELETE_BATCH, SELECT_BATCH_ROWS)
+)
 
 RESTORE_MESSAGE = """
 insert into messages (id, channel, priority, state, due_at, timeout, deliver, delivered, lease,
@@ -1514,11 +1543,17 @@ from messages
 where id = :id
 """
 
+# One that has timed out is in flight again, if there is room.
 TOUCH_MESSAGE = """
 update messages
 set state = 1, due_at = :now + coalesce(:timeout, timeout)
 where id = :id and leased = 1 and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel)
+    and (state = 1 or not exists (
+        select 1
+        from settings
+        where channel = messages.channel and max_in_flight > 0 and max_in_flight <= (
+            select in_flight from channels where name = messages.channel)))
 """
 
 DELETE_MESSAGE = """
@@ -1826,7 +1861,10 @@ select min(until)
 from pauses
 """
 
-# -- channels and topics
+# ---------------------------------------------------------------------------------------------
+# Directory: the SQL statements of channels and topics, of those who look, and of clusters.  The
+# same rules hold.
+# ---------------------------------------------------------------------------------------------
 
 SUBSCRIBE = """
 insert into subscriptions (topic, channel, priority, timeout, deliver, linger, delay, dead,
@@ -1852,8 +1890,10 @@ where topic = :topic and channel = :channel
 """
 
 SET_SETTINGS = """
-insert into settings (channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm)
-values (:channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :hlm)
+insert into settings (channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm,
+    max_in_flight)
+values (:channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :hlm,
+    :max_in_flight)
 on conflict (channel) do update set
     priority = excluded.priority,
     timeout = excluded.timeout,
@@ -1862,12 +1902,15 @@ on conflict (channel) do update set
     delay = excluded.delay,
     dead = excluded.dead,
     backoff = excluded.backoff,
-    hlm = excluded.hlm
+    hlm = excluded.hlm,
+    max_in_flight = excluded.max_in_flight
 """
 
 CHANGE_SETTINGS = """
-insert into settings (channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm)
-values (:channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :hlm)
+insert into settings (channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm,
+    max_in_flight)
+values (:channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :hlm,
+    :max_in_flight)
 on conflict (channel) do update set
     priority = coalesce(excluded.priority, priority),
     timeout = coalesce(excluded.timeout, timeout),
@@ -1876,7 +1919,8 @@ on conflict (channel) do update set
     delay = coalesce(excluded.delay, delay),
     dead = coalesce(excluded.dead, dead),
     backoff = coalesce(excluded.backoff, backoff),
-    hlm = coalesce(excluded.hlm, hlm)
+    hlm = coalesce(excluded.hlm, hlm),
+    max_in_flight = coalesce(excluded.max_in_flight, max_in_flight)
 """
 
 CLEAR_SETTINGS = """
@@ -1885,7 +1929,7 @@ where channel = :channel
 """
 
 ALL_SETTINGS = """
-select channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm
+select channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm, max_in_flight
 from settings
 """
 
@@ -2118,6 +2162,10 @@ select name, ready
 from channels
 where ready > 0 and name in (select value from json_each(:names))
     and not exists (select 1 from pauses where channel = name)
+    and not exists (
+        select 1
+        from settings
+        where channel = name and max_in_flight > 0 and max_in_flight <= in_flight)
 """
 
 DUE_SOON = f"""
@@ -5224,8 +5272,13 @@ class Channels:
     """
 
     def __init__(
-        self, max_channels: int, read: Callable[[str], list[list[Any]]], clock: BrokerClock
+        self,
+        max_channels: int,
+        read: Callable[[str], list[list[Any]]],
+        clock: BrokerClock,
+        is_shared: bool,
     ) -> None:
+        self.is_shared = is_shared  # whether other servers may have changed them just now
         self.settings: dict[str, dict[str, Any]] = {}
         self.pauses: dict[str, float] = {}  # until when; NEVER: until it is ended
         (settings,), (pauses,) = read(ALL_SETTINGS), read(ALL_PAUSES)
@@ -5242,6 +5295,11 @@ class Channels:
         """Takes over the rows of ALL_SETTINGS and ALL_PAUSES."""
         _renew(self.settings, {row[0]: _settings_of(row[1:]) for row in settings})
         _renew(self.pauses, dict(pauses))
+
+    def is_limited(self, channel: str) -> bool:
+        """Whether only so many messages of a channel may be in flight."""
+        settings = self.settings.get(channel)
+        return settings is not None and bool(settings.get("max-in-flight"))
 
     def reserve(self, channel: str) -> None:
         """`Full` if a channel that is to hold something would be one too many.
@@ -5524,6 +5582,11 @@ class State:
         """After messages became ready; what no consumer waits for is counted as shown."""
         self.counters["msg-show"] += count - self.wake(channel, count, now)
 
+    def flights_ended(self, channel: str, count: int, now: float) -> None:
+        """After messages of a channel have left their flight: in a limited one others may begin."""
+        if count and self.channels.is_limited(channel):
+            self.wake(channel, count, now)
+
     def dead_buried(self, channel: str, results: Sequence[Any], now: float) -> None:
         """After BURY_DEAD for messages of a channel, from its results."""
         dead, _, (deleted, _) = results
@@ -5540,6 +5603,7 @@ class State:
         flight = self.flights.pop(id)
         if flight is not None:
             self.flight_times.observe(max(now - flight.began, 0.0))
+        self.flights_ended(channel, 1, now)
 
 
 class Change(Operation):
@@ -5796,6 +5860,14 @@ class Deletion:
             refuse_lease(self._id, parameters["lease"], lease_state, "deleted")
 
 
+# For all but the usual take; the second of each while a channel is limited, or may be.
+BATCH_TAKES = ((SELECT_BATCH, LEASE_BATCH), (SELECT_LIMITED, LEASE_LIMITED))
+AUTO_TAKES = (
+    (SELECT_BATCH_ROWS, SELECT_BATCH, DELETE_BATCH),
+    (SELECT_LIMITED_ROWS, SELECT_LIMITED, DELETE_LIMITED),
+)
+
+
 class Take(Operation):
     """Takes messages for a consumer, which waits if there are none and it may; the messages.
 
@@ -5825,10 +5897,10 @@ class Take(Operation):
         is_due = state.timers.next_due <= now and any(
             state.timers.is_due(channel, now) for channel in channels
         )
-        if consumer.auto or n > 1 or len(channels) > 1 or is_due or state.channels.pauses:
-            statements = (SELECT_BATCH, LEASE_BATCH)
-            if consumer.auto:
-                statements = (SELECT_BATCH_ROWS, SELECT_BATCH, DELETE_BATCH)
+        is_limited = state.channels.is_shared or any(map(state.channels.is_limited, channels))
+        is_many = consumer.auto or n > 1 or len(channels) > 1
+        if is_many or is_due or is_limited or state.channels.pauses:
+            statements = (AUTO_TAKES if consumer.auto else BATCH_TAKES)[is_limited]
             parameters.update(channels="\n".join(channels), n=n, max_bytes=MAX_BATCH_BYTES)
             parameters["n_expired"] = MAX_EXPIRED if is_due else 0
         if ack is not None:
@@ -6139,6 +6211,7 @@ class Release(Operation):
         state.counters["msg-retention"] += expired
         state.events.count("expired", channel, expired)
         state.dead_buried(channel, buried, self._now)
+        state.flights_ended(channel, 1, self._now)
         for channel, delayed, due_at, expires_at in due_times if changed else ():
             state.timers.schedule(channel, expires_at or due_at)
             if delayed:
@@ -6169,6 +6242,7 @@ class Reject(Operation):
             self._state.counters["msg-reject"] += 1
             self._state.events.count("rejected", channel)
             self._state.dead_buried(channel, buried, self._now)
+            self._state.flights_ended(channel, 1, self._now)
 
     def result(self) -> None:
         lease_state, (changed, _), *_ = self.rows()
@@ -6192,7 +6266,95 @@ def refuse_lease(
     raise Conflict(f"message {id} is not in flight: only what was delivered can be {done}")
 
 
-# -- second thoughts
+# -- timers
+
+PROCESS_DUE = (
+    DELETE_EXPIRED,
+    EXPIRE_WAITING,
+    EXPIRE_TIMED_OUT,
+    EXHAUST_TIMED_OUT,
+    *BURY_DEAD,
+    BACK_OFF_TIMED_OUT,
+    COUNT_DUE,
+    MAKE_DUE_READY,
+    NEXT_DUE,
+    NEXT_EXPIRY,
+)
+
+
+class ProcessDue(Operation):
+    """A piece of what is due in a channel: returns timed-out and delayed messages to ready,
+    removes expired ones, and wakes the consumers waiting for them."""
+
+    statements: Sequence[str] = PROCESS_DUE
+
+    def __init__(self, state: State, channel: str, now: float, n: int) -> None:
+        super().__init__(self.statements, {"channel": channel, "now": now, "n": n})
+        self.seconds = 0.0
+        self.now = now
+        self._state = state
+        self._channel = channel
+
+    def on_commit(self) -> None:
+        state, channel = self._state, self._channel
+        (
+            (deleted, _), (expired, _), (expired_in_flight, _), (exhausted, _), *buried,
+            (delayed, _), ((ready, timed_out),), _, ((next_due,),), ((next_expiry,),),
+        ) = self.results  # fmt: skip
+        timeouts = expired_in_flight + exhausted + delayed + timed_out
+        expired += deleted + expired_in_flight
+        state.counters["msg-timeouts"] += timeouts
+        state.counters["msg-retention"] += expired
+        state.counters["msg-delete"] += deleted
+        state.events.count("timed_out", channel, timeouts)
+        state.events.count("expired", channel, expired)
+        self.set_next([moment for moment in (next_due, next_expiry) if moment is not None])
+        state.dead_buried(channel, buried, self.now)
+        if ready:
+            state.messages_ready(channel, ready, self.now)
+        state.flights_ended(channel, timeouts - timed_out, self.now)
+
+    def set_next(self, moments: Sequence[float]) -> None:
+        """Schedules the next piece for the earliest of some moments.
+
+        Consumers may wait although there is a message: behind expired ones, of which a take
+        passes over only so many.  One of them tries again after each piece, all after the last.
+        """
+        state, channel, next_due = self._state, self._channel, min(moments, default=NEVER)
+        state.timers.set_next(channel, next_due)
+        if next_due <= self.now:
+            state.backlogs.add(channel)
+            state.wake(channel, 1, self.now)
+        elif channel in state.backlogs:
+            state.backlogs.discard(channel)
+            state.wake(channel, state.waiting.count(channel), self.now)
+        state.due_piece.adapt(self.seconds, next_due <= self.now)
+
+    def on_done(self) -> None:
+        if self._state.processing.get(self._channel) is self:
+            del self._state.processing[self._channel]
+        super().on_done()
+
+
+class EndPausesAndKeys(ProcessDue):
+    """A piece of what is due in no certain channel: ends pauses, and deletes old dedup keys."""
+
+    statements = (ENDED_PAUSES, END_PAUSES, DELETE_OLD_DEDUPS, NEXT_PAUSE)
+
+    def on_commit(self) -> None:
+        state = self._state
+        pauses, _, (deleted, _), ((next_pause,),) = self.results
+        parameters: Any = self.parameters
+        moments = [self.now] if deleted == parameters["n"] else []
+        self.set_next(moments if next_pause is None else [*moments, next_pause])
+        for channel, count in pauses:
+            state.channels.pauses.pop(channel, None)
+            state.wake(channel, count, self.now)
+
+
+# ---------------------------------------------------------------------------------------------
+# Changes: the operations of second thoughts, which change, move or delete messages that wait.
+# ---------------------------------------------------------------------------------------------
 
 
 class ChangeMessage(Operation):
@@ -6296,98 +6458,17 @@ class Drain(Operation):
         self._state = state
         self._channel: str = parameters["channel"]
         self._n: int = parameters["n"]
+        self._now: float = parameters["now"]
 
     def on_commit(self) -> None:
         self._state.events.count("deleted", self._channel, self.result())
+        self._state.flights_ended(self._channel, self.results[1][0], self._now)
         self.is_last = all(deleted < self._n for deleted, _ in self.results)
         self._state.counters["channel-drain"] += self.is_last
 
     def result(self) -> int:
         (ready, _), (hidden, _), _ = self.rows()
         return int(ready + hidden)
-
-
-PROCESS_DUE = (
-    DELETE_EXPIRED,
-    EXPIRE_WAITING,
-    EXPIRE_TIMED_OUT,
-    EXHAUST_TIMED_OUT,
-    *BURY_DEAD,
-    BACK_OFF_TIMED_OUT,
-    COUNT_DUE,
-    MAKE_DUE_READY,
-    NEXT_DUE,
-    NEXT_EXPIRY,
-)
-
-
-class ProcessDue(Operation):
-    """A piece of what is due in a channel: returns timed-out and delayed messages to ready,
-    removes expired ones, and wakes the consumers waiting for them."""
-
-    statements: Sequence[str] = PROCESS_DUE
-
-    def __init__(self, state: State, channel: str, now: float, n: int) -> None:
-        super().__init__(self.statements, {"channel": channel, "now": now, "n": n})
-        self.seconds = 0.0
-        self.now = now
-        self._state = state
-        self._channel = channel
-
-    def on_commit(self) -> None:
-        state, channel = self._state, self._channel
-        (
-            (deleted, _), (expired, _), (expired_in_flight, _), (exhausted, _), *buried,
-            (delayed, _), ((ready, timed_out),), _, ((next_due,),), ((next_expiry,),),
-        ) = self.results  # fmt: skip
-        timeouts = expired_in_flight + exhausted + delayed + timed_out
-        expired += deleted + expired_in_flight
-        state.counters["msg-timeouts"] += timeouts
-        state.counters["msg-retention"] += expired
-        state.counters["msg-delete"] += deleted
-        state.events.count("timed_out", channel, timeouts)
-        state.events.count("expired", channel, expired)
-        self.set_next([moment for moment in (next_due, next_expiry) if moment is not None])
-        state.dead_buried(channel, buried, self.now)
-        if ready:
-            state.messages_ready(channel, ready, self.now)
-
-    def set_next(self, moments: Sequence[float]) -> None:
-        """Schedules the next piece for the earliest of some moments.
-
-        Consumers may wait although there is a message: behind expired ones, of which a take
-        passes over only so many.  One of them tries again after each piece, all after the last.
-        """
-        state, channel, next_due = self._state, self._channel, min(moments, default=NEVER)
-        state.timers.set_next(channel, next_due)
-        if next_due <= self.now:
-            state.backlogs.add(channel)
-            state.wake(channel, 1, self.now)
-        elif channel in state.backlogs:
-            state.backlogs.discard(channel)
-            state.wake(channel, state.waiting.count(channel), self.now)
-        state.due_piece.adapt(self.seconds, next_due <= self.now)
-
-    def on_done(self) -> None:
-        if self._state.processing.get(self._channel) is self:
-            del self._state.processing[self._channel]
-        super().on_done()
-
-
-class EndPausesAndKeys(ProcessDue):
-    """A piece of what is due in no certain channel: ends pauses, and deletes old dedup keys."""
-
-    statements = (ENDED_PAUSES, END_PAUSES, DELETE_OLD_DEDUPS, NEXT_PAUSE)
-
-    def on_commit(self) -> None:
-        state = self._state
-        pauses, _, (deleted, _), ((next_pause,),) = self.results
-        parameters: Any = self.parameters
-        moments = [self.now] if deleted == parameters["n"] else []
-        self.set_next(moments if next_pause is None else [*moments, next_pause])
-        for channel, count in pauses:
-            state.channels.pauses.pop(channel, None)
-            state.wake(channel, count, self.now)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6688,7 +6769,7 @@ class Administration:
         self._submit_due(channel)
         newest, counts = self._read(NEWEST_MESSAGE, CHANNEL_COUNTS, channel=channel)
         left = sum(counts[0]) if counts else 0
-        parameters: dict[str, Any] = {"channel": channel, "scope": scope}
+        parameters: dict[str, Any] = {"channel": channel, "scope": scope, "now": self.now()}
         parameters["batch_scope"] = f"batch {scope}"
         parameters["newest"] = parameters["newest_key"] = newest[0][0] or 0
         with self._bulk.call("deleted") as call:
@@ -6763,26 +6844,31 @@ class Administration:
         _check_no_keys(parameters)
         check_parameters(parameters, CHANNEL_PARAMETERS)
         settings = parse_parameters(parameters, CHANNEL_PARAMETERS)
-        all_settings = self._state.channels.settings
+        all_settings, now = self._state.channels.settings, self.now()
         changes = statement == CHANGE_SETTINGS
         if changes:
             validate_linger({**all_settings.get(check_name("channel", channel), {}), **settings})
         self._state.channels.reserve(check_name("channel", channel))
 
-        def effect(_: list[Any]) -> None:
+        def effect(results: list[Any]) -> None:
             values = {**unset, **(all_settings.get(channel, {}) if changes else {}), **settings}
             all_settings[channel] = {n: value for n, value in values.items() if value is not None}
+            self._state.wake(channel, sum(row[0] for row in results[1]), now)
 
         unset = dict.fromkeys(p.name for p in CHANNEL_PARAMETERS)
-        self._run(Change((statement,), {**unset, **settings, "channel": channel}, effect))
+        values = {name.replace("-", "_"): v for name, v in {**unset, **settings}.items()}
+        self._run(Change((statement, CHANNEL_COUNTS), {**values, "channel": channel}, effect))
 
     def clear_settings(self, channel: str) -> None:
         """Clears the settings of a channel; it is no error if there are none."""
+        now = self.now()
 
-        def effect(_: list[Any]) -> None:
+        def effect(results: list[Any]) -> None:
             self._state.channels.settings.pop(channel, None)
+            self._state.wake(channel, sum(row[0] for row in results[1]), now)
 
-        self._run(Change((CLEAR_SETTINGS,), {"channel": check_name("channel", channel)}, effect))
+        parameters = {"channel": check_name("channel", channel)}
+        self._run(Change((CLEAR_SETTINGS, CHANNEL_COUNTS), parameters, effect))
 
     def pause(self, channel: str, seconds: Optional[int] = None) -> None:
         """Keeps all consumers from taking messages of a channel until `resume`, or for some
@@ -7280,7 +7366,7 @@ class Broker(Administration):
         try:
             if not record:
                 committer.run(Operation((TAKE_OVER_TIMES,), {"now": self._clock.now()}))
-            channels = Channels(max_channels, committer.read, self._clock)
+            channels = Channels(max_channels, committer.read, self._clock, store.is_shared)
             timers = Timers(self._on_tick, self._clock)
             events = EventCounts(metrics_channels)
             state = State(committer, self._clock, channels, timers, events)

@@ -3557,6 +3557,152 @@ class SettingsTest(BrokerTest):
         self.assertEqual(self.broker.take(self.broker.consumer(["a", "b"])), [])
 
 
+class ConcurrencyTest(BrokerTest):
+    """Channels of which only so many messages may be in flight."""
+
+    def setUp(self):
+        super().setUp()
+        self.broker.set_settings("q", max_in_flight=2)
+        for n in range(6):
+            self.broker.post("q", b"%d" % n, timeout=10, deliver=3, dead="d")
+
+    def fill(self):
+        return [self.broker.get("q").id for _ in range(2)]
+
+    def in_flight(self):
+        return self.broker.info("q")["in-flight"]
+
+    def test_no_more_than_the_limit_are_taken(self):
+        self.assertEqual(self.fill(), [1, 2])
+        self.assertIsNone(self.broker.get("q"))
+        self.broker.delete(1)
+        self.assertEqual(self.broker.get("q").id, 3)
+        self.assertIsNone(self.broker.get("q"))
+
+    def test_a_batch_is_as_large_as_what_is_left(self):
+        for n, ids in ((1, [1]), (5, [2]), (5, [])):
+            taken = self.broker.take(self.broker.consumer(["q"], n=n))
+            self.assertEqual([message.id for message in taken], ids)
+        self.broker.delete_batch([(1, None), (2, None)])
+        self.assertEqual(len(self.broker.take(self.broker.consumer(["q"], n=1000))), 2)
+
+    def test_what_is_deleted_on_delivery_is_held_back_as_well(self):
+        self.broker.get("q")
+        consumer = self.broker.consumer(["q"], n=5, auto=True)
+        self.assertEqual(len(self.broker.take(consumer)), 1)
+        self.broker.get("q")
+        self.assertEqual(self.broker.take(self.broker.consumer(["q"], auto=True)), [])
+
+    def test_among_several_channels_a_full_one_is_passed_over(self):
+        self.broker.post("r", b"x")
+        self.fill()
+        for channels in ("r", ""):
+            taken = self.broker.take(self.broker.consumer(["q", "r"]))
+            self.assertEqual("".join(message.channel for message in taken), channels)
+        self.broker.delete(2)
+        self.assertEqual(self.broker.take(self.broker.consumer(["q", "r"]))[0].id, 3)
+
+    def ways_to_end(self):
+        """What ends the flight of message 1."""
+        consumer = self.broker.consumer(["q"])
+        message = self.broker.read_message(1)[0]
+        yield lambda: self.broker.delete(1)
+        yield lambda: self.broker.delete_batch([(1, None)])
+        yield lambda: self.broker.take(self.broker.consumer(["empty"]), ack=1)
+        yield lambda: self.broker.release(1)
+        yield lambda: self.broker.release(1, delay=50)
+        yield lambda: self.broker.reject(1)
+        yield lambda: self.broker.undo_take(consumer, [message])
+        yield self.time_out
+
+    def time_out(self):
+        self.broker.touch(2, timeout=99)
+        self.clock.now += 10
+        self.broker.process_due()
+
+    def test_each_end_of_a_flight_wakes_a_consumer_that_waits(self):
+        for number in range(8):
+            with self.subTest(number):
+                self.setUp()
+                self.fill()
+                waiting = self.park("q")
+                list(self.ways_to_end())[number]()
+                message = waiting.result(PATIENCE)
+                self.assertIn(message.id, (1, 3))
+                self.assertEqual(self.in_flight(), 2)
+                self.broker.close()
+
+    def test_a_backoff_and_a_last_timeout_make_room_too(self):
+        for options in ({"backoff": "60"}, {"deliver": 1}, {"linger": 5}):
+            self.broker.drain("q")
+            for _ in range(3):
+                self.broker.post("q", b"x", timeout=10, **options)
+            self.broker.get("q")
+            second = self.broker.get("q").id
+            self.broker.touch(second, timeout=99)
+            self.broker.post("q", b"last")
+            waiting = self.park("q")
+            self.clock.now += 10
+            self.broker.process_due()
+            self.assertIsNotNone(waiting.result(PATIENCE), options)
+
+    def test_a_drain_makes_room_for_what_comes_later(self):
+        self.fill()
+        self.broker.drain("q")
+        self.broker.post("q", b"later")
+        self.assertEqual(self.broker.get("q").body, b"later")
+
+    def test_a_late_touch_needs_room(self):
+        self.fill()
+        self.clock.now += 10
+        self.assertEqual(self.fill(), [1, 2])
+        self.broker.release(1, delay=5)
+        self.clock.now += 5
+        third = self.broker.get("q")
+        self.assertEqual(third.id, 1)
+        self.clock.now += 5
+        self.broker.post("q", b"first", priority=-1)
+        self.assertEqual(self.broker.get("q").body, b"first")
+        with self.assertRaisesRegex(linger.Conflict, "message 2 is not in flight"):
+            self.broker.touch(2)
+        self.broker.delete(1)
+        self.broker.touch(2)
+        self.assertEqual(self.in_flight(), 2)
+
+    def test_a_change_of_the_limit_wakes_those_that_wait(self):
+        self.fill()
+        waiting = [self.park("q") for _ in range(4)]
+        self.broker.change_settings("q", max_in_flight=4)
+        self.assertEqual([w.result(PATIENCE).id for w in waiting[:2]], [3, 4])
+        self.assertEqual(count_waiting(self.broker), 2)
+        self.broker.change_settings("q", max_in_flight=1)
+        self.broker.delete_batch([(1, None), (2, None), (3, None)])
+        self.assertEqual((self.in_flight(), count_waiting(self.broker)), (1, 2))
+        self.broker.clear_settings("q")
+        self.assertEqual([w.result(PATIENCE).id for w in waiting[2:]], [5, 6])
+
+    def test_the_limit_survives_a_restart_and_zero_is_none(self):
+        self.restart()
+        self.assertEqual(self.broker.settings("q"), {"max-in-flight": 2})
+        self.fill()
+        self.assertIsNone(self.broker.get("q"))
+        self.broker.set_settings("q", max_in_flight=0)
+        self.assertEqual(len(self.bodies("q")), 4)
+
+    def test_of_consumers_that_race_only_so_many_get_one(self):
+        with busy(self.broker._committer):
+            takes = [self.thread(self.broker.get, "q", 0) for _ in range(6)]
+            until(lambda: len(self.broker._committer._pending) == 6)
+        self.assertEqual(sum(t.result(PATIENCE) is not None for t in takes), 2)
+
+    def test_a_usual_take_of_another_channel_runs_the_usual_statements(self):
+        state = self.broker._state
+        take = linger.Take(state, self.broker.consumer(["r"]), self.clock.now)
+        self.assertEqual(take.statements, (linger.NEXT_MESSAGE, linger.LEASE_NEXT))
+        take = linger.Take(state, self.broker.consumer(["r", "s"]), self.clock.now)
+        self.assertEqual(take.statements, linger.BATCH_TAKES[0])
+
+
 class ChangeTest(BrokerTest):
     """Second thoughts: messages and settings that are changed in place."""
 
@@ -4200,7 +4346,31 @@ def on_cluster(case, left_out=()):
 
 
 KeyOnClusterTest = on_cluster(KeyTest)
+ConcurrencyOnClusterTest = on_cluster(
+    ConcurrencyTest, ("test_a_usual_take_of_another_channel_runs_the_usual_statements",)
+)
 SettingsOnClusterTest = on_cluster(SettingsTest)
+
+
+class TwoServersTest(OnCluster, BrokerTest):
+    """Two servers on one cluster."""
+
+    def setUp(self):
+        super().setUp()
+        self.other = self.open()
+
+    def test_the_limit_of_a_channel_holds_for_both_at_once(self):
+        self.broker.post_batch("q", [(b"x", "text/plain", {})] * 3)
+        self.other.set_settings("q", max_in_flight=2)
+        self.assertEqual(self.broker.get("q").id, 1)  # it may not know of the setting yet
+        self.assertEqual(self.other.get("q").id, 2)
+        for broker in (self.broker, self.other):
+            self.assertEqual(broker.take(broker.consumer(["q"], n=5)), [])
+        waiting = self.park("q")
+        self.other.delete(1)
+        self.assertEqual(waiting.result(PATIENCE).id, 3)
+
+
 TakingOnClusterTest = on_cluster(TakingTest)
 if RQLITED:  # too slow for each run of the tests
     BatchOnClusterTest = on_cluster(BatchTest)
@@ -4433,6 +4603,7 @@ class FeedTest(BrokerTest):
         seen = {name for name, sql in statements().items() if sql in linger.LOOK_UPS}
         self.assertEqual(changes - seen, {
             "LEASE_NEXT", "LEASE_BATCH", "DELETE_BATCH",  # of takes, which report themselves
+            "LEASE_LIMITED", "DELETE_LIMITED",
             "PUBLISH_MESSAGE",  # PUBLISHED follows it
             "TOUCH_MESSAGE", "CHANGE_MESSAGE", "TAKE_OVER_TIMES",
         })  # fmt: skip
@@ -12877,6 +13048,10 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "RECORD_TIME": {"channels", "dedups", "pauses"},  # up to the first row
     "NEXT_BY_CHANNEL": {"channels"},  # once, at the start
     "SUBSCRIPTION_TOTALS": {"subscriptions"},
+    "SELECT_LIMITED": {"chosen"},  # of one row
+    "LEASE_LIMITED": {"chosen"},
+    "DELETE_LIMITED": {"chosen"},
+    "SELECT_LIMITED_ROWS": {"chosen"},
     "TAKE_OVER_TIMES": {"messages"},  # once, of a database of 1.0.1
     "TOPIC_NAMES": {"subscriptions"},
 }
