@@ -2510,6 +2510,9 @@ class Transactions(Protocol):
     def open_snapshot(self) -> BinaryIO:
         """A copy of the database in a file that is gone when it is closed."""
 
+    def hurry(self) -> None:
+        """The server stops: calls that the database does not answer fail soon."""
+
     def close(self) -> None:
         """Closes the database; calls after this fail."""
 
@@ -3662,6 +3665,9 @@ class Store:
             self.copy(path)
             return open(path, "rb")
 
+    def hurry(self) -> None:
+        """Nothing: a file answers."""
+
     def close(self) -> None:
         """Writes the log back into the file and closes it; calls after this fail.
 
@@ -3977,6 +3983,7 @@ class Nodes:
 
     def __init__(self, url: ClusterUrl) -> None:
         self.closed = False
+        self.patience = CLUSTER_TIMEOUT  # seconds
         self._url = url
         self._headers = {**url.headers(), "Content-Type": "application/json"}
         self._connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
@@ -3987,20 +3994,22 @@ class Nodes:
         self._forwards = False  # whether that node asks the leader, which the URL does not name
         self._idle: collections.deque[tuple[int, http.client.HTTPConnection]] = collections.deque()
 
-    def ask(self, path: str, body: Callable[[], bytes]) -> tuple[bytes, bool]:
-        """Sends `body()` to one node after another until one answers.
+    def ask(
+        self, path: str, body: Callable[[], bytes], changes: bool = True
+    ) -> tuple[list[Any], bool]:
+        """Sends `body()`, statements, to one node after another until one answers.
 
-        Returns the answer, and whether an earlier try may have been executed.  `Unavailable` if
-        surely none was, else `OutcomeUnknown`.
+        Returns the results, and whether an earlier try may have been executed.  `Unavailable` if
+        surely none was, or if it `changes` nothing, else `OutcomeUnknown`.
         """
-        deadline = time.monotonic() + CLUSTER_TIMEOUT
+        began = time.monotonic()
         may_be_done = False
         while True:
             try:
-                return self.ask_once(path, body()), may_be_done
+                return self._results(self.ask_once(path, body())), may_be_done
             except NodeFailed as error:
-                may_be_done = may_be_done or error.may_be_done
-                if time.monotonic() > deadline or self.closed:
+                may_be_done = changes and (may_be_done or error.may_be_done)
+                if time.monotonic() - began > self.patience or self.closed:
                     kind = OutcomeUnknown if may_be_done else Unavailable
                     known = "it is not known whether this was done: " if may_be_done else ""
                     raise kind(
@@ -4008,7 +4017,19 @@ class Nodes:
                     ) from error
             time.sleep(NODE_RETRY_DELAY)
 
-    def ask_once(self, path: str, body: bytes, timeout: float = NODE_TIMEOUT) -> bytes:
+    def _results(self, content: bytes) -> list[Any]:
+        """The results in an answer, an object for each statement."""
+        try:
+            answer = json.loads(content)
+            results: list[Any] = answer["results"]
+        except (ValueError, LookupError, TypeError) as error:
+            text = content[:200].decode("utf-8", "replace")
+            raise Unavailable(f"{self._url} does not answer as rqlite: {text}") from error
+        if "error" in answer:
+            raise NodeFailed(answer["error"])
+        return results
+
+    def ask_once(self, path: str, body: bytes, timeout: float = 0.0) -> bytes:
         """Sends a request to a node and returns its answer; `NodeFailed`.
 
         `Unavailable` if another node would give the same answer.
@@ -4016,7 +4037,7 @@ class Nodes:
         place = self._place
         if not self._forwards:
             path += "&redirect" if "?" in path else "?redirect"
-        timeout += len(body) / NODE_RATE
+        timeout = (timeout or NODE_TIMEOUT) + len(body) / NODE_RATE
         try:
             status, headers, content = self._exchange(place, path, body, timeout)
         except NodeFailed:
@@ -4055,7 +4076,7 @@ class Nodes:
         except BaseException:  # also Ctrl-C: the rest would be taken for the next answer
             connection.close()
             raise
-        if len(self._idle) >= MAX_IDLE_NODE_CONNECTIONS or self.closed:
+        if response.will_close or len(self._idle) >= MAX_IDLE_NODE_CONNECTIONS or self.closed:
             connection.close()
         else:
             self._idle.append((place, connection))
@@ -4173,7 +4194,7 @@ class Cluster:
         self._begin_session()
         record, deadline = before, time.monotonic() + JOIN_TIMEOUT
         while others and record == before and time.monotonic() < deadline:
-            time.sleep(LOOK_INTERVAL)
+            time.sleep(NODE_RETRY_DELAY)
             (record,) = self.read(GET_CONFIG, key="time")
         return record[0][0] if record else "", record != before
 
@@ -4226,12 +4247,15 @@ class Cluster:
 
         while True:
             turn_before = self._turn
-            answer, repeated = self._ask("/db/request?transaction&timings", encode)
-            error = answer[0].get("error", "")
-            if not error:
+            try:
+                answer, repeated = self._nodes.ask("/db/request?transaction&timings", encode)
+            except LingerError as error:
+                raise TransactionFailed(error) from error
+            refusal = answer[0].get("error", "")
+            if not refusal:
                 break
-            if TURN_REFUSED not in error:
-                raise TransactionFailed(Unavailable(f"the database cannot do this now: {error}"))
+            if TURN_REFUSED not in refusal:
+                raise TransactionFailed(Unavailable(f"the database cannot do this now: {refusal}"))
             self._find_turn()
             if repeated:
                 raise TransactionFailed(
@@ -4242,13 +4266,6 @@ class Cluster:
             raise Unavailable(f"the database cannot do this now{NOTHING_CHANGED}: {errors[0]}")
         self._turn = turn_before + 1
         return answer[1:]
-
-    def _ask(self, path: str, encode: Callable[[], bytes]) -> tuple[list[Any], bool]:
-        try:
-            content, repeated = self._nodes.ask(path, encode)
-        except LingerError as error:
-            raise TransactionFailed(error) from error
-        return decode_answer(content), repeated
 
     def _find_turn(self) -> int:
         """Reads the session's last turn: an earlier transaction, of which nothing was heard, may
@@ -4291,11 +4308,8 @@ class Cluster:
         if not runs:
             return []
         body = encode_request(encode_statement(*run) for run in runs)
-        try:
-            content, _ = self._nodes.ask("/db/query?transaction&level=weak", lambda: body)
-        except OutcomeUnknown as error:
-            raise Unavailable(str(error)) from error
-        results = decode_answer(content)
+        path = "/db/query?transaction&level=weak"
+        results, _ = self._nodes.ask(path, lambda: body, changes=False)
         for result in results:
             if "error" in result:
                 raise Unavailable(f"the database cannot do this now: {result['error']}")
@@ -4318,6 +4332,10 @@ class Cluster:
     def open_snapshot(self) -> BinaryIO:
         """The same in a file that is gone when it is closed; one is made at a time."""
         raise NotImplementedError
+
+    def hurry(self) -> None:
+        """Lets calls fail that no node answers within a second."""
+        self._nodes.patience = STOP_TIMEOUT / 2
 
     def close(self) -> None:
         """Ends the session; calls after this fail."""
@@ -4404,16 +4422,6 @@ def encode_statement(statement: str, parameters: Mapping[str, Any], now: float =
 def encode_request(statements: Iterable[str]) -> bytes:
     """The body of a request."""
     return f"[{', '.join(statements)}]".encode()
-
-
-def decode_answer(content: bytes) -> list[Any]:
-    """The results in an answer, an object each."""
-    try:
-        results: list[Any] = json.loads(content)["results"]
-    except (ValueError, LookupError, TypeError) as error:
-        text = content[:200].decode("utf-8", "replace")
-        raise Unavailable(f"the cluster's answer is none of rqlite: {text}") from error
-    return results
 
 
 def _set_results(operation: Operation, results: list[Any]) -> None:
@@ -5527,6 +5535,8 @@ class State:
         self.due_piece = PieceSize(PIECE_ROWS)
         self.processing: dict[str, ProcessDue] = {}  # the pieces submitted and not done, by channel
         self.backlogs: set[str] = set()  # channels of which the last piece has not done all
+        self.taking: Optional[collections.Counter[str]] = None  # takes of woken consumers that are
+        # not done, by channel; only on a cluster
 
     def process_due(self, channel: str, now: float) -> ProcessDue:
         """Submits a piece of what is due in a channel, unless one is submitted already.
@@ -5540,6 +5550,11 @@ class State:
             piece = self.processing[channel] = kind(self, channel, now, n)
             self.committer.submit(piece)
         return piece
+
+    def count_taking(self, channel: str, change: int) -> None:
+        """Counts the takes of consumers that were woken for a channel."""
+        if channel and self.taking is not None:
+            self.taking[channel] += change
 
     def wake(self, channel: str, count: int, now: float, join: bool = False) -> int:
         """Wakes up to `count` consumers of a channel to take a message; returns how many.
@@ -5912,6 +5927,7 @@ class Take(Operation):
         self._state = state
         self._now = now
         self._woken_by = woken_by
+        state.count_taking(woken_by, 1)
         self._pieces = pieces
         self._waits = False
         self.size = min(n * TAKEN_BYTES, MAX_BATCH_BYTES) if n > 1 else 0
@@ -5998,6 +6014,7 @@ class Take(Operation):
         return True
 
     def on_done(self) -> None:
+        self._state.count_taking(self._woken_by, -1)
         if self.error is not None and self._woken_by:
             self._wake_next()  # so that all consumers learn of it
         if not self._waits:
@@ -7163,9 +7180,10 @@ class Notice(Operation):
             for moment in moments:
                 if moment is not None:
                     self._state.timers.schedule(channel, moment)
-        now = self._state.clock.now()
+        state, now = self._state, self._state.clock.now()
         for channel, count in self._ready:
-            self._state.wake(channel, count, now)
+            being_taken = state.taking[channel] if state.taking else 0
+            state.wake(channel, count - being_taken, now)
 
 
 class Watch:
@@ -7183,6 +7201,7 @@ class Watch:
 
     def start(self) -> None:
         """Starts the thread."""
+        self._state.taking = collections.Counter()
         self._state.waiting.on_first = self._alarm.ring
         self._thread.start()
 
@@ -7651,6 +7670,7 @@ class Broker(Administration):
         self._state.timers.stop()
         if self._watch is not None:
             self._watch.stop()
+        self._store.hurry()
         self._waiting.close()
         self._state.live.close()
         for consumer in self._waiting.consumers():
@@ -11470,9 +11490,9 @@ def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list
 # Transport: sends the client's requests, over a connection per thread.  Knows HTTP and when a
 # request may be repeated, but no message.
 #
-# When a connection breaks, an idempotent request is sent again.  A request that adds or takes a
-# message is not, unless a dedup key makes it safe: the first one may have been executed.  A
-# connection that cannot be opened is an error at once.
+# When a connection breaks, or the status is 504, an idempotent request is sent again.  A request
+# that adds or takes a message is not, unless a dedup key makes it safe: the first one may have been
+# executed.  A connection that cannot be opened is an error at once.
 # ---------------------------------------------------------------------------------------------
 
 DEFAULT_URL = "http://127.0.0.1:8989"
@@ -11480,6 +11500,7 @@ ERRORS_BY_STATUS = {
     error.status: error
     for error in (BadRequest, AccessDenied, NotFound, Conflict, TooLarge, Unavailable, Full)
 }
+ERRORS_BY_STATUS[OutcomeUnknown.status] = Unavailable  # as when the connection breaks
 RETRYABLE = (502, 503, 504)  # statuses that may pass: the server or its proxy restarts
 
 
@@ -11560,26 +11581,26 @@ class Transport:
     ) -> tuple[http.client.HTTPMessage, bytes]:
         """Sends a request; returns the headers and body of the response, or raises its error.
 
-        `timeout`: seconds that the server may be silent.  If the connection breaks, a `repeatable`
-        request is sent once more; then a status in `done_statuses` means that the first one was
-        executed.  `into` receives the body of a good response.  `stop` ends the server's wait.
+        `timeout`: seconds that the server may be silent.  After a broken connection or a 504, a
+        `repeatable` request is sent once more; then a status in `done_statuses` means that the
+        first one was executed.  `into` receives a good body.  `stop` ends the server's wait.
         """
         request = self.encode(method, path, query, body, type, headers)
-        repeated = False
-        while True:
-            connection = self.connection()
+        for repeated in (False, True):
+            is_last, connection = repeated or not repeatable, self.connection()
             try:
                 status, fields, content = connection.exchange(request, timeout, into, stop)
-                break
             except socket.timeout as error:
                 raise Unavailable(f"{self.url} did not respond in time") from error
             except (OSError, http.client.HTTPException) as error:
-                if repeated or not repeatable or self.closed:
+                if is_last or self.closed:
                     raise Unavailable(
                         f"the connection to {self.url} was lost before the response: it is not"
                         f" known whether the request was executed: {error}"
                     ) from error
-                repeated = True
+            else:
+                if status != OutcomeUnknown.status or is_last:
+                    break
         if status < 300 or (repeated and status in done_statuses):
             return fields, content
         raise error_in_response(self.url, status, content)

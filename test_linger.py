@@ -95,6 +95,9 @@ class FakeClock:
     def monotonic(self):
         return self.now
 
+    def pass_time(self, seconds):
+        self.now += seconds
+
 
 class ClockAhead:
     """The real clock, some seconds ahead."""
@@ -4133,7 +4136,7 @@ class ModelTest(BrokerTest):
 
 # -- Cluster -------------------------------------------------------------------------------------
 
-RQLITED = os.environ.get("LINGER_TEST_RQLITED")  # a binary: then OnCluster runs real nodes
+RQLITED = os.environ.get("LINGER_TEST_RQLITED")  # the program of real nodes
 PREPARE_ERROR = re.compile(r'no such|near "|.* already exists')  # does not end a transaction
 
 
@@ -4159,14 +4162,17 @@ class Rqlite(http.server.ThreadingHTTPServer):
         self.faults = []
         self.delayed = []  # requests that are executed by `replay`
         self.writes = []  # bodies of all requests to write that were executed
-        self.asked = collections.Counter()  # requests to each node
+        self.read_faults = []  # the same for requests that read
+        self.asked = collections.Counter()  # requests to write, by the node's port
+        self.paths = []  # of requests
+        self.login = None  # the last Authorization
         self.stalled = threading.Event()
         super().__init__(("127.0.0.1", 0), RqliteHandler)
         self.others = [Node(self) for _ in range(nodes - 1)]
         self.addresses = [f"127.0.0.1:{s.server_address[1]}" for s in (self, *self.others)]
         self.url = "http://" + ",".join(self.addresses)
         for server in (self, *self.others):
-            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
 
     def close(self):
         self.stalled.set()
@@ -4240,9 +4246,12 @@ class RqliteHandler(http.server.BaseHTTPRequestHandler):
         cluster = getattr(self.server, "cluster", self.server)
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with cluster.lock:
-            cluster.asked[self.server.server_address[1]] += 1
             writes = "/db/query" not in self.path
-            fault = cluster.faults.pop(0) if writes and cluster.faults else None
+            faults = cluster.faults if writes else cluster.read_faults
+            fault = faults.pop(0) if faults else None
+            cluster.asked[self.server.server_address[1]] += writes
+            cluster.paths.append(self.path.encode())
+            cluster.login = self.headers["Authorization"]
         if fault == "stall":
             cluster.stalled.wait(PATIENCE)
         if fault == "late":
@@ -4286,37 +4295,21 @@ class RealRqlite:
     def __init__(self):
         folder = tempfile.TemporaryDirectory(prefix="linger-test-")
         unittest.addModuleCleanup(folder.cleanup)
-        with contextlib.ExitStack() as sockets:
-            bound = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
-            ports = [sockets.enter_context(each).getsockname()[1] for each in bound]
+        ports = free_ports(6)
         self.url = "http://" + ",".join(f"127.0.0.1:{port}" for port in ports[:3])
-        for number in range(3):
-            join = ("-join", f"127.0.0.1:{ports[3]}") if number else ()
-            process = subprocess.Popen(
-                [
-                    RQLITED, "-node-id", f"n{number}", "-http-addr", f"127.0.0.1:{ports[number]}",
-                    "-raft-addr", f"127.0.0.1:{ports[3 + number]}", *join,
-                    os.path.join(folder.name, f"n{number}"),
-                ],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            unittest.addModuleCleanup(process.wait)
-            unittest.addModuleCleanup(process.kill)
-            until(lambda port=ports[number]: self.is_ready(port))
-
-    @staticmethod
-    def is_ready(port):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        with contextlib.closing(connection), contextlib.suppress(OSError):
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 200
-        return False
+        nodes = [
+            RqliteNode(Path(folder.name), number, ports[number], ports[3 + number], ports[3:])
+            for number in range(3)
+        ]
+        for node in nodes:
+            unittest.addModuleCleanup(node.kill)
+        until(lambda: all(node.is_ready() for node in nodes))
 
     def reset(self):
         nodes = linger.Nodes(linger.ClusterUrl.parse(self.url))
         listed = "select type, name from sqlite_master where name not glob 'sqlite_*'"
-        answer, _ = nodes.ask("/db/query?level=strong", lambda: json.dumps([listed]).encode())
-        names = linger.decode_answer(answer)[0].get("values", ())
+        (found,), _ = nodes.ask("/db/query?level=strong", lambda: json.dumps([listed]).encode())
+        names = found.get("values", ())
         drops = [f"drop {kind} {name}" for kind, name in names if kind != "index"]
         drops.sort(reverse=True)  # triggers before tables
         drops += ["pragma application_id = 0", "pragma user_version = 0"]
@@ -4327,12 +4320,313 @@ class RealRqlite:
         """Nothing: they run on."""
 
 
+class ClusterTest(Folder):
+    """The store on a cluster: the fence, what is not known, several servers."""
+
+    def setUp(self):
+        super().setUp()
+        self.cluster = Rqlite(3)
+        self.addCleanup(self.cluster.close)
+        self.hasten(NODE_RETRY_DELAY=0.001, JOIN_TIMEOUT=0.1)
+        self.hasten(LOOK_INTERVAL=0.01, IDLE_LOOK_INTERVAL=0.02)
+        self.clock = FakeClock()
+
+    def open(self, clock=None, **options):
+        """A server without HTTP."""
+        broker = linger.Broker(linger.open_store(self.cluster.url), clock=clock or self.clock)
+        self.addCleanup(broker.close)
+        return broker
+
+    def quiet(self):
+        """A server whose threads do nothing by themselves."""
+        self.hasten(IDLE_LOOK_INTERVAL=PATIENCE, LOOK_INTERVAL=PATIENCE, TICK_INTERVAL=PATIENCE)
+        return self.open()
+
+    def count(self, broker):
+        ((count,),) = broker._store.read("select count(*) from messages")[0]
+        return count
+
+    # -- the fence
+
+    def test_a_request_that_did_not_arrive_is_sent_again(self):
+        broker = self.quiet()
+        self.cluster.faults = ["drop", (503, "leader not found"), (500, "leadership lost")]
+        self.assertEqual(broker.post("q", b"x").id, 1)
+        self.assertEqual(self.count(broker), 1)
+
+    def test_a_request_of_which_only_the_answer_was_lost_is_done_once_and_not_known(self):
+        broker = self.quiet()
+        for _ in range(2):
+            self.cluster.faults = ["lose"]
+            with self.assertRaisesRegex(linger.OutcomeUnknown, "answer was lost"):
+                broker.post("q", b"x")
+        self.assertEqual(self.count(broker), 2)
+        self.assertEqual(broker.post("q", b"x").id, 3)
+
+    def test_a_late_request_is_not_done_after_its_repetition(self):
+        broker = self.quiet()
+        self.cluster.faults = ["late"]
+        broker.post("q", b"x")
+        broker.post("q", b"y")
+        for results in self.cluster.replay():
+            self.assertIn("sessions.turn", results[0]["error"])
+        self.assertEqual(self.count(broker), 2)
+
+    def test_a_late_request_that_was_given_up_is_done_before_the_next_or_never(self):
+        broker = self.quiet()
+        self.hasten(CLUSTER_TIMEOUT=0)
+        broker._store._nodes.patience = 0
+        for when in ("before", "after"):
+            count = self.count(broker)
+            self.cluster.faults = ["late"]
+            with self.assertRaises(linger.OutcomeUnknown):
+                broker.post("q", b"given up")
+            broker._store._nodes.patience = PATIENCE
+            if when == "before":
+                self.cluster.replay()
+            broker.post("q", b"x")
+            self.cluster.replay()
+            broker._store._nodes.patience = 0
+            self.assertEqual(self.count(broker) - count, 2 if when == "before" else 1)
+
+    def test_what_surely_no_node_has_done_is_503(self):
+        broker = self.quiet()
+        broker._store._nodes.patience = 0
+        self.cluster.faults = [(503, "leader not found")] * 3
+        with self.assertRaises(linger.Unavailable):
+            broker.post("q", b"x")
+        self.cluster.faults = []
+        self.assertEqual(self.count(broker), 0)
+        broker._store._nodes.patience = PATIENCE
+        self.assertEqual(broker.post("q", b"x").id, 1)
+
+    def test_what_a_node_has_taken_and_no_other_answers_is_504(self):
+        broker = self.quiet()
+        broker._store._nodes.patience = 0.01
+        self.cluster.faults = ["drop", *[(503, "leader not found")] * 1000]
+        with self.assertRaises(linger.OutcomeUnknown) as caught:
+            broker.post("q", b"x")
+        self.assertEqual(caught.exception.status, 504)
+        self.cluster.faults = []
+
+    def test_a_node_that_is_silent_is_left_for_another(self):
+        broker = self.quiet()
+        self.hasten(NODE_TIMEOUT=0.05)
+        self.cluster.faults = ["stall"]
+        broker.post("q", b"x")
+        self.assertEqual(self.count(broker), 1)
+
+    def test_the_leader_is_followed_only_to_a_node_of_the_url(self):
+        broker = self.quiet()
+        self.cluster.faults = ["leader 2"]
+        before = self.cluster.asked.copy()
+        broker.post("q", b"x")
+        broker.post("q", b"x")
+        asked = self.cluster.asked - before
+        self.assertEqual(list(asked.values()), [1, 2])
+        self.assertIn(f":{list(asked)[1]}", self.cluster.addresses[2])
+        self.cluster.addresses.append("127.0.0.1:1")
+        self.cluster.faults = ["leader 3"]
+        broker.post("q", b"x")  # that node asks the leader
+        self.assertNotIn(b"redirect", self.cluster.paths[-1])
+
+    def test_an_operation_that_is_refused_harms_no_other(self):
+        broker = self.quiet()
+        bad = linger.Operation(("insert into messages (id) values (null)",))
+        missing = linger.Operation(("insert into nowhere (id) values (1)",))
+        for operation in (bad, missing):
+            with busy(broker._committer):
+                posts = [self.thread(broker.post, "q", b"x")]
+                until(lambda: len(broker._committer._pending) == 1)
+                broker._committer.submit(operation)
+                posts.append(self.thread(broker.post, "q", b"x"))
+                until(lambda: len(broker._committer._pending) == 3)
+            ids = [post.result(PATIENCE).id for post in posts]
+            self.assertEqual(ids[1], ids[0] + 1)
+            self.assertRaises(linger.LingerError, operation.rows)
+        self.assertEqual(self.count(broker), 4)
+
+    def test_each_try_has_the_time_of_its_own(self):
+        broker = self.quiet()
+        broker.post("q", b"x", timeout=10)
+        self.hasten(NODE_TIMEOUT=0.3)
+        self.cluster.faults = ["stall"]
+        taken = self.thread(broker.get, "q")
+        until(lambda: not self.cluster.faults)
+        self.clock.now += 5
+        taken.result(PATIENCE)
+        (((due,),),) = broker._store.read("select due_at from messages")
+        self.assertEqual(due, broker.now() + 10)
+
+    def test_a_session_that_was_forgotten_begins_anew(self):
+        broker = self.quiet()
+        broker.post("q", b"x")
+        self.cluster.database.execute("delete from sessions")
+        self.assertEqual(broker.post("q", b"x").id, 2)
+
+    def test_a_cluster_that_was_restored_from_a_backup_is_no_end(self):
+        broker = self.quiet()
+        broker.post("q", b"x")
+        self.cluster.database.execute("update sessions set turn = 1")
+        self.assertEqual(broker.post("q", b"x").id, 2)
+
+    def test_sessions_of_servers_that_were_killed_are_forgotten(self):
+        broker = self.quiet()
+        self.cluster.database.execute("insert into sessions values ('gone', 9, ?)", (broker.now(),))
+        sessions = "select count(*) from sessions where name = 'gone'"
+        for seconds, count in ((linger.SESSION_TTL - 60, 1), (120, 0)):
+            self.clock.now += seconds
+            broker.post("q", b"x")
+            self.open().close()
+            self.assertEqual(broker._store.read(sessions), [[(count,)]])
+        broker.close()
+        self.assertEqual(self.cluster.database.execute(sessions[:29]).fetchall(), [(0,)])
+
+    # -- several servers
+
+    def test_servers_that_start_at_once_create_one_database(self):
+        stores = [self.thread(linger.open_store, self.cluster.url) for _ in range(6)]
+        brokers = [linger.Broker(store.result(PATIENCE), clock=self.clock) for store in stores]
+        for broker in brokers:
+            self.addCleanup(broker.close)
+        self.assertEqual(len({broker.id for broker in brokers}), 1)
+        for broker in brokers:
+            broker.post("q", b"x")
+        self.assertEqual(self.count(broker), 6)
+
+    def test_a_message_wakes_a_consumer_of_another_server(self):
+        first, second = self.open(), self.open()
+        for make_ready in (
+            lambda: second.post("q", b"x"),
+            lambda: second.post_batch("q", [(b"x", "x/y", {})]),
+            lambda: (second.post("q", b"x", delay=5), self.clock.pass_time(5)),
+            lambda: (second.pause("q"), second.post("q", b"x"), second.resume("q")),
+        ):
+            taken = self.thread(first.get, "q", PATIENCE)
+            until(lambda: count_waiting(first) == 1)
+            make_ready()
+            message = taken.result(PATIENCE)
+            self.assertEqual((message.body, message.delivered), (b"x", 1))
+            second.delete(message.id, message.lease)
+
+    def test_a_timeout_is_processed_by_another_server(self):
+        first, second = self.open(), self.open()
+        first.post("q", b"x", timeout=10)
+        first.get("q")
+        first._watch.stop()
+        first._state.timers.stop()  # as if it had been killed
+        self.clock.now += 9
+        until(lambda: second._state.timers.is_due("q", self.clock.now + 1))
+        self.clock.now += 1
+        self.assertEqual(second.get("q").delivered, 2)
+
+    def test_a_pause_holds_at_once_on_all_servers(self):
+        first, second = self.quiet(), self.quiet()
+        first.post("q", b"x")
+        first.pause("q")
+        self.assertIsNone(second.get("q"))
+        self.assertEqual(second.take(second.consumer(["q", "p"], 5)), [])
+        first.resume("q")
+        self.assertEqual(second.get("q").body, b"x")
+
+    def test_settings_and_pauses_are_learned(self):
+        first, second = self.open(), self.open()
+        first.set_settings("q", deliver=3)
+        first.pause("p", 100)
+        until(lambda: second.settings("q") == {"deliver": 3} and second.info("p")["paused"])
+        first.clear_settings("q")
+        first.resume("p")
+        until(lambda: second.settings("q") == {} and not second.info("p")["paused"])
+
+    def test_a_server_that_joins_has_the_time_of_the_others_and_not_of_its_clock(self):
+        self.hasten(JOIN_TIMEOUT=PATIENCE)
+        first = self.open(ClockAhead(-DAY))
+        for ahead in (DAY, -2 * DAY):
+            second = self.open(ClockAhead(ahead))
+            self.assertAlmostEqual(second.now(), first.now(), delta=1)
+            second.close()
+
+    def test_a_server_that_is_behind_catches_up(self):
+        first, second = self.open(), self.open(FakeClock())
+        self.clock.now += 100
+        first.post("q", b"x")
+        until(lambda: second.now() >= first.now())
+        self.assertEqual(second.now(), first.now())
+
+    # -- what cannot be opened
+
+    def test_what_is_no_cluster_of_linger_is_refused_with_a_sentence(self):
+        for url, reason in (
+            ("http://", "must be like http://node1"),
+            ("http://a:1,b:x", "must be like"),
+            ("http://user:secret@a/path", "not http://a/path"),
+        ):
+            with self.assertRaisesRegex(linger.BadRequest, reason):
+                linger.open_store(url)
+        with self.assertRaisesRegex(linger.BadRequest, "sync is for a file"):
+            linger.open_store(self.cluster.url, "off")
+        with self.assertRaisesRegex(linger.BadRequest, "max-db-size is for a file"):
+            linger.open_store(self.cluster.url, max_size=1)
+        for change, reason in (
+            ("create table theirs (x)", "of another program"),
+            (f"pragma application_id = {linger.APPLICATION_ID}", "never released"),
+            ("pragma user_version = 99", "use the newer Linger"),
+        ):
+            self.cluster.database.execute(change)
+            with self.assertRaisesRegex(linger.Unavailable, reason):
+                linger.open_store(self.cluster.url)
+
+    def test_what_does_not_answer_as_rqlite_is_refused_with_a_sentence(self):
+        self.hasten(CLUSTER_TIMEOUT=0)
+        for answer, reason in (
+            ((404, "no"), "is no rqlite, or one that is too old: Linger was tried with"),
+            ((401, "no"), "refuses the user or the password"),
+            ((200, "<html>"), "does not answer as rqlite: <html>"),
+            ((200, '{"results": [], "error": "leadership lost"}'), "leadership lost"),
+            ((503, "leader not found"), "does not answer.*leader not found"),
+        ):
+            self.cluster.read_faults = [answer]
+            with self.assertRaisesRegex(linger.Unavailable, reason):
+                linger.open_store(self.cluster.url)
+        self.cluster.database.create_function("sqlite_version", 0, lambda: "3.36.0")
+        with self.assertRaisesRegex(linger.Unavailable, "SQLite 3.36.0 and is too old"):
+            linger.open_store(self.cluster.url)
+        self.cluster.close()
+        with self.assertRaisesRegex(linger.Unavailable, "does not answer.*refused"):
+            linger.open_store(self.cluster.url)
+
+    def test_the_password_is_sent_and_never_shown(self):
+        url = self.cluster.url.replace("http://", "http://me:se%40cret@")
+        broker = linger.Broker(linger.open_store(url))
+        self.addCleanup(broker.close)
+        self.assertEqual(self.cluster.login, "Basic " + base64.b64encode(b"me:se@cret").decode())
+        self.assertEqual(
+            broker.stats()["db-file"], self.cluster.url.replace("http://", "http://me@")
+        )
+        password = {"LINGER_DB_PASSWORD": "other"}
+        with unittest.mock.patch.dict(os.environ, password):
+            linger.open_store(url.replace(":se%40cret", "")).close()
+        self.assertEqual(self.cluster.login, "Basic " + base64.b64encode(b"me:other").decode())
+
+    def test_text_that_looks_like_a_blob_stays_a_text(self):
+        broker = self.quiet()
+        for text in ("x'41'", "X''", "x'4'", "a'b\"c"):
+            broker.post("q", text.encode(), text, unique=text)
+            message = broker.get("q")
+            self.assertEqual((message.type, message.body), (text, text.encode()))
+            broker.release(message.id, reason=text)
+            message = broker.get("q")
+            self.assertEqual(message.error, text)
+            broker.delete(message.id)
+
+
 class OnCluster:
-    """Lets a case of BrokerTest run on a cluster: on the stand-in, or on real nodes."""
+    """Lets a case of BrokerTest or ServerTest run on a cluster: the stand-in, or real nodes."""
 
     def setUp(self):
         self.cluster = RealRqlite.get() if RQLITED else Rqlite()
         self.addCleanup(self.cluster.close)
+        self.options = {**getattr(self, "options", {}), "dbfile": self.cluster.url}
         super().setUp()
 
     def open_store(self, path, max_size):
@@ -4372,31 +4666,6 @@ class TwoServersTest(OnCluster, BrokerTest):
 
 
 TakingOnClusterTest = on_cluster(TakingTest)
-if RQLITED:  # too slow for each run of the tests
-    BatchOnClusterTest = on_cluster(BatchTest)
-    BoundsOnClusterTest = on_cluster(
-        BoundsTest,
-        (
-            "test_a_database_at_its_bound_adds_nothing_but_gives_and_deletes",
-            "test_a_database_that_is_larger_than_its_bound_still_gives_and_deletes",
-            "test_no_transaction_takes_a_database_beyond_its_bound",
-        ),
-    )
-    BulkOnClusterTest = on_cluster(BulkTest)
-    DeadLetterOnClusterTest = on_cluster(DeadLetterTest)
-    DeliveryOnClusterTest = on_cluster(DeliveryTest)
-    LeaseAndReleaseOnClusterTest = on_cluster(LeaseAndReleaseTest)
-    LookingOnClusterTest = on_cluster(LookingTest)
-    ModelOnClusterTest = on_cluster(ModelTest)
-    StatsOnClusterTest = on_cluster(StatsTest)
-    TopicOnClusterTest = on_cluster(TopicTest)
-    WaitingOnClusterTest = on_cluster(
-        WaitingTest,
-        (
-            "test_a_failed_take_wakes_the_next_consumer",
-            "test_a_waiting_consumer_takes_a_message_in_the_transaction_that_adds_it",
-        ),
-    )
 
 
 # -- the HTTP server -----------------------------------------------------------------------------
@@ -9333,6 +9602,7 @@ class ConnectionTest(Folder):
     """How the client handles broken connections and bad responses."""
 
     POSTED = response(202, b'{"id":7}')
+    UNKNOWN = response(504, b'{"error": "it is not known"}')
 
     def start(self, *responses, timeout=PATIENCE, once=False):
         script = Script(*responses, once=once)
@@ -9355,11 +9625,22 @@ class ConnectionTest(Folder):
             (lambda c: c.touch(1), response(204)),
             (lambda c: c.post("q", "x", dedup="k"), self.POSTED),
         ):
-            script, client = self.start(None, reply)
-            call(client)
-            self.assertEqual(script.requests[0], script.requests[1])
-        script, client = self.start(None, None)
-        self.assertRaises(linger.Unavailable, client.stats)
+            for unknown in (None, self.UNKNOWN):
+                script, client = self.start(unknown, reply)
+                call(client)
+                self.assertEqual(script.requests[0], script.requests[1])
+        for unknown in (None, self.UNKNOWN):
+            script, client = self.start(unknown, unknown)
+            self.assertRaises(linger.Unavailable, client.stats)
+            self.assertEqual(len(script.requests), 2)
+
+    def test_a_504_to_what_must_not_be_repeated_is_an_error_and_a_delete_is_done_if_repeated(self):
+        script, client = self.start(self.UNKNOWN)
+        with self.assertRaisesRegex(linger.Unavailable, "not known") as caught:
+            client.post("q", "x")
+        self.assertEqual((caught.exception.status, len(script.requests)), (504, 1))
+        script, client = self.start(self.UNKNOWN, response(404, b'{"error": "none"}'))
+        client.delete(1, 1)
         self.assertEqual(len(script.requests), 2)
 
     def test_other_request_is_not_sent_again_and_its_result_is_unknown(self):
@@ -10618,7 +10899,6 @@ class CrashTest(ProcessCase):
         self.assertEqual(server.call("POST", "/channels/q", "x")[0], 202)
 
 
-RQLITED = os.environ.get("LINGER_TEST_RQLITED")  # the program of real nodes
 DONE = (200, 202, 204)
 UNKNOWN = (0, 504)  # 0: the connection broke
 LEASE_SLACK = 0.1  # seconds by which a lease may end early: servers agree on time by short messages
@@ -11309,6 +11589,39 @@ linger.Client(sys.argv[1]).work("q", fail, wait=0)
 def client_bodies(client, channel):
     """Returns the bodies of a channel's messages, including those in flight."""
     return [message.text for message, _ in client.list_messages(channel, n=1000)]
+
+
+if RQLITED:  # too slow for each run of the tests
+    BatchOnClusterTest = on_cluster(BatchTest)
+    BoundsOnClusterTest = on_cluster(
+        BoundsTest,
+        (
+            "test_a_database_at_its_bound_adds_nothing_but_gives_and_deletes",
+            "test_a_database_that_is_larger_than_its_bound_still_gives_and_deletes",
+            "test_no_transaction_takes_a_database_beyond_its_bound",
+        ),
+    )
+    BulkOnClusterTest = on_cluster(BulkTest)
+    DeadLetterOnClusterTest = on_cluster(DeadLetterTest)
+    DeliveryOnClusterTest = on_cluster(DeliveryTest)
+    LeaseAndReleaseOnClusterTest = on_cluster(LeaseAndReleaseTest)
+    LookingOnClusterTest = on_cluster(LookingTest)
+    ModelOnClusterTest = on_cluster(ModelTest)
+    StatsOnClusterTest = on_cluster(StatsTest)
+    TopicOnClusterTest = on_cluster(TopicTest)
+    WaitingOnClusterTest = on_cluster(
+        WaitingTest,
+        (
+            "test_a_failed_take_wakes_the_next_consumer",
+            "test_a_waiting_consumer_takes_a_message_in_the_transaction_that_adds_it",
+        ),
+    )
+    CallOnClusterTest = on_cluster(CallTest, ("test_an_unhealthy_server_says_503",))
+    ClientOnClusterTest = on_cluster(ClientTest)
+    ConsumerCallOnClusterTest = on_cluster(ConsumerCallTest)
+    LongPollOnClusterTest = on_cluster(LongPollTest)
+    MarkOnClusterTest = on_cluster(MarkTest)
+    TogetherOnClusterTest = on_cluster(TogetherTest)
 
 
 # -- the command line ----------------------------------------------------------------------------
