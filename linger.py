@@ -37,6 +37,10 @@ The file reads downwards: a section uses only what stands above it.
     Requests      from bytes to requests, without sockets
     Responses     from messages and results to bytes
     Metrics       the page for Prometheus, from a table
+    Page style    the dashboard's style sheet,
+    Page script   its calls and the parts of its views,
+    Page views    and what it shows
+    Page          the dashboard as a document, and the policy that a browser enforces on it
     API           the endpoints: call the broker
     Connections   a thread each: receives, waits, replies
     Server        accepts, limits, starts and stops
@@ -998,6 +1002,11 @@ SCHEMA = (
     """
     create index dead_messages on messages (state, priority, id)
     where state > 2
+    """,
+    # for OLDEST_DEAD and NEWEST_DEAD; no other message has a reason after a commit
+    """
+    create index dead_letters on messages (dead_reason, id)
+    where dead_reason <> ''
     """,
     # for POST_MESSAGE
     """
@@ -2074,6 +2083,23 @@ where ({{watched}}) and {{condition}}
 # Whether somebody listens to the channel {}; :watched has a channel on each line.
 IS_WATCHED = "instr(:watched, char(10) || {} || char(10)) > 0"
 
+# Dead letters of one reason; ids are in the order of the posts.
+OLDEST_DEAD = f"""
+select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
+from messages
+where dead_reason = :reason and dead_reason <> '' and id > :after
+order by id
+limit :n
+"""
+
+NEWEST_DEAD = f"""
+select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
+from messages
+where dead_reason = :reason and dead_reason <> '' and id < :after
+order by id desc
+limit :n
+"""
+
 # Of a page of channels.
 MESSAGE_TOTALS = """
 select coalesce(sum(ready), 0), coalesce(sum(in_flight), 0), coalesce(sum(delayed), 0),
@@ -2228,6 +2254,17 @@ class EventCounts:
     def label(self, channel: str) -> str:
         """The channel, or "" if it is counted together with others."""
         return channel if self._counts_of(channel) is not self._counts[""] else ""
+
+    def totals(self, channel: str) -> Optional[dict[str, int]]:
+        """What has happened in a channel, by the first names of SAMPLED; None if it shares its
+        counts with others.  For any thread."""
+        counts = self._counts.get(channel)
+        if counts is None:
+            if len(self._counts) > self._max_channels:
+                return None
+            counts = dict.fromkeys(EVENTS, 0)
+        failed = sum(counts[event] for event in FAILURES)
+        return {**{name: counts[name] for name in SAMPLED[:3]}, SAMPLED[3]: failed}
 
     def by_channel(self) -> dict[str, dict[str, int]]:
         """The counts of each channel, for any thread.
@@ -5478,6 +5515,7 @@ class Timers:
 # ---------------------------------------------------------------------------------------------
 
 STATES = ("ready", "hidden", "delayed")  # by the number that SQL has for it; hidden is in flight
+DEAD_REASONS = ("deliver", "linger", "reject")
 BURY_DEAD = (DEAD_COUNTS, MOVE_DEAD, DELETE_DEAD)
 
 
@@ -6559,6 +6597,34 @@ class ChannelList:
             after = rows[-1][0]
 
 
+def list_dead(
+    read: Callable[..., list[list[Any]]],
+    n: int,
+    after: Optional[int],
+    reason: str,
+    order: str,
+    now: float,
+) -> list[tuple[Message, str]]:
+    """Up to `n` dead letters of all channels and their states, those after the message `after`:
+    the `newest` or `oldest` first, of one of DEAD_REASONS or of all.
+
+    Bodies are cut to one byte more than PREVIEW_BYTES.
+    """
+    if reason and reason not in DEAD_REASONS:
+        raise BadRequest(f"reason must be one of {', '.join(DEAD_REASONS)}")
+    if order not in ("newest", "oldest"):
+        raise BadRequest("order must be newest or oldest")
+    newest = order == "newest"
+    if after is None:
+        after = MAX_INTEGER if newest else MIN_INTEGER
+    parameters = {"n": n, "after": after, "preview_bytes": PREVIEW_BYTES, "now": now}
+    statement = NEWEST_DEAD if newest else OLDEST_DEAD
+    reasons = (reason,) if reason else DEAD_REASONS
+    lists = [read(statement, reason=one, **parameters)[0] for one in reasons]
+    rows = heapq.merge(*lists, key=lambda row: row[0], reverse=newest)
+    return [(message_of(row[:-1]), STATES[row[-1]]) for row in itertools.islice(rows, n)]
+
+
 class BulkWork:
     """The calls that touch many rows.  Each runs a piece at a time, and those of all calls at the
     same time are together as large as that of one."""
@@ -7024,6 +7090,13 @@ class Administration:
                 return listed
             after = page[-1][0].id
 
+    def dead_letters(
+        self, n: int = 50, after: Optional[int] = None, reason: str = "", order: str = "newest"
+    ) -> list[tuple[Message, str]]:
+        """Dead letters of all channels and their states: see `list_dead`."""
+        self._submit_due()
+        return list_dead(self._read, n, after, reason, order, self.now())
+
     def info(self, channel: str) -> dict[str, Any]:
         """A channel's counts, age, consumers, topics, pause and settings."""
         self._submit_due(check_name("channel", channel))
@@ -7051,6 +7124,7 @@ class Administration:
             "topics": [topic for (topic,) in topics],
             "paused": channel in self._state.channels.pauses,
             "settings": self.settings(channel),
+            "events": self._state.events.totals(channel),
         }
 
     def channel_stats(self, channel: str) -> dict[str, int]:
@@ -7078,9 +7152,11 @@ class Administration:
             "current-messages-hidden": in_flight + delayed,
             "current-messages-urgent": urgent,
             "current-messages-niced": niced,
+            "current-waiting": len(self._state.waiting.consumers()),
             "current-uptime": int(self.now() - self._started),
             "db-file": self._store.path,
             "db-size": self._store.size(),
+            "db-free": self._store.disk_usage().get("linger_disk_free_bytes", -1),
             "pid": os.getpid(),
             "rusage-utime": times.user,
             "rusage-stime": times.system,
@@ -7847,10 +7923,8 @@ RIGHTS = (READ, WRITE, ADMIN, METRICS_ONLY)  # admin includes metrics
 PUBLIC = ""  # the right that needs no token
 AUTHENTICATED = "any token"  # the right that every token gives
 
-CHALLENGE = (
-    'WWW-Authenticate: Bearer realm="Linger"\r\n'
-    'WWW-Authenticate: Basic realm="Linger", charset="UTF-8"\r\n'
-)
+BEARER_CHALLENGE = 'WWW-Authenticate: Bearer realm="Linger"\r\n'
+CHALLENGE = f'{BEARER_CHALLENGE}WWW-Authenticate: Basic realm="Linger", charset="UTF-8"\r\n'
 PREFLIGHT = (
     "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE\r\n"
     "Access-Control-Allow-Headers: Authorization, *\r\n"  # which * does not include
@@ -8105,9 +8179,7 @@ class Access:
         This holds for every method, since a GET takes a message.  Clients that are not browsers
         send neither Origin nor Sec-Fetch-Site, and pass.
         """
-        authority = headers.get("host", "").lower()
-        if authority:
-            self._check_host(re.sub(r":[0-9]*$", "", authority))
+        authority = self.check_host(headers)
         origin = headers.get("origin", "").lower()
         lines = "Vary: Origin\r\n" if self._origins and "*" not in self._origins else ""
         if origin and not self._origins.isdisjoint((origin, "*")):
@@ -8145,6 +8217,13 @@ class Access:
             "a browser sent this for another page, or without saying for which one: only a program,"
             " or a page of this server, may take or change something"
         )
+
+    def check_host(self, headers: Mapping[str, str]) -> str:
+        """Returns the Host of a request; `AccessDenied` if it may be no name of this server."""
+        authority = headers.get("host", "").lower()
+        if authority:
+            self._check_host(re.sub(r":[0-9]*$", "", authority))
+        return authority
 
     def _check_host(self, host: str) -> None:
         """`AccessDenied` unless a Host, without its port, may be a name or address of this server.
@@ -8208,6 +8287,7 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("GET", "/", "server_info", True, AUTHENTICATED, "name and version of the server"),
+    Route("GET", "/access", "get_access", True, AUTHENTICATED, "rights of the token"),
     Route("GET", "/health", "check_health", True, PUBLIC, "whether it can store a message now"),
     Route("GET", "/stats", "get_stats", True, ADMIN, "counters of the server"),
     Route("GET", "/stats/history", "get_history", True, ADMIN, "totals of the last hour"),
@@ -8237,6 +8317,7 @@ ROUTES = (
     Route("POST", "/topics/<topic>/batch", "publish_batch", False, WRITE, "publish many", MANY),
     Route("GET", "/topics/<topic>/channels", "list_subscribers", True, READ, "its channels"),
     Route("GET", "/topics/<topic>/live", "open_stream", True, READ, "stream its publications"),
+    Route("GET", "/dead-letters", "list_dead_letters", True, ADMIN, "list those of all channels"),
     Route("GET", "/messages/<id>", "read_message", True, READ, "show a message"),
     Route("PATCH", "/messages/<id>", "change_message", False, WRITE, "change one that waits"),
     Route("DELETE", "/messages/<id>", "delete_message", False, READ, "delete a message"),
@@ -8260,6 +8341,7 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "list_messages": ("state", "n", "after", "whole"),
     "set_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),  # refused by name
     "change_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),
+    "list_dead_letters": ("n", "after", "reason", "order"),
     "pause_channel": ("for",),
     "redrive": ("n", "to"),
     "redrive_message": ("to",),
@@ -8292,6 +8374,9 @@ def _index_routes() -> dict[tuple[object, ...], dict[str, Route]]:
 
 
 ROUTES_BY_PATH = _index_routes()
+
+# In place of server_info, where a client prefers HTML.
+PAGE_ROUTES = {"GET": Route("GET", "/", "show_page", True, PUBLIC, "the dashboard")}
 
 
 def routes_for(segments: Sequence[str]) -> dict[str, Route]:
@@ -8490,6 +8575,17 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip(" \t").lower()
 
 
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept header asks for HTML rather than JSON (RFC 9110 12.5.1)."""
+    weights = {}
+    for item in accept.lower().replace(" ", "").replace("\t", "").split(","):
+        kind, *parameters = item.split(";")
+        weight = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        weights[kind] = float(weight) if re.fullmatch(r"[01](?:\.[0-9]{0,3})?", weight) else 0
+    json_kind = next((k for k in (JSON_TYPE, "application/*", "*/*") if k in weights), "")
+    return weights.get("text/html", 0) > weights.get(json_kind, 0)
+
+
 class Headers:
     """The header fields of a request, and how they say that it is to be read.
 
@@ -8555,6 +8651,8 @@ class Request:
         path, _, self.query = target.partition("?")
         self.segments = path[1:].split("/")
         self.routes = routes_for(self.segments)  # of its path, by method
+        if path == "/" and prefers_html(headers.fields.get("accept", "")):
+            self.routes = PAGE_ROUTES
         self.body = b""
         self._query_fields: Optional[dict[str, bytes]] = None
         self._form: Optional[dict[str, bytes]] = None
@@ -9074,6 +9172,7 @@ TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 SHORT_ESCAPES = b'"\\\b\f\n\r\t'  # two characters in JSON, the other control characters six
 ALL_ESCAPES = bytes(range(32)) + b'"\\'
 NO_STORE = "Cache-Control: no-store\r\n"
+VARY = "Vary: Accept\r\n"
 CLOSE = "Connection: close\r\n"
 PLAIN_NAME = re.compile("[!-$&-~]*")  # visible ASCII without %
 TYPE_IN_HEADER = re.compile(f"[\t -~\x80-\xff]{{1,{MAX_TYPE}}}")
@@ -9253,7 +9352,7 @@ class Response(NamedTuple):
         if stream is not None:
             headers = f"{headers}Content-Type: {stream.type}\r\n"
             headers += "Transfer-Encoding: chunked\r\n" if stream.is_chunked else ""
-        elif status != 204:  # which has no body (RFC 9110 8.6)
+        elif status not in (204, 304):  # which have no body (RFC 9110 8.6)
             length = len(body) if file is None and array is None else self.length()
             headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
         base_headers = "" if request is None else request.base_headers + request.ignored
@@ -9448,28 +9547,27 @@ Sample = tuple[str, float]  # the rest of the name with its labels, and the valu
 
 
 class RequestCounts:
-    """How many requests were answered, by endpoint and status; for any thread."""
+    """How many requests were answered, by route and status; for any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the counts
-        self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
+        self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
 
     def count(self, request: Optional[Request], status: int) -> None:
         """Counts a response; `request` is None for one that is malformed."""
-        endpoint = ""  # of no route
+        method = path = ""  # of no route
         if request is not None:
             route = request.routes.get("GET" if request.method == "HEAD" else request.method)
-            endpoint = "" if route is None else route.endpoint
+            if route is not None:
+                method, path = route.method, route.path
         with self._lock:
-            self._counts[endpoint, status] += 1
+            self._counts[method, path, status] += 1
 
     def samples(self) -> Iterator[Sample]:
         """The counts, labeled with route and status."""
         with self._lock:
             counts = sorted(self._counts.items())
-        routes = {route.endpoint: (route.method, route.path) for route in ROUTES}
-        for (endpoint, status), count in counts:
-            method, path = routes.get(endpoint, ("", ""))
+        for (method, path, status), count in counts:
             yield labels(method=method, route=path, status=str(status)), count
 
 
@@ -9613,6 +9711,1771 @@ def metrics_page(server: Server) -> bytes:
             parts.append("".join((head, *lines)).encode())
         time.sleep(YIELD_TIME)
     return b"".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Page style: how the dashboard looks, in light and dark and on a phone.
+# ---------------------------------------------------------------------------------------------
+
+PAGE_STYLE = r"""
+:root {
+    --back: #f6f7f9; --card: #ffffff; --line: #e2e5ea; --strong-line: #868e9c;
+    --text: #1a1e26; --muted: #59616e; --accent: #1f56c9; --on-accent: #ffffff;
+    --hover: #eef2fb; --good: #1a7f4b; --bad: #b3261e; --warn: #8a5a00; --bad-back: #fdeceb;
+    --blue: #2f6fe0; --green: #1d9a6c; --violet: #8b5cd6; --red: #d64545;
+}
+@media (prefers-color-scheme: dark) {
+    :root {
+        --back: #0f1217; --card: #171b22; --line: #2a303a; --strong-line: #6b7483;
+        --text: #e7eaef; --muted: #9ba5b4; --accent: #84adff; --on-accent: #0d1526;
+        --hover: #1e2530; --good: #4cc38a; --bad: #ff8a80; --warn: #e5b454; --bad-back: #3a1d1d;
+        --blue: #6aa1ff; --green: #45c497; --violet: #b391f5; --red: #ff7b72;
+    }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { color-scheme: light dark; scrollbar-gutter: stable; }
+body {
+    margin: 0; background: var(--back); color: var(--text); line-height: 1.45;
+    font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+    font-variant-numeric: tabular-nums;
+}
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+main:focus, h1:focus { outline: none; }
+h1 { font-size: 1.4rem; font-weight: 650; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1rem; font-weight: 600; margin: 0; }
+pre, .mono { font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+
+.bar {
+    display: flex; flex-wrap: wrap; align-items: center; gap: 4px 24px; padding: 10px 24px;
+    background: var(--card); border-bottom: 1px solid var(--line);
+}
+.brand { display: flex; align-items: center; gap: 10px; font-weight: 650; color: var(--text); }
+.brand svg { width: 22px; height: 22px; color: var(--accent); }
+.bar nav { display: flex; gap: 4px; }
+.bar nav a { padding: 6px 12px; border-radius: 6px; color: var(--muted); }
+.bar nav a:hover { background: var(--hover); text-decoration: none; }
+.bar nav a[aria-current] { color: var(--text); background: var(--hover); font-weight: 600; }
+.server { margin-left: auto; display: flex; align-items: center; gap: 16px; color: var(--muted); }
+.light::before {
+    content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%;
+    margin-right: 7px; background: var(--strong-line);
+}
+.light.good::before { background: var(--good); }
+.light.bad::before { background: var(--bad); }
+main { max-width: 1240px; margin: 0 auto; padding: 20px 24px 64px; }
+.alert {
+    background: var(--bad-back); color: var(--bad); padding: 10px 24px;
+    border-bottom: 1px solid var(--bad);
+}
+.stale main { opacity: 0.6; }
+
+.head { display: flex; flex-wrap: wrap; align-items: center; gap: 10px 12px; margin-bottom: 16px; }
+.head .actions { margin-left: auto; }
+.actions { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.crumbs { margin-bottom: 2px; color: var(--muted); }
+.card {
+    background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+    margin-bottom: 20px; min-width: 0;
+}
+.card > header {
+    display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px; padding: 12px 16px;
+}
+.card > header .actions { margin-left: auto; }
+.card > .inside { padding: 4px 16px 16px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 0 20px; }
+
+.facts {
+    display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 1px;
+    margin: 0 0 20px; background: var(--card); border: 1px solid var(--line);
+    border-radius: 10px; overflow: hidden;
+}
+.facts div { padding: 10px 16px; box-shadow: 0 0 0 1px var(--line); }
+.facts dt { color: var(--muted); font-size: 13px; }
+.facts dd { margin: 0; font-size: 1.15rem; font-weight: 600; white-space: nowrap; }
+.list { display: grid; grid-template-columns: max-content 1fr; gap: 6px 24px; margin: 0; }
+.list dt { color: var(--muted); }
+.inside ul { margin: 0; padding-left: 18px; }
+.inside .actions { margin-top: 12px; }
+.list dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: 8px 16px; text-align: left; white-space: nowrap; vertical-align: middle; }
+th { color: var(--muted); font-size: 13px; font-weight: 500; border-bottom: 1px solid var(--line); }
+td { border-bottom: 1px solid var(--line); }
+tbody tr:last-child td { border-bottom: 0; }
+tbody tr:hover { background: var(--hover); }
+.number { text-align: right; }
+.zero { color: var(--muted); }
+th.action { font-size: 0; }
+.wide { width: 100%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
+.tick { width: 1px; padding-right: 0; }
+th button { color: inherit; background: none; border: 0; padding: 0; font: inherit; }
+th button:hover { color: var(--text); }
+th[aria-sort] { color: var(--text); font-weight: 600; }
+th[aria-sort="ascending"] button::after { content: " ↑"; }
+th[aria-sort="descending"] button::after { content: " ↓"; }
+.none { padding: 28px 16px; color: var(--muted); text-align: center; }
+.pages { display: flex; gap: 8px; align-items: center; padding: 10px 16px; color: var(--muted); }
+.pages span { margin-right: auto; }
+.mark {
+    display: inline-block; font-size: 12px; padding: 1px 8px; border-radius: 9px; font-weight: 400;
+    border: 1px solid var(--strong-line); color: var(--muted); max-width: 16em; overflow: hidden;
+    text-overflow: ellipsis; vertical-align: bottom;
+}
+.mark.warn { border-color: var(--warn); color: var(--warn); }
+.spark { width: 96px; height: 22px; display: block; }
+.spark polyline { fill: none; stroke: var(--blue); stroke-width: 1.5; }
+
+button, .button, input, select, textarea { font: inherit; color: inherit; border-radius: 6px; }
+button {
+    padding: 5px 13px; background: var(--card); border: 1px solid var(--strong-line);
+    cursor: pointer; white-space: nowrap;
+}
+button:hover { background: var(--hover); }
+button:disabled { opacity: 0.5; cursor: default; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.main:hover { filter: brightness(1.1); }
+button.danger { border-color: var(--bad); color: var(--bad); }
+button.small { padding: 2px 10px; font-size: 13px; }
+input, select, textarea {
+    padding: 6px 10px; background: var(--card); border: 1px solid var(--strong-line); width: 100%;
+}
+select { width: auto; }
+input[type="checkbox"] { width: auto; accent-color: var(--accent); vertical-align: middle; }
+input[type="search"] { width: 220px; max-width: 100%; }
+::placeholder { color: var(--muted); opacity: 1; }
+.tabs { display: flex; flex-wrap: wrap; gap: 4px; }
+.tabs button { border-color: transparent; background: none; color: var(--muted); }
+.tabs button:hover { background: var(--hover); }
+.tabs [aria-pressed="true"] { background: var(--hover); color: var(--text); font-weight: 600; }
+
+dialog {
+    border: 1px solid var(--line); border-radius: 12px; padding: 0; background: var(--card);
+    color: var(--text); width: min(560px, calc(100vw - 24px)); max-height: calc(100vh - 24px);
+    box-shadow: 0 16px 48px rgb(0 0 0 / 30%);
+}
+dialog::backdrop { background: rgb(0 0 0 / 45%); }
+form { padding: 20px 24px; display: grid; gap: 14px; }
+form .grid {
+    display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 14px;
+}
+form label { display: grid; gap: 4px; font-weight: 500; align-content: start; }
+form small { color: var(--muted); font-weight: 400; }
+form textarea { min-height: 120px; resize: vertical; }
+form .actions { justify-content: flex-end; }
+.wrong { color: var(--bad); margin: 0; }
+details > summary { cursor: pointer; color: var(--muted); margin-bottom: 12px; }
+.narrow { max-width: 460px; margin: 48px auto; }
+
+.chart { position: relative; padding: 0 16px 12px; }
+.chart svg { display: block; width: 100%; height: 190px; overflow: visible; }
+.chart text { fill: var(--muted); font-size: 11px; }
+.chart .grid { stroke: var(--line); }
+.chart .cross { stroke: var(--strong-line); }
+.chart polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
+.legend {
+    display: flex; flex-wrap: wrap; gap: 2px 18px; width: 100%;
+    font-size: 13px; color: var(--muted);
+}
+.legend b { color: var(--text); font-weight: 600; }
+.legend i { display: inline-block; width: 10px; height: 3px; margin: 0 6px 3px 0; }
+.tip {
+    position: absolute; top: 0; pointer-events: none; background: var(--card); font-size: 13px;
+    border: 1px solid var(--strong-line); border-radius: 8px; padding: 6px 10px; z-index: 1;
+    white-space: nowrap;
+}
+.tip table { width: auto; }
+.tip td { padding: 0 0 0 12px; border: 0; }
+.tip td:first-child { padding: 0; }
+.tip tr:hover { background: none; }
+
+pre.body {
+    margin: 0; padding: 12px 16px; overflow: auto; max-height: 60vh; white-space: pre-wrap;
+    overflow-wrap: anywhere; background: var(--back); border-radius: 6px;
+}
+pre.hex { white-space: pre; overflow-wrap: normal; }
+.toast {
+    position: fixed; bottom: 20px; left: 50%; transform: translateX(-50%); padding: 9px 18px;
+    background: var(--text); color: var(--card); border-radius: 8px; max-width: 90vw; z-index: 2;
+}
+.toast.wrong { background: var(--bad-back); color: var(--bad); border: 1px solid var(--bad); }
+.toast:empty { display: none; }
+.skip { position: absolute; left: -9999px; }
+.skip:focus { left: 8px; top: 8px; background: var(--card); padding: 6px 12px; z-index: 3; }
+.hint { color: var(--muted); margin: 0; }
+
+@media (max-width: 720px) {
+    .bar { padding: 8px 14px; }
+    .bar nav { order: 1; width: 100%; margin-left: -10px; }
+    .server { gap: 12px; }
+    main { padding: 14px 12px 56px; }
+    .alert { padding: 10px 14px; }
+    th, td { padding: 9px 10px; }
+    .rare { display: none; }
+    .facts { grid-template-columns: repeat(auto-fit, minmax(100px, 1fr)); }
+    .facts div { padding: 8px 12px; }
+    .pair { grid-template-columns: minmax(0, 1fr); }
+    .head .actions { margin-left: 0; width: 100%; }
+    input[type="search"] { width: 180px; }
+    form { padding: 16px; }
+    .list { grid-template-columns: minmax(0, 1fr); gap: 0; }
+    .list dd { margin-bottom: 8px; }
+}
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# Page script: the calls of the dashboard, and the parts that its views are made of.
+# ---------------------------------------------------------------------------------------------
+
+PAGE_SCRIPT = r"""
+"use strict";
+
+// -- Calls
+
+const ROOT = location.pathname.replace(/\/?$/, "/");  // behind a proxy, with its prefix
+const OFFLINE = "The server does not answer. Trying again…";
+const ASK = "This server asks for a token.";
+const TITLES = {
+    401: "A token is needed", 403: "Not allowed", 404: "Not found", 409: "Conflict",
+    413: "Too large", 429: "Too many attempts", 503: "Not now", 507: "Full",
+};
+const LOAD = 10;  // a call is repeated after so many times its own duration, or later
+const LONGEST_PAUSE = 30_000;  // milliseconds
+const PARAMETERS = JSON.parse(document.getElementById("parameters").textContent);
+
+let token = sessionStorage.getItem("linger-token") || "";
+let access = null;  // what the token may do
+
+class Failure extends Error {
+    constructor(status, text) {
+        super(text);
+        this.status = status;
+    }
+}
+
+// A path with a name in it.  A browser drops "." and ".." from a path even if they are encoded.
+function path(kind, name, rest = "") {
+    if (name === "." || name === "..") {
+        throw new Failure(400, `A browser cannot send the name ${name}: use another client.`);
+    }
+    return `${kind}/${encodeURIComponent(name)}${rest}`;
+}
+
+function query(parameters) {
+    const given = Object.entries(parameters).filter(([, value]) => value !== "" && value != null);
+    return given.length ? `?${new URLSearchParams(given)}` : "";
+}
+
+// The response to a call; a Failure with a sentence in any other case.
+async function call(method, target, {body, type, signal, accept = "application/json"} = {}) {
+    const headers = {"Accept": accept, "X-Requested-With": "Linger"};
+    if (token) {
+        headers.Authorization = `Bearer ${token}`;
+    }
+    if (type) {
+        headers["Content-Type"] = type;
+    }
+    let response;
+    try {
+        response = await fetch(ROOT + target, {method, body, headers, signal, cache: "no-store"});
+    } catch (error) {
+        throw signal?.aborted ? error : new Failure(0, OFFLINE);
+    }
+    if (response.ok) {
+        return response;
+    }
+    const {error = response.statusText} = await response.json().catch(() => ({}));
+    if (response.status === 401) {
+        signOut(token ? "The token is not valid, or no longer." : ASK);
+    }
+    const title = TITLES[response.status] || `Error ${response.status}`;
+    throw new Failure(response.status, `${title}: ${error}`);
+}
+
+async function get(target, signal) {
+    const response = await call("GET", target, {signal});
+    return response.json().catch(() => { throw new Failure(0, OFFLINE); });
+}
+
+const can = right => access.rights.includes(right);
+const canServer = () => can("admin") && !access.restricted;
+
+// Repeats some work while the view is there and the page is seen; returns what hastens it.
+function poll(period, work, signal, load = LOAD) {
+    let wake = null, again = false;
+    const hasten = () => {
+        again = true;
+        wake?.();
+    };
+    const pause = time => new Promise(done => {
+        wake = done;
+        setTimeout(done, time);
+    });
+    const loop = async () => {
+        while (!signal.aborted) {
+            again = false;
+            const started = performance.now();
+            try {
+                await work();
+                problem(work, "");
+            } catch (error) {
+                if (!signal.aborted) {
+                    problem(work, describe(error));
+                }
+            }
+            const took = load * (performance.now() - started);
+            do {
+                if (!again && !signal.aborted) {
+                    await pause(Math.max(period, Math.min(took, LONGEST_PAUSE)));
+                }
+            } while (document.hidden && !again && !signal.aborted);
+        }
+        problem(work, "");
+    };
+    signal.addEventListener("abort", hasten);
+    loop();
+    return hasten;
+}
+
+function describe(error) {
+    if (error instanceof Failure) {
+        return error.message;
+    }
+    console.error(error);
+    return `The page failed: ${error.message}`;
+}
+
+// Reads a stream of JSON objects, one per line, until it ends.
+async function stream(target, onOpen, onEvent, signal) {
+    const response = await call("GET", target, {signal, accept: "application/x-ndjson"});
+    onOpen();
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+        const {value, done} = await reader.read().catch(() => ({done: true}));
+        if (done) {
+            return;
+        }
+        const lines = (rest + value).split("\n");
+        rest = lines.pop();
+        lines.filter(line => line.startsWith("{")).forEach(line => onEvent(JSON.parse(line)));
+    }
+}
+
+// -- Elements.  Whatever comes from the server becomes text: nothing here makes markup of it.
+
+const $ = id => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(element, properties, children) {
+    for (const [name, value] of Object.entries(properties)) {
+        if (typeof value === "function") {
+            element.addEventListener(name.slice(2), value);
+        } else if (value !== false && value != null) {
+            element.setAttribute(name, value === true ? "" : value);
+        }
+    }
+    element.append(...children.flat().filter(child => child != null && child !== false));
+    return element;
+}
+
+const h = (tag, properties = {}, ...children) =>
+    fill(document.createElement(tag), properties, children);
+const svg = (tag, properties = {}, ...children) =>
+    fill(document.createElementNS(SVG, tag), properties, children);
+const button = (text, onclick, look = "") =>
+    h("button", {type: "button", class: look, onclick}, text);
+
+function put(element, text) {
+    if (element.textContent !== String(text)) {
+        element.textContent = text;
+    }
+}
+
+const problems = new Map();  // what is wrong now, by what found it
+
+function problem(source, text) {
+    if (text) {
+        problems.set(source, text);
+    } else {
+        problems.delete(source);
+    }
+    const texts = [...new Set(problems.values())];
+    put($("problem"), texts.join(" "));
+    $("problem").hidden = !texts.length;
+    document.body.classList.toggle("stale", texts.includes(OFFLINE));
+}
+
+let toastTimer = 0;
+
+function toast(text, look = "") {
+    put($("toast"), text);
+    $("toast").className = `toast ${look}`;
+    clearTimeout(toastTimer);
+    toastTimer = setTimeout(() => put($("toast"), ""), look ? 15_000 : 5000);
+}
+
+// Does what a button is for; says what came of it.
+async function act(work) {
+    try {
+        toast(await work());
+    } catch (error) {
+        toast(describe(error), "wrong");
+    }
+}
+
+// -- Numbers
+
+const NONE = "\u2013";
+const number = value => value.toLocaleString("en");
+const plural = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
+
+function rate(value) {
+    return value >= 100 ? number(Math.round(value)) : value.toLocaleString("en", {
+        minimumFractionDigits: value > 0 ? 1 : 0, maximumFractionDigits: 1,
+    });
+}
+
+function duration(seconds) {
+    const units = [["d", 86_400], ["h", 3_600], ["min", 60], ["s", 1]];
+    const first = Math.max(units.findIndex(([, size]) => seconds >= size), 0);
+    if (seconds < 60) {
+        return `${Math.floor(seconds)} s`;
+    }
+    return units.slice(first, first + 2).map(([unit, size], n) => {
+        const part = Math.floor((n ? seconds % units[first][1] : seconds) / size);
+        return n && !part ? "" : `${part} ${unit}`;
+    }).join(" ").trim();
+}
+
+function bytes(size) {
+    const units = ["B", "kB", "MB", "GB", "TB"];
+    const step = size < 1 ? 0 : Math.min(Math.floor(Math.log10(size) / 3), 4);
+    const value = size / 1000 ** step;
+    return `${value.toFixed(step && value < 10 ? 1 : 0)} ${units[step]}`;
+}
+
+// -- Tables
+
+// A table that is updated in place, so that the focus stays where it is.  A column has a `title`,
+// and `text(item)` for its cells, or `make(item)`, called once for each row, or `draw(cell, item)`.
+function table(label, columns, key, none) {
+    let rows = new Map();
+    const body = h("tbody");
+    const heads = columns.map(column =>
+        h("th", {scope: "col", class: column.class}, column.head || column.title || null));
+    const list = h("div", {class: "scroll"}, h("table", {"aria-label": label},
+        h("thead", {}, h("tr", {}, heads)), body));
+    const empty = h("div", {class: "none"}, none);
+    function make(item) {
+        const cells = columns.map(column =>
+            h("td", {class: column.class}, column.make ? column.make(item) : null));
+        return {cells, element: h("tr", {}, cells)};
+    }
+    function update(items) {
+        const kept = new Map(items.map(item => [key(item), rows.get(key(item)) || make(item)]));
+        for (const item of items) {
+            columns.forEach((column, n) => {
+                const cell = kept.get(key(item)).cells[n];
+                if (column.text) {
+                    put(cell, column.text(item));
+                }
+                column.draw?.(cell, item);
+            });
+        }
+        rows = kept;
+        const elements = [...kept.values()].map(row => row.element);
+        if (elements.length !== body.children.length
+                || elements.some((element, n) => element !== body.children[n])) {
+            body.replaceChildren(...elements);
+        }
+        list.hidden = !items.length;
+        empty.hidden = items.length > 0;
+    }
+    update([]);
+    empty.hidden = true;  // until it is known
+    return {element: h("div", {}, list, empty), heads, update};
+}
+
+// A column of numbers, in which a zero does not catch the eye.
+function count(title, value, look = "", show = number) {
+    return {
+        title, class: `number ${look}`,
+        draw(cell, item) {
+            const n = value(item);
+            put(cell, n == null ? NONE : show(n));
+            cell.classList.toggle("zero", !n);
+        },
+    };
+}
+
+const ACTION = {title: "Action", class: "number action"};
+
+const linkTo = (kind, name, text = name) =>
+    h("a", {href: `#/${kind}/${encodeURIComponent(name)}`}, h("bdi", {}, text));
+
+// Pages of a list of which each is known by the last item of the one before.
+function pager(size, onturn) {
+    const starts = [null];
+    let last = null;
+    const note = h("span");
+    const turn = start => {
+        start();
+        onturn();
+    };
+    const back = button("Previous", () => turn(() => starts.pop()), "small");
+    const next = button("Next", () => turn(() => starts.push(last)), "small");
+    return {
+        element: h("div", {class: "pages"}, note, back, next),
+        get after() { return starts[starts.length - 1]; },
+        reset() { starts.length = 1; },
+        update(keys, noun) {
+            last = keys[keys.length - 1];
+            back.disabled = starts.length === 1;
+            next.disabled = keys.length < size;
+            put(note, starts.length > 1 ? `Page ${starts.length}` : "");
+            this.element.hidden = back.disabled && next.disabled;
+        },
+    };
+}
+
+// -- Forms
+
+// A field: name, label, help, value, placeholder; `kind` area or password; `must`: the text that
+// has to be typed before anything can be sent.
+function control(field) {
+    const properties = {
+        name: field.name, placeholder: field.placeholder, required: Boolean(field.required),
+        autocomplete: "off", spellcheck: "false", list: field.list,
+        type: field.kind === "password" ? "password" : null,
+    };
+    const input = h(field.kind === "area" ? "textarea" : "input", properties);
+    input.value = field.value ?? "";
+    return h("label", {}, h("span", {}, field.label), input,
+        field.help ? h("small", {}, field.help) : null);
+}
+
+// A form; `send(values)` returns what to say when it is done.  If that fails, the form stays.
+function form(title, {text, fields, more, action, look = "main", send, extra = []}, done) {
+    const wrong = h("p", {class: "wrong", role: "alert", hidden: true});
+    const submit = h("button", {class: look}, action);
+    const element = h("form", {},
+        h("h2", {id: "dialog-title"}, title),
+        text ? h("p", {class: "hint"}, text) : null, fields.map(control),
+        more ? h("details", {}, h("summary", {}, "More parameters"),
+            h("div", {class: "grid"}, more.map(control))) : null,
+        wrong, h("div", {class: "actions"}, extra, submit));
+    const must = fields.filter(field => field.must);
+    const check = () => {
+        submit.disabled = must.some(field => element.elements[field.name].value !== field.must);
+    };
+    element.addEventListener("input", check);
+    element.addEventListener("submit", async event => {
+        event.preventDefault();
+        submit.disabled = true;
+        try {
+            done(await send(Object.fromEntries(new FormData(element))));
+        } catch (error) {
+            put(wrong, describe(error));
+            wrong.hidden = false;
+        }
+        check();
+    });
+    check();
+    return element;
+}
+
+function ask(title, options) {
+    const dialog = $("dialog");
+    const done = text => {
+        dialog.close();
+        toast(text);
+    };
+    const cancel = button("Cancel", () => dialog.close());
+    const extra = [...(options.extra?.(done) || []), cancel];
+    dialog.replaceChildren(form(title, {...options, extra}, done));
+    dialog.showModal();
+    dialog.querySelector("input, textarea")?.focus();
+}
+
+const parameterFields = (kind, values = {}) => PARAMETERS
+    .filter(parameter => parameter.for.includes(kind))
+    .map(({name, help, default: preset}) => ({
+        name, label: name, help, value: values[name], placeholder: preset,
+    }));
+
+// -- Charts
+
+const SPARK = 60;  // values of a sparkline
+
+function spark(cell, values) {
+    const top = Math.max(...values, 1);
+    const points = values.map((value, n) =>
+        `${96 - (values.length - 1 - n) * 96 / (SPARK - 1)},${20.5 - 19 * value / top}`).join(" ");
+    let line = cell.querySelector("polyline");
+    if (!line) {
+        line = svg("polyline");
+        const box = {class: "spark", viewBox: "0 0 96 22", "aria-hidden": "true"};
+        cell.append(svg("svg", box, line));
+    }
+    line.setAttribute("points", points);
+}
+
+function roundUp(value) {
+    const unit = 10 ** Math.floor(Math.log10(Math.max(value, 1)));
+    return [1, 1.6, 2, 4, 5, 8, 10].map(step => step * unit).find(top => top >= value) || 10 * unit;
+}
+
+const HOUR = 3600;
+const HEIGHT = 190, LEFT = 44, BOTTOM = 22;
+
+// A chart of the last hour.  A series has a name, a color and `value(point)`; a point has an `age`
+// in seconds.  A pointer or the arrow keys show the values of a moment.
+class Chart {
+    constructor(title, series, show) {
+        this.series = series;
+        this.show = show;
+        this.points = [];
+        this.at = null;  // the index of the point whose values are shown
+        this.drawing = svg("svg", {"aria-hidden": "true"});
+        this.tip = h("div", {class: "tip", role: "status", hidden: true});
+        this.values = series.map(() => h("b", {}, NONE));
+        const legend = h("div", {class: "legend"}, series.map(({name, color}, n) => {
+            const sign = h("i");
+            sign.style.background = `var(--${color})`;
+            return h("span", {}, sign, `${name} `, this.values[n]);
+        }));
+        this.plot = h("div", {
+            class: "chart", tabindex: "0", role: "group",
+            "aria-label": `${title}, last hour: the left and right keys show values`,
+            onpointermove: event => this.point(event.offsetX),
+            onpointerleave: () => this.select(null),
+            onblur: () => this.select(null),
+            onkeydown: event => this.step(event),
+        }, this.drawing, this.tip);
+        this.element = h("section", {class: "card"},
+            h("header", {}, h("h2", {}, title), legend), this.plot);
+        new ResizeObserver(() => this.draw()).observe(this.plot);
+    }
+
+    update(points) {
+        this.points = points;
+        this.series.forEach(({value}, n) => {
+            put(this.values[n], points.length ? this.show(value(points[points.length - 1])) : NONE);
+        });
+        this.draw();
+    }
+
+    x(point) {
+        return LEFT + (this.width - LEFT) * (1 - point.age / HOUR);
+    }
+
+    y(value) {
+        return 8 + (HEIGHT - BOTTOM - 8) * (1 - value / this.top);
+    }
+
+    line(look, x1, y1, x2, y2) {
+        return svg("line", {class: look, x1, y1, x2, y2});
+    }
+
+    draw() {
+        this.width = Math.max(this.plot.clientWidth - 32, 100);
+        const highest = this.points.flatMap(point => this.series.map(({value}) => value(point)));
+        this.top = roundUp(highest.reduce((a, b) => Math.max(a, b), 0));
+        const parts = [0, this.top / 2, this.top].flatMap(value => [
+            this.line("grid", LEFT, this.y(value), this.width, this.y(value)),
+            svg("text", {x: LEFT - 8, y: this.y(value) + 4, "text-anchor": "end"}, short(value)),
+        ]);
+        for (const minutes of this.width > 420 ? [60, 45, 30, 15, 0] : [60, 30, 0]) {
+            parts.push(svg("text", {
+                x: this.x({age: 60 * minutes}), y: HEIGHT - 4,
+                "text-anchor": minutes === 60 ? "start" : minutes ? "middle" : "end",
+            }, minutes ? `${minutes} min ago` : "now"));
+        }
+        for (const {color, value} of this.series) {
+            const points = this.points.map(point => `${this.x(point)},${this.y(value(point))}`);
+            const line = svg("polyline", {points: points.join(" ")});
+            line.style.stroke = `var(--${color})`;
+            parts.push(line);
+        }
+        const point = this.points[this.at];
+        if (point) {
+            const x = this.x(point);
+            parts.push(this.line("cross", x, 8, x, HEIGHT - BOTTOM));
+        }
+        this.drawing.replaceChildren(...parts);
+    }
+
+    point(x) {
+        const distances = this.points.map(point => Math.abs(this.x(point) - x + 16));
+        this.select(distances.length ? distances.indexOf(Math.min(...distances)) : null);
+    }
+
+    step(event) {
+        const way = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+        if (way && this.points.length) {
+            event.preventDefault();
+            const at = (this.at ?? this.points.length) + way;
+            this.select(Math.min(Math.max(at, 0), this.points.length - 1));
+        }
+    }
+
+    select(at) {
+        this.at = at;
+        const point = this.points[at];
+        this.tip.hidden = !point;
+        if (point) {
+            const ago = point.age < 1 ? "now" : `${duration(point.age)} ago`;
+            const row = ({name, value}) => h("tr", {}, h("td", {}, name),
+                h("td", {class: "number"}, this.show(value(point))));
+            this.tip.replaceChildren(ago, h("table", {}, this.series.map(row)));
+            const x = this.x(point);
+            const isRight = x > this.width / 2;
+            this.tip.style.left = isRight ? "" : `${x + 28}px`;
+            this.tip.style.right = isRight ? `${this.width - x + 28}px` : "";
+        }
+        this.draw();
+    }
+}
+
+const short = value => value.toLocaleString("en", {notation: "compact"});
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# Page views: what the dashboard shows of the server, its channels, messages and topics.
+# ---------------------------------------------------------------------------------------------
+
+PAGE_VIEWS = r"""
+
+// -- Overview: the server, its last hour, and its channels
+
+const PAGE = 50;  // channels, messages or topics that a page of a list shows
+
+function facts(items) {
+    const values = items.map(() => h("dd", {}, NONE));
+    return {
+        element: h("dl", {class: "facts"},
+            items.map(([name], n) => h("div", {}, h("dt", {}, name), values[n]))),
+        update: data => items.forEach(([, show], n) => put(values[n], show(data) ?? NONE)),
+    };
+}
+
+function overview(signal) {
+    const parts = [];
+    if (canServer()) {
+        const strip = facts([
+            ["Messages", s => number(s["current-messages"])],
+            ["Channels", s => number(s["current-channels"])],
+            ["Consumers", s => number(s["current-waiting"])],
+            ["Connections", s => number(s["current-connections"])],
+            ["Database", s => s["db-size"] < 0 ? "in memory" : bytes(s["db-size"])],
+            ["Free disk", s => s["db-free"] < 0 ? NONE : bytes(s["db-free"])],
+            ["Uptime", s => duration(s["current-uptime"])],
+            ["Version", s => s.version],
+        ]);
+        const rates = new Chart("Messages per second", [
+            {name: "posted", color: "blue", value: p => p.posted},
+            {name: "delivered", color: "green", value: p => p.delivered},
+            {name: "deleted", color: "violet", value: p => p.deleted},
+            {name: "failed", color: "red", value: p => p.failed},
+        ], rate);
+        const backlog = new Chart("Backlog", [
+            {name: "ready", color: "blue", value: p => p.ready},
+            {name: "in flight", color: "green", value: p => p["in-flight"]},
+        ], number);
+        parts.push(strip.element, h("div", {class: "pair"}, rates.element, backlog.element));
+        poll(1000, async () => strip.update(await get("stats", signal)), signal);
+        poll(5000, async () => {
+            const points = chartPoints(await get("stats/history?seconds=3600", signal));
+            rates.update(points);
+            backlog.update(points);
+        }, signal);
+    }
+    return [...parts, can("read") ? channelList(signal) : onlyWriting()];
+}
+
+const SMOOTH = 6;  // points of the history that make one of a chart, so that a trend is seen
+
+// The points of the charts from the arrays of the history: amounts become rates.
+function chartPoints({interval, time, ...arrays}) {
+    const points = [];
+    for (let end = time.length - 1; end >= 0; end -= SMOOTH) {
+        const start = Math.max(end - SMOOTH, -1);
+        const seconds = start < 0 ? interval * (end + 1) : time[end] - time[start];
+        const rate = name => arrays[name].slice(start + 1, end + 1)
+            .reduce((sum, amount) => sum + amount, 0) / seconds;
+        points.unshift({
+            age: time[time.length - 1] - time[end], posted: rate("posted"),
+            delivered: rate("delivered"), deleted: rate("deleted"), failed: rate("failed"),
+            ready: arrays.ready[end], "in-flight": arrays["in-flight"][end],
+        });
+    }
+    return points;
+}
+
+function onlyWriting() {
+    return h("section", {class: "card"}, h("header", {}, h("h1", {}, "Channels")),
+        h("div", {class: "none"}, "This token may not read channels. "),
+        h("div", {class: "inside actions"}, can("write") && [postButton(), publishButton()]));
+}
+
+// The looks at each channel since the page was opened: of the last minute, for the sparklines.
+const looks = new Map();
+const RATE_LOOKS = 10;  // over which a rate is measured
+
+function addLook(info) {
+    const past = looks.get(info.channel) || [];
+    looks.delete(info.channel);
+    looks.set(info.channel, [...past, {...info, at: performance.now() / 1000}].slice(-SPARK));
+    if (looks.size > 1000) {
+        looks.delete(looks.keys().next().value);
+    }
+}
+
+function rateOf(channel, event) {
+    const past = looks.get(channel).slice(-RATE_LOOKS);
+    const first = past[0], last = past[past.length - 1];
+    if (!first.events || !last.events || first === last) {
+        return null;
+    }
+    return Math.max(last.events[event] - first.events[event], 0) / (last.at - first.at);
+}
+
+function channelList(signal) {
+    let order = "name", like = "";
+    const sortable = (title, by) => h("button", {type: "button", onclick: () => {
+        order = by;
+        pages.reset();
+        mark();
+        refresh();
+    }}, title);
+    const columns = [
+        {title: "Channel", head: sortable("Channel", "name"), class: "wide", make: channelCell,
+            draw: drawMarks},
+        {...count("Ready", c => c.ready), head: sortable("Ready", "ready")},
+        count("In flight", c => c["in-flight"]),
+        count("Delayed", c => c.delayed, "rare"),
+        {...count("Oldest", c => c.oldest, "", duration), head: sortable("Oldest", "oldest")},
+        count("Consumers", c => c.waiting, "rare"),
+        count("Posted/s", c => rateOf(c.channel, "posted"), "rare", rate),
+        count("Deleted/s", c => rateOf(c.channel, "deleted"), "rare", rate),
+        {title: "Backlog", class: "rare",
+            draw: (cell, c) => spark(cell, looks.get(c.channel).map(
+                look => look.ready + look["in-flight"]))},
+    ];
+    const list = table("Channels", columns, info => info.channel,
+        "No channels. One appears when a message is posted or a consumer waits.");
+    const orders = {name: 0, ready: 1, oldest: 4};
+    const mark = () => Object.entries(orders).forEach(([name, n]) => {
+        if (name === order) {
+            list.heads[n].setAttribute("aria-sort", name === "name" ? "ascending" : "descending");
+        } else {
+            list.heads[n].removeAttribute("aria-sort");
+        }
+    });
+    const pages = pager(PAGE, () => refresh());
+    const filter = search("Filter channels", text => {
+        like = text;
+        pages.reset();
+        refresh();
+    });
+    const refresh = poll(1000, async () => {
+        const asked = `${order} ${like} ${pages.after}`;
+        const {channels} = await get("channels" + query(
+            {info: 1, n: PAGE, order, like, after: pages.after}), signal);
+        if (asked === `${order} ${like} ${pages.after}`) {
+            channels.forEach(addLook);
+            list.update(channels);
+            pages.update(channels.map(info => info.channel));
+        }
+    }, signal);
+    mark();
+    return h("section", {class: "card"},
+        h("header", {}, h("h1", {}, "Channels"),
+            h("div", {class: "actions"}, filter, can("write") && postButton())),
+        list.element, pages.element);
+}
+
+function search(label, onchange) {
+    let timer = 0;
+    return h("input", {type: "search", placeholder: label, "aria-label": label, oninput: event => {
+        clearTimeout(timer);
+        timer = setTimeout(() => onchange(event.target.value), 200);
+    }});
+}
+
+function channelCell({channel}) {
+    return [linkTo("channels", channel), " ", h("span")];
+}
+
+function drawMarks(cell, info) {
+    const marks = [];
+    if (info.paused) {
+        marks.push(["mark warn", "paused"]);
+    }
+    if (info.settings.dead) {
+        marks.push(["mark", `dead letters: ${info.settings.dead}`]);
+    }
+    const place = cell.lastChild;
+    if (place.dataset.marks !== JSON.stringify(marks)) {
+        place.dataset.marks = JSON.stringify(marks);
+        place.replaceChildren(...marks.map(([look, text]) =>
+            h("span", {class: look}, h("bdi", {}, text))));
+    }
+}
+
+// -- Posting and publishing
+
+function bodyForm(title, action, named, kind, send) {
+    ask(title, {
+        fields: [
+            named,
+            {name: "_body", label: "Message", kind: "area", required: true},
+            {name: "_type", label: "Content type", value: "text/plain", list: "types"},
+        ].filter(Boolean),
+        more: parameterFields(kind), action,
+        send: ({_name, _body, _type, ...parameters}) =>
+            send(_name, query(parameters), {body: _body, type: _type || "text/plain"}),
+    });
+}
+
+function postButton(channel, done = () => {}) {
+    const named = channel == null && {name: "_name", label: "Channel", required: true};
+    const title = channel == null ? "Post a message" : `Post to ${channel}`;
+    return button("Post", () => bodyForm(title, "Post", named, "post", async (name, rest, body) => {
+        const posted = await call("POST", path("channels", channel ?? name, rest), body);
+        const {id, duplicate} = await posted.json();
+        done();
+        return duplicate ? `A duplicate of message ${id}` : `Posted as message ${id}`;
+    }), "main");
+}
+
+function publishButton(topic) {
+    const named = topic == null && {name: "_name", label: "Topic", required: true};
+    const title = topic == null ? "Publish a message" : `Publish on ${topic}`;
+    const action = async (name, rest, body) => {
+        const response = await call("POST", path("topics", topic ?? name, rest), body);
+        const {duplicate, ...copies} = await response.json();
+        const dropped = response.headers.get("x-linger-dropped");
+        return `${duplicate ? "A duplicate of a publication" : "Published"} to `
+            + plural(Object.keys(copies).length, "channel")
+            + (dropped ? `; not to ${decodeURIComponent(dropped)}: full` : "");
+    };
+    return button("Publish", () => bodyForm(title, "Publish", named, "publish", action), "main");
+}
+
+// -- A channel
+
+const crumbs = (text, href, ...more) => h("div", {class: "crumbs"}, h("a", {href}, text),
+    more.flatMap(part => [" / ", part]));
+
+const STATES = [["", "All"], ["ready", "Ready"], ["hidden", "In flight"], ["delayed", "Delayed"]];
+const STATE_NAMES = {hidden: "in flight"};
+
+function channelView(signal, channel) {
+    const strip = facts([
+        ["Ready", i => number(i.ready)],
+        ["In flight", i => number(i["in-flight"])],
+        ["Delayed", i => number(i.delayed)],
+        ["Oldest ready", i => i.oldest == null ? NONE : duration(i.oldest)],
+        ["Consumers", i => number(i.waiting)],
+    ]);
+    let info = null;
+    const paused = h("span", {class: "mark warn", hidden: true}, "paused");
+    const pause = button("Pause", () => info?.paused ? resume() : askPause(channel, refresh));
+    const resume = () => act(async () => {
+        await call("DELETE", path("channels", channel, "/pause"));
+        refresh();
+        return "Resumed";
+    });
+    const topics = subscriptions(channel, () => refresh());
+    const settings = settingsCard(channel, () => refresh());
+    const refresh = poll(1000, async () => {
+        info = await get(path("channels", channel, "/info"), signal);
+        strip.update(info);
+        paused.hidden = !info.paused;
+        put(pause, info.paused ? "Resume" : "Pause");
+        topics.update(info.topics);
+        settings.update(info.settings);
+    }, signal);
+    const messages = messageList(signal, channel);
+    const changed = () => {
+        refresh();
+        messages.refresh();
+    };
+    return [
+        h("div", {class: "head"},
+            h("div", {}, crumbs("Channels", "#/"), h("h1", {}, h("bdi", {}, channel), " ", paused)),
+            h("div", {class: "actions"},
+                can("admin") && [
+                    pause,
+                    button("Redrive", () => askRedrive(channel, changed)),
+                    button("Drain", () => askDrain(channel, changed), "danger"),
+                ],
+                can("write") && postButton(channel, changed))),
+        strip.element, messages.element,
+        h("div", {class: "pair"}, topics.element, settings.element),
+        liveCard(signal, path("channels", channel, "/live"), "Every change of the channel"),
+    ];
+}
+
+function askPause(channel, done) {
+    ask(`Pause ${channel}`, {
+        text: "Consumers get nothing while it is paused; messages can still be posted.",
+        fields: [{name: "for", label: "Seconds", placeholder: "until it is resumed"}],
+        action: "Pause",
+        send: async values => {
+            await call("PUT", path("channels", channel, `/pause${query(values)}`));
+            done();
+            return "Paused";
+        },
+    });
+}
+
+function askRedrive(channel, done) {
+    ask(`Redrive ${channel}`, {
+        text: "Moves its ready dead letters back to where they came from, in their order.",
+        fields: [
+            {name: "n", label: "How many", placeholder: "all"},
+            {name: "to", label: "To the channel", placeholder: "where each came from",
+                required: access.restricted},
+        ],
+        action: "Redrive",
+        send: async values => {
+            const target = path("channels", channel, `/redrive${query(values)}`);
+            const {moved} = await (await call("POST", target)).json();
+            done();
+            return `Moved ${plural(moved, "message")}`;
+        },
+    });
+}
+
+function askDrain(channel, done) {
+    ask(`Drain ${channel}`, {
+        text: "Deletes all its messages, those in flight and delayed too. This cannot be undone.",
+        fields: [{name: "name", label: "Type the channel's name to confirm", must: channel}],
+        action: "Delete all messages", look: "danger",
+        send: async () => {
+            await call("DELETE", path("channels", channel));
+            done();
+            return "Drained";
+        },
+    });
+}
+
+function messageList(signal, channel) {
+    let state = "";
+    const chosen = new Map();  // messages by id
+    const shown = new Map();
+    const tick = (label, onchange) => h("input", {type: "checkbox", "aria-label": label, onchange});
+    const all = tick("Choose all on this page", event => {
+        shown.forEach((message, id) => choose(id, event.target.checked));
+        list.element.querySelectorAll("td input").forEach(input => {
+            input.checked = event.target.checked;
+        });
+    });
+    function choose(id, wanted) {
+        if (wanted) {
+            chosen.set(id, shown.get(id));
+        } else {
+            chosen.delete(id);
+        }
+        chosenActions();
+    }
+    const list = table("Messages", [
+        {class: "tick", head: all, make: ({id}) =>
+            tick(`Choose message ${id}`, event => choose(id, event.target.checked))},
+        {title: "Message", make: ({id}) => linkTo("messages", id)},
+        {title: "Body", class: "wide mono", make: message => h("bdi", {}, preview(message))},
+        {title: "State", class: "rare", text: m => STATE_NAMES[m.state] || m.state},
+        count("Priority", m => m.priority, "rare"),
+        {...count("Delivered", m => m.delivered), title: "Delivered"},
+        count("Age", m => m.received, "", duration),
+    ], message => message.id, "No messages in this state.");
+    const pages = pager(PAGE, () => clear());
+    const bulk = h("div", {class: "actions", hidden: true});
+    const clear = () => {
+        chosen.clear();
+        all.checked = false;
+        list.update([]);
+        chosenActions();
+        refresh();
+    };
+    function chosenActions() {
+        bulk.hidden = !chosen.size;
+        bulk.replaceChildren(`${number(chosen.size)} chosen`, ...messageActions(
+            () => [...chosen.values()], () => clear()));
+    }
+    const tabs = h("div", {class: "tabs", role: "group", "aria-label": "State"},
+        STATES.map(([value, title]) => h("button", {
+            type: "button", "aria-pressed": String(value === state), onclick: event => {
+                state = value;
+                for (const tab of tabs.children) {
+                    tab.setAttribute("aria-pressed", String(tab === event.currentTarget));
+                }
+                pages.reset();
+                clear();
+            },
+        }, title)));
+    const refresh = poll(2000, async () => {
+        const asked = `${state} ${pages.after}`;
+        const messages = await get(path("channels", channel, "/messages" + query(
+            {state, n: PAGE, after: pages.after})), signal).catch(error => {
+            if (error.status === 404) {  // the message at which the page begins has gone
+                pages.reset();
+            }
+            throw error;
+        });
+        if (asked === `${state} ${pages.after}`) {
+            shown.clear();
+            messages.forEach(message => shown.set(message.id, message));
+            list.update(messages);
+            pages.update(messages.map(message => message.id));
+        }
+    }, signal);
+    const element = h("section", {class: "card"},
+        h("header", {}, h("h2", {}, "Messages"), tabs, bulk), list.element, pages.element);
+    return {element, refresh: clear};
+}
+
+function preview({body, encoding, cut}) {
+    const text = encoding ? `${atob(body).length} bytes, binary` : body.slice(0, 200);
+    return cut || (!encoding && body.length > 200) ? `${text}…` : text;
+}
+
+// What can be done to messages, one or many: each gets what the call says, and they are counted.
+function messageActions(chosen, done) {
+    const each = (title, verb, past, look) => button(title, () => act(async () => {
+        const messages = chosen();
+        for (const message of messages) {
+            await call("POST", `messages/${message.id}/${verb}`);
+        }
+        done();
+        return `${past} ${plural(messages.length, "message")}`;
+    }), look);
+    const remove = button("Delete", () => act(async () => {
+        const messages = chosen();
+        const response = await call("POST", "messages/delete", {
+            body: JSON.stringify(messages.map(message => message.id)), type: "application/json",
+        });
+        const {deleted} = await response.json();
+        done();
+        return `Deleted ${plural(deleted.length, "message")}`;
+    }), "small danger");
+    const states = new Set(chosen().map(message => message.state));
+    return [
+        can("read") && states.size === 1 && states.has("hidden")
+            && each("Release", "release", "Released", "small"),
+        can("read") && each("Reject", "reject", "Rejected", "small"),
+        can("admin") && chosen().every(message => message["dead-from"])
+            && each("Redrive", "redrive", "Moved", "small"),
+        can("read") && remove,
+    ].filter(Boolean);
+}
+
+function subscriptions(channel, changed) {
+    const list = table("Subscriptions", [
+        {title: "Topic", class: "wide", make: topic => linkTo("topics", topic)},
+        {...ACTION, make: topic =>
+            can("admin") && unsubscribeButton(channel, topic, changed)},
+    ], topic => topic, "Not subscribed to any topic.");
+    const element = h("section", {class: "card"}, h("header", {}, h("h2", {}, "Subscriptions"),
+        h("div", {class: "actions"}, can("admin")
+            && button("Subscribe", () => askSubscribe({channel}, changed), "small"))),
+        list.element);
+    return {element, update: list.update};
+}
+
+function unsubscribeButton(channel, topic, changed) {
+    return button("Unsubscribe", () => act(async () => {
+        await call("DELETE", path("channels", channel, path("/topics", topic)));
+        changed();
+        return `${channel} is no longer subscribed to ${topic}`;
+    }), "small");
+}
+
+// Subscribes a channel or to a topic, whichever is not given.
+function askSubscribe(known, changed) {
+    const asked = known.channel == null ? "channel" : "topic";
+    ask(known.channel == null ? `Subscribe a channel to ${known.topic}` : "Subscribe to a topic", {
+        fields: [{name: "_name", label: asked === "topic" ? "Topic" : "Channel", required: true}],
+        more: parameterFields("subscribe"), action: "Subscribe",
+        send: async ({_name, ...parameters}) => {
+            const {channel, topic} = {...known, [asked]: _name};
+            const rest = path("/topics", topic, query(parameters));
+            await call("PUT", path("channels", channel, rest));
+            changed();
+            return `${channel} is subscribed to ${topic}`;
+        },
+    });
+}
+
+function settingsCard(channel, changed) {
+    const values = h("dl", {class: "list"});
+    let settings = {};
+    const edit = button("Change", () => ask(`Settings of ${channel}`, {
+        text: "They hold for messages that do not say otherwise.",
+        fields: [], more: null, action: "Save",
+        ...settingsForm(channel, settings, changed),
+    }), "small");
+    const update = given => {
+        settings = given;
+        const rows = PARAMETERS.filter(parameter => parameter.for.includes("settings")).map(
+            ({name, default: preset}) => [name, given[name], preset]);
+        const text = JSON.stringify(rows);
+        if (values.dataset.text !== text) {
+            values.dataset.text = text;
+            values.replaceChildren(...rows.flatMap(([name, value, preset]) => [
+                h("dt", {}, name),
+                h("dd", {}, value == null || value === ""
+                    ? h("span", {class: "zero"}, preset === "" ? "none" : preset, " (default)")
+                    : h("bdi", {}, String(value))),
+            ]));
+        }
+    };
+    const element = h("section", {class: "card"}, h("header", {}, h("h2", {}, "Settings"),
+        h("div", {class: "actions"}, can("admin") && edit)),
+        h("div", {class: "inside"}, values));
+    return {element, update};
+}
+
+function settingsForm(channel, settings, changed) {
+    const target = path("channels", channel, "/settings");
+    const clear = done => button("Clear all", () => act(async () => {
+        await call("DELETE", target);
+        changed();
+        done("Settings cleared");
+        return "Settings cleared";
+    }));
+    return {
+        fields: parameterFields("settings", settings),
+        extra: done => [clear(done)],
+        send: async values => {
+            await call("PUT", target + query(values));
+            changed();
+            return "Settings saved";
+        },
+    };
+}
+
+// -- A message
+
+const SHOWN_BODY = 262_144;  // bytes of a body that are read to be shown,
+const SHOWN_HEX = 16_384;  // and in hexadecimal
+const KNOWN = ["body", "encoding", "cut", "id", "channel", "state"];
+
+function messageView(signal, id) {
+    const facts = h("dl", {class: "list"});
+    const history = h("ul");
+    const mark = h("span", {class: "mark"});
+    const place = h("div");
+    const actions = h("div", {class: "actions"});
+    const body = h("div", {class: "inside"}, "Loading…");
+    let loaded = false;
+    const refresh = poll(2000, async () => {
+        const head = await call("HEAD", path("messages", id), {signal});
+        const channel = decodeURIComponent(head.headers.get("x-linger-channel"));
+        const [message] = await get(path("channels", channel,
+            `/messages?n=1&after=${BigInt(id) - 1n}`), signal);
+        put(mark, STATE_NAMES[message.state] || message.state);
+        place.replaceChildren(crumbs("Channels", "#/", linkTo("channels", channel)));
+        facts.replaceChildren(...messageFacts(message, head.headers.get("content-length")));
+        history.replaceChildren(...messageHistory(message).map(text => h("li", {}, text)));
+        actions.replaceChildren(...messageActions(() => [message], () => refresh()));
+        if (!loaded) {
+            body.replaceChildren(...await bodyParts(id, message.type, signal));
+            loaded = true;
+        }
+    }, signal);
+    return [
+        h("div", {class: "head"},
+            h("div", {}, place, h("h1", {}, `Message ${id} `, mark)), actions),
+        h("section", {class: "card"}, h("header", {}, h("h2", {}, "Body")), body),
+        h("div", {class: "pair"},
+            h("section", {class: "card"}, h("header", {}, h("h2", {}, "Parameters")),
+                h("div", {class: "inside"}, facts)),
+            h("section", {class: "card"}, h("header", {}, h("h2", {}, "History")),
+                h("div", {class: "inside"}, history))),
+    ];
+}
+
+function messageFacts(message, size) {
+    const rows = [["size", bytes(Number(size))], ...Object.entries(message)];
+    return rows.filter(([name]) => !KNOWN.includes(name)).flatMap(([name, value]) => [
+        h("dt", {}, name),
+        h("dd", {}, h("bdi", {}, value === "" ? NONE
+            : typeof value === "object" ? JSON.stringify(value, null, 1) : String(value))),
+    ]);
+}
+
+function messageHistory(message) {
+    const from = message["dead-from"];
+    return [
+        `Posted ${duration(message.received)} ago`
+            + (message.topic ? ` on the topic ${message.topic}` : ""),
+        from && `Given up in ${from} after ${plural(message["dead-delivered"], "delivery")
+            .replace("deliverys", "deliveries")}: ${REASONS[message["dead-reason"]]}`,
+        `Delivered ${plural(message.delivered, "time")}`
+            + (message.deliver ? ` of at most ${message.deliver}` : "")
+            + (from ? " since then" : ""),
+        message.error && `Last error: ${message.error}`,
+        message.holder && `In flight with ${message.holder}`,
+        message["hidden-for"] != null && `Hidden for ${duration(message["hidden-for"])} more`,
+        message.delay && `Ready in ${duration(message.delay)}`,
+        message.linger && `Kept for ${duration(message.linger)} after its post`,
+    ].filter(Boolean);
+}
+
+const REASONS = {
+    deliver: "its deliveries were used up", linger: "its lifetime was over",
+    reject: "a consumer rejected it",
+};
+
+async function bodyParts(id, type, signal) {
+    const response = await call("GET", path("messages", id), {signal});
+    const size = Number(response.headers.get("content-length"));
+    const data = await beginning(response.body.getReader(), SHOWN_BODY);
+    const pre = h("pre", {class: "body", dir: "auto", tabindex: "0", "aria-label": "Body"});
+    const parts = [pre];
+    let text = null;
+    try {
+        text = new TextDecoder("utf-8", {fatal: true}).decode(data, {stream: data.length < size});
+    } catch {
+        pre.classList.add("hex");
+    }
+    put(pre, text ?? hexadecimal(data.subarray(0, SHOWN_HEX)));
+    const tools = h("div", {class: "actions"});
+    const formatted = text != null && data.length === size && formatJson(text, type);
+    if (formatted) {
+        put(pre, formatted);
+        const raw = button("Show as sent", () => {
+            const isRaw = pre.textContent === text;
+            put(pre, isRaw ? formatted : text);
+            put(raw, isRaw ? "Show as sent" : "Show formatted");
+        }, "small");
+        tools.append(raw);
+    }
+    tools.append(button("Download", () => act(() => download(id)), "small"));
+    const shown = text == null ? Math.min(data.length, SHOWN_HEX) : data.length;
+    if (shown < size) {
+        tools.append(h("span", {class: "hint"}, `The first ${bytes(shown)} of ${bytes(size)}`));
+    }
+    return [...parts, tools];
+}
+
+async function beginning(reader, limit) {
+    const data = new Uint8Array(limit);
+    let length = 0;
+    while (length < limit) {
+        const {value, done} = await reader.read();
+        if (done) {
+            break;
+        }
+        data.set(value.subarray(0, limit - length), length);
+        length += value.length;
+    }
+    reader.cancel();
+    return data.subarray(0, Math.min(length, limit));
+}
+
+function formatJson(text, type) {
+    if (!/json/i.test(type) && !/^\s*[[{]/.test(text)) {
+        return "";
+    }
+    try {
+        return JSON.stringify(JSON.parse(text), null, 2);
+    } catch {
+        return "";
+    }
+}
+
+function hexadecimal(data) {
+    const lines = [];
+    for (let at = 0; at < data.length; at += 16) {
+        const row = [...data.subarray(at, at + 16)];
+        const codes = row.map(byte => byte.toString(16).padStart(2, "0")).join(" ");
+        const texts = row.map(byte => byte > 32 && byte < 127 ? String.fromCharCode(byte) : ".");
+        lines.push(`${at.toString(16).padStart(6, "0")}  ${codes.padEnd(47)}  ${texts.join("")}`);
+    }
+    return lines.join("\n");
+}
+
+async function download(id) {
+    const response = await call("GET", path("messages", id));
+    const url = URL.createObjectURL(await response.blob());
+    h("a", {href: url, download: `message-${id}`}).click();
+    setTimeout(() => URL.revokeObjectURL(url), 10_000);
+    return `Message ${id} downloaded`;
+}
+
+// -- Live
+
+const TAIL = 100;  // events shown
+
+function liveCard(signal, target, what) {
+    let stop = null, events = [], number = 0;
+    const list = table("Events", [
+        {title: "Time", class: "mono", make: event => event.time},
+        {title: "Event", make: event => event.event || "published"},
+        {title: "Message", make: event => event.id != null && linkTo("messages", event.id)},
+        {title: "Body", class: "wide mono", make: event => h("bdi", {}, preview(event))},
+    ], event => event.number, "Nothing has happened yet.");
+    const toggle = button("Start", () => {
+        if (stop) {
+            stop.abort();
+            stop = null;
+        } else {
+            stop = new AbortController();
+            signal.addEventListener("abort", () => stop?.abort());
+            const started = stop.signal;
+            poll(1000, () => stream(target, show, add, started), started, 0);
+        }
+        put(toggle, stop ? "Stop" : "Start");
+    }, "small");
+    function add(event) {
+        if (!events.length || !events[0].isNew) {
+            setTimeout(show, 200);
+        }
+        const time = new Date().toLocaleTimeString("en-GB");
+        events = [{...event, time, number: number++, isNew: true}, ...events].slice(0, TAIL);
+    }
+    function show() {
+        events.forEach(event => { event.isNew = false; });
+        list.update(events);
+    }
+    return h("section", {class: "card"}, h("header", {}, h("h2", {}, "Live"),
+        h("span", {class: "hint"}, what), h("div", {class: "actions"}, toggle)), list.element);
+}
+
+// -- Topics
+
+function topicList(signal) {
+    let names = [], like = "", page = 0;
+    const list = table("Topics", [
+        {title: "Topic", class: "wide", make: topic => linkTo("topics", topic)},
+    ], topic => topic, "No topics. One appears when a channel subscribes to it.");
+    const note = h("span");
+    const back = button("Previous", () => turn(-1), "small");
+    const next = button("Next", () => turn(1), "small");
+    const turn = way => {
+        page += way;
+        show();
+    };
+    const show = () => {
+        const found = names.filter(name => name.toLowerCase().includes(like.toLowerCase()));
+        const last = Math.max(Math.ceil(found.length / PAGE) - 1, 0);
+        page = Math.min(page, last);
+        list.update(found.slice(page * PAGE, (page + 1) * PAGE));
+        put(note, plural(found.length, "topic"));
+        back.disabled = page === 0;
+        next.disabled = page === last;
+    };
+    poll(5000, async () => {
+        names = (await get("topics", signal)).topics;
+        show();
+    }, signal);
+    return h("section", {class: "card"},
+        h("header", {}, h("h1", {}, "Topics"), h("div", {class: "actions"},
+            search("Filter topics", text => {
+                like = text;
+                show();
+            }), can("write") && publishButton())),
+        list.element, h("div", {class: "pages"}, note, back, next));
+}
+
+function topicView(signal, topic) {
+    const list = table("Subscribers", [
+        {title: "Channel", class: "wide", make: channel => linkTo("channels", channel)},
+        {...ACTION, make: channel =>
+            can("admin") && unsubscribeButton(channel, topic, () => refresh())},
+    ], channel => channel, "No subscribers: what is published is dropped.");
+    const refresh = poll(2000, async () =>
+        list.update((await get(path("topics", topic, "/channels"), signal)).channels), signal);
+    return [
+        h("div", {class: "head"},
+            h("div", {}, crumbs("Topics", "#/topics"), h("h1", {}, h("bdi", {}, topic))),
+            h("div", {class: "actions"},
+                can("admin")
+                    && button("Subscribe a channel", () => askSubscribe({topic}, () => refresh())),
+                can("write") && publishButton(topic))),
+        h("section", {class: "card"}, h("header", {}, h("h2", {}, "Subscribers")), list.element),
+        liveCard(signal, path("topics", topic, "/live"), "Every publication on the topic"),
+    ];
+}
+
+// -- Dead letters
+
+function deadList(signal) {
+    let reason = "", order = "newest";
+    const redrive = message => button("Redrive", () => act(async () => {
+        await call("POST", `messages/${message.id}/redrive`);
+        refresh();
+        return `Message ${message.id} is back in ${message["dead-from"]}`;
+    }), "small");
+    const list = table("Dead letters", [
+        {title: "Message", make: ({id}) => linkTo("messages", id)},
+        {title: "From", make: message => linkTo("channels", message["dead-from"])},
+        {title: "Reason", text: message => message["dead-reason"]},
+        {title: "Error", class: "wide rare", make: m => h("bdi", {}, m.error || preview(m))},
+        count("Deliveries", m => m["dead-delivered"], "rare"),
+        count("Age", m => m.received, "", duration),
+        {title: "Now in", class: "rare", make: message => linkTo("channels", message.channel)},
+        {...ACTION, make: redrive},
+    ], message => message.id, "No dead letters.");
+    const pages = pager(PAGE, () => refresh());
+    const choose = (label, values, pick) => h("select", {
+        "aria-label": label, onchange: event => {
+            pick(event.target.value);
+            pages.reset();
+            refresh();
+        },
+    }, values.map(([value, text]) => h("option", {value}, text)));
+    const refresh = poll(2000, async () => {
+        const asked = `${reason} ${order} ${pages.after}`;
+        const messages = await get("dead-letters" + query(
+            {n: PAGE, reason, order, after: pages.after}), signal);
+        if (asked === `${reason} ${order} ${pages.after}`) {
+            list.update(messages);
+            pages.update(messages.map(message => message.id));
+        }
+    }, signal);
+    return h("section", {class: "card"},
+        h("header", {}, h("h1", {}, "Dead letters"), h("div", {class: "actions"},
+            choose("Reason", [["", "All reasons"], ["deliver", "Deliveries used up"],
+                ["linger", "Lifetime over"], ["reject", "Rejected"]], value => { reason = value; }),
+            choose("Order", [["newest", "Newest first"], ["oldest", "Oldest first"]],
+                value => { order = value; }))),
+        list.element, pages.element);
+}
+
+// -- Which view is shown
+
+let view = new AbortController();
+
+function show(...parts) {
+    $("main").replaceChildren(...parts.flat());
+}
+
+function route() {
+    $("dialog").close();
+    view.abort();
+    view = new AbortController();
+    if (!access) {
+        return;
+    }
+    const [kind = "", text = ""] = location.hash.slice(2).split("/");
+    let name = "";
+    try {
+        name = decodeURIComponent(text);
+        const views = {channels: channelView, messages: messageView, topics: topicView};
+        const lists = {topics: topicList, dead: deadList};
+        show(name && views[kind] ? views[kind](view.signal, name)
+            : (lists[kind] || overview)(view.signal));
+    } catch (error) {
+        show(h("section", {class: "card"}, h("div", {class: "none"}, describe(error))));
+    }
+    document.title = name ? `${name} | Linger` : "Linger";
+    for (const link of $("views").children) {
+        const isCurrent = link.hash === `#/${["topics", "dead"].includes(kind) ? kind : ""}`;
+        if (isCurrent) {
+            link.setAttribute("aria-current", "page");
+        } else {
+            link.removeAttribute("aria-current");
+        }
+    }
+    $("main").focus();
+}
+
+// -- Signing in
+
+function signOut(why) {
+    token = "";
+    access = null;
+    sessionStorage.removeItem("linger-token");
+    view.abort();
+    $("views").hidden = true;
+    $("sign").hidden = true;
+    const enter = form("Sign in", {
+        text: why,
+        fields: [{name: "token", label: "Token", kind: "password", required: true,
+            help: "It is kept until this tab is closed."}],
+        action: "Sign in",
+        send: async values => {
+            token = values.token.trim();
+            await start();
+        },
+    }, () => {});
+    show(h("section", {class: "card narrow"}, enter));
+    enter.querySelector("input").focus();
+}
+
+async function start() {
+    const {hostname, version} = await get("");
+    access = await get("access");
+    if (token) {
+        sessionStorage.setItem("linger-token", token);
+    }
+    put($("host"), hostname);
+    $("host").title = `Linger ${version}`;
+    $("views").hidden = false;
+    $("views").lastElementChild.hidden = !canServer();
+    $("sign").hidden = !token;
+    route();
+}
+
+async function look() {
+    const light = $("light");
+    try {
+        await get("health");
+        light.className = "light good";
+        put(light, "Healthy");
+    } catch (error) {
+        light.className = "light bad";
+        put(light, error.status ? "Not healthy" : "Not reachable");
+        throw error;
+    }
+    if (!access && !$("main").firstChild) {
+        await start().catch(error => {
+            if (error.status !== 401) {
+                throw error;
+            }
+        });
+    }
+}
+
+document.body.append(h("datalist", {id: "types"}, ["text/plain", "application/json"].map(
+    value => h("option", {value}))));
+$("sign").addEventListener("click", () => signOut(ASK));
+$("skip").addEventListener("click", () => $("main").focus());
+addEventListener("hashchange", route);
+poll(5000, look, new AbortController().signal);
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# Page: the dashboard as one static document, with the policy that a browser enforces on it.
+# ---------------------------------------------------------------------------------------------
+
+PAGE_DOCUMENT = """
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Linger</title>
+<link rel="icon" href="data:image/svg+xml,{icon}">
+<style>{style}</style>
+</head>
+<body>
+<button class="skip" id="skip">Skip to the content</button>
+<header class="bar">
+    <a class="brand" href="#/">{logo} Linger</a>
+    <nav aria-label="Views" id="views" hidden>
+        <a href="#/">Channels</a>
+        <a href="#/topics">Topics</a>
+        <a href="#/dead">Dead letters</a>
+    </nav>
+    <div class="server">
+        <span id="host"></span>
+        <span id="light" class="light" role="status">Connecting</span>
+        <button id="sign" class="small" hidden>Sign out</button>
+    </div>
+</header>
+<div id="problem" class="alert" role="alert" hidden></div>
+<main id="main" tabindex="-1"></main>
+<div id="toast" class="toast" role="status"></div>
+<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+<noscript><div class="alert">The dashboard needs JavaScript.</div></noscript>
+<script type="application/json" id="parameters">{parameters}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+LOGO = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24" aria-hidden="true" fill="none"'
+    ' stroke="{color}" stroke-width="2.4" stroke-linecap="round"><path d="M4 6h16M4 12h11M4 18h6"/>'
+    '<circle cx="19" cy="15.5" r="3"/></svg>'
+)
+
+# Which calls take a parameter: the script makes their forms of it.
+FORMS = {
+    "post": tuple(p for p in ALL_PARAMETERS if p.name != "headers"),
+    "publish": tuple(p for p in PUBLISH_PARAMETERS if p.name != "headers"),
+    "subscribe": MESSAGE_PARAMETERS,
+    "settings": CHANNEL_PARAMETERS,
+}
+
+
+def source_hash(text: str) -> str:
+    """What allows a script or style in a Content-Security-Policy (w3.org/TR/CSP3, 2.3.1)."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def page_parameters() -> str:
+    """The tables of parameters as JSON that may stand in a document."""
+    tables = {name: [p.name for p in table] for name, table in FORMS.items()}
+    parameters = {p.name: p for table in FORMS.values() for p in table}
+    listed = [
+        {
+            "name": p.name,
+            "help": p.help,
+            "default": "" if p.default is None else p.default,
+            "for": [name for name, names in tables.items() if p.name in names],
+        }
+        for p in parameters.values()
+    ]
+    return TO_JSON(listed).replace("<", "\\u003c")
+
+
+class Page(NamedTuple):
+    """The document, and the header lines of a response with it."""
+
+    body: bytes
+    etag: str
+    headers: str
+
+
+@functools.lru_cache(None)
+def page() -> Page:
+    """The dashboard, without the indentation and the comments of its source.
+
+    The policy allows its own script and style only, calls to its own server only, and, where a
+    browser knows trusted types, nothing that makes markup of a text.
+    """
+    style, script = (
+        "\n".join(re.findall(r"(?m)^ *(?!//)(\S.*)", source))
+        for source in (PAGE_STYLE, PAGE_SCRIPT + PAGE_VIEWS)
+    )
+    document = PAGE_DOCUMENT.lstrip()
+    for name, text in (
+        ("icon", urllib.parse.quote(LOGO.format(color="#1f56c9"))),
+        ("logo", LOGO.format(color="currentColor")),
+        ("parameters", page_parameters()),
+        ("style", style),
+        ("script", script),
+    ):
+        document = document.replace(f"{{{name}}}", text)
+    body = document.encode()
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
+        f" form-action 'none'; frame-ancestors 'none'; style-src {source_hash(style)};"
+        f" script-src {source_hash(script)}; require-trusted-types-for 'script'; trusted-types"
+        " 'none'"
+    )
+    headers = (
+        f"Content-Security-Policy: {policy}\r\nReferrer-Policy: same-origin\r\n"
+        f"Cache-Control: no-cache\r\nETag: {etag}\r\n{VARY}"
+    )
+    return Page(body, etag, headers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9780,8 +11643,21 @@ class ManagementApi:
                 "version": __version__,
                 "id": self._broker.id,
                 "hostname": socket.gethostname(),
-            }
+            },
+            headers=VARY,
         )
+
+    def show_page(self, request: Request) -> Response:
+        body, etag, headers = page()
+        if request.headers.fields.get("if-none-match") == etag:
+            return Response(304, headers=headers)
+        return Response(200, body, "text/html; charset=utf-8", headers)
+
+    def get_access(self, request: Request) -> Response:
+        grant = request.grant
+        rights = [right for right in RIGHTS if right in grant.rights]
+        restricted = grant.channels is not None
+        return json_response({"rights": rights, "restricted": restricted})
 
     def check_health(self, _: Request) -> Response:
         try:
@@ -9791,7 +11667,8 @@ class ManagementApi:
         return json_response({"healthy": True})
 
     def get_stats(self, _: Request) -> Response:
-        return json_response(self._broker.stats())
+        connections = len(self._server.connections)
+        return json_response({**self._broker.stats(), "current-connections": connections})
 
     def get_history(self, request: Request, _: str) -> Response:
         seconds = request.integer("seconds", 1, HISTORY_SECONDS) or HISTORY_SECONDS
@@ -9837,14 +11714,29 @@ class ManagementApi:
             raise NotFound(f"there is no message {after}")  # the listing would reveal its place
         n = request.integer("n", 1, MAX_BATCH) or 50
         cut = None if whole else PREVIEW_BYTES
+        read = self._broker.list_whole if whole else self._broker.list_messages
+        return self._listing(request, n, cut, lambda: read(channel, state, n, after))
+
+    def list_dead_letters(self, request: Request) -> Response:
+        n, after = request.integer("n", 1, MAX_BATCH) or 50, request.integer("after")
+        reason, order = request.parameter("reason") or "", request.parameter("order") or "newest"
+        read = functools.partial(self._broker.dead_letters, n, after, reason, order)
+        return self._listing(request, n, PREVIEW_BYTES, read)
+
+    def _listing(
+        self,
+        request: Request,
+        n: int,
+        cut: Optional[int],
+        read: Callable[[], Iterable[tuple[Message, str]]],
+    ) -> Response:
+        """The response with the up to `n` messages that `read` returns, with their states."""
         output, asked = request.connection.output, time.monotonic()
         with self._memory.large_work:
             if time.monotonic() > asked + GONE_AFTER and request.connection.is_disconnected():
                 raise Unavailable("the client has gone, or the server has too much to do")
             output.resize(self._most_of_listing(n, cut))
-            listed = (self._broker.list_whole if whole else self._broker.list_messages)(
-                channel, state, n, after
-            )
+            listed = read()
             array = JsonArray(listed, lambda message, state: listed_object(message, state, cut))
             output.force(array.size)
         return Response(200, array=array)
@@ -9964,6 +11856,10 @@ class Api(ManagementApi):
     def _identify(self, request: Request) -> None:
         """Finds the grant of a request; `AccessDenied` if it has none, or for a foreign page."""
         headers, grants = request.headers, self._access.grants
+        if request.routes is PAGE_ROUTES:  # static: a link on any site may lead to it
+            self._access.check_host(headers.fields)
+            request.grant, request.grants = NO_ACCESS, grants
+            return
         if headers.cors_headers is None:
             headers.cors_headers = self._access.check_origin(headers.fields)
         request.base_headers = headers.cors_headers
@@ -9992,7 +11888,9 @@ class Api(ManagementApi):
                 self._server.await_stop(delay)
             finally:
                 throttle.slots.release()
-        raise AccessDenied("a token is needed: `Authorization: Bearer <token>`", 401, CHALLENGE)
+        is_script = "x-requested-with" in request.headers.fields  # a browser must not ask for it
+        challenge = BEARER_CHALLENGE if is_script else CHALLENGE
+        raise AccessDenied("a token is needed: `Authorization: Bearer <token>`", 401, challenge)
 
     def _body_limit(self, request: Request) -> int:
         route = request.routes.get("POST")

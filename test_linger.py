@@ -2494,6 +2494,8 @@ class StatsTest(BrokerTest):
                     "current-messages-urgent",
                     "current-messages-niced",
                     "current-uptime",
+                    "current-waiting",
+                    "db-free",
                     "db-file",
                     "db-size",
                     "pid",
@@ -3883,6 +3885,7 @@ class LookingTest(BrokerTest):
             {
                 "channel": "q", "ready": 1, "delayed": 1, "in-flight": 1, "oldest": 7,
                 "waiting": 0, "topics": ["t"], "paused": False, "settings": {"hlm": 9},
+                "events": {"posted": 3, "delivered": 1, "deleted": 0, "failed": 0},
             },
         )  # fmt: skip
         self.assertIsNone(self.broker.info("empty")["oldest"])
@@ -13141,6 +13144,27 @@ class Browser:
         """The value, or that of the promise, which the body of a JavaScript function returns."""
         return self.call("POST", "/execute/sync", {"script": script, "args": arguments})
 
+    def press(self, *keys):
+        """Presses keys one after the other, by their codes (w3.org/TR/webdriver2, 17.4.2)."""
+        steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        source = {"type": "key", "id": "keys", "actions": steps}
+        self.call("POST", "/actions", {"actions": [source]})
+
+    def command(self, name, **parameters):
+        """A command of Chromium's DevTools."""
+        return self.call("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
+
+    def resize(self, width, height):
+        self.command("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                     deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
+
+    def set_theme(self, theme):
+        feature = {"name": "prefers-color-scheme", "value": theme}
+        self.command("Emulation.setEmulatedMedia", features=[feature])
+
+    def picture(self):
+        return base64.b64decode(self.call("GET", "/screenshot"))
+
     def close(self):
         try:
             self.call("DELETE", "")
@@ -13325,6 +13349,738 @@ class BrowserTest(ProcessCase):
                 self.browser.open(self.page(host))
                 url = f"http://127.0.0.1:{server.port}/channels/q"
                 self.assertEqual(self.browser.run(script, url), expected)
+
+
+SCREENS = HERE / ".screens"  # what the dashboard looked like in the last run of its tests
+AXE = os.environ.get("AXE", "")  # the path of axe.min.js, from the npm package axe-core
+
+
+class DocumentTest(ServerTest):
+    """The dashboard's document and the calls that were made for it, without a browser."""
+
+    def get(self, accept=PageTest.PAGE, **headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.call("GET", "/", None, {"Host": "localhost", "Accept": accept, **headers})
+
+    def test_who_prefers_html_gets_the_page_and_everybody_else_json(self):
+        for accept, kind in (
+            (PageTest.PAGE, "text/html"),
+            ("text/html", "text/html"),
+            ("TEXT/HTML; q=0.3, */*;q=0.2", "text/html"),
+            ("*/*", "application/json"),
+            ("", "application/json"),
+            ("text/*", "application/json"),
+            ("text/html, application/json", "application/json"),
+            ("text/html;q=0, */*", "application/json"),
+            ("text/html;q=nan, */*;q=0", "application/json"),
+            ("application/json, text/html;q=0.9", "application/json"),
+        ):
+            with self.subTest(accept):
+                status, headers, body = self.get(accept)
+                self.assertEqual((status, headers["Vary"]), (200, "Accept"))
+                self.assertEqual(headers["Content-Type"].partition(";")[0], kind)
+                self.assertEqual(body[:15] == b"<!DOCTYPE html>", kind == "text/html")
+
+    def test_it_is_small_and_allows_no_script_and_no_host_but_its_own(self):
+        _, headers, body = self.get()
+        self.assertLess(len(body), 60_000)
+        policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+        for kind in ("script", "style"):
+            (text,) = re.findall(f"<{kind}>(.*?)</{kind}>".encode(), body, re.S)
+            digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+            self.assertEqual(policy[f"{kind}-src"], f"'sha256-{digest}'")
+        self.assertEqual(policy["default-src"], "'none'")
+        self.assertEqual(policy["frame-ancestors"], "'none'")
+        self.assertEqual(policy["connect-src"], "'self'")
+        self.assertNotRegex(body.decode(), r"https?://(?!www\.w3\.org/2000/svg)")
+        self.assertNotRegex(body.decode(), "innerHTML|insertAdjacentHTML|document.write|eval")
+        self.assertEqual(headers["X-Content-Type-Options"], "nosniff")
+
+    def test_it_is_sent_once_and_then_only_compared(self):
+        etag = self.get()[1]["ETag"]
+        status, headers, body = self.get(If_None_Match=etag)
+        self.assertEqual((status, headers["ETag"], body), (304, etag, b""))
+        self.assertIsNone(headers["Content-Length"])
+        self.assertEqual(self.get(If_None_Match='"other"')[0], 200)
+
+    def test_head_answers_like_get(self):
+        status, headers, body = self.call("HEAD", "/", None, {"Accept": "text/html"})
+        self.assertEqual((status, body), (200, b""))
+        self.assertEqual(int(headers["Content-Length"]), len(linger.page().body))
+
+    def test_a_link_on_another_site_leads_to_it_but_not_by_a_foreign_name(self):
+        foreign = {"Sec_Fetch_Site": "cross-site", "Referer": "https://wiki.example/"}
+        self.assertEqual(self.get(**foreign)[0], 200)
+        self.assertEqual(self.get("*/*", **foreign)[0], 403)
+        self.assertEqual(self.get(Host="evil.example")[0], 403)
+
+    def test_the_history_of_dead_letters_is_listed_over_all_channels(self):
+        for n, (channel, reason) in enumerate((("a", "x"), ("b", "y"), ("a", "z")), 1):
+            self.broker.post(channel, b"%d" % n, dead="failed")
+            self.broker.reject(n, reason=reason)
+        self.broker.post("c", b"4", dead="late", deliver=1)
+        self.broker.get("c")
+        self.broker.release(4)
+        self.broker.post("c", b"no dead letter")
+
+        def listed(query=""):
+            status, messages = self.json("GET", f"/dead-letters{query}")
+            self.assertEqual(status, 200)
+            return [message["id"] for message in messages]
+
+        self.assertEqual(listed(), [4, 3, 2, 1])
+        self.assertEqual(listed("?order=oldest&n=2"), [1, 2])
+        self.assertEqual(listed("?order=oldest&n=2&after=2"), [3, 4])
+        self.assertEqual(listed("?n=2&after=4"), [3, 2])
+        self.assertEqual(listed("?reason=deliver"), [4])
+        self.assertEqual(self.json("GET", "/dead-letters")[1][1]["error"], "z")
+        for query in ("?reason=odd", "?order=odd", "?n=0", "?after=x"):
+            self.assertEqual(self.json("GET", f"/dead-letters{query}")[0], 400)
+
+    def test_info_counts_what_has_happened_in_the_channel(self):
+        for _ in range(3):
+            self.broker.post("q", b"x")
+        self.broker.delete(self.broker.get("q").id)
+        self.broker.release(self.broker.get("q").id)
+        expected = {"posted": 3, "delivered": 2, "deleted": 1, "failed": 1}
+        self.assertEqual(self.broker.info("q")["events"], expected)
+        self.assertEqual(self.broker.info("other")["events"], dict.fromkeys(expected, 0))
+
+    def test_stats_say_who_is_connected_and_what_is_free(self):
+        self.park("q")
+        stats = self.json("GET", "/stats")[1]
+        self.assertEqual((stats["current-connections"], stats["current-waiting"]), (2, 1))
+        self.assertEqual(stats["db-free"], -1)  # in memory
+
+
+class DocumentTokenTest(ServerTest):
+    def setUp(self):
+        with tempfile.NamedTemporaryFile("w", prefix="linger-test-", delete=False) as file:
+            file.write("a b0ss read,write,admin\nb r3ad read\nc j0bs write,admin jobs*\n")
+        self.addCleanup(os.unlink, file.name)
+        self.options = {"tokens": file.name}
+        super().setUp()
+
+    def test_the_page_needs_no_token_and_its_calls_do(self):
+        self.assertEqual(self.call("GET", "/", None, {"Accept": "text/html"})[0], 200)
+        for path in ("/", "/access", "/stats", "/channels", "/dead-letters"):
+            self.assertEqual(self.call("GET", path)[0], 401)
+
+    def test_a_script_is_not_answered_with_a_challenge_for_which_a_browser_asks(self):
+        headers = {"X-Requested-With": "Linger"}
+        _, answer, _ = self.call("GET", "/access", None, headers)
+        self.assertEqual(answer.get_all("WWW-Authenticate"), ['Bearer realm="Linger"'])
+        self.assertEqual(len(self.call("GET", "/access")[1].get_all("WWW-Authenticate")), 2)
+
+    def test_access_tells_the_rights_of_a_token(self):
+        for token, rights, restricted in (
+            ("b0ss", ["read", "write", "admin", "metrics"], False),
+            ("r3ad", ["read"], False),
+            ("j0bs", ["write", "admin", "metrics"], True),
+        ):
+            expected = (200, {"rights": rights, "restricted": restricted})
+            self.assertEqual(self.json("GET", "/access", None, bearer(token)), expected)
+
+    def test_dead_letters_of_all_channels_are_for_those_who_manage_the_server(self):
+        for token, status in (("b0ss", 200), ("r3ad", 403), ("j0bs", 403)):
+            self.assertEqual(self.call("GET", "/dead-letters", None, bearer(token))[0], status)
+
+
+# What a user does with the page, and what is seen on it.
+HANDS = """
+const scope = () => document.querySelector("dialog[open]") || document.body;
+const seen = element => element.checkVisibility();
+const input = label => [...scope().querySelectorAll("input, textarea, select")].filter(seen).find(
+    field => (field.closest("label")?.firstChild.textContent || field.ariaLabel) === label);
+const table = label => [...document.querySelectorAll("table")].find(
+    table => table.ariaLabel === label && seen(table));
+const hands = {
+    click(text) {
+        const found = [...scope().querySelectorAll("button, a, summary, input")].filter(seen).find(
+            element => (element.ariaLabel || element.textContent.trim()) === text);
+        if (!found || found.disabled) {
+            return false;
+        }
+        found.click();
+        return true;
+    },
+    fill(label, value) {
+        const field = input(label);
+        if (field) {
+            field.value = value;
+            field.dispatchEvent(new Event("input", {bubbles: true}));
+            field.dispatchEvent(new Event("change", {bubbles: true}));
+        }
+        return Boolean(field);
+    },
+    rows(label) {
+        const rows = table(label)?.tBodies[0].rows || [];
+        return [...rows].map(row => [...row.cells].map(
+            cell => cell.innerText.trim().replace(/\\s+/g, " ")));
+    },
+    value(name) {
+        const terms = [...document.querySelectorAll("dt")];
+        return terms.find(term => term.textContent === name)?.nextSibling.textContent;
+    },
+    buttons: () => [...scope().querySelectorAll("header button, main button, dialog button")]
+        .filter(seen).map(button => button.textContent),
+    text: () => document.body.innerText,
+    body: () => document.querySelector("pre.body")?.textContent,
+    problem: () => document.getElementById("problem").textContent,
+    toast: () => document.getElementById("toast").textContent,
+    light: () => document.getElementById("light").textContent,
+    wrong: () => document.querySelector("dialog[open] .wrong, form .wrong")?.textContent,
+};
+return hands[arguments[0]](...[...arguments].slice(1));
+"""
+
+
+# Presses a key on the first chart; what its tooltip then says.
+KEY = """
+const chart = document.querySelector(".chart");
+chart?.dispatchEvent(new KeyboardEvent("keydown", {key: arguments[0]}));
+return chart?.querySelector(".tip").textContent;
+"""
+
+
+@unittest.skipUnless(CHROMIUM and CHROMEDRIVER, "needs chromium and chromedriver")
+class DashboardCase(Folder):
+    """A server in this process, and its dashboard in a real browser."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp(prefix="linger-test-")
+        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
+        cls.browser = Browser(folder)
+        cls.addClassCleanup(cls.browser.close)
+
+    def serve(self, **options):
+        server = linger.serve(**{"dbfile": self.dbfile, **options})
+        self.addCleanup(server.close)
+        self.addCleanup(self.browser.open, "about:blank")
+        return server
+
+    def open(self, path="", **options):
+        """The broker of a new server, of which a view is shown."""
+        self.server = self.serve(**options)
+        self.browser.open(f"{self.server.url}/#/{path}")
+        return self.server.broker
+
+    def until(self, claim):
+        """Waits for a claim, and leaves the processor to the browser meanwhile."""
+        until(lambda: claim() or select.select([], [], [], 0.01)[0])
+
+    def see(self, what, *arguments):
+        return self.browser.run(HANDS, what, *arguments)
+
+    def click(self, text):
+        self.until(lambda: self.see("click", text))
+
+    def fill(self, **values):
+        for name, value in values.items():
+            fill = functools.partial(self.see, "fill", name.replace("_", " "), value)
+            self.until(fill)
+
+    def go(self, path):
+        self.browser.run("location.hash = `#/${arguments[0]}`", path)
+
+    def await_value(self, name, value):
+        self.await_seen(value, "value", name)
+
+    def await_seen(self, expected, what, *arguments):
+        """Waits until what is seen is what is expected, or matches it."""
+        last = None
+
+        def is_seen():
+            nonlocal last
+            last = self.see(what, *arguments)
+            if isinstance(expected, re.Pattern):
+                return isinstance(last, str) and expected.search(last)
+            return last == expected
+
+        try:
+            self.until(is_seen)
+        except AssertionError:
+            self.fail(f"{what} {arguments}: expected {expected}, but saw {last}")
+
+    def column(self, table, number=0):
+        return [row[number] for row in self.see("rows", table)]
+
+    def await_column(self, expected, table, number=0):
+        last = None
+
+        def is_seen():
+            nonlocal last
+            last = self.column(table, number)
+            return last == expected
+
+        try:
+            self.until(is_seen)
+        except AssertionError:
+            self.fail(f"{table}: expected {expected}, but saw {last}")
+
+
+class DashboardTest(DashboardCase):
+    """Every action of the dashboard."""
+
+    # -- channels
+
+    def test_a_server_without_channels_says_so(self):
+        self.open()
+        self.await_seen(re.compile("No channels. One appears when"), "text")
+        self.await_seen("Healthy", "light")
+        self.await_value("Messages", "0")
+
+    def test_channels_are_listed_with_their_counts_and_marks(self):
+        broker = self.open()
+        for n in range(5):
+            broker.post(f"c{n}", b"x")
+        broker.post("c1", b"x", delay=900)
+        broker.get("c2")
+        broker.pause("c3")
+        broker.set_settings("c4", dead="failed")
+        self.await_column(["c0", "c1", "c2", "c3 paused", "c4 dead letters: failed"], "Channels")
+        self.until(lambda: [row[1:4] for row in self.see("rows", "Channels")[1:3]]
+              == [["1", "0", "1"], ["0", "1", "0"]])  # fmt: skip
+
+    def test_of_many_channels_only_a_page_is_shown_sorted_and_filtered(self):
+        broker = self.open("topics", dbfile=":memory:")
+        for n in range(2_000):
+            broker.subscribe(f"c{n:04}", "t")
+        broker.post("c1500", b"x")
+        self.go("")
+        self.await_column([f"c{n:04}" for n in range(50)], "Channels")
+        self.click("Next")
+        self.await_column([f"c{n:04}" for n in range(50, 100)], "Channels")
+        self.click("Ready")
+        self.until(lambda: self.column("Channels")[:2] == ["c1500", "c0000"])
+        self.fill(Filter_channels="77")
+        self.until(lambda: len(self.column("Channels")) == 38)
+
+    def test_a_message_is_posted_to_a_new_channel_and_shown(self):
+        self.open()
+        self.click("Post")
+        self.fill(Channel="new", Message='{"a": [1, "b"]}', Content_type="application/json")
+        self.click("More parameters")
+        self.fill(priority="-7", unique="only")
+        self.click("Post")
+        self.await_seen("Posted as message 1", "toast")
+        self.click("new")
+        self.await_column(["1"], "Messages", 1)
+        self.click("1")
+        self.await_seen('{\n  "a": [\n    1,\n    "b"\n  ]\n}', "body")
+        self.click("Show as sent")
+        self.await_seen('{"a": [1, "b"]}', "body")
+        self.await_value("priority", "-7")
+        self.await_value("unique", "only")
+
+    def test_a_binary_body_is_shown_in_hexadecimal_and_a_long_one_is_cut(self):
+        broker = self.open("topics", max_message=300_000)
+        broker.post("q", bytes(range(0x60, 0x70)) + b"\xff", type="application/octet-stream")
+        self.go("messages/1")
+        codes = " ".join(f"{code:02x}" for code in range(0x60, 0x70))
+        expected = f"000000  {codes}  `abcdefghijklmno\n000010  {'ff':47}  ."
+        self.await_seen(expected, "body")
+        broker.post("q", 100_000 * "\u20ac".encode())
+        self.go("messages/2")
+        self.await_seen(re.compile("The first 262 kB of 300 kB"), "text")
+        self.assertEqual(self.see("body"), 87_381 * "\u20ac")
+
+    def test_messages_are_paged_by_state(self):
+        broker = self.open("channels/q")
+        for n in range(60):
+            broker.post("q", b"%d" % n, delay=900 * (n > 55))
+        broker.get("q")
+        self.await_column([str(n) for n in range(1, 51)], "Messages", 1)
+        self.click("Next")
+        self.await_column([str(n) for n in range(51, 61)], "Messages", 1)
+        self.click("In flight")
+        self.await_column(["1"], "Messages", 1)
+        self.click("Delayed")
+        self.await_column(["57", "58", "59", "60"], "Messages", 1)
+        self.await_value("Ready", "55")
+
+    def test_chosen_messages_are_deleted_released_and_rejected(self):
+        broker = self.open("channels/q")
+        for _ in range(6):
+            broker.post("q", b"x", dead="failed")
+        for _ in range(2):
+            broker.get("q")
+        self.await_column(["1", "2", "3", "4", "5", "6"], "Messages", 1)
+        self.click("Choose message 5")
+        self.click("Choose message 6")
+        self.click("Delete")
+        self.await_seen("Deleted 2 messages", "toast")
+        self.await_column(["1", "2", "3", "4"], "Messages", 1)
+        self.click("Choose message 1")
+        self.click("Release")
+        self.await_seen("Released 1 message", "toast")
+        self.await_value("In flight", "1")
+        self.click("Choose all on this page")
+        self.assertNotIn("Release", self.see("buttons"))  # some are not in flight
+        self.click("Reject")
+        self.await_seen("Rejected 4 messages", "toast")
+        self.await_value("Ready", "0")
+        self.assertEqual(broker.channel_stats("failed")["ready"], 4)
+
+    def test_dead_letters_are_listed_by_reason_and_redriven_in_one_click(self):
+        broker = self.open("dead")
+        for n in range(3):
+            broker.post(f"c{n}", b"x", dead="failed", deliver=1)
+        broker.reject(1, reason="out of paper")
+        broker.get("c1")
+        broker.release(2)
+        broker.reject(3)
+        self.await_column(["3", "2", "1"], "Dead letters")
+        row = self.see("rows", "Dead letters")[2]
+        self.assertEqual(row[1:4], ["c0", "reject", "out of paper"])
+        self.fill(Reason="reject", Order="oldest")
+        self.await_column(["1", "3"], "Dead letters")
+        self.click("Redrive")
+        self.await_seen("Message 1 is back in c0", "toast")
+        self.await_column(["3"], "Dead letters")
+        self.go("channels/failed")
+        self.click("Redrive")
+        self.click("Redrive")
+        self.await_seen("Moved 2 messages", "toast")
+        self.assertEqual([broker.channel_stats(f"c{n}")["ready"] for n in range(3)], [1, 1, 1])
+
+    def test_a_dead_letter_tells_its_history(self):
+        broker = self.open("topics")
+        broker.post("q", b"x", dead="failed", deliver=2)
+        broker.get("q")
+        broker.reject(1, reason="<b>no</b> paper")
+        self.go("messages/1")
+        self.await_seen(re.compile("Given up in q after 1 delivery: a consumer rejected"), "text")
+        self.await_seen(re.compile("Last error: <b>no</b> paper"), "text")
+        self.assertEqual(self.see("buttons")[-4:], ["Reject", "Redrive", "Delete", "Download"])
+
+    def test_a_channel_is_paused_and_resumed(self):
+        broker = self.open("channels/q")
+        self.click("Pause")
+        self.fill(Seconds="900")
+        self.click("Pause")
+        self.await_seen(re.compile("q\\s*paused"), "text")
+        self.assertTrue(broker.info("q")["paused"])
+        self.click("Resume")
+        self.await_seen("Resumed", "toast")
+        self.assertFalse(broker.info("q")["paused"])
+
+    def test_settings_are_changed_and_cleared_and_show_the_defaults(self):
+        broker = self.open("channels/q")
+        self.await_value("timeout", "30 (default)")
+        self.click("Change")
+        self.fill(timeout="x")
+        self.click("Save")
+        self.await_seen(re.compile("timeout must be an integer"), "wrong")
+        self.fill(timeout="60", dead="failed")
+        self.click("Save")
+        self.await_value("timeout", "60")
+        self.assertEqual(broker.settings("q"), {"timeout": 60, "dead": "failed"})
+        self.click("Change")
+        self.click("Clear all")
+        self.await_value("dead", "none (default)")
+        self.assertEqual(broker.settings("q"), {})
+
+    def test_a_drain_asks_for_the_name_to_be_typed(self):
+        broker = self.open("channels/q")
+        broker.post("q", b"x")
+        self.click("Drain")
+        self.fill(**{"Type the channel's name to confirm": "p"})
+        self.assertFalse(self.see("click", "Delete all messages"))
+        self.fill(**{"Type the channel's name to confirm": "q"})
+        self.click("Delete all messages")
+        self.await_seen("Drained", "toast")
+        self.assertEqual(broker.channels(), [])
+
+    # -- topics
+
+    def test_channels_are_subscribed_and_what_is_published_reaches_them(self):
+        broker = self.open("topics")
+        self.await_seen(re.compile("No topics"), "text")
+        self.go("topics/news")
+        self.click("Subscribe a channel")
+        self.fill(Channel="mail")
+        self.click("Subscribe")
+        self.await_column(["mail"], "Subscribers")
+        self.click("Publish")
+        self.fill(Message="Hello")
+        self.click("Publish")
+        self.await_seen("Published to 1 channel", "toast")
+        self.assertEqual(broker.read_message(1)[0].body, b"Hello")
+        self.click("mail")
+        self.click("Subscribe")
+        self.fill(Topic="other")
+        self.click("Subscribe")
+        self.await_column(["news", "other"], "Subscriptions")
+        self.click("Unsubscribe")
+        self.await_column(["other"], "Subscriptions")
+        self.go("topics")
+        self.await_column(["other"], "Topics")
+
+    # -- live
+
+    def test_what_happens_in_a_channel_is_seen_as_it_happens(self):
+        broker = self.open("channels/q")
+        self.click("Start")
+        self.await_seen(re.compile("Nothing has happened yet"), "text")
+        broker.post("q", b"Hello")
+        broker.delete(broker.get("q").id)
+        events = [["deleted", "1", "Hello"], ["delivered", "1", "Hello"], ["posted", "1", "Hello"]]
+        self.until(lambda: [row[1:] for row in self.see("rows", "Events")] == events)
+        self.click("Stop")
+        self.until(lambda: not self.server._waiting)
+
+    def test_publications_on_a_topic_are_seen_as_they_happen(self):
+        broker = self.open("topics/t")
+        self.click("Start")
+        self.await_seen(re.compile("Nothing has happened yet"), "text")
+        broker.publish("t", b"<b>Hello</b>")
+        events = [["published", "", "<b>Hello</b>"]]
+        self.until(lambda: [row[1:] for row in self.see("rows", "Events")] == events)
+        self.go("dead")  # which ends it
+        self.until(lambda: not self.server._waiting)
+
+    # -- what may go wrong
+
+    def test_hostile_names_and_bodies_are_text(self):
+        broker = self.open()
+        markup = """<script>window.hit=1</script>"'><img src=x onerror="window.hit=1">&amp;"""
+        names = [markup, "../a b?c#d%41", "\u202eabc \u0642\u0646\u0627\u0629"]
+        for name in names:
+            broker.post(name, markup.encode(), dead=name + "!", type="text/html")
+            broker.subscribe(name, name)
+        self.await_column(sorted(names), "Channels")
+        for number, name in enumerate(names, 1):
+            for view, what in (("channels", "Messages"), ("topics", "Subscribers")):
+                self.go(f"{view}/{urllib.parse.quote(name, safe='')}")
+                expected = [markup] if view == "channels" else [name]
+                self.await_column(expected, what, 2 if view == "channels" else 0)
+            self.go(f"messages/{number}")
+            self.await_seen(markup, "body")
+            broker.reject(number, reason=markup)
+        self.go("dead")
+        self.await_column([markup] * 3, "Dead letters", 3)
+        script = "return [window.hit, document.querySelectorAll('main img, main script').length]"
+        self.assertEqual(self.browser.run(script), [None, 0])
+
+    def test_a_name_that_a_browser_cannot_send_is_refused_in_words(self):
+        self.open("channels/..")
+        self.await_seen(re.compile("A browser cannot send the name"), "text")
+
+    def test_an_error_is_shown_in_the_servers_words_and_the_form_stays(self):
+        self.open(hlm=1)
+        for _ in range(2):
+            self.click("Post")
+            self.fill(Channel="q", Message="x")
+            self.click("Post")
+        self.await_seen(re.compile("^Full: .*mark"), "wrong")
+        self.click("Cancel")
+
+    def test_the_page_recovers_when_the_server_was_gone(self):
+        broker = self.open()
+        broker.post("before", b"x")
+        self.await_column(["before"], "Channels")
+        port = self.server.server_port
+        self.server.close()
+        self.await_seen(re.compile("does not answer"), "problem")
+        self.assertEqual(self.column("Channels"), ["before"])
+        self.server = self.serve(port=port)
+        self.server.broker.post("after", b"x")
+        self.await_column(["after", "before"], "Channels")
+        self.await_seen("", "problem")
+
+    def test_it_works_below_a_prefix(self):
+        server = self.serve()
+        front = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Front)
+        front.target = server.server_port
+        self.addCleanup(front.server_close)
+        thread = threading.Thread(target=front.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(front.shutdown)
+        self.addCleanup(self.browser.open, "about:blank")
+        for path in ("/queue/", "/queue"):
+            server.broker.post(f"to{path[6:]}", b"x")
+            self.browser.open(f"http://127.0.0.1:{front.server_port}{path}")
+            self.await_seen("Healthy", "light")
+            self.until(lambda path=path: f"to{path[6:]}" in self.column("Channels"))
+
+    def test_it_is_used_with_the_keyboard_alone(self):
+        broker = self.open()
+        broker.post("q", b"x")
+        self.await_column(["q"], "Channels")
+
+        def tab_to(text):
+            script = "const e = document.activeElement; return e.ariaLabel || e.textContent"
+            for _ in range(30):
+                self.browser.press("\ue004")
+                if self.browser.run(script) == text:
+                    return
+            self.fail(f"the tab key does not lead to {text}")
+
+        tab_to("Post")
+        self.browser.press("\ue007")
+        self.browser.press(*"q2", "\ue004", *"hello")
+        tab_to("Post")
+        self.browser.press("\ue007")
+        self.await_seen("Posted as message 2", "toast")
+        tab_to("q")
+        self.browser.press("\ue007")
+        tab_to("Drain")
+        self.browser.press("\ue007")
+        self.assertIn("Delete all messages", self.see("buttons"))
+        self.browser.press("\ue00c")  # Escape
+        self.await_column(["1"], "Messages", 1)
+        self.assertEqual(self.browser.run("return document.activeElement.textContent"), "Drain")
+
+    def test_a_chart_tells_its_values_to_the_keyboard(self):
+        self.past_hour()
+        self.open()
+        expected = "posted6.0delivered5.0deleted4.0failed0.2"
+        self.until(lambda: self.browser.run(KEY, "ArrowLeft") == f"now{expected}")
+        self.assertEqual(self.browser.run(KEY, "ArrowLeft"), f"30 s ago{expected}")
+
+    # -- how it looks
+
+    VIEWS = types.MappingProxyType({
+        "overview": "", "channel": "channels/mail", "message": "messages/2", "topics": "topics",
+        "topic": "topics/orders", "dead": "dead",
+    })  # fmt: skip
+
+    def past_hour(self):
+        """A history of 30 posts, 25 deliveries and so on in each of its intervals."""
+
+        def since(_, now):
+            return [(now + 5 * n, (30, 25, 20, 1, 0, 5 * n, 9)) for n in range(1, 721)]
+
+        patch = unittest.mock.patch.object(linger.History, "since", since)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def sample(self):
+        self.past_hour()
+        broker = self.open("topics")
+        broker.set_settings("images", dead="failed")
+        broker.set_settings("mail", dead="failed", timeout=60)
+        broker.subscribe("mail", "orders")
+        body = b'{"order": 4711, "items": ["book", "pen"]}'
+        for channel in ("mail", "images", "reports", "a-channel-with-a-rather-long-name." * 3):
+            for n in range(1, 8):
+                broker.post(channel, body * n, type="application/json")
+        for number in (2, 9):
+            broker.reject(number, reason="ValueError: there is no such order")
+        broker.get("images")
+        broker.pause("reports")
+        broker.post("mail", body, priority=-5, unique="invoice-4711")
+        return broker
+
+    def each_view(self, *sights):
+        """Shows each view of a sample with these themes and widths; yields their names."""
+        self.sample()
+        script = "return document.querySelector('main tbody a, main pre') !== null"
+        for name, path in self.VIEWS.items():
+            for theme, width in sights:
+                self.browser.resize(width, 900)
+                self.browser.set_theme(theme)
+                self.go(path)
+                self.until(lambda: self.browser.run(script))
+                yield f"{name}-{theme}-{width}"
+
+    def test_no_view_is_wider_than_a_phone(self):
+        """And each is kept as a picture, for those who change it."""
+        SCREENS.mkdir(exist_ok=True)
+        for name in self.each_view(("light", 1280), ("dark", 1280), ("light", 390)):
+            (SCREENS / f"{name}.png").write_bytes(self.browser.picture())
+            script = "return document.documentElement.scrollWidth - innerWidth"
+            self.assertLessEqual(self.browser.run(script), 0, name)
+
+    @unittest.skipUnless(AXE, "needs axe-core: AXE=node_modules/axe-core/axe.min.js")
+    def test_axe_finds_nothing_that_keeps_anybody_out(self):
+        source = Path(AXE).read_text()
+        for name in self.each_view(("light", 1280), ("dark", 1280)):
+            self.browser.run(f"window.axe || (() => {{ {source} }})()")
+            script = """
+                return axe.run().then(found => found.violations.map(
+                    v => [v.impact, v.id, v.nodes[0].html, v.nodes[0].failureSummary]))
+            """
+            self.assertEqual(self.browser.run(script), [], name)
+
+
+class Front(http.server.BaseHTTPRequestHandler):
+    """A proxy that passes what comes below /queue to a server."""
+
+    def do_GET(self):
+        path = self.path[len("/queue") :] or "/"
+        client = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=PATIENCE)
+        with contextlib.closing(client):
+            client.request(self.command, path, None, dict(self.headers))
+            answer = client.getresponse()
+            self.send_response_only(answer.status)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer.read())
+
+    def log_message(self, *arguments):
+        pass
+
+
+class DashboardTokenTest(DashboardCase):
+    """The dashboard of a server with tokens."""
+
+    def setUp(self):
+        super().setUp()
+        tokens = self.folder / "tokens"
+        tokens.write_text(
+            "a b0ss read,write,admin\nb r3ad read\nc wr1te write\nd j0bs read,write,admin jobs*\n"
+        )
+        tokens.chmod(0o600)
+        self.broker = self.open(tokens=str(tokens))
+        self.broker.post("jobs", b"x")
+        self.broker.post("mail", b"x")
+
+    def sign_in(self, token):
+        self.browser.run("sessionStorage.clear(); location.hash = ''; location.reload()")
+        self.fill(Token=token)
+        self.click("Sign in")
+
+    def test_it_asks_for_a_token_and_keeps_it_for_the_tab(self):
+        self.sign_in("wrong")
+        self.await_seen(re.compile("The token is not valid"), "text")
+        self.fill(Token="b0ss")
+        self.click("Sign in")
+        self.await_column(["jobs", "mail"], "Channels")
+        self.browser.run("location.reload()")
+        self.await_column(["jobs", "mail"], "Channels")
+        self.assertEqual(self.browser.run("return localStorage.length + document.cookie"), "0")
+        self.click("Sign out")
+        self.await_seen(re.compile("asks for a token"), "text")
+        self.assertIsNone(self.browser.run("return sessionStorage.getItem('linger-token')"))
+
+    def test_it_offers_only_what_the_token_may_do(self):
+        self.sign_in("r3ad")
+        self.await_column(["jobs", "mail"], "Channels")
+        self.assertEqual(self.see("buttons"), ["Sign out", "Channel", "Ready", "Oldest"])
+        self.go("channels/jobs")
+        self.click("Choose message 1")
+        self.await_seen("1", "value", "Ready")
+        buttons = set(self.see("buttons"))
+        self.assertEqual(buttons & {"Reject", "Delete"}, {"Reject", "Delete"})
+        denied = {"Post", "Pause", "Drain", "Redrive", "Subscribe", "Change"}
+        self.assertEqual(buttons & denied, set())
+        self.sign_in("wr1te")
+        self.await_seen(re.compile("This token may not read"), "text")
+        self.assertEqual(self.see("buttons"), ["Sign out", "Post", "Publish"])
+
+    def test_a_token_for_some_channels_sees_only_those(self):
+        self.sign_in("j0bs")
+        self.await_column(["jobs"], "Channels")
+        self.assertIsNone(self.see("value", "Uptime"))
+        self.click("Post")
+        self.fill(Channel="mail", Message="x")
+        self.click("Post")
+        self.await_seen(re.compile("Not allowed: this name is not among"), "wrong")
 
 
 # -- Files ---------------------------------------------------------------------------------------
