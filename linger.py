@@ -31,6 +31,7 @@ The file reads downwards: a section uses only what stands above it.
     Changes       operations that change, move or drain messages
     Management    channels and topics, bulk work, and what there is
     Watch         what other servers of a cluster change, and how this one learns of it
+    Schedules     messages that are posted at certain times
     Broker        the public calls of queue and pub-sub
     Access        tokens and their rights; which web pages may send requests
     Routes        every endpoint of the HTTP API
@@ -77,6 +78,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import datetime
 import difflib
 import email.utils
 import errno
@@ -90,6 +92,7 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import operator
 import os
 import queue
@@ -200,6 +203,9 @@ FIRST_PIECE = 64  # rows of the first piece: their bodies may be large
 MAX_DUE_CHANNELS = 64  # channels whose due messages are processed in one transaction
 MAX_LISTED_CHANNELS = 1_000  # channels that a listing with `n` describes
 CHANNEL_PAGE = 1_000  # channels that a listing reads at a time
+MAX_SCHEDULES = 1_000  # all are read when one is due
+MAX_CRON = 500  # characters of a cron expression
+MAX_EVERY = 31_622_400  # seconds of a year between two posts of a schedule
 HEALTH_INTERVAL = 1.0  # shortest time between two writes of health checks, seconds
 RECOUNT_INTERVAL = 1.0  # shortest time between two counts of the channels, seconds
 MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to all of them
@@ -329,6 +335,11 @@ TIME_RECORD_RETRY = 1.0  # shortest time between them, also after a failure, sec
 LONG_DOWNTIME = 30 * 86_400  # time between two runs that is worth a line in the log, seconds
 WAIT_CHECK_INTERVAL = 3.0  # seconds between two looks for waits that a suspend has outlasted
 WAIT_GRACE = 1.0  # time after its end that a wait has to end by itself, seconds
+MISSED_AFTER = 60.0  # age of a due time that was missed, seconds: that of a schedule, from which
+# it is posted only to catch up
+SCHEDULE_LOOK = 60.0  # longest time between two looks at the schedules, which other servers change,
+# and until one is tried again that cannot be calculated, seconds
+CLOCK_CORRECTION = 10_800  # a clock that is set back by more was wrong, seconds; as cron(8)
 
 # Metrics
 METRICS_CHANNELS = 1_000  # default of --metrics-channels: channels with counters of their own
@@ -1120,6 +1131,29 @@ SCHEMA = (
         at real not null
     ) without rowid
     """,
+    # Messages to be posted again and again: by the wall clock (`cron`), or `every` so many seconds.
+    # next_at: the next due time, in Unix time for cron, in broker time for `every`.
+    # done_until: the Unix time up to which all due times are done.
+    # parameters: those of the message that were given, as a JSON object.
+    """
+    create table schedules (
+        name text primary key,
+        channel text not null,
+        cron text not null,
+        tz text not null,
+        every integer not null,
+        catch_up integer not null,
+        next_at real not null,
+        done_until real not null,
+        version integer not null default 1,
+        last_at real,
+        last_id integer,
+        last_error text not null default '',
+        parameters text not null,
+        type text not null,
+        body blob not null
+    )
+    """,
     # Keys of messages that must not be added twice.  scope: `channel <name>` or `topic <name>`,
     # with `batch ` before it for the keys of whole batches; result: the id, or for a topic a line
     # `<id> <channel>` for each copy.
@@ -1209,7 +1243,7 @@ RECORD_TIME = """
 insert into config (key, value)
 select 'time', :time
 where :always or exists (select 1 from channels) or exists (select 1 from pauses)
-    or exists (select 1 from dedups)
+    or exists (select 1 from dedups) or exists (select 1 from schedules)
 on conflict (key) do update set value = excluded.value
 """
 
@@ -5395,6 +5429,7 @@ class Timers:
     def __init__(self, on_tick: Callable[[bool], None], clock: BrokerClock) -> None:
         """`on_tick(is_due)` is called at least once in TICK_INTERVAL."""
         self.next_due = NEVER  # the earliest moment of all
+        self.tick_at = NEVER  # when the ticker is to tick for another reason; it alone writes this
         self._on_tick = on_tick
         self._clock = clock
         self._lock = threading.Lock()  # guards the moments, `_sleeps_until` and the alarm
@@ -5438,6 +5473,13 @@ class Timers:
         """Notes, after a commit, that something comes due in a channel at a moment."""
         if moment < self._moments.get(channel, NEVER):
             self.set_next(channel, moment)
+
+    def schedule_rows(self, rows: Iterable[Sequence[Any]]) -> None:
+        """The same for rows of a channel and moments, None if there is nothing."""
+        for channel, *moments in rows:
+            for moment in moments:
+                if moment is not None:
+                    self.schedule(channel, moment)
 
     def set_next(self, channel: str, moment: float) -> None:
         """Sets the moment when something is due next in a channel; NEVER for none."""
@@ -5497,7 +5539,8 @@ class Timers:
         """Seconds until something is due, or the clocks are to be looked at."""
         now = self._clock.now()
         with self._lock:
-            self._sleeps_until = max(min(self.next_due, now + TICK_INTERVAL), now)
+            tick = min(self.next_due, self.tick_at, now + TICK_INTERVAL)
+            self._sleeps_until = max(tick, now)
             return 0.0 if self._stopping else self._sleeps_until - now
 
     def _is_due(self) -> bool:
@@ -7252,10 +7295,7 @@ class Notice(Operation):
         self._due = due
 
     def on_commit(self) -> None:
-        for channel, *moments in self._due:
-            for moment in moments:
-                if moment is not None:
-                    self._state.timers.schedule(channel, moment)
+        self._state.timers.schedule_rows(self._due)
         state, now = self._state, self._state.clock.now()
         for channel, count in self._ready:
             being_taken = state.taking[channel] if state.taking else 0
@@ -7333,6 +7373,458 @@ class Watch:
         self._joined = joined
         if ready or any(due):
             state.committer.submit(Notice(state, ready, due[0] if due else ()))
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedules: messages that are posted at certain times.  The rows are the truth: memory holds only
+# when to look at them next.  Each due time is done by one transaction, which looks whether it was
+# done before; so it is posted once, by however many threads, runs or servers that try.
+# ---------------------------------------------------------------------------------------------
+
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+CRON_FIELDS = (  # name, first and last number, names of the numbers from the first on
+    ("minute", 0, 59, ()),
+    ("hour", 0, 23, ()),
+    ("day of the month", 1, 31, ()),
+    ("month", 1, 12, MONTHS),
+    ("day of the week", 0, 7, WEEKDAYS),  # 7 is 0 again
+)
+CRON_NAMES = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+CRON_PART = re.compile(r"(?:\*|([0-9]{1,2}|[a-z]{3})(?:-([0-9]{1,2}|[a-z]{3}))?)(?:/([0-9]{1,2}))?")
+LAST_DAY = 0  # among the days of a month: `l`
+SEARCH_DAYS = 8 * 366  # two 29ths of February may lie so far apart: 2096 and 2104
+SCHEDULE_PARAMETERS = tuple(p for p in ALL_PARAMETERS if p.name not in ("dedup", "dedup-for"))
+
+
+class Cron:
+    """The due times of a cron expression, by the wall clock of a time zone.
+
+    Where that clock is set forward, a time that is skipped is due as if it were not: 2:30 at what
+    is 3:30 then.  A time that comes twice is due the first time; both times if `hour` is each one.
+    """
+
+    def __init__(self, text: str, tz: str = "UTC") -> None:
+        """`BadRequest` says what is wrong with the five fields, or with the name of the zone."""
+        lowered = text.lower().strip()
+        fields = CRON_NAMES.get(lowered, lowered).split()
+        if len(fields) != len(CRON_FIELDS) or len(text) > MAX_CRON:
+            raise BadRequest(
+                "cron must be five fields (minute, hour, day of the month, month, day of the week)"
+                f" of at most {MAX_CRON} characters, or one of {', '.join(CRON_NAMES)}"
+            )
+        numbers = [_parse_cron_field(field, *kind) for field, kind in zip(fields, CRON_FIELDS)]
+        self._minutes, self._hours = sorted(numbers[0]), sorted(numbers[1])
+        self._days, self._months, self._weekdays = numbers[2:]
+        self._any_day = fields[2].startswith("*") or fields[4].startswith("*")
+        self.zone = find_zone(tz)
+        if next(self._times(datetime.datetime(2000, 1, 1)), None) is None:
+            raise BadRequest("cron is never due: none of its months has such a day")
+
+    def next_after(self, moment: float) -> float:
+        """The first due time after a moment, both in Unix time."""
+        local = datetime.datetime.fromtimestamp(moment, self.zone).replace(tzinfo=None)
+        change = max(self._change_near(local), self._change_near(next(self._times(local))))
+        next_due, last = NEVER, datetime.datetime.max
+        for at in self._times(local - change):
+            if at > last:  # no later one is due before
+                break
+            first = at.replace(tzinfo=self.zone).timestamp()
+            second = at.replace(tzinfo=self.zone, fold=1).timestamp()  # of a skipped one earlier
+            due = second if first <= moment < second and len(self._hours) == 24 else first
+            if moment < due < next_due:
+                next_due, last = due, min(last, at + change)
+        return next_due
+
+    def _change_near(self, at: datetime.datetime) -> datetime.timedelta:
+        """By how much the clock is set forward or back within a day of a time."""
+        day = datetime.timedelta(1)
+        before, after = (t.replace(tzinfo=self.zone).utcoffset() for t in (at - day, at + day))
+        return abs(cast(datetime.timedelta, after) - cast(datetime.timedelta, before))
+
+    def _times(self, start: datetime.datetime) -> Iterator[datetime.datetime]:
+        """The times that match, from a time on, without their zone."""
+        day = start.date()
+        end = day + datetime.timedelta(SEARCH_DAYS)
+        while day < end:
+            if day.month not in self._months:
+                day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+                continue
+            if self._matches(day):
+                for hour, minute in itertools.product(self._hours, self._minutes):
+                    at = datetime.datetime(day.year, day.month, day.day, hour, minute)
+                    if at >= start:
+                        yield at
+            day += datetime.timedelta(1)
+
+    def _matches(self, day: datetime.date) -> bool:
+        """As in other crons: if neither field for days is `*`, it is enough that one matches."""
+        is_last = (day + datetime.timedelta(1)).month != day.month
+        by_month = day.day in self._days or (is_last and LAST_DAY in self._days)
+        by_week = day.isoweekday() % 7 in self._weekdays
+        return by_month and by_week if self._any_day else by_month or by_week
+
+
+def _parse_cron_field(
+    text: str, name: str, lowest: int, highest: int, names: Sequence[str]
+) -> frozenset[int]:
+    """The numbers in a field: a list of `*`, numbers, names, ranges, and steps of a range."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        if part == "l" and name == "day of the month":
+            numbers.add(LAST_DAY)
+            continue
+        found = _parse_cron_part(part, lowest, highest, names)
+        if not found:
+            words = f" or {names[0]} to {names[-1]}" if names else ""
+            raise BadRequest(
+                f"cron has the {name} {part}: it must be *, {lowest} to {highest}{words}, a range"
+                " as 1-5, steps of one as */15 or 1-9/2, or several of these with commas between"
+            )
+        numbers.update(n % 7 for n in found) if names is WEEKDAYS else numbers.update(found)
+    return frozenset(numbers)
+
+
+def _parse_cron_part(part: str, lowest: int, highest: int, names: Sequence[str]) -> Sequence[int]:
+    """The numbers that a part of the list stands for; none if it is malformed."""
+    found = CRON_PART.fullmatch(part)
+    if not found:
+        return ()
+    one, other, step = found[1] or str(lowest), found[2], int(found[3] or 1)
+    first = _cron_number(one, lowest, names)
+    last = _cron_number(other or one, lowest, names) if found[1] else highest
+    if last == 0 < first and names is WEEKDAYS:  # fri-sun
+        last = 7
+    is_single = found[1] and not other
+    if not lowest <= first <= last <= highest or not step or (is_single and found[3]):
+        return ()
+    return range(first, last + 1, step)
+
+
+def _cron_number(text: str, lowest: int, names: Sequence[str]) -> int:
+    """A number or its name; -1 for another word."""
+    if text in names:
+        return lowest + names.index(text)
+    return int(text) if text.isdigit() else -1
+
+
+def find_zone(name: str) -> datetime.tzinfo:
+    """A time zone of this machine's data; UTC needs none."""
+    if name == "UTC":
+        return datetime.timezone.utc
+    import zoneinfo  # here: only schedules need it
+
+    problem = "this machine knows no time zones but UTC: install the package tzdata"
+    with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        zoneinfo.ZoneInfo("UTC")
+        problem = f"there is no time zone {name}: use one as Europe/Berlin"
+        return zoneinfo.ZoneInfo(name)
+    raise BadRequest(problem)
+
+
+# While cron, tz and every stay the same, so does the next due time.
+SAME_TIMES = "cron = excluded.cron and tz = excluded.tz and every = excluded.every"
+
+SET_SCHEDULE = f"""
+insert into schedules (name, channel, cron, tz, every, catch_up, next_at, done_until, parameters,
+    type, body)
+select :schedule, :channel, :cron, :tz, :every, :catch_up, :next, :wall, :parameters, :type, :body
+where exists (select 1 from schedules where name = :schedule)
+    or (select count(*) from schedules) < :max_schedules
+on conflict (name) do update set
+    channel = excluded.channel,
+    cron = excluded.cron,
+    tz = excluded.tz,
+    every = excluded.every,
+    catch_up = excluded.catch_up,
+    next_at = case when {SAME_TIMES} then next_at else excluded.next_at end,
+    done_until = case when {SAME_TIMES} then done_until else excluded.done_until end,
+    version = version + 1,
+    last_error = '',
+    parameters = excluded.parameters,
+    type = excluded.type,
+    body = excluded.body
+where channel = coalesce(:expected_channel, channel)
+"""
+
+DELETE_SCHEDULE = """
+delete from schedules
+where name = :schedule and channel = coalesce(:expected_channel, channel)
+"""
+
+SCHEDULE_TIMES = """
+select name, cron, tz, next_at, done_until
+from schedules
+"""
+
+# The fields of a `Schedule`.
+SCHEDULE_COLUMNS = """name, channel, cron, tz, every, catch_up, next_at, last_at, last_id,
+    last_error, parameters, version, type"""
+
+READ_SCHEDULE = f"""
+select {SCHEDULE_COLUMNS}, body
+from schedules
+where name = :schedule
+"""
+
+LIST_SCHEDULES = f"""
+select {SCHEDULE_COLUMNS}, substr(body, 1, :preview_bytes + 1)
+from schedules
+order by name
+"""
+
+# Another server, or another thread, may have done the due time :expected, or changed the schedule.
+IS_EXPECTED = "name = :schedule and next_at = :expected and version = :version"
+
+POST_SCHEDULED = f"""{POST_MESSAGE}    and exists (select 1 from schedules where {IS_EXPECTED})
+"""
+
+# After POST_SCHEDULED: the due time is done, whether the message was added or not.
+SCHEDULE_POSTED = f"""
+update schedules
+set next_at = :next,
+    done_until = :wall,
+    last_at = :wall,
+    last_id = case
+        when changes() = 1 then last_insert_rowid()
+        else (select id from messages where {HOLDS_UNIQUE})
+    end,
+    last_error = case
+        when changes() = 1 or exists (select 1 from messages where {HOLDS_UNIQUE}) then ''
+        else :error
+    end
+where {IS_EXPECTED}
+"""
+
+SKIP_DUE_TIME = f"""
+update schedules
+set next_at = :next, done_until = :wall, last_error = coalesce(:error, last_error)
+where {IS_EXPECTED}
+"""
+
+
+class Schedule(NamedTuple):
+    """A schedule as it is stored."""
+
+    name: str
+    channel: str
+    cron: str  # or empty
+    tz: str
+    every: int  # seconds, or 0
+    catch_up: int  # whether to post once after due times were missed
+    next_at: float  # in Unix time for cron, in broker time for `every`
+    last_at: Optional[float]  # when it was posted, or was to be, the last time, in Unix time
+    last_id: Optional[int]  # of its message
+    last_error: str  # why that was not posted, or empty
+    parameters: str  # of the message, in JSON
+    version: int  # grows with each change
+    type: str
+    body: bytes
+
+
+class Schedules:
+    """The calls for schedules; thread-safe.  The ticker posts what is due."""
+
+    def __init__(self, state: State, new_message: Callable[..., dict[str, Any]]) -> None:
+        """`new_message(channel, body, type, given)` checks a message that is to be posted, and
+        returns the parameters of its statement."""
+        self._state = state
+        self._read = state.committer.read
+        self._new_message = new_message
+        self._changed = True  # whether to look at the rows
+        self._look_at = (0.0, 0.0)  # when to look otherwise, in broker time and in Unix time
+        self._ahead = 0.0  # by how much the wall clock was ahead of broker time, seconds
+        self._lock = threading.Lock()  # held while what is due is posted
+        disown_in_children(self)
+
+    def disown(self) -> None:
+        """In a forked child: each call raises an error at once."""
+        object.__setattr__(self, "__class__", ForkedBroker)
+
+    def _clocks(self) -> tuple[float, float]:
+        """Broker time and Unix time."""
+        return self._state.clock.now(), self._state.clock.source.time()
+
+    def put(
+        self,
+        name: str,
+        channel: str,
+        body: bytes,
+        type: str = DEFAULT_TYPE,
+        cron: Optional[str] = None,
+        tz: Optional[str] = None,
+        every: Optional[int] = None,
+        catch_up: bool = True,
+        expected_channel: Optional[str] = None,
+        **parameters: Unpack[PostFields],
+    ) -> None:
+        """Posts a message to a channel again and again: when a `cron` expression says so, by the
+        wall clock of a time zone (`tz`, UTC if it is not given), or `every` so many seconds.
+
+        Replaces the schedule of that name, if that posts to the `expected_channel`; then its next
+        due time stays unless the times change.  After due times were missed there is one post,
+        with `catch_up`, or none.
+        """
+        check_name("schedule", name)
+        check_parameters(parameters, SCHEDULE_PARAMETERS)
+        now, wall = self._clocks()
+        next_at = _first_due(cron, tz, every, now, wall)
+        self._new_message(channel, body, type, parameters)
+        values = {
+            "schedule": name, "channel": channel, "cron": cron or "", "tz": tz or "UTC",
+            "every": every or 0, "catch_up": catch_up, "next": next_at, "wall": wall,
+            "parameters": _json_of(parameters), "type": type, "body": body,
+            "expected_channel": expected_channel, "max_schedules": MAX_SCHEDULES,
+        }  # fmt: skip
+        (changed, _), known = self._state.committer.run(
+            Change((SET_SCHEDULE, READ_SCHEDULE), values, self._note_change)
+        )
+        if not changed and known:
+            raise Conflict("the schedule was changed meanwhile")
+        if not changed:
+            raise Full(f"there are {MAX_SCHEDULES} schedules, and no more can be made")
+
+    def _note_change(self, _: list[Any]) -> None:
+        self._changed = True
+
+    def remove(self, name: str, expected_channel: Optional[str] = None) -> None:
+        """Deletes a schedule, if it posts to the `expected_channel`; `NotFound`."""
+        names = {"schedule": name, "expected_channel": expected_channel}
+        ((deleted, _),) = self._state.committer.run(Operation((DELETE_SCHEDULE,), names))
+        if not deleted:
+            raise NotFound(f"there is no schedule {name}")
+
+    def read(self, name: str) -> Schedule:
+        """A schedule; `NotFound`."""
+        (rows,) = self._read(READ_SCHEDULE, schedule=check_name("schedule", name))
+        if not rows:
+            raise NotFound(f"there is no schedule {name}")
+        return Schedule(*rows[0])
+
+    def read_all(self, cut: int = PREVIEW_BYTES) -> list[Schedule]:
+        """All schedules, by name, with bodies that are cut to one byte more than `cut`."""
+        (rows,) = self._read(LIST_SCHEDULES, preview_bytes=cut)
+        return [Schedule(*row) for row in rows]
+
+    def next_due(self, schedule: Schedule) -> tuple[float, float]:
+        """When a schedule is due: in how many seconds, and in Unix time."""
+        now, wall = self._clocks()
+        left = max(schedule.next_at - (wall if schedule.cron else now), 0.0)
+        return left, wall + left
+
+    def post(self, name: str, expected_channel: Optional[str] = None) -> PostResult:
+        """Posts the message of a schedule now; its due times stay as they are."""
+        schedule = self.read(name)
+        if expected_channel not in (None, schedule.channel):
+            raise NotFound(f"there is no schedule {name}")
+        result: PostResult = self._state.committer.run(Post(self._state, self._message(schedule)))
+        return result
+
+    def _message(self, schedule: Schedule) -> dict[str, Any]:
+        given = json.loads(schedule.parameters)
+        return self._new_message(schedule.channel, schedule.body, schedule.type, given)
+
+    # -- due times
+
+    def post_due(self) -> None:
+        """Posts what is due.  The ticker calls this at least once in TICK_INTERVAL, which is often
+        enough to see when the wall clock is set."""
+        with self._lock:
+            now, wall = self._clocks()
+            stepped = abs(wall - now - self._ahead) > CLOCK_STEP
+            self._ahead = wall - now
+            look_at = self._look_at
+            if self._changed or stepped or now >= look_at[0] or wall >= look_at[1]:
+                while due := self._find_due(now, wall):
+                    for start in range(0, len(due), FIRST_PIECE):
+                        self._do(due[start : start + FIRST_PIECE], now, wall)
+
+    def _find_due(self, now: float, wall: float) -> list[str]:
+        """The names of those that are due; if there are none, notes when to look again."""
+        self._changed = False
+        (rows,) = self._read(SCHEDULE_TIMES)
+        look_at = [now + SCHEDULE_LOOK, wall + SCHEDULE_LOOK]
+        due = []
+        for name, cron, _, next_at, done_until in rows:
+            if next_at <= (wall if cron else now) or (cron and _is_corrected(done_until, wall)):
+                due.append(name)
+            look_at[bool(cron)] = min(look_at[bool(cron)], next_at)
+        if not due:
+            self._look_at = look_at[0], look_at[1]
+            self._state.timers.tick_at = min(look_at[0], look_at[1] - wall + now)
+        return due
+
+    def _do(self, names: Sequence[str], now: float, wall: float) -> None:
+        """Posts what is due in some schedules, or moves them to their next due time."""
+        operations = []
+        for name in names:
+            with contextlib.suppress(NotFound):
+                operations.append(self._operation(self.read(name), now, wall))
+                self._state.committer.submit(operations[-1])
+        self._state.committer.run(Operation())
+        for operation in operations:
+            operation.rows()  # raises what it failed with: then the due time is not done
+
+    def _operation(self, schedule: Schedule, now: float, wall: float) -> Operation:
+        """What to do with a schedule that was due."""
+        clock = wall if schedule.cron else now
+        values: dict[str, Any] = {
+            "schedule": schedule.name, "expected": schedule.next_at, "version": schedule.version,
+            "wall": wall, "next": clock + SCHEDULE_LOOK, "error": None,
+        }  # fmt: skip
+        try:
+            if schedule.cron:
+                values["next"] = Cron(schedule.cron, schedule.tz).next_after(wall)
+            else:
+                missed = (now - schedule.next_at) // schedule.every
+                values["next"] = schedule.next_at + (missed + 1) * schedule.every
+            is_missed = clock - schedule.next_at >= MISSED_AFTER and not schedule.catch_up
+            if schedule.next_at <= clock and not is_missed:
+                return PostScheduled(self._state, self._message(schedule), values)
+        except LingerError as error:
+            values["error"] = str(error)
+        return Operation((SKIP_DUE_TIME,), values)
+
+
+def _json_of(given: Mapping[str, object]) -> str:
+    """Parameters as they were given, but numbers as such."""
+    parsed = parse_parameters(given, SCHEDULE_PARAMETERS)
+    return json.dumps({n: v if isinstance(v, int) else given[n] for n, v in parsed.items()})
+
+
+def _first_due(
+    cron: Optional[str], tz: Optional[str], every: Optional[int], now: float, wall: float
+) -> float:
+    """When a new schedule is due, in Unix time for `cron`, else in broker time."""
+    if (cron is None) == (every is None) or (cron is None and tz is not None):
+        raise BadRequest("a schedule needs either cron, with or without tz, or every")
+    if cron is not None:
+        return Cron(cron, tz or "UTC").next_after(wall)
+    return now + parse_integer("every", every, 1, MAX_EVERY)
+
+
+def _is_corrected(done_until: float, wall: float) -> bool:
+    """Whether the wall clock was wrong when it said that all due times up to then were done."""
+    return done_until > wall + CLOCK_CORRECTION
+
+
+class PostScheduled(Post):
+    """Posts the message of a schedule, unless its due time is done."""
+
+    def __init__(
+        self, state: State, message: Mapping[str, Any], schedule: Mapping[str, Any]
+    ) -> None:
+        full = f"the channel is at its high-level mark of {message['hlm']} messages"
+        super().__init__(state, {**message, **schedule, "error": full})
+        self.statements = (*POST_KEYED[:2], POST_SCHEDULED, SCHEDULE_POSTED)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7470,7 +7962,9 @@ class Broker(Administration):
             self._waiting = self._state.waiting
             self._new = NewMessages(self, hlm, channels.settings)
             self._watch = Watch(self._state, store.read) if store.is_shared else None
-            self._schedule_all(timers)
+            self.schedules = Schedules(self._state, self._new_message)
+            due, ((pause,),) = store.read(NEXT_BY_CHANNEL, NEXT_PAUSE)
+            timers.schedule_rows([*due, (ALL, pause, self.now())])
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
             timers.start()
@@ -7479,14 +7973,6 @@ class Broker(Administration):
         except BaseException:
             committer.close()
             raise
-
-    def _schedule_all(self, timers: Timers) -> None:
-        """Learns from the rows what is due when."""
-        channels, pauses = self._store.read(NEXT_BY_CHANNEL, NEXT_PAUSE)
-        for channel, *moments in [*channels, (ALL, pauses[0][0]), (ALL, self.now())]:
-            for moment in moments:
-                if moment is not None:
-                    timers.schedule(channel, moment)
 
     def close(self) -> None:
         """Ends all waits and closes the store."""
@@ -7509,6 +7995,7 @@ class Broker(Administration):
         record = self._clock.record(idle=True)
         if record is not None:
             self._committer.submit(record)
+        self.schedules.post_due()
         self._end_overdue_waits()
         self.statistics.sample()
 
@@ -7555,11 +8042,17 @@ class Broker(Administration):
         self._committer.submit(operation)
 
     def _post(self, channel: str, body: bytes, type: str, given: Mapping[str, object]) -> Post:
+        return Post(self._state, self._new_message(channel, body, type, given))
+
+    def _new_message(
+        self, channel: str, body: bytes, type: str, given: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """The parameters of POST_MESSAGE, if there is room for a message."""
         self._store.check_space()
         message = self._new.posted(check_name("channel", channel), body, type, given)
         self._channels.reserve(channel)
         self._submit_due(channel, message["now"])
-        return Post(self._state, message)
+        return message
 
     def post_batch(
         self, channel: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
@@ -8318,6 +8811,11 @@ ROUTES = (
     Route("GET", "/topics/<topic>/channels", "list_subscribers", True, READ, "its channels"),
     Route("GET", "/topics/<topic>/live", "open_stream", True, READ, "stream its publications"),
     Route("GET", "/dead-letters", "list_dead_letters", True, ADMIN, "list those of all channels"),
+    Route("GET", "/schedules", "list_schedules", True, READ, "list schedules"),
+    Route("GET", "/schedules/<name>", "read_schedule", True, READ, "show a schedule"),
+    Route("PUT", "/schedules/<name>", "put_schedule", False, ADMIN, "post at times", CONTENT),
+    Route("DELETE", "/schedules/<name>", "delete_schedule", False, ADMIN, "delete a schedule"),
+    Route("POST", "/schedules/<name>/run", "run_schedule", False, WRITE, "post its message now"),
     Route("GET", "/messages/<id>", "read_message", True, READ, "show a message"),
     Route("PATCH", "/messages/<id>", "change_message", False, WRITE, "change one that waits"),
     Route("DELETE", "/messages/<id>", "delete_message", False, READ, "delete a message"),
@@ -8349,6 +8847,10 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "subscribe": MESSAGE_NAMES,
     "publish_message": ("msg", "keep", *SINGLE_NAMES),
     "publish_batch": ("keep", *SINGLE_NAMES),
+    "put_schedule": (
+        *("msg", "keep", "channel", "cron", "tz", "every", "catch-up"),
+        *(p.name for p in SCHEDULE_PARAMETERS),
+    ),
     "delete_message": ("lease",),
     "touch_message": ("lease", "timeout"),
     "release_message": ("msg", "lease", "delay", "uncounted"),
@@ -9525,6 +10027,37 @@ def cut_body(body: bytes, cut: Optional[int]) -> dict[str, object]:
     if cut is None or len(body) <= cut:
         return body_object(body)
     return {"cut": True, **body_object(body[:cut], is_cut=True)}
+
+
+def schedule_object(
+    schedule: Schedule, left: float, next_due: float, cut: Optional[int]
+) -> dict[str, object]:
+    """A schedule, which is due in `left` seconds, with the first `cut` bytes of its body.  Moments
+    are in its time zone (ISO 8601)."""
+    zone: datetime.tzinfo = datetime.timezone.utc
+    with contextlib.suppress(BadRequest):  # its data is gone
+        zone = find_zone(schedule.tz)
+    due, last = (
+        None if t is None else datetime.datetime.fromtimestamp(t, zone).isoformat("T", "seconds")
+        for t in (next_due, schedule.last_at)
+    )
+    is_cut = cut is not None and len(schedule.body) > cut
+    return {
+        "name": schedule.name,
+        "channel": schedule.channel,
+        **({"cron": schedule.cron, "tz": schedule.tz} if schedule.cron else {}),
+        **({"every": schedule.every} if schedule.every else {}),
+        "catch-up": bool(schedule.catch_up),
+        "next": due,
+        "next-in": math.ceil(left),
+        "last": last,
+        "last-id": schedule.last_id,
+        "last-error": schedule.last_error or None,
+        **json.loads(schedule.parameters),
+        "type": schedule.type,
+        **({"cut": True} if is_cut else {}),
+        **body_object(schedule.body[:cut], is_cut),
+    }
 
 
 def body_object(body: bytes, is_cut: bool = False) -> dict[str, object]:
@@ -11832,6 +12365,57 @@ class ManagementApi:
         channels = self._broker.subscribers(topic)
         return json_response({"channels": request.grant.visible("channels", channels)})
 
+    # -- schedules
+
+    def list_schedules(self, request: Request) -> Response:
+        schedules = self._broker.schedules.read_all(PREVIEW_BYTES)
+        shown = [s for s in schedules if request.grant.covers("channels", s.channel)]
+        objects = [self._schedule_object(schedule, PREVIEW_BYTES) for schedule in shown]
+        return json_response({"schedules": objects})
+
+    def read_schedule(self, request: Request, name: str) -> Response:
+        return json_response(self._schedule_object(self._visible_schedule(request, name)))
+
+    def _visible_schedule(self, request: Request, name: str) -> Schedule:
+        """A schedule; `NotFound` also if the token does not cover its channel."""
+        schedule = self._broker.schedules.read(name)
+        if not request.grant.covers("channels", schedule.channel):
+            raise NotFound(f"there is no schedule {name}")
+        return schedule
+
+    def _schedule_object(self, schedule: Schedule, cut: Optional[int] = None) -> dict[str, object]:
+        return schedule_object(schedule, *self._broker.schedules.next_due(schedule), cut)
+
+    def put_schedule(self, request: Request, name: str) -> Response:
+        body, content_type = request.message()
+        parameters = request.message_parameters(SCHEDULE_PARAMETERS)
+        parameters.pop("dedup", None)  # an Idempotency-Key, which a PUT does not need
+        channel, catch_up = request.parameter("channel"), request.parameter("catch-up")
+        if channel is None:
+            raise BadRequest("channel must name the channel to which the schedule posts")
+        request.grant.check_name("channels", channel)
+        self._check_dead_channel(request, parameters)
+        expected = None
+        if request.grant.channels is not None:
+            with contextlib.suppress(NotFound):
+                expected = self._broker.schedules.read(name).channel
+                request.grant.check_name("channels", expected)
+        self._broker.schedules.put(
+            name, channel, body, content_type, request.parameter("cron"),
+            request.parameter("tz"), request.integer("every", 1, MAX_EVERY),
+            catch_up is None or request.switch("catch-up"), expected, **parameters,
+        )  # fmt: skip
+        return NO_CONTENT
+
+    def delete_schedule(self, request: Request, name: str) -> Response:
+        self._broker.schedules.remove(name, self._visible_schedule(request, name).channel)
+        return NO_CONTENT
+
+    def run_schedule(self, request: Request, name: str) -> Response:
+        posted = self._broker.schedules.post(name, self._visible_schedule(request, name).channel)
+        duplicate = {"duplicate": True} if posted.duplicate else {}
+        return json_response({"id": posted.id, **duplicate}, 202)
+
 
 class Api(ManagementApi):
     """The endpoints of a server, one method each; stateless, and called by all connections.
@@ -11893,10 +12477,13 @@ class Api(ManagementApi):
         raise AccessDenied("a token is needed: `Authorization: Bearer <token>`", 401, challenge)
 
     def _body_limit(self, request: Request) -> int:
-        route = request.routes.get("POST")
-        if request.method != "POST" or (route is not None and route.body == PARAMETERS):
+        route = request.routes.get(request.method)
+        kind = CONTENT if request.method == "POST" else PARAMETERS
+        if route is not None:
+            kind = route.body
+        if kind == PARAMETERS:
             return FORM_SLACK
-        if route is not None and route.body == MANY:
+        if kind == MANY:
             return MAX_BATCH_BYTES
         if request.headers.is_form:
             return self._broker.max_message * FORM_EXPANSION + FORM_SLACK
@@ -13936,6 +14523,54 @@ class ManagementClient:
         """Ends a pause; no error if there is none."""
         self._requests.send("DELETE", encode_path("channels", channel, "pause"))
 
+    # -- schedules
+
+    def schedule(
+        self,
+        name: str,
+        channel: str,
+        body: object,
+        type: Optional[str] = None,
+        *,
+        cron: Optional[str] = None,
+        tz: Optional[str] = None,
+        every: Optional[int] = None,
+        catch_up: bool = True,
+        **parameters: Unpack[PostFields],
+    ) -> None:
+        """Has a message posted to a channel at the times of a `cron` expression, by the wall clock
+        of a time zone (`tz`, by default UTC), or `every` so many seconds.
+
+        `body`, `type` and `parameters` are as for `post`; replaces the schedule of that name.
+        After a downtime there is one post for all times that were missed, or with `catch_up=False`
+        none.
+        """
+        query = encode_parameters(SCHEDULE_PARAMETERS, parameters)
+        headers = parse_own_headers("headers", query.pop("headers", {}))
+        query.update(channel=channel, cron=cron, tz=tz, every=every)
+        query["catch-up"] = "yes" if catch_up else "no"
+        path = encode_path("schedules", name)
+        self._requests.send("PUT", path, query, *encode_message(body, type), headers)
+
+    def schedules(self) -> Infos:
+        """Returns all schedules, by name, as `GET /schedules` does."""
+        return self._requests.send_json(lambda value: list(value["schedules"]), "GET", "/schedules")
+
+    def read_schedule(self, name: str) -> dict[str, Any]:
+        """Returns a schedule with its whole body, as `GET /schedules/<name>` does; `NotFound`."""
+        return self._requests.send_json(dict, "GET", encode_path("schedules", name))
+
+    def unschedule(self, name: str) -> None:
+        """Deletes a schedule; `NotFound`."""
+        self._requests.send("DELETE", encode_path("schedules", name), done_statuses=[404])
+
+    def run_schedule(self, name: str) -> PostResult:
+        """Posts the message of a schedule now; its due times stay as they are."""
+        return self._requests.send_json(
+            lambda value: PostResult(value["id"], value.get("duplicate", False)),
+            "POST", encode_path("schedules", name, "run"), repeatable=False,
+        )  # fmt: skip
+
     # -- inspection
 
     def read_message(self, id: int) -> tuple[Message, str]:
@@ -14988,6 +15623,7 @@ COPY_COLUMNS = ("channel", "id")
 MESSAGE_COLUMNS = ("id", "state", "priority", "delivered", "age", "error", "body")
 CHANNEL_COLUMNS = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
 PAIR_COLUMNS = ("name", "value")
+SCHEDULE_COLUMNS_SHOWN = ("name", "channel", "times", "next", "last", "last-error")
 RATE_COLUMNS = ("name", "now", "per second")
 BENCH_COLUMNS = ("measurement", "per-second", "p50-ms", "p99-ms")
 
@@ -16105,6 +16741,32 @@ def _run_benchmark(
     return _write_records([{name: record[name] for name in BENCH_COLUMNS} for record in measured])
 
 
+def _schedule(client: Client, options: argparse.Namespace) -> int:
+    if options.delete:
+        client.unschedule(options.name)
+    elif options.run:
+        _write_records([{"id": client.run_schedule(options.name).id}], options.json)
+    elif options.channel is None:
+        return _write_pairs(client.read_schedule(options.name), options.json)
+    else:
+        client.schedule(
+            options.name, options.channel, _read_body(options), options.type, cron=options.cron,
+            tz=options.tz, every=options.every, catch_up=not options.no_catch_up,
+            **_given_parameters(options, SCHEDULE_PARAMETERS),
+        )  # fmt: skip
+    return 0
+
+
+def _schedules(client: Client, options: argparse.Namespace) -> int:
+    schedules = client.schedules()
+    if options.json:
+        return _write_records(schedules, as_json=True)
+    for schedule in schedules:
+        every = f"every {schedule.get('every')}"
+        schedule["times"] = f"{schedule['cron']} {schedule['tz']}" if "cron" in schedule else every
+    return _write_records([{n: s[n] for n in SCHEDULE_COLUMNS_SHOWN} for s in schedules])
+
+
 # ---------------------------------------------------------------------------------------------
 # Command line: the table of commands, and `main`, which parses the arguments and runs one of them.
 # Knows the arguments and help texts of a command, but not what it does with a server.
@@ -16334,6 +16996,30 @@ COMMANDS = (
                                dest="seconds"))),
     Command("resume", "end a pause", "linger resume jobs",
             lambda client, options: client.resume(options.channel), (CHANNEL,)),
+    Command("schedule", "have a message posted at certain times, or show such a schedule",
+            "linger schedule nightly jobs 'Report' --cron '0 3 * * *' --tz Europe/Berlin",
+            _schedule,
+            (_argument("name", metavar="NAME", help="name of the schedule"),
+             _argument("channel", metavar="CHANNEL", nargs="?", help="channel of the messages"),
+             BODY, TYPE,
+             _argument("--cron", metavar="TIMES", help="minute, hour, day of the month, month, and"
+                       " day of the week, as '0 3 * * *', or as '@daily'"),
+             _argument("--tz", metavar="ZONE", help="time zone of --cron (default: UTC)"),
+             _seconds("--every", "time between two posts, in place of --cron", 1, MAX_EVERY),
+             _flag("--no-catch-up", "post nothing for times that were missed"),
+             *_parameters(SCHEDULE_PARAMETERS),
+             _flag("--run", "post its message now, and write the id"),
+             _flag("--delete", "delete it"), JSON),
+            nothing="there is no such schedule", columns=PAIR_COLUMNS,
+            excludes=(("--run", "CHANNEL", "the schedule has one"),
+                      ("--delete", "CHANNEL", "only the NAME is needed"),
+                      ("--delete", "--run", "these are two calls"),
+                      ("--cron", "--every", "these are two ways to say when")),
+            requires=(("--cron", "CHANNEL", "the message is posted there"),
+                      ("--every", "CHANNEL", "the message is posted there"),
+                      ("--tz", "--cron", "it has no other use"))),
+    Command("schedules", "list the schedules", "linger schedules", _schedules, (JSON,),
+            nothing="there are no schedules", columns=SCHEDULE_COLUMNS_SHOWN),
     Command("dump", "write the messages of all channels, or of some, for load",
             "linger dump jobs > jobs.ndjson", _dump,
             (_argument("channels", metavar="CHANNEL", nargs="*", help="only these channels"),),

@@ -4084,6 +4084,353 @@ class BoundsTest(BrokerTest):
         broker.post("q", b"x")
 
 
+class CronTest(unittest.TestCase):
+    """The due times of cron expressions."""
+
+    def times(self, text, start, n, tz="UTC"):
+        """The first n due times after a local one, in local time."""
+        cron = linger.Cron(text, tz)
+        moment = datetime.datetime.fromisoformat(start).replace(tzinfo=cron.zone).timestamp()
+        found = []
+        for _ in range(n):
+            moment = cron.next_after(moment)
+            at = datetime.datetime.fromtimestamp(moment, cron.zone)
+            found.append(at.strftime("%m-%d %H:%M") + (" again" if at.fold else ""))
+        return found
+
+    def test_fields_are_lists_ranges_steps_and_names(self):
+        for text, start, due in (
+            ("0 3 * * *", "2026-01-01T03:00", "01-02 03:00"),
+            ("0 3 * * *", "2026-01-01T02:59:59", "01-01 03:00"),
+            ("*/20 * * * *", "2026-01-01T00:20", "01-01 00:40"),
+            ("1-9/4,50 * * * *", "2026-01-01T00:05", "01-01 00:09"),
+            ("1-9/4,50 * * * *", "2026-01-01T00:09", "01-01 00:50"),
+            ("0 0 * feb *", "2026-01-01T00:00", "02-01 00:00"),
+            ("0 0 * JAN-Mar mon", "2026-01-01T00:00", "01-05 00:00"),
+            ("0 0 * * 7", "2026-01-01T00:00", "01-04 00:00"),
+            ("0 0 * * fri-sun", "2026-01-02T00:00", "01-03 00:00"),
+            ("0 0 * * 5-7", "2026-01-03T00:00", "01-04 00:00"),
+            ("0 0 13 * fri", "2026-01-09T00:00", "01-13 00:00"),  # one of them is enough
+            ("0 0 */2 * mon", "2026-01-01T00:00", "01-05 00:00"),  # both, as one begins with *
+            ("59 23 31 dec *", "2026-12-31T23:59", "12-31 23:59"),
+            ("@hourly", "2026-01-01T00:00", "01-01 01:00"),
+            ("@daily", "2026-01-01T00:00", "01-02 00:00"),
+            ("@weekly", "2026-01-01T00:00", "01-04 00:00"),
+            ("@Monthly", "2026-01-01T00:00", "02-01 00:00"),
+            ("@yearly", "2026-01-01T00:01", "01-01 00:00"),
+        ):
+            with self.subTest(text, start=start):
+                self.assertEqual(self.times(text, start, 1), [due])
+
+    def test_days_that_not_every_month_or_year_has(self):
+        self.assertEqual(self.times("0 0 31 * *", "2026-02-01T00:00", 2),
+                         ["03-31 00:00", "05-31 00:00"])  # fmt: skip
+        self.assertEqual(self.times("0 0 15,l * *", "2028-01-31T00:00", 4),
+                         ["02-15 00:00", "02-29 00:00", "03-15 00:00", "03-31 00:00"])  # fmt: skip
+        leap_day = linger.Cron("0 0 29 2 *")
+        moment = leap_day.next_after(datetime.datetime(2096, 3, 1).timestamp())
+        self.assertEqual(time.gmtime(moment)[:3], (2104, 2, 29))
+
+    @unittest.skipUnless(os.path.isdir("/usr/share/zoneinfo/Europe"), "needs time zones")
+    def test_the_clock_is_set_forward(self):
+        for text, start, due in (
+            ("30 2 * * *", "2026-03-28T02:30", ["03-29 03:30", "03-30 02:30"]),
+            ("30 2,3 * * *", "2026-03-28T03:30", ["03-29 03:30", "03-30 02:30"]),
+            ("7 * * * *", "2026-03-29T01:07", ["03-29 03:07", "03-29 04:07"]),
+            ("*/30 * * * *", "2026-03-29T01:30", ["03-29 03:00", "03-29 03:30", "03-29 04:00"]),
+        ):
+            with self.subTest(text):
+                self.assertEqual(self.times(text, start, len(due), "Europe/Berlin"), due)
+        self.assertEqual(self.times("15 2 * * *", "2026-10-03T02:15", 1, "Australia/Lord_Howe"),
+                         ["10-04 02:45"])  # by half an hour  # fmt: skip
+        self.assertEqual(self.times("15 2 * * *", "2011-12-29T02:15", 2, "Pacific/Apia"),
+                         ["12-31 02:15", "01-01 02:15"])  # by a day  # fmt: skip
+
+    @unittest.skipUnless(os.path.isdir("/usr/share/zoneinfo/Europe"), "needs time zones")
+    def test_the_clock_is_set_back(self):
+        for text, due in (
+            ("30 2 * * *", ["10-25 02:30", "10-26 02:30"]),
+            ("*/30 1-3 * * *", ["10-25 02:00", "10-25 02:30", "10-25 03:00", "10-25 03:30"]),
+            ("30 * * * *", ["10-25 02:30", "10-25 02:30 again", "10-25 03:30"]),
+            ("*/30 * * * *", ["10-25 02:00", "10-25 02:30", "10-25 02:00 again",
+                              "10-25 02:30 again", "10-25 03:00"]),
+        ):  # fmt: skip
+            with self.subTest(text):
+                self.assertEqual(self.times(text, "2026-10-25T01:30", len(due), "Europe/Berlin"),
+                                 due)  # fmt: skip
+
+    @unittest.skipUnless(os.path.isdir("/usr/share/zoneinfo/Europe"), "needs time zones")
+    def test_each_minute_is_due_once_while_the_clock_is_changed(self):
+        for day in ("2026-03-29T00:00", "2026-10-25T00:00"):
+            cron = linger.Cron("* * * * *", "Europe/Berlin")
+            moment = datetime.datetime.fromisoformat(day + "+00:00").timestamp()
+            for n in range(1, 120):
+                self.assertEqual(cron.next_after(moment + n * 60 - 1), moment + n * 60)
+
+    def test_a_bad_expression_is_refused_with_what_would_be_right(self):
+        for text, words in (
+            ("", "five fields"), ("* * * *", "five fields"), ("@reboot", "five fields"),
+            ("* " * 300, "five fields"), ("60 * * * *", "minute 60"), ("* 24 * * *", "hour 24"),
+            ("0 0 0 * *", "day of the month 0"), ("0 0 * 13 *", "month 13"),
+            ("0 0 * foo *", "1 to 12 or jan to dec"), ("* * * * 8", "day of the week 8"),
+            ("9-1 * * * *", "9-1"), ("*/0 * * * *", r"\*/0"), ("5/15 * * * *", "steps"),
+            ("1,,2 * * * *", "minute"), ("-1 * * * *", "-1"), ("l * * * *", "minute l"),
+            ("0 0 30 2 *", "never due"), ("0 0 31 4,6 *", "never due"),
+        ):  # fmt: skip
+            with self.subTest(text), self.assertRaisesRegex(linger.BadRequest, words):
+                linger.Cron(text)
+
+    def test_a_zone_that_is_not_known_is_refused(self):
+        for name in ("Mars/Base", "", "/etc/passwd", "../x", "Europe", "\0"):
+            with self.subTest(name), self.assertRaisesRegex(linger.BadRequest, "time zone"):
+                linger.Cron("@daily", name)
+        script = "import linger; linger.Cron('@daily', 'UTC'); linger.Cron('@daily', 'Asia/Tokyo')"
+        python = subprocess.run(
+            [sys.executable, "-S", "-c", script], cwd=os.path.dirname(compiled), text=True,
+            capture_output=True, env={**os.environ, "PYTHONTZPATH": ""},
+        )  # fmt: skip
+        self.assertIn("install the package tzdata", python.stderr)
+
+
+class ScheduleTest(BrokerTest):
+    """Messages that are posted at certain times; the wall clock is 2026-11-26 00:00:30 in UTC."""
+
+    def setUp(self):
+        super().setUp()
+        self.clock.now = datetime.datetime.fromisoformat("2026-11-26T00:00:30+00:00").timestamp()
+        self.restart()
+        self.schedules = self.broker.schedules
+
+    def restart(self, **options):
+        self.schedules = super().restart(**options).schedules
+        return self.broker
+
+    def after(self, seconds, channel="q"):
+        """The bodies that were posted after so many seconds more."""
+        self.clock.now += seconds
+        self.schedules.post_due()
+        taken = self.broker.take(self.broker.consumer([channel], 1_000, auto=True))
+        return [message.body for message in taken]
+
+    def put(self, body=b"x", cron=None, every=None, name="s", **options):
+        self.schedules.put(name, "q", body, cron=cron, every=every, **options)
+
+    def next_in(self, name="s"):
+        return self.schedules.next_due(self.schedules.read(name))[0]
+
+    def test_it_posts_at_each_due_time(self):
+        self.put(b"cron", "*/2 * * * *", priority=2, headers={"A": "1"})
+        self.put(b"every", every=45, name="e")
+        self.assertEqual(self.after(44), [])
+        self.assertEqual(self.after(1), [b"every"])
+        self.assertEqual(self.after(44), [])
+        self.assertEqual(self.after(1), [b"every", b"cron"])
+        self.clock.now += 120
+        self.schedules.post_due()
+        self.broker.get("q")
+        message = self.broker.get("q")
+        self.assertEqual((message.priority, message.headers), (2, {"a": "1"}))
+        schedule = self.schedules.read("s")
+        self.assertEqual(schedule.last_id, message.id)
+        self.assertEqual(schedule.last_at, self.clock.now)
+        self.assertEqual(self.next_in(), 120)
+
+    def test_the_ticker_posts_what_is_due(self):
+        broker = linger.Broker(linger.Store(linger.MEMORY))
+        self.addCleanup(broker.close)
+        broker.schedules.put("s", "q", b"x", every=1)
+        self.assertEqual(broker.get("q", PATIENCE).body, b"x")
+
+    def test_the_ticker_sleeps_until_something_is_due(self):
+        self.put(every=1)
+        self.put(cron="* * * * *", name="c")
+        self.assertEqual(self.after(0.75), [])
+        timers = self.broker._state.timers
+        self.assertAlmostEqual(timers._time_to_sleep(), 0.25, 5)
+        self.schedules.remove("s")
+        self.after(0.25)
+        self.assertAlmostEqual(timers.tick_at, self.clock.now + 29, 5)
+
+    def test_what_was_missed_while_down_is_posted_once(self):
+        self.put(b"cron", "* * * * *")
+        self.put(b"every", every=7, name="e")
+        self.put(b"no", "* * * * *", name="n", catch_up=False)
+        self.broker.close()
+        self.clock.now += 86_400
+        self.broker = self.open()
+        self.schedules = self.broker.schedules
+        self.assertEqual(self.after(0), [b"cron", b"every"])
+        self.assertEqual((self.next_in(), self.next_in("n")), (30, 30))
+        self.assertEqual(self.next_in("e"), 7 - 86_400 % 7)
+        self.assertEqual(sorted(self.after(30)), [b"cron", b"every", b"no"])
+
+    def test_a_due_time_that_is_a_little_late_is_not_missed(self):
+        self.put(b"no", "*/10 * * * *", catch_up=False)
+        self.assertEqual(self.after(570 + 59), [b"no"])
+        self.assertEqual(self.after(600 + 1), [])
+        self.assertEqual(self.next_in(), 540)
+
+    def test_each_due_time_is_done_once_over_restarts_and_by_several_servers(self):
+        self.put(every=60)
+        others = [linger.Schedules(self.broker._state, self.broker._new_message) for _ in range(4)]
+        stale = self.schedules._operation(self.schedules.read("s"), self.clock.now + 60, 0)
+        self.clock.now += 60
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda other: other.post_due(), others))
+        self.assertEqual(self.after(0), [b"x"])
+        self.broker._committer.submit(stale)
+        self.assertEqual(self.after(0), [])
+        self.restart()
+        self.assertEqual(self.after(0), [])
+        self.assertEqual(self.next_in(), 60)
+
+    def test_broker_time_is_recorded_while_there_is_a_schedule(self):
+        self.put(every=60)
+        self.clock.now += 61
+        record = self.broker._clock.record(idle=True)
+        self.assertEqual(self.broker._committer.run(record)[0][0], 1)
+
+    def test_what_was_changed_is_not_posted_as_it_was(self):
+        self.put(b"old", every=60)
+        stale = self.schedules._operation(self.schedules.read("s"), self.clock.now + 60, 0)
+        self.put(b"new", every=60)
+        self.broker._committer.submit(stale)
+        self.assertEqual(self.after(60), [b"new"])
+
+    def test_the_same_times_given_again_keep_the_next_one(self):
+        self.put(b"old", every=60)
+        self.clock.now += 40
+        self.put(b"new", every=60)
+        self.assertEqual(self.next_in(), 20)
+        self.put(b"new", every=61)
+        self.assertEqual(self.next_in(), 61)
+
+    def test_only_cron_follows_the_wall_clock(self):
+        self.put(b"every", every=60)
+        self.put(b"cron", "0 * * * *", name="c")
+        self.clock.ahead = 3_600
+        self.assertEqual(self.after(1), [b"cron"])
+        self.assertEqual(self.after(59), [b"every"])
+
+    def test_a_wall_clock_that_is_set_back_a_little_repeats_nothing(self):
+        self.put(cron="*/10 * * * *")
+        self.assertEqual(self.after(570), [b"x"])
+        self.clock.ahead = -3_600
+        self.assertEqual([self.after(600) for _ in range(6)], [[]] * 6)
+        self.assertEqual(self.after(600), [b"x"])
+
+    def test_a_wall_clock_that_was_wrong_stops_no_schedule(self):
+        self.put(cron="*/10 * * * *")
+        self.clock.ahead = 9e8
+        self.assertEqual(self.after(1), [b"x"])
+        self.clock.ahead = 0
+        self.assertEqual(self.after(1), [])
+        self.assertEqual(self.after(568), [b"x"])
+
+    def test_a_wall_clock_that_was_wrong_before_the_start_stops_no_schedule(self):
+        self.clock.ahead = 9e8
+        self.put(cron="*/10 * * * *")
+        self.broker.close()
+        self.clock.ahead = 0
+        self.broker = self.open()
+        self.schedules = self.broker.schedules
+        self.assertEqual(self.after(0), [])
+        self.assertEqual(self.next_in(), 570)
+
+    def test_a_post_that_is_refused_says_why(self):
+        self.put(every=60)
+        self.broker.set_settings("q", hlm=1)
+        self.assertEqual(self.broker.post("q", b"first").id, 1)
+        self.clock.now += 60
+        self.schedules.post_due()
+        schedule = self.schedules.read("s")
+        self.assertIn("high-level mark of 1", schedule.last_error)
+        self.assertIsNone(schedule.last_id)
+        self.assertEqual(self.after(0), [b"first"])
+        self.broker.clear_settings("q")
+        self.broker.max_message = 0
+        self.assertEqual(self.after(60), [])
+        self.assertIn("1 bytes", self.schedules.read("s").last_error)
+        self.broker.max_message = 1
+        self.assertEqual(self.after(60), [b"x"])
+        self.assertEqual(self.schedules.read("s").last_error, "")
+
+    def test_a_zone_that_is_gone_is_tried_again(self):
+        self.put(cron="@hourly")
+        with unittest.mock.patch.object(linger, "find_zone", side_effect=linger.BadRequest("gone")):
+            self.assertEqual(self.after(3_570), [])
+            self.assertEqual(self.schedules.read("s").last_error, "gone")
+            self.assertEqual(self.next_in(), linger.SCHEDULE_LOOK)
+        self.assertEqual(self.after(60), [b"x"])
+        self.assertEqual(self.next_in(), 3_540)
+
+    def test_a_database_that_fails_leaves_the_due_time(self):
+        self.put(every=60)
+        failing = unittest.mock.patch.object(linger, "POST_SCHEDULED", "select 1 from missing")
+        with failing, self.assertRaises(linger.LingerError):
+            self.after(60)
+        self.assertEqual(self.after(1), [b"x"])
+
+    def test_a_unique_key_keeps_messages_from_piling_up(self):
+        self.put(every=60, unique="k")
+        for _ in range(2):
+            self.clock.now += 60
+            self.schedules.post_due()
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 1, "hidden": 0})
+        schedule = self.schedules.read("s")
+        self.assertEqual((schedule.last_id, schedule.last_error), (1, ""))
+
+    def test_a_waiting_consumer_gets_the_message_at_once(self):
+        self.put(every=60)
+        future = self.park("q")
+        self.clock.now += 60
+        self.schedules.post_due()
+        self.assertEqual(future.result(PATIENCE).body, b"x")
+
+    def test_many_that_are_due_at_once_are_all_posted(self):
+        for n in range(150):
+            self.put(b"%d" % n, every=60, name=str(n))
+        self.assertEqual(sorted(map(int, self.after(60))), list(range(150)))
+
+    def test_it_can_be_posted_now_and_stays_due(self):
+        self.put(every=60)
+        self.assertEqual(self.schedules.post("s").id, 1)
+        self.assertEqual(self.next_in(), 60)
+        with self.assertRaises(linger.NotFound):
+            self.schedules.post("s", expected_channel="other")
+
+    def test_one_that_was_deleted_posts_nothing(self):
+        self.put(every=60)
+        with self.assertRaises(linger.NotFound):
+            self.schedules.remove("s", expected_channel="other")
+        self.schedules.remove("s")
+        self.assertEqual(self.after(60), [])
+        for call in (self.schedules.remove, self.schedules.read, self.schedules.post):
+            with self.assertRaisesRegex(linger.NotFound, "no schedule s"):
+                call("s")
+
+    def test_what_is_wrong_is_refused_and_changes_nothing(self):
+        for options, words in (
+            ({}, "either"), ({"cron": "@daily", "every": 1}, "either"),
+            ({"every": 1, "tz": "UTC"}, "either"), ({"every": 0}, "every"),
+            ({"every": linger.MAX_EVERY + 1}, "every"), ({"every": 1, "body": b""}, "empty"),
+            ({"every": 1, "name": "\n"}, "schedule's name"), ({"every": 1, "dedup": "k"}, "dedup"),
+            ({"every": 1, "timeout": 0}, "timeout"), ({"every": 1, "delay": 9, "linger": 9}, "de")
+        ):  # fmt: skip
+            with self.subTest(words), self.assertRaisesRegex(linger.BadRequest, words):
+                self.put(**options)
+        self.assertEqual(self.schedules.read_all(), [])
+
+    def test_their_number_is_limited(self):
+        self.hasten(MAX_SCHEDULES=2)
+        for name in "ab":
+            self.put(every=60, name=name)
+        with self.assertRaisesRegex(linger.Full, "2 schedules"):
+            self.put(every=60, name="c")
+        self.put(b"new", every=60, name="b")
+        self.assertEqual([s.body for s in self.schedules.read_all()], [b"x", b"new"])
+
+
 class ModelTest(BrokerTest):
     """Random calls, and after each the counts that are kept against the rows."""
 
@@ -4646,6 +4993,10 @@ KeyOnClusterTest = on_cluster(KeyTest)
 ConcurrencyOnClusterTest = on_cluster(
     ConcurrencyTest, ("test_a_usual_take_of_another_channel_runs_the_usual_statements",)
 )
+ScheduleOnClusterTest = on_cluster(
+    ScheduleTest,
+    ("test_a_database_that_fails_leaves_the_due_time",),  # its statement fails on SQLite only
+)
 SettingsOnClusterTest = on_cluster(SettingsTest)
 
 
@@ -4666,6 +5017,20 @@ class TwoServersTest(OnCluster, BrokerTest):
         waiting = self.park("q")
         self.other.delete(1)
         self.assertEqual(waiting.result(PATIENCE).id, 3)
+
+    def test_servers_of_a_cluster_post_each_due_time_once_and_stand_in_for_one_another(self):
+        self.hasten(SCHEDULE_LOOK=20.0)
+        self.other.schedules.post_due()
+        self.broker.schedules.put("s", "q", b"x", every=30)
+        for n in range(1, 4):
+            self.clock.now += 30
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda b: b.schedules.post_due(), (self.broker, self.other)))
+            self.assertEqual(self.broker.stats()["current-messages"], n)
+        self.broker.close()
+        self.clock.now += 30
+        self.other.schedules.post_due()
+        self.assertEqual(self.other.stats()["current-messages"], 4)
 
 
 TakingOnClusterTest = on_cluster(TakingTest)
@@ -12379,6 +12744,72 @@ class OwnHeadersTest(CommandCase, ClientCase):
         self.assertIn("letters", self.refused("post", "q", "x", "--header", "a b: 1"))
 
 
+class ScheduleCallTest(CommandCase, ClientCase):
+    """Schedules over HTTP, with the client and the commands."""
+
+    def test_it_is_set_shown_and_deleted(self):
+        path = "/schedules/a%2Fb?channel=q&cron=0+3+*+*+*&tz=UTC&catch-up=no&priority=3"
+        self.assertEqual(self.call("PUT", path, b"\xff", {"x-linger-h-a": "1"})[0], 204)
+        status, shown = self.json("GET", "/schedules/a%2Fb")
+        self.assertEqual(status, 200)
+        self.assertTrue(shown.pop("next").endswith("T03:00:00+00:00"))
+        self.assertLessEqual(shown.pop("next-in"), 86_400)
+        self.assertEqual(shown, {
+            "name": "a/b", "channel": "q", "cron": "0 3 * * *", "tz": "UTC", "catch-up": False,
+            "last": None, "last-id": None, "last-error": None, "priority": 3, "headers": {"a": "1"},
+            "type": "text/plain", "body": "/w==", "encoding": "base64",
+        })  # fmt: skip
+        self.assertEqual(self.json("POST", "/schedules/a%2Fb/run"), (202, {"id": 1}))
+        self.assertEqual(self.broker.get("q").headers, {"a": "1"})
+        self.assertEqual(self.call("DELETE", "/schedules/a%2Fb")[0], 204)
+        self.assertEqual(self.call("DELETE", "/schedules/a%2Fb")[0], 404)
+        self.assertEqual(self.json("GET", "/schedules"), (200, {"schedules": []}))
+
+    def test_a_body_may_be_as_long_as_a_message(self):
+        body = "ä" * 100_000
+        path = "/schedules/s?channel=q&every=9&unique=k&dedup=k"
+        _, headers, _ = self.call("PUT", path, body.encode(), {"Idempotency-Key": "k"})
+        self.assertEqual(headers["x-linger-ignored"], "dedup")
+        self.assertEqual(self.client.read_schedule("s")["body"], body)
+        (listed,) = self.client.schedules()
+        self.assertEqual((listed["body"], listed["cut"]), ("ä" * 512, True))
+        self.assertEqual(self.call("PUT", path, "x" * 300_000)[0], 413)
+        self.assertEqual(self.client.run_schedule("s"), (1, False))
+        self.assertEqual(self.client.run_schedule("s"), (1, True))
+
+    def test_a_form_may_hold_the_message_and_all_parameters(self):
+        form = "msg=Hi&channel=q&cron=%2A/5+*+*+*+*"
+        self.assertEqual(self.call("PUT", "/schedules/s", form, FORM)[0], 204)
+        shown = self.client.read_schedule("s")
+        self.assertEqual((shown["body"], shown["cron"]), ("Hi", "*/5 * * * *"))
+        self.assertIn("channel", self.json("PUT", "/schedules/s?every=9", "x")[1]["error"])
+
+    def test_the_client_sets_and_deletes_it(self):
+        self.client.schedule("s", "q", {"a": 1}, every=60, catch_up=False, headers={"A": "ö"})
+        shown = self.client.read_schedule("s")
+        self.assertEqual(
+            [shown[name] for name in ("body", "type", "every", "catch-up", "headers")],
+            ['{"a":1}', "application/json", 60, False, {"a": "ö"}],
+        )
+        self.client.unschedule("s")
+        for call in (self.client.unschedule, self.client.read_schedule, self.client.run_schedule):
+            self.assertRaises(linger.NotFound, call, "s")
+
+    def test_the_commands_set_show_run_and_delete_it(self):
+        self.linger("schedule", "s", "q", "--cron", "0 3 * * *", "--no-catch-up", stdin=b"Report")
+        name, channel, times, _, last, error = self.linger("schedules").rstrip("\n").split("\t")
+        self.assertEqual((name, channel, times, last, error), ("s", "q", "0 3 * * * UTC", "-", "-"))
+        self.assertIn("body\tReport\n", self.linger("schedule", "s"))
+        self.assertEqual(self.linger("schedule", "s", "--run"), "1\n")
+        self.linger("schedule", "s", "q", "x", "--every", 9, "--priority", 2)
+        self.assertEqual(json.loads(self.linger("schedules", "--json"))["every"], 9)
+        self.linger("schedule", "s", "--delete")
+        self.nothing("schedule", "s")
+        self.nothing("schedules")
+        self.assertIn("either", self.refused("schedule", "s", "q", "x"))
+        self.assertIn("needs CHANNEL", self.refused("schedule", "s", "--every", 9))
+
+
 class CommandProcessTest(CommandProcessCase):
     """Signals, pipes and restarts, which need a process."""
 
@@ -14100,6 +14531,9 @@ ONCE = (
 MEANT_SCANS = {  # statements that read a whole table or index, which the call that uses them asks
     "ALL_PAUSES": {"pauses"},
     "ALL_SETTINGS": {"settings"},
+    "LIST_SCHEDULES": {"schedules"},
+    "SCHEDULE_TIMES": {"schedules"},
+    "SET_SCHEDULE": {"schedules"},
     "CHANNEL_NAMES": {"channels", "subscriptions"},
     "COUNT_SERVING": {"sessions"},
     "DATABASE_SIZE": {"pragma_page_count", "pragma_page_size"},
@@ -14114,7 +14548,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "MESSAGE_TOTALS": {"channels"},
     "LOOK_AROUND": {"sessions"},
     "READY_CHANNELS": {"json_each"},
-    "RECORD_TIME": {"channels", "dedups", "pauses"},  # up to the first row
+    "RECORD_TIME": {"channels", "dedups", "pauses", "schedules"},  # up to the first row
     "NEXT_BY_CHANNEL": {"channels"},  # once, at the start
     "SUBSCRIPTION_TOTALS": {"subscriptions"},
     "SELECT_LIMITED": {"chosen"},  # of one row
