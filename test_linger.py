@@ -11269,6 +11269,7 @@ class CrashTest(ProcessCase):
 
 DONE = (200, 202, 204)
 UNKNOWN = (0, 504)  # 0: the connection broke
+EXPECTED = (*DONE, *UNKNOWN, 404, 409, 503)
 LEASE_SLACK = 0.1  # seconds by which a lease may end early: servers agree on time by short messages
 SERVES_WITHIN = 10.0  # seconds after a fault
 
@@ -11295,7 +11296,7 @@ def find_faults(calls, disturbances=()):
     for call in calls:
         kinds = by_body.setdefault(call.body, {"post": [], "take": [], "delete": []})
         kinds[call.kind].append(call)
-    faults = []
+    faults = [f"{c.body}: a {c.kind} got {c.status}" for c in calls if c.status not in EXPECTED]
     for body, kinds in by_body.items():
         posts, takes, deletes = kinds.values()
         faults += [f"{body}: {fault}" for fault in faults_of_posts(posts, takes)]
@@ -11403,6 +11404,9 @@ class FindFaultsTest(unittest.TestCase):
         self.check(refused)
         fault = "delivered, although each post of it failed"
         self.check(refused, self.TAKE, self.DELETE, fault=fault)
+
+    def test_a_status_that_says_nothing(self):
+        self.check(self.POST._replace(status=500, id=0), fault="a post got 500")
 
     def test_a_message_deleted_twice(self):
         self.check(self.POST, self.TAKE, self.DELETE, self.DELETE, fault="deleted twice")
