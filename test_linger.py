@@ -8504,6 +8504,7 @@ class ProxyCase(ServerTest):
     """A server behind a proxy, which has the configuration of README.md but for TLS and ports."""
 
     NAME = ""  # of the program
+    SECTION = "Reverse proxies"  # of README.md
     HOST = types.MappingProxyType({"Host": "queue.example.com"})
     options = types.MappingProxyType({"allow_host": "queue.example.com"})
 
@@ -8522,14 +8523,14 @@ class ProxyCase(ServerTest):
             free.bind(("127.0.0.1", 0))
             self.front = free.getsockname()[1]
         readme = (HERE / "README.md").read_text()
-        section = readme.partition("### Reverse proxies\n")[2].partition("\n### ")[0]
+        section = readme.partition(f"### {self.SECTION}\n")[2].partition("\n### ")[0]
         blocks = re.findall(r"(?:^(?:    .*)?\n)+", section, re.MULTILINE)
         marker = {"nginx": "proxy_pass", "caddy": "reverse_proxy", "haproxy": "backend"}[self.NAME]
         (block,) = (textwrap.dedent(block) for block in blocks if marker in block)
-        self.assertEqual(block.count("127.0.0.1:8989"), 1)
+        servers = self.servers(section).items()
+        block = self.replace(block, *((f":{old}", f":{new}") for old, new in servers))
         config = self.folder / "proxy.conf"
-        there = block.replace("127.0.0.1:8989", f"127.0.0.1:{self.address[1]}")
-        config.write_text(self.configure(there))
+        config.write_text(self.configure(block))
         stderr = self.folder / "stderr"
         with stderr.open("wb") as file:
             proxy = subprocess.Popen(
@@ -8543,6 +8544,10 @@ class ProxyCase(ServerTest):
         until(lambda: proxy.poll() is not None or self.is_up())
         self.assertIsNone(proxy.poll(), stderr.read_text())
         self.address = ("127.0.0.1", self.front)
+
+    def servers(self, section):
+        """The ports in the configuration, and those of the servers that run."""
+        return {8989: self.address[1]}
 
     def is_up(self):
         with contextlib.suppress(ConnectionRefusedError):
@@ -8619,7 +8624,7 @@ class ProxyCase(ServerTest):
         self.assertLess(len(used), 3)
 
 
-class NginxTest(ProxyCase):
+class NginxCase(ProxyCase):
     NAME = "nginx"
 
     def arguments(self, config):
@@ -8639,6 +8644,8 @@ class NginxTest(ProxyCase):
             f"events {{ }}\nhttp {{\naccess_log off; {folders}\n{block}}}\n"
         )
 
+
+class NginxTest(NginxCase):
     def test_it_passes_all_that_linger_sends(self):
         self.check_messages()
 
@@ -8670,7 +8677,7 @@ class CaddyTest(ProxyCase):
         self.check_connections()
 
 
-class HaproxyTest(ProxyCase):
+class HaproxyCase(ProxyCase):
     NAME = "haproxy"
 
     def arguments(self, config):
@@ -8680,6 +8687,8 @@ class HaproxyTest(ProxyCase):
         bind = "bind :443 ssl crt /etc/ssl/queue.pem"
         return self.replace(block, (bind, f"bind 127.0.0.1:{self.front}"))
 
+
+class HaproxyTest(HaproxyCase):
     def test_it_passes_all_that_linger_sends(self):
         self.check_messages()
 
@@ -8688,6 +8697,50 @@ class HaproxyTest(ProxyCase):
 
     def test_it_keeps_connections(self):
         self.check_connections()
+
+
+class Shards:
+    """Three servers behind a proxy, which chooses by the name of the channel, topic or message."""
+
+    SECTION = "Shards: more throughput"
+
+    def servers(self, section):
+        ports = {}
+        for number in range(3):
+            path = str(self.folder / f"shard{number}.db")
+            linger.Broker(linger.Store(path)).close()
+            for text in re.findall(f'shard{number}.db "(.+)"', section):
+                with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+                    connection.execute(text)
+            server = linger.serve(dbfile=path, sync="off", allow_host=self.HOST["Host"])
+            self.addCleanup(server.close)
+            ports[8990 + number] = server.server_address[1]
+        return ports
+
+    def test_it_finds_the_shard_of_a_channel_a_topic_and_a_message(self):
+        shards = set()
+        for n in range(15):
+            names = [f"f{n}", f"f{n}.mail", f"f{n}.failed"]
+            posts = [self.call("POST", f"/channels/{name}", b"x")[2] for name in names]
+            here = {json.loads(post)["id"] // 10**15 for post in posts}
+            self.assertEqual(len(here), 1)
+            shards |= here
+            _, headers, _ = self.call("GET", f"/channels/f{n}.mail,f{n}.x?nowait")
+            self.assertEqual(headers["x-linger-channel"], f"f{n}.mail")
+            id, lease = headers["x-linger-msg-id"], headers["x-linger-lease"]
+            self.assertEqual(self.call("DELETE", f"/messages/{id}?lease={lease}")[0], 204)
+            self.assertEqual(self.call("PUT", f"/channels/f{n}/topics/f{n}.news")[0], 204)
+            copies = json.loads(self.call("POST", f"/topics/f{n}.news", b"x")[2])
+            self.assertEqual(list(copies), [f"f{n}"])
+        self.assertEqual(shards, {0, 1, 2})
+
+
+class NginxShardsTest(Shards, NginxCase):
+    """With the configuration of README.md."""
+
+
+class HaproxyShardsTest(Shards, HaproxyCase):
+    """With the configuration of README.md."""
 
 
 # -- access --------------------------------------------------------------------------------------
