@@ -1402,28 +1402,30 @@ on conflict (scope, key) do update set until = excluded.until, result = excluded
 
 # -- consuming
 
+TAKEN_TIMEOUT = "coalesce(nullif(:timeout, 0), timeout)"  # no null: sqlite3 is slow to bind one
+
 # The fields of a `Message` as it is delivered, and since when it has been ready, for NEXT_MESSAGE
 # and SELECT_BATCH.
-DELIVERED_COLUMNS = """id, channel, priority, coalesce(:timeout, timeout), deliver, delivered + 1,
+DELIVERED_COLUMNS = f"""id, channel, priority, {TAKEN_TIMEOUT}, deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
     dead_from, dead_reason, error, backoff, dead_delivered, headers, due_at"""
 
 BODY_COLUMN = Message._fields.index("body")  # among them
 
-SET_LEASED = """state = 1, due_at = :now + coalesce(:timeout, timeout), delivered = delivered + 1,
+SET_LEASED = f"""state = 1, due_at = :now + {TAKEN_TIMEOUT}, delivered = delivered + 1,
     lease = lease + 1, leased = 1"""
 
 # Of a ready message.  A take passes over those that have expired and that ProcessDue has not come
 # to; while there may be any, takes use BATCH_IDS, which looks at :n_expired more than it needs.
 IS_ALIVE = "(expires_at = 0 or expires_at > :now)"
 
-# One message of one channel, the usual case.  With :ack, only if the statement before has deleted
-# that message.
+# One message of one channel, the usual case.  With :acks 1, only if the statement before has
+# deleted that message.
 NEXT_MESSAGE = f"""
 select {DELIVERED_COLUMNS}
 from messages
 where channel = :channel and state = 0 and {IS_ALIVE}
-    and (:ack is null or changes() = 1)
+    and changes() >= :acks
 order by priority, id
 limit 1
 """
@@ -1435,7 +1437,7 @@ where id = (
     select id
     from messages
     where channel = :channel and state = 0 and {IS_ALIVE}
-        and (:ack is null or changes() = 1)
+        and changes() >= :acks
     order by priority, id
     limit 1
 )
@@ -1487,7 +1489,7 @@ MATCHING_IDS = f"""(
                     select id, priority, expires_at
                     from messages
                     where state = 0 and channel = {{chosen}}
-                        and (:ack is null or changes() = 1)
+                        and changes() >= :acks
                     order by priority, id
                     limit :n + :n_expired
                 )
@@ -2464,7 +2466,7 @@ class Operation:
     Each kind of operation is a subclass that holds the whole logic of its call.  Until it is done
     an operation belongs to the committer thread, which calls its methods in this order:
 
-    - `on_begin` before its statements;
+    - `on_begin` before its statements, if it `begins`;
     - `on_executed` after its statements and before the commit;
     - `on_commit` after the commit, in the order of commits, unless the operation failed;
     - `on_done` last, whether it failed or not.
@@ -2472,6 +2474,7 @@ class Operation:
 
     statements: Sequence[str] = ()
     parameters: Parameters = types.MappingProxyType({})  # of all statements; a list: of each one
+    begins = False  # whether `on_begin` is to be called
     done_callback: Optional[DoneCallback] = None  # called once with the finished operation
     error: Optional[Exception] = None
     executed = False  # whether `on_executed` has been called
@@ -3031,6 +3034,10 @@ class DatabaseFile:
         """
         assert self._log is not None
         watched = self._watched(self._root)  # before the log, to which it was written first
+        if os.pread(self._file, 2, 18) == ROLLBACK_MODE:
+            return False
+        if watched <= self._known:  # as usual: without a look at each frame of the log
+            return True
         is_new = self._log.has_begun_anew()
         if is_new:
             self._log.begin()
@@ -3039,7 +3046,7 @@ class DatabaseFile:
         if not watched <= self._known:  # frames of a rolled-back transaction are written again
             self._log.begin()
             self._known |= self._log.sectors(1, self._root)
-        return watched <= self._known and os.pread(self._file, 2, 18) != ROLLBACK_MODE
+        return watched <= self._known
 
     def next_mark(self) -> str:
         """After a commit: what to record in the log if it has begun anew, else an empty text.
@@ -3389,6 +3396,24 @@ def refuse_mount_point(path: str) -> None:
             )
 
 
+@functools.cache
+def by_position(statement: str) -> tuple[str, Callable[[Any], Sequence[Any]]]:
+    """A statement whose parameters have numbers in place of names, and what puts those of a mapping
+    in that order.
+
+    For each name the sqlite3 module makes a text, and releases the interpreter, which then has to
+    be got back from other threads.
+    """
+    numbers: dict[str, int] = {}
+    sql = re.sub(
+        r":(\w+)", lambda found: f"?{numbers.setdefault(found[1], len(numbers) + 1)}", statement
+    )
+    names = tuple(numbers)
+    if len(names) > 1:
+        return sql, operator.itemgetter(*names)
+    return sql, lambda parameters: tuple(parameters[name] for name in names)
+
+
 class Store:
     """The database: one connection that writes and one that reads; in memory they are the same.
 
@@ -3518,7 +3543,8 @@ class Store:
         execute, fetchall = cursor.execute, cursor.fetchall
         adds = 0
         for operation in batch:  # which may grow
-            operation.on_begin()
+            if operation.begins:
+                operation.on_begin()
             parameters: Any = operation.parameters
             began = None if operation.seconds is None else time.perf_counter()
             if type(parameters) is list:
@@ -3526,7 +3552,8 @@ class Store:
             else:
                 operation.results = results = []
                 for statement in operation.statements:
-                    execute(statement, parameters)
+                    sql, in_order = by_position(statement)
+                    execute(sql, in_order(parameters))
                     rows = fetchall()
                     changed = cursor.rowcount  # -1 after a select
                     results.append(rows if changed < 0 else (changed, cursor.lastrowid))
@@ -3544,10 +3571,11 @@ class Store:
         """Runs statements that each have their own parameters, or a list of them."""
         operation.results = []
         for statement, parameters in zip(operation.statements, operation.parameters):
+            sql, in_order = by_position(statement)
             if type(parameters) is list:
-                cursor.executemany(statement, parameters)
+                cursor.executemany(sql, map(in_order, parameters))
             else:
-                cursor.execute(statement, parameters)
+                cursor.execute(sql, in_order(parameters))
             rows = cursor.fetchall()
             changed = cursor.rowcount
             operation.results.append(rows if changed < 0 else (changed, cursor.lastrowid))
@@ -4549,7 +4577,9 @@ def _rows_of(result: Mapping[str, Any]) -> list[Any]:
 
 NEVER = 9e15  # later than any moment; finite, since rqlite takes no infinite numbers
 # the clock that also runs while the machine is suspended
-ELAPSED = "CLOCK_MONOTONIC_RAW" if sys.platform == "darwin" else "CLOCK_BOOTTIME"
+ELAPSED: Optional[int] = getattr(
+    time, "CLOCK_MONOTONIC_RAW" if sys.platform == "darwin" else "CLOCK_BOOTTIME", None
+)
 
 
 class Clock(Protocol):
@@ -4571,8 +4601,7 @@ class SystemClock:
 
     def monotonic(self) -> float:
         """Elapsed seconds, on Linux and macOS with those for which the machine was suspended."""
-        clock: Optional[int] = getattr(time, ELAPSED, None)
-        return time.monotonic() if clock is None else time.clock_gettime(clock)
+        return time.monotonic() if ELAPSED is None else time.clock_gettime(ELAPSED)
 
 
 SYSTEM_CLOCK: Clock = SystemClock()
@@ -5972,6 +6001,8 @@ class Take(Operation):
     """
 
     deletion: Optional[Deletion] = None  # of the message of `ack`
+    _waits = False
+    _declined: Optional[Unavailable] = None  # there was no memory for the messages
 
     def __init__(
         self,
@@ -5987,7 +6018,7 @@ class Take(Operation):
         """`pieces`: what was processed in vain since the try before this one."""
         channels, n = consumer.channels, consumer.n
         parameters = {
-            "channel": channels[0], "timeout": consumer.timeout, "now": now, "ack": ack,
+            "channel": channels[0], "timeout": consumer.timeout or 0, "now": now, "acks": 0,
         }  # fmt: skip
         statements: tuple[str, ...] = (NEXT_MESSAGE, LEASE_NEXT)
         is_due = state.timers.next_due <= now and any(
@@ -6002,7 +6033,7 @@ class Take(Operation):
         if ack is not None:
             self.deletion = Deletion(state, ack, now)
             statements = (*self.deletion.lookup, DELETE_LEASED, *statements)
-            parameters.update(id=ack, lease=lease, expected_channel=expected_channel)
+            parameters.update(id=ack, lease=lease, expected_channel=expected_channel, acks=1)
         super().__init__(statements, parameters)
         self.owner = self._consumer = consumer
         self._state = state
@@ -6010,13 +6041,12 @@ class Take(Operation):
         self._woken_by = woken_by
         state.count_taking(woken_by, 1)
         self._pieces = pieces
-        self._waits = False
+        self.begins = n > 1
         self.size = min(n * TAKEN_BYTES, MAX_BATCH_BYTES) if n > 1 else 0
-        self._declined: Optional[Unavailable] = None  # there was no memory for the messages
 
     def on_begin(self) -> None:
         consumer, parameters = self._consumer, cast("dict[str, Any]", self.parameters)
-        if consumer.memory is not None and consumer.n > 1:
+        if consumer.memory is not None:
             room = consumer.memory.room() // (2 if consumer.auto else 1)
             parameters["max_bytes"] = min(MAX_BATCH_BYTES, max(room, 1))
 
@@ -6032,9 +6062,9 @@ class Take(Operation):
 
     def _size_of(self, rows: Sequence[Sequence[Any]]) -> int:
         """Bytes of the messages taken; with `auto` each is there twice."""
-        size: int = sum(len(row[BODY_COLUMN]) for row in rows)
+        size: int = len(rows[0][BODY_COLUMN])
         if len(rows) > 1:
-            size += len(rows) * MESSAGE_BYTES
+            size = sum(len(row[BODY_COLUMN]) for row in rows) + len(rows) * MESSAGE_BYTES
         return 2 * size if self._consumer.auto else size
 
     def _decline(self, error: Unavailable) -> None:
@@ -8148,7 +8178,7 @@ class Broker(Administration):
         over.  It is called in the committer thread, as `on_done` is.  `memory`: where what is taken
         is reserved; without room `take` raises `Unavailable`.
         """
-        names = list(dict.fromkeys(check_name("channel", channel) for channel in channels))
+        names = [check_name("channel", channel) for channel in dict.fromkeys(channels)]
         if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
             raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
         return Consumer(names, n, timeout, auto, is_disconnected, memory)
@@ -9857,10 +9887,9 @@ class Response(NamedTuple):
         elif status not in (204, 304):  # which have no body (RFC 9110 8.6)
             length = len(body) if file is None and array is None else self.length()
             headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
-        base_headers = "" if request is None else request.base_headers + request.ignored
-        lines = f"{STATUS_LINES[status]}{date}{base_headers}{headers}{connection}\r\n"
-        head = lines.encode("latin-1")
-        return head + body if len(body) <= SMALL_AMOUNT and has_body(request) else head
+        base = "" if request is None else request.base_headers + request.ignored
+        head = f"{STATUS_LINES[status]}{date}{base}{headers}{connection}\r\n".encode("latin-1")
+        return head + body if body and len(body) <= SMALL_AMOUNT and has_body(request) else head
 
     def pieces(self, request: Optional[Request]) -> Iterator[bytes]:
         """The rest of its bytes, after those of `render`."""
@@ -12718,6 +12747,7 @@ class Api(ManagementApi):
 # ---------------------------------------------------------------------------------------------
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # not on Windows
 POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)  # Linux only: the client has closed its end
 DISCONNECT_EVENTS = POLLRDHUP | select.POLLHUP | select.POLLERR if IS_POSIX else 0
 
@@ -12741,24 +12771,22 @@ class PlainStream:
     is_shared = False  # whether receiving and sending exclude each other
 
     def __init__(self, connection: socket.socket, timeval: str) -> None:
+        self.receive: Callable[[int], bytes] = connection.recv
+        """The next bytes, up to so many; empty at the end of the stream."""
+        self.timeout = 0.0  # how long `receive` and `peek` may block, seconds
         self._socket = connection
         self._timeval = timeval
-        self._timeout = 0.0
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         send_timeout = struct.pack(timeval, SEND_TIMEOUT, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send_timeout)
 
     def set_timeout(self, seconds: float) -> None:
         """Sets how long `receive` and `peek` may block."""
-        if seconds != self._timeout:
-            self._timeout = seconds
+        if seconds != self.timeout:
+            self.timeout = seconds
             whole = int(seconds)
             timeval = struct.pack(self._timeval, whole, max(int((seconds - whole) * 1e6), 1))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-
-    def receive(self, size: int) -> bytes:
-        """The next bytes; empty at the end of the stream."""
-        return self._socket.recv(size)
 
     def peek(self) -> bool:
         """Waits until something can be received; False if that is the end of the stream."""
@@ -12775,9 +12803,10 @@ class PlainStream:
     def send_at_once(self, data: bytes) -> bytes:
         """Sends what can be sent without blocking; the rest is for `send_encoded`."""
         try:
-            return data[self._socket.send(data, socket.MSG_DONTWAIT) :]
+            sent = self._socket.send(data, MSG_DONTWAIT)
         except OSError:
             return data
+        return b"" if sent == len(data) else data[sent:]
 
     def send_encoded(self, data: bytes) -> None:
         """Sends all bytes, which are as they shall be on the wire."""
@@ -12806,7 +12835,7 @@ class PlainStream:
         if POLLRDHUP:
             return False
         try:
-            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not self._socket.recv(1, socket.MSG_PEEK | MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:
@@ -12827,6 +12856,7 @@ class TlsStream(PlainStream):
         super().__init__(connection, timeval)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.receive = self._receive
 
     def handshake(self) -> bool:
         """Takes the handshake a step further; whether it is complete.  OSError if it fails."""
@@ -12845,7 +12875,7 @@ class TlsStream(PlainStream):
         else:
             self._incoming.write_eof()
 
-    def receive(self, size: int) -> bytes:
+    def _receive(self, size: int) -> bytes:
         """The next bytes; SSLWantReadError when only a part of a record has come."""
         try:
             try:
@@ -12906,6 +12936,15 @@ def send_rest(
             sent += len(piece)
             if response.array is not None:
                 memory.force(reserved * (length - sent) // length)
+
+
+def undo_unsent(response: Response) -> None:
+    """Undoes what a response says, since it cannot be sent."""
+    if response.undo is not None:
+        try:
+            response.undo()
+        except LingerError as error:
+            log(f"linger: a message that could not be sent stays hidden: {error}")
 
 
 def log_request(address: str, request: Optional[Request], status: int, began: float) -> None:
@@ -13152,18 +13191,20 @@ class Connection:
         A reply may be pending meanwhile.  Here the wait of a consumer ends, in time or because
         its client has disconnected.
         """
-        timeout: float = self._server.idle_timeout
-        size, consumer = RECEIVE_SIZE, self._slot.consumer
+        server, stream, consumer = self._server, self._stream, self._slot.consumer
+        timeout: float = server.idle_timeout
+        size = RECEIVE_SIZE
         if self._first_request or consumer is not None:
             size = FIRST_RECEIVE_SIZE
         if consumer is not None:
             timeout = min(max(self._slot.deadline - time.monotonic(), 0.001), timeout)
+        is_usual = not (self._first_request or stream.is_shared)
         data = b""
         self.idle = True
-        while timeout > 0 and not self._server.stopping:
-            self._stream.set_timeout(timeout)
+        while timeout > 0 and not server.stopping:
+            stream.set_timeout(timeout)
             try:
-                data = self._receive_first(size)
+                data = stream.receive(size) if is_usual else self._receive_first(size)
                 break
             except BlockingIOError:
                 timeout = self._idle_time_left()
@@ -13282,8 +13323,10 @@ class Connection:
                 _thread.start_new_thread(self._reply_blocking, (request, to_response, operation))
                 return
             response = self._response_of(request, to_response, operation)
-            data = b"".join((self._render(request, response), *response.pieces(request)))
-            if self._is_abandoned(response):
+            data = self._render(request, response)
+            if len(response.body) > SMALL_AMOUNT:  # JSON may be longer than what was reserved
+                data = b"".join((data, *response.pieces(request)))
+            if response.undo is not None and self._is_abandoned():
                 _thread.start_new_thread(self._abandon_reply, (response, request))
                 return
             rest = self._stream.send_at_once(data)
@@ -13312,11 +13355,10 @@ class Connection:
             self._closing = True
         return response
 
-    def _is_abandoned(self, response: Response) -> bool:
-        """Whether the consumer that messages are for has waited, and its client has gone."""
+    def _is_abandoned(self) -> bool:
+        """Whether the consumer of the reply has waited, and its client has gone."""
         consumer = self._slot.consumer
-        waited = consumer is not None and consumer.ticket > 0
-        return waited and response.undo is not None and self.is_disconnected()
+        return consumer is not None and consumer.ticket > 0 and self.is_disconnected()
 
     def _reply_blocking(
         self,
@@ -13328,7 +13370,7 @@ class Connection:
         try:
             response = self._response_of(request, to_response, operation)
             operation.results = []  # so that each message is freed once it is sent
-            if self._is_abandoned(response):
+            if response.undo is not None and self._is_abandoned():
                 self._abandon_reply(response, request)
                 return
             self._send_pieces(request, response)
@@ -13359,7 +13401,7 @@ class Connection:
         """
         self._closing = True
         try:
-            self._undo(response)
+            undo_unsent(response)
             if request is not None:
                 with contextlib.suppress(OSError):
                     self._send(request, NO_CONTENT, close=True)
@@ -13372,8 +13414,9 @@ class Connection:
         if self._slot.consumer is not None:
             self._server.release_consumer(self)
             self._slot.consumer = None
-        self.input.release()
-        self.output.release()
+        if self.input.size or self.output.size:
+            self.input.release()
+            self.output.release()
         if self._closing:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RD)  # it may be receiving
@@ -13389,7 +13432,7 @@ class Connection:
             response = response.reserved(request, self.output)
             self._send_pieces(request, response)
         except OSError:
-            self._undo(response)
+            undo_unsent(response)
             raise
         finally:
             self.output.release()
@@ -13402,13 +13445,6 @@ class Connection:
         """Sends a whole response."""
         self._stream.send(self._render(request, response))
         send_rest(self._stream, request, response, self.output, self._server.memory.large_work)
-
-    def _undo(self, response: Response) -> None:
-        if response.undo is not None:
-            try:
-                response.undo()
-            except LingerError as error:
-                log(f"linger: a message that could not be sent stays hidden: {error}")
 
     def _note_answered(self, request: Optional[Request], status: int) -> None:
         self._answered_at = time.monotonic()

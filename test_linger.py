@@ -8188,6 +8188,7 @@ class MemoryTest(ServerTest):
                 self.assertEqual(len(taken), 2 if query else 3)
                 self.assertEqual(taken[0]["body"], "x" * 100_000)
                 self.assertEqual(int(headers["Content-Length"]), len(text))
+            until(lambda: not self.memory.used)
         self.assertEqual(self.broker.info("q")["ready"], 3)
         until(lambda: not self.memory.used)
 
