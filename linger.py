@@ -10294,7 +10294,10 @@ PAGE_STYLE = r"""
         --blue: #6aa1ff; --green: #45c497; --violet: #b391f5; --red: #ff7b72;
     }
 }
-* { box-sizing: border-box; }
+* {
+    box-sizing: border-box; scrollbar-width: thin;
+    scrollbar-color: var(--strong-line) transparent;
+}
 [hidden] { display: none !important; }
 html { color-scheme: light dark; scrollbar-gutter: stable; }
 body {
@@ -10312,7 +10315,7 @@ pre, .mono { font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace
 
 .bar {
     display: flex; flex-wrap: wrap; align-items: center; gap: 4px 24px; padding: 10px 24px;
-    background: var(--card); border-bottom: 1px solid var(--line);
+    min-height: 55px; background: var(--card); border-bottom: 1px solid var(--line);
 }
 .brand { display: flex; align-items: center; gap: 10px; font-weight: 650; color: var(--text); }
 .brand svg { width: 22px; height: 22px; color: var(--accent); }
@@ -10350,11 +10353,11 @@ main { max-width: 1240px; margin: 0 auto; padding: 20px 24px 64px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 0 20px; }
 
 .facts {
-    display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 1px;
+    display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr));
     margin: 0 0 20px; background: var(--card); border: 1px solid var(--line);
     border-radius: 10px; overflow: hidden;
 }
-.facts div { padding: 10px 16px; box-shadow: 0 0 0 1px var(--line); }
+.facts div { padding: 10px 16px; box-shadow: -1px -1px 0 var(--line); }
 .facts dt { color: var(--muted); font-size: 13px; }
 .facts dd { margin: 0; font-size: 1.15rem; font-weight: 600; white-space: nowrap; }
 .list { display: grid; grid-template-columns: max-content 1fr; gap: 6px 24px; margin: 0; }
@@ -10364,6 +10367,7 @@ main { max-width: 1240px; margin: 0 auto; padding: 20px 24px 64px; }
 .list dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 
 .scroll { overflow-x: auto; }
+.live .scroll { max-height: 40vh; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: 8px 16px; text-align: left; white-space: nowrap; vertical-align: middle; }
 th { color: var(--muted); font-size: 13px; font-weight: 500; border-bottom: 1px solid var(--line); }
@@ -10418,17 +10422,20 @@ input[type="search"] { width: 220px; max-width: 100%; }
 dialog {
     border: 1px solid var(--line); border-radius: 12px; padding: 0; background: var(--card);
     color: var(--text); width: min(560px, calc(100vw - 24px)); max-height: calc(100vh - 24px);
+    overflow: hidden;
     box-shadow: 0 16px 48px rgb(0 0 0 / 30%);
 }
 dialog::backdrop { background: rgb(0 0 0 / 45%); }
-form { padding: 20px 24px; display: grid; gap: 14px; }
-form .grid {
-    display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 14px;
+dialog[open], form { display: flex; flex-direction: column; min-height: 0; }
+form h2 { padding: 20px 24px 12px; }
+.fields { display: grid; gap: 14px; padding: 2px 24px; overflow-y: auto; }
+.fields .grid {
+    display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px;
 }
 form label { display: grid; gap: 4px; font-weight: 500; align-content: start; }
 form small { color: var(--muted); font-weight: 400; }
 form textarea { min-height: 120px; resize: vertical; }
-form .actions { justify-content: flex-end; }
+form > .actions { justify-content: flex-end; padding: 14px 24px 20px; }
 .wrong { color: var(--bad); margin: 0; }
 details > summary { cursor: pointer; color: var(--muted); margin-bottom: 12px; }
 .narrow { max-width: 460px; margin: 48px auto; }
@@ -10483,7 +10490,6 @@ pre.hex { white-space: pre; overflow-wrap: normal; }
     .pair { grid-template-columns: minmax(0, 1fr); }
     .head .actions { margin-left: 0; width: 100%; }
     input[type="search"] { width: 180px; }
-    form { padding: 16px; }
     .list { grid-template-columns: minmax(0, 1fr); gap: 0; }
     .list dd { margin-bottom: 8px; }
 }
@@ -10642,7 +10648,7 @@ function fill(element, properties, children) {
             element.setAttribute(name, value === true ? "" : value);
         }
     }
-    element.append(...children.flat().filter(child => child != null && child !== false));
+    element.append(...children.flat(Infinity).filter(child => child != null && child !== false));
     return element;
 }
 
@@ -10650,6 +10656,9 @@ const h = (tag, properties = {}, ...children) =>
     fill(document.createElement(tag), properties, children);
 const svg = (tag, properties = {}, ...children) =>
     fill(document.createElementNS(SVG, tag), properties, children);
+const actions = (...items) => h("div", {class: "actions"}, items);
+const card = (title, head, ...content) => h("section", {class: "card"},
+    h("header", {}, typeof title === "string" ? h("h2", {}, title) : title, head), content);
 const button = (text, onclick, look = "") =>
     h("button", {type: "button", class: look, onclick}, text);
 
@@ -10662,6 +10671,7 @@ function put(element, text) {
 const problems = new Map();  // what is wrong now, by what found it
 
 function problem(source, text) {
+    const wasGone = document.body.classList.contains("stale");
     if (text) {
         problems.set(source, text);
     } else {
@@ -10670,7 +10680,9 @@ function problem(source, text) {
     const texts = [...new Set(problems.values())];
     put($("problem"), texts.join(" "));
     $("problem").hidden = !texts.length;
-    document.body.classList.toggle("stale", texts.includes(OFFLINE));
+    if (document.body.classList.toggle("stale", texts.includes(OFFLINE)) !== wasGone) {
+        lookAgain();
+    }
 }
 
 let toastTimer = 0;
@@ -10823,15 +10835,16 @@ function control(field) {
 }
 
 // A form; `send(values)` returns what to say when it is done.  If that fails, the form stays.
-function form(title, {text, fields, more, action, look = "main", send, extra = []}, done) {
+function form(title, options, done) {
+    const {text, fields = [], settings, more, action, look = "main", send, extra = []} = options;
     const wrong = h("p", {class: "wrong", role: "alert", hidden: true});
     const submit = h("button", {class: look}, action);
-    const element = h("form", {},
-        h("h2", {id: "dialog-title"}, title),
-        text ? h("p", {class: "hint"}, text) : null, fields.map(control),
-        more ? h("details", {}, h("summary", {}, "More parameters"),
-            h("div", {class: "grid"}, more.map(control))) : null,
-        wrong, h("div", {class: "actions"}, extra, submit));
+    const grid = list => h("div", {class: "grid"}, list.map(control));
+    const element = h("form", {}, h("h2", {id: "dialog-title"}, title),
+        h("div", {class: "fields"}, text && h("p", {class: "hint"}, text), fields.map(control),
+            settings && grid(settings),
+            more && h("details", {}, h("summary", {}, "More parameters"), grid(more)), wrong),
+        actions(extra, submit));
     const must = fields.filter(field => field.must);
     const check = () => {
         submit.disabled = must.some(field => element.elements[field.name].value !== field.must);
@@ -10920,8 +10933,7 @@ class Chart {
             onblur: () => this.select(null),
             onkeydown: event => this.step(event),
         }, this.drawing, this.tip);
-        this.element = h("section", {class: "card"},
-            h("header", {}, h("h2", {}, title), legend), this.plot);
+        this.element = card(title, legend, this.plot);
         new ResizeObserver(() => this.draw()).observe(this.plot);
     }
 
@@ -11082,9 +11094,8 @@ function chartPoints({interval, time, ...arrays}) {
 }
 
 function onlyWriting() {
-    return h("section", {class: "card"}, h("header", {}, h("h1", {}, "Channels")),
-        h("div", {class: "none"}, "This token may not read channels. "),
-        h("div", {class: "inside actions"}, can("write") && [postButton(), publishButton()]));
+    return card(h("h1", {}, "Channels"), can("write") && actions(postButton(), publishButton()),
+        h("div", {class: "none"}, "This token may not read channels."));
 }
 
 // The looks at each channel since the page was opened: of the last minute, for the sparklines.
@@ -11158,9 +11169,7 @@ function channelList(signal) {
         }
     }, signal);
     mark();
-    return h("section", {class: "card"},
-        h("header", {}, h("h1", {}, "Channels"),
-            h("div", {class: "actions"}, filter, can("write") && postButton())),
+    return card(h("h1", {}, "Channels"), actions(filter, can("write") && postButton()),
         list.element, pages.element);
 }
 
@@ -11274,16 +11283,17 @@ function channelView(signal, channel) {
     return [
         h("div", {class: "head"},
             h("div", {}, crumbs("Channels", "#/"), h("h1", {}, h("bdi", {}, channel), " ", paused)),
-            h("div", {class: "actions"},
+            actions(
                 can("admin") && [
                     pause,
                     button("Redrive", () => askRedrive(channel, changed)),
                     button("Drain", () => askDrain(channel, changed), "danger"),
                 ],
                 can("write") && postButton(channel, changed))),
-        strip.element, messages.element,
+        strip.element,
+        liveCard(signal, path("channels", channel, "/live"), "Every change, as it happens"),
+        messages.element,
         h("div", {class: "pair"}, topics.element, settings.element),
-        liveCard(signal, path("channels", channel, "/live"), "Every change of the channel"),
     ];
 }
 
@@ -11361,7 +11371,7 @@ function messageList(signal, channel) {
         count("Age", m => m.received, "", duration),
     ], message => message.id, "No messages in this state.");
     const pages = pager(PAGE, () => clear());
-    const bulk = h("div", {class: "actions", hidden: true});
+    const bulk = actions();
     const clear = () => {
         chosen.clear();
         all.checked = false;
@@ -11370,9 +11380,8 @@ function messageList(signal, channel) {
         refresh();
     };
     function chosenActions() {
-        bulk.hidden = !chosen.size;
-        bulk.replaceChildren(`${number(chosen.size)} chosen`, ...messageActions(
-            () => [...chosen.values()], () => clear()));
+        bulk.replaceChildren(...chosen.size ? [`${number(chosen.size)} chosen`,
+            ...messageActions(() => [...chosen.values()], () => clear())] : []);
     }
     const tabs = h("div", {class: "tabs", role: "group", "aria-label": "State"},
         STATES.map(([value, title]) => h("button", {
@@ -11401,8 +11410,7 @@ function messageList(signal, channel) {
             pages.update(messages.map(message => message.id));
         }
     }, signal);
-    const element = h("section", {class: "card"},
-        h("header", {}, h("h2", {}, "Messages"), tabs, bulk), list.element, pages.element);
+    const element = card("Messages", [tabs, bulk], list.element, pages.element);
     return {element, refresh: clear};
 }
 
@@ -11447,10 +11455,8 @@ function subscriptions(channel, changed) {
         {...ACTION, make: topic =>
             can("admin") && unsubscribeButton(channel, topic, changed)},
     ], topic => topic, "Not subscribed to any topic.");
-    const element = h("section", {class: "card"}, h("header", {}, h("h2", {}, "Subscriptions"),
-        h("div", {class: "actions"}, can("admin")
-            && button("Subscribe", () => askSubscribe({channel}, changed), "small"))),
-        list.element);
+    const subscribe = button("Subscribe", () => askSubscribe({channel}, changed), "small");
+    const element = card("Subscriptions", can("admin") && actions(subscribe), list.element);
     return {element, update: list.update};
 }
 
@@ -11483,8 +11489,7 @@ function settingsCard(channel, changed) {
     let settings = {};
     const edit = button("Change", () => ask(`Settings of ${channel}`, {
         text: "They hold for messages that do not say otherwise.",
-        fields: [], more: null, action: "Save",
-        ...settingsForm(channel, settings, changed),
+        action: "Save", ...settingsForm(channel, settings, changed),
     }), "small");
     const update = given => {
         settings = given;
@@ -11501,8 +11506,7 @@ function settingsCard(channel, changed) {
             ]));
         }
     };
-    const element = h("section", {class: "card"}, h("header", {}, h("h2", {}, "Settings"),
-        h("div", {class: "actions"}, can("admin") && edit)),
+    const element = card("Settings", can("admin") && actions(edit),
         h("div", {class: "inside"}, values));
     return {element, update};
 }
@@ -11516,7 +11520,7 @@ function settingsForm(channel, settings, changed) {
         return "Settings cleared";
     }));
     return {
-        fields: parameterFields("settings", settings),
+        settings: parameterFields("settings", settings),
         extra: done => [clear(done)],
         send: async values => {
             await call("PUT", target + query(values));
@@ -11537,7 +11541,7 @@ function messageView(signal, id) {
     const history = h("ul");
     const mark = h("span", {class: "mark"});
     const place = h("div");
-    const actions = h("div", {class: "actions"});
+    const tools = actions();
     const body = h("div", {class: "inside"}, "Loading…");
     let loaded = false;
     const refresh = poll(2000, async () => {
@@ -11549,7 +11553,7 @@ function messageView(signal, id) {
         place.replaceChildren(crumbs("Channels", "#/", linkTo("channels", channel)));
         facts.replaceChildren(...messageFacts(message, head.headers.get("content-length")));
         history.replaceChildren(...messageHistory(message).map(text => h("li", {}, text)));
-        actions.replaceChildren(...messageActions(() => [message], () => refresh()));
+        tools.replaceChildren(...messageActions(() => [message], () => refresh()));
         if (!loaded) {
             body.replaceChildren(...await bodyParts(id, message.type, signal));
             loaded = true;
@@ -11557,13 +11561,11 @@ function messageView(signal, id) {
     }, signal);
     return [
         h("div", {class: "head"},
-            h("div", {}, place, h("h1", {}, `Message ${id} `, mark)), actions),
-        h("section", {class: "card"}, h("header", {}, h("h2", {}, "Body")), body),
+            h("div", {}, place, h("h1", {}, `Message ${id} `, mark)), tools),
+        card("Body", null, body),
         h("div", {class: "pair"},
-            h("section", {class: "card"}, h("header", {}, h("h2", {}, "Parameters")),
-                h("div", {class: "inside"}, facts)),
-            h("section", {class: "card"}, h("header", {}, h("h2", {}, "History")),
-                h("div", {class: "inside"}, history))),
+            card("Parameters", null, h("div", {class: "inside"}, facts)),
+            card("History", null, h("div", {class: "inside"}, history))),
     ];
 }
 
@@ -11583,9 +11585,9 @@ function messageHistory(message) {
             + (message.topic ? ` on the topic ${message.topic}` : ""),
         from && `Given up in ${from} after ${plural(message["dead-delivered"], "delivery")
             .replace("deliverys", "deliveries")}: ${REASONS[message["dead-reason"]]}`,
-        `Delivered ${plural(message.delivered, "time")}`
-            + (message.deliver ? ` of at most ${message.deliver}` : "")
-            + (from ? " since then" : ""),
+        (message.delivered ? `Delivered ${plural(message.delivered, "time")}` : "Not delivered")
+            + (message.deliver ? `, of at most ${plural(message.deliver, "time")}` : "")
+            + (from ? ", since then" : ""),
         message.error && `Last error: ${message.error}`,
         message.holder && `In flight with ${message.holder}`,
         message["hidden-for"] != null && `Hidden for ${duration(message["hidden-for"])} more`,
@@ -11612,7 +11614,7 @@ async function bodyParts(id, type, signal) {
         pre.classList.add("hex");
     }
     put(pre, text ?? hexadecimal(data.subarray(0, SHOWN_HEX)));
-    const tools = h("div", {class: "actions"});
+    const tools = actions();
     const formatted = text != null && data.length === size && formatJson(text, type);
     if (formatted) {
         put(pre, formatted);
@@ -11711,8 +11713,8 @@ function liveCard(signal, target, what) {
         events.forEach(event => { event.isNew = false; });
         list.update(events);
     }
-    return h("section", {class: "card"}, h("header", {}, h("h2", {}, "Live"),
-        h("span", {class: "hint"}, what), h("div", {class: "actions"}, toggle)), list.element);
+    return card("Live", [h("span", {class: "hint"}, what), actions(toggle)],
+        h("div", {class: "live"}, list.element));
 }
 
 // -- Topics
@@ -11742,12 +11744,11 @@ function topicList(signal) {
         names = (await get("topics", signal)).topics;
         show();
     }, signal);
-    return h("section", {class: "card"},
-        h("header", {}, h("h1", {}, "Topics"), h("div", {class: "actions"},
-            search("Filter topics", text => {
-                like = text;
-                show();
-            }), can("write") && publishButton())),
+    const filter = search("Filter topics", text => {
+        like = text;
+        show();
+    });
+    return card(h("h1", {}, "Topics"), actions(filter, can("write") && publishButton()),
         list.element, h("div", {class: "pages"}, note, back, next));
 }
 
@@ -11757,17 +11758,15 @@ function topicView(signal, topic) {
         {...ACTION, make: channel =>
             can("admin") && unsubscribeButton(channel, topic, () => refresh())},
     ], channel => channel, "No subscribers: what is published is dropped.");
+    const subscribe = button("Subscribe a channel", () => askSubscribe({topic}, () => refresh()));
     const refresh = poll(2000, async () =>
         list.update((await get(path("topics", topic, "/channels"), signal)).channels), signal);
     return [
         h("div", {class: "head"},
             h("div", {}, crumbs("Topics", "#/topics"), h("h1", {}, h("bdi", {}, topic))),
-            h("div", {class: "actions"},
-                can("admin")
-                    && button("Subscribe a channel", () => askSubscribe({topic}, () => refresh())),
-                can("write") && publishButton(topic))),
-        h("section", {class: "card"}, h("header", {}, h("h2", {}, "Subscribers")), list.element),
-        liveCard(signal, path("topics", topic, "/live"), "Every publication on the topic"),
+            actions(can("admin") && subscribe, can("write") && publishButton(topic))),
+        card("Subscribers", null, list.element),
+        liveCard(signal, path("topics", topic, "/live"), "Every publication, as it happens"),
     ];
 }
 
@@ -11807,12 +11806,11 @@ function deadList(signal) {
             pages.update(messages.map(message => message.id));
         }
     }, signal);
-    return h("section", {class: "card"},
-        h("header", {}, h("h1", {}, "Dead letters"), h("div", {class: "actions"},
-            choose("Reason", [["", "All reasons"], ["deliver", "Deliveries used up"],
-                ["linger", "Lifetime over"], ["reject", "Rejected"]], value => { reason = value; }),
-            choose("Order", [["newest", "Newest first"], ["oldest", "Oldest first"]],
-                value => { order = value; }))),
+    const reasons = choose("Reason", [["", "All reasons"], ["deliver", "Deliveries used up"],
+        ["linger", "Lifetime over"], ["reject", "Rejected"]], value => { reason = value; });
+    const orders = choose("Order", [["newest", "Newest first"], ["oldest", "Oldest first"]],
+        value => { order = value; });
+    return card(h("h1", {}, "Dead letters"), actions(reasons, orders),
         list.element, pages.element);
 }
 
@@ -11840,7 +11838,7 @@ function route() {
         show(name && views[kind] ? views[kind](view.signal, name)
             : (lists[kind] || overview)(view.signal));
     } catch (error) {
-        show(h("section", {class: "card"}, h("div", {class: "none"}, describe(error))));
+        show(card("This cannot be shown", null, h("div", {class: "none"}, describe(error))));
     }
     document.title = name ? `${name} | Linger` : "Linger";
     for (const link of $("views").children) {
@@ -11916,7 +11914,7 @@ document.body.append(h("datalist", {id: "types"}, ["text/plain", "application/js
 $("sign").addEventListener("click", () => signOut(ASK));
 $("skip").addEventListener("click", () => $("main").focus());
 addEventListener("hashchange", route);
-poll(5000, look, new AbortController().signal);
+const lookAgain = poll(5000, look, new AbortController().signal);
 """
 
 
