@@ -353,11 +353,12 @@ MAX_EVENT_BODY = 65_536  # part of a body that an event shows, bytes; but PREVIE
 MANY_MESSAGES = 16  # if a call may change more messages than this
 EVENT_BYTES = 512  # an event's objects beside its body, bytes
 MAX_BEHIND = 1_000_000  # events that a reader may not have read, bytes,
-BEHIND_TIME = 1.0  # if the oldest is as old as this, seconds: a batch comes all at once
+BEHIND_TIME = 2.0  # if the oldest is as old as this, seconds: a batch comes all at once
 MAX_BURST = 16_000_000  # and in any case, bytes: two of the largest batches
 SILENCE_LIMIT = 15.0  # longest silence of a stream, seconds: proxies close after 60
+SSE_RETRY = 1_000  # time after which a browser connects again, milliseconds
 LISTENER_CHECK_INTERVAL = 2.0  # seconds between two looks for readers that have gone
-STREAM_PACE = 0.0005  # pause after readers were woken, seconds for each: so streams take a small
+STREAM_PACE = 0.001  # pause after readers were woken, seconds for each: so streams take a small
 # part of the time of the interpreter, and the more there are, the more events each sends at once
 
 # Client and commands
@@ -9800,8 +9801,9 @@ class EventStream:
     """The events of a reader as the body of a response, as server-sent events
     (html.spec.whatwg.org/multipage/server-sent-events.html) or a line of JSON each.
 
-    A comment or an empty line is a sign of life.  With HTTP/1.1 the body is chunked, so that one
-    that was broken off can be told from one that has ended.
+    A comment or an empty line is a sign of life.  Something is sent at once, so that the client
+    knows that it is connected.  With HTTP/1.1 the body is chunked, so that one that was broken off
+    can be told from one that has ended.
     """
 
     def __init__(
@@ -9822,11 +9824,14 @@ class EventStream:
         """The body, as the events happen; ends when the server stops."""
         assert self._reader is not None
         heartbeat = b"\n" if self._is_ndjson else b":\n\n"
-        events: Optional[list[Event]] = []
+        data = heartbeat if self._is_ndjson else b"retry: %d\n\n" % SSE_RETRY
         try:
-            while events is not None and self._is_allowed():
-                yield self._frame(b"".join(map(self._encode, events)) or heartbeat)
+            while self._is_allowed():
+                yield self._frame(data)
                 events = self._reader.events()
+                if events is None:
+                    break
+                data = b"".join(map(self._encode, events)) or heartbeat
         finally:
             self._reader.close()
         if self.is_chunked:
