@@ -5075,10 +5075,10 @@ class Live:
             for name in ("delivered", "deleted") if deleted else ("delivered",):
                 self._add(self.channels, message.channel, Event(name, message, cut))
 
-    def published(self, topic: str, body: bytes, type: str) -> None:
+    def published(self, topic: str, body: bytes, type: str, headers: str) -> None:
         """Adds the event of a publication."""
         body = body[: MAX_EVENT_BODY + 1]
-        message = Message(0, "", 0, 0, 0, 0, 0, 0, topic, 0, type, body)
+        message = Message(0, "", 0, 0, 0, 0, 0, 0, topic, 0, type, body, header_lines=headers)
         self._add(self.topics, topic, Event("", message, MAX_EVENT_BODY))
 
     def _add(self, feeds: Mapping[str, Feed], name: str, event: Event) -> None:
@@ -5921,7 +5921,8 @@ class Publish(Operation):
         """Adds the events of those publications that are not duplicates."""
         for message, first in zip(self._messages, self.results[:: self._size]):
             if not (self._keyed and first):
-                self._state.live.published(message["topic"], message["body"], message["type"])
+                names = ("topic", "body", "type", "headers")
+                self._state.live.published(*(message[name] for name in names))
 
     def _copies(self) -> Iterator[dict[str, Any]]:
         names = ("channel", "id", "state", "due_at", "expires_at")
@@ -9789,6 +9790,8 @@ def event_json(event: Event) -> bytes:
     message = event.message
     if not event.name:
         value: dict[str, object] = {"topic": message.topic, "type": message.type}
+        if message.header_lines:
+            value["headers"] = message.headers
         return TO_JSON({**value, **cut_body(message.body, event.cut)}).encode()
     value = {"event": event.name}
     if event.source:
@@ -13888,6 +13891,18 @@ JSON_TYPE = "application/json"
 INTEGER_FIELDS = {name for name, kind in get_type_hints(Message).items() if kind is int}
 
 
+class LiveEvent(NamedTuple):
+    """What has happened to a message."""
+
+    name: str  # posted, delivered, ...; of a topic: published
+    message: Message  # of a publication, only its topic, type, headers and body
+    source: str  # the channel where a message was that has `moved`
+    gap: bool  # whether events before this one may be missing
+
+
+NO_MESSAGE_FIELDS = dict.fromkeys(INTEGER_FIELDS & set(MESSAGE_KEYS), 0) | {"channel": ""}
+
+
 def encode_text(text: str) -> bytes:
     """Returns a text in UTF-8; `BadRequest` if it contains surrogates."""
     try:
@@ -14129,6 +14144,24 @@ class Transport:
             return fields, content
         raise error_in_response(self.url, status, content)
 
+    def stream(
+        self, path: str, timeout: float, stop: Optional[threading.Event] = None
+    ) -> Iterator[bytes]:
+        """Yields the lines of a response that has no end, over a connection of its own, until the
+        server ends it; raises as `request` does.  `stop` ends it too."""
+        request = self.encode("GET", path, headers=f"Accept: {NDJSON}\r\n")
+        connection = self.new_connection()
+        with self._lock:
+            if self.closed:
+                raise Unavailable("the client is closed")
+            self._connections.add(connection)
+        try:
+            yield from connection.lines(request, timeout, stop)
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(f"the connection to {self.url} was lost: {error}") from error
+        finally:
+            connection.close()
+
     def retry(self, request: Callable[[], T], timeout: float) -> T:
         """Runs a request until it succeeds, for up to `timeout` seconds: across a restart.
 
@@ -14206,6 +14239,22 @@ class _HTTPConnection:
         if response.will_close or (stop is not None and stop.is_set()):
             self.close()
         return response.status, response.headers, body
+
+    def lines(
+        self, request: bytes, timeout: float, stop: Optional[threading.Event]
+    ) -> Iterator[bytes]:
+        """Sends a request, and yields the lines of the response as they come."""
+        sock = self.open()
+        sock.settimeout(timeout)
+        sock.sendall(request)
+        source: Any = sock if stop is None else _StoppableReader(sock, timeout, stop)
+        with contextlib.closing(http.client.HTTPResponse(source)) as response:
+            response.begin()
+            if response.status != 200:
+                content = _read_response(response, None)
+                raise error_in_response(self.url, response.status, content)
+            while line := response.readline():
+                yield line
 
     def open(self) -> socket.socket:
         """Returns the socket, of a new connection if the server has closed the last one."""
@@ -14938,6 +14987,52 @@ class Client(ManagementClient):
                     loop.release("the loop was left before the message was done")
                     raise
 
+    # -- live
+
+    def live(
+        self,
+        channel: Optional[str] = None,
+        topic: Optional[str] = None,
+        stop: Optional[threading.Event] = None,
+    ) -> Iterator[LiveEvent]:
+        """Yields what happens to the messages of a channel, or what is published on a topic.
+
+        Goes on for ever, across restarts of the server, or until `stop` is set, which takes a few
+        seconds.  Takes no message.  The first event after the connection was lost has `gap` set:
+        what happened meanwhile is not seen.  Raises the errors that no retry can repair.
+        """
+        for item, gap in self._live_items(channel, topic, stop or threading.Event()):
+            message = parse_message({**NO_MESSAGE_FIELDS, **item})
+            yield LiveEvent(item.get("event", "published"), message, item.get("from", ""), gap)
+
+    def _live_items(
+        self, channel: Optional[str], topic: Optional[str], stop: threading.Event
+    ) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Yields the events as JSON objects, each with its `gap`."""
+        if (channel is None) == (topic is None):
+            raise BadRequest("live needs either a channel or a topic")
+        kind, name = ("topics", topic) if channel is None else ("channels", channel)
+        path = encode_path(kind, name or "", "live")
+        outage = Outage(self._transport.warn, f"{SERVER_IS_BACK}: events may be missing")
+        delays, gap = _retry_delays(), False
+        while not stop.is_set():
+            try:
+                for line in self._transport.stream(path, self.timeout + SILENCE_LIMIT, stop):
+                    outage.end()
+                    delays = _retry_delays()
+                    if line.strip():
+                        yield json.loads(line), gap
+                        gap = False
+                error: object = f"{self.url} has ended the stream"
+            except LingerError as failure:
+                if failure.status < 500 or self._transport.closed:
+                    raise
+                error = failure
+            gap = True
+            if not stop.is_set():
+                outage.begin(error)
+                stop.wait(next(delays))
+
     # -- requests
 
     def _settle(self, action: str, delivery: Delivery, reason: str = "", **query: object) -> None:
@@ -15659,6 +15754,8 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
 
 # The columns of lists
 COPY_COLUMNS = ("channel", "id")
+TAIL_COLUMNS = ("event", "id", "delivered", "from", "body")
+LISTEN_COLUMNS = ("body",)
 MESSAGE_COLUMNS = ("id", "state", "priority", "delivered", "age", "error", "body")
 CHANNEL_COLUMNS = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
 PAIR_COLUMNS = ("name", "value")
@@ -15955,6 +16052,20 @@ def _write_message(
             with contextlib.suppress(LingerError):
                 client.release(message, 0)
         raise
+
+
+def _tail(client: Client, options: argparse.Namespace) -> None:
+    """Writes a line for each event, until it is interrupted."""
+    channel, topic = getattr(options, "channel", None), getattr(options, "topic", None)
+    items = client._live_items(channel, topic, threading.Event())
+    for item, _ in itertools.islice(items, options.count):
+        if options.json:
+            _write_lines([TO_JSON(item)])
+            continue
+        body = parse_message({**NO_MESSAGE_FIELDS, **item}).body.decode(errors="replace")
+        names = TAIL_COLUMNS if channel else LISTEN_COLUMNS
+        row = [{**item, "body": body}.get(name) for name in names]
+        _write_lines(["\t".join(map(_format_value, row))])
 
 
 # -- inspection
@@ -16973,6 +17084,14 @@ COMMANDS = (
              _number("--count", "N", "maximum number of messages", 1, MAX_BATCH, default=50),
              _number("--after", "ID", "start after this message", 0), JSON),
             nothing="there are no messages", columns=MESSAGE_COLUMNS),
+    Command("tail", "write what happens to the messages of a channel, a line for each event",
+            "linger tail jobs", _tail,
+            (CHANNEL, _number("--count", "N", "stop after this number of events"), JSON),
+            columns=TAIL_COLUMNS),
+    Command("listen", "write what is published on a topic, a line for each message",
+            "linger listen news", _tail,
+            (TOPIC, _number("--count", "N", "stop after this number of messages"), JSON),
+            columns=LISTEN_COLUMNS),
     Command("show", "write a message without taking it", "linger show 1", _show, (ID, JSON),
             nothing=NO_MESSAGE),
     Command("delete", "delete messages that are done", "linger delete 1 --lease 1", _delete,

@@ -9885,6 +9885,97 @@ class ClientTest(ClientCase):
             self.client.stats()
 
 
+class ClientLiveTest(ClientCase):
+    """`Client.live`, and the commands that use it."""
+
+    def setUp(self):
+        self.hasten(MIN_RETRY_DELAY=0.01, LISTENER_CHECK_INTERVAL=0.02, STOP_CHECK_INTERVAL=0.02)
+        super().setUp()
+        self.live = self.broker._state.live
+
+    def when_listening(self, action):
+        """Does something in another thread once somebody listens."""
+
+        def run():
+            until(lambda: self.live.channels or self.live.topics)
+            return action()
+
+        return self.thread(run)
+
+    def test_it_yields_what_happens_to_the_messages_of_a_channel(self):
+        given = {"priority": 3, "dead": "dead", "headers": {"a": "b"}}
+        self.when_listening(
+            lambda: self.broker.reject(self.broker.post("q/ä", b"\xff", "text/x", **given).id)
+        )
+        posted, rejected, moved = itertools.islice(self.client.live("q/ä"), 3)
+        self.assertEqual((posted.name, rejected.name, moved.name), ("posted", "rejected", "moved"))
+        self.assertEqual(
+            posted.message[:3] + posted.message[10:12], (1, "q/ä", 3, "text/x", b"\xff")
+        )
+        self.assertEqual((posted.message.headers, posted.gap), ({"a": "b"}, False))
+        self.assertEqual((moved.source, moved.message.channel), ("q/ä", "dead"))
+
+    def test_it_yields_what_is_published_on_a_topic(self):
+        self.when_listening(lambda: self.client.publish("news", "x", headers={"a": "b"}))
+        event = next(self.client.live(topic="news"))
+        message = event.message
+        self.assertEqual((event.name, message.topic, message.text, message.headers),
+                         ("published", "news", "x", {"a": "b"}))  # fmt: skip
+
+    def test_it_connects_again_and_says_that_events_may_be_missing(self):
+        events = self.client.live("q")
+        posted = self.when_listening(lambda: self.broker.post("q", b"1"))
+        self.assertFalse(next(events).gap)
+        posted.result(PATIENCE)
+        (reader,) = self.live.channels["q"].readers
+        reader.listener.disconnect()
+        until(lambda: not self.live.channels)
+        self.when_listening(lambda: self.broker.post_batch("q", [(b"2", "x", {})] * 2))
+        with self.assertLogs("linger", "WARNING") as logs:
+            self.assertEqual([event.gap for event in itertools.islice(events, 2)], [True, False])
+        self.assertIn("the server responds again: events may be missing", logs.output[-1])
+
+    def test_another_thread_can_stop_it(self):
+        stop = threading.Event()
+        self.when_listening(stop.set)
+        self.assertEqual(list(self.client.live("q", stop=stop)), [])
+
+    def test_closing_the_client_ends_it(self):
+        self.when_listening(self.client.close)
+        with self.assertRaises(linger.Unavailable):
+            next(self.client.live("q"))
+
+    def test_an_error_that_no_retry_repairs_is_raised(self):
+        for names in ((), ("q", "news"), ("",)):
+            with self.assertRaises(linger.LingerError):
+                next(self.client.live(*names))
+
+    def test_it_leaves_the_connection_of_other_calls_alone(self):
+        self.client.stats()
+        self.when_listening(lambda: self.broker.post("q", b"x"))
+        events = self.client.live("q")
+        next(events)
+        self.assertEqual(self.client.get("q", 0).text, "x")
+        self.assertEqual(next(events).name, "delivered")
+        events.close()
+        until(lambda: not self.live.channels)
+
+    def test_tail_writes_a_line_for_each_event(self):
+        self.when_listening(lambda: self.broker.get(self.client.post("q", "a\tb") and "q"))
+        output = run_command(self.server.url, "tail", "q", "--count=2")
+        self.assertEqual(output, (0, b"posted\t1\t0\t-\ta\\tb\ndelivered\t1\t1\t-\ta\\tb\n", ""))
+
+    def test_listen_writes_a_line_for_each_publication(self):
+        for option, line in (
+            ((), b"a\\nb\n"),
+            (("--json",), b'{"topic":"t","type":"x","body":"a\\nb"}\n'),
+        ):
+            self.when_listening(lambda: self.broker.publish("t", b"a\nb", "x"))
+            output = run_command(self.server.url, "listen", "t", "--count=1", *option)
+            self.assertEqual(output, (0, line, ""))
+            until(lambda: not self.live.topics)
+
+
 class StoppedGetTest(ClientCase):
     """`get` with an event that ends its wait."""
 
