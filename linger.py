@@ -7618,6 +7618,7 @@ IS_EXPECTED = "name = :schedule and next_at = :expected and version = :version"
 
 POST_SCHEDULED = f"""{POST_MESSAGE}    and exists (select 1 from schedules where {IS_EXPECTED})
 """
+LOOK_UPS[POST_SCHEDULED] = LOOK_UPS[POST_MESSAGE]  # its events are those of any post
 
 # After POST_SCHEDULED: the due time is done, whether the message was added or not.
 SCHEDULE_POSTED = f"""
