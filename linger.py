@@ -320,6 +320,7 @@ NODE_TIMEOUT = 3.0  # silence of a node after which another one is asked, second
 NODE_RATE = 1_000_000  # and one more for so many bytes that are sent to it
 CLUSTER_TIMEOUT = 12.0  # time in which a node must answer, or the call fails, seconds
 NODE_RETRY_DELAY = 0.05  # pause before the next node is asked, seconds
+TRANSFER_TIMEOUT = 600.0  # silence of a node that makes a copy of the database or loads one, s
 MAX_IDLE_NODE_CONNECTIONS = 4  # open connections to a node that no request uses
 LOOK_INTERVAL = 0.05  # between two looks at what other servers changed, seconds,
 IDLE_LOOK_INTERVAL = 0.9  # while no consumer waits: below the shortest timeout and delay,
@@ -2167,6 +2168,26 @@ IDENTIFY = """
 select sqlite_version(), (select count(*) from sqlite_master where name not glob 'sqlite_*')
 """
 
+# Which kinds of rows there are, but those that a server makes by itself.
+FIND_STORED = """
+select 'messages' where exists (select 1 from channels)
+union all
+select 'subscriptions' where exists (select 1 from subscriptions)
+union all
+select 'settings' where exists (select 1 from settings)
+union all
+select 'pauses' where exists (select 1 from pauses)
+union all
+select 'schedules' where exists (select 1 from schedules)
+union all
+select 'dedup keys' where exists (select 1 from dedups)
+"""
+
+COUNT_MESSAGES = """
+select count(*)
+from messages
+"""
+
 DATABASE_SIZE = """
 select page_count * page_size
 from pragma_page_count, pragma_page_size
@@ -2200,6 +2221,10 @@ on conflict (name) do nothing
 FORGET_SESSIONS = """
 delete from sessions
 where at < (select max(at) from sessions) - :ttl
+"""
+
+CLEAR_SESSIONS = """
+delete from sessions
 """
 
 END_SESSION = """
@@ -2413,6 +2438,7 @@ class History:
 # ---------------------------------------------------------------------------------------------
 
 Parameters = Union[Mapping[str, object], Sequence[Any]]
+T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -4085,7 +4111,7 @@ class Nodes:
         self.closed = False
         self.patience = CLUSTER_TIMEOUT  # seconds
         self._url = url
-        self._headers = {**url.headers(), "Content-Type": "application/json"}
+        self._headers = url.headers()
         self._connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if url.scheme == "https":
             context = ssl.create_default_context()
@@ -4102,11 +4128,33 @@ class Nodes:
         Returns the results, and whether an earlier try may have been executed.  `Unavailable` if
         surely none was, or if it `changes` nothing, else `OutcomeUnknown`.
         """
+        return self._insist(lambda: self._results(self.ask_once(path, body())), changes)
+
+    def download(self, path: str, file: BinaryIO) -> None:
+        """Receives a file from a node."""
+
+        def receive() -> None:
+            file.seek(0)
+            file.truncate()
+            self.ask_once(path, b"", TRANSFER_TIMEOUT, file)
+
+        self._insist(receive, changes=False)
+
+    def upload(self, path: str, file: BinaryIO) -> None:
+        """Sends a file to a node."""
+
+        def send() -> None:
+            file.seek(0)
+            self._results(self.ask_once(path, file, TRANSFER_TIMEOUT))
+
+        self._insist(send)
+
+    def _insist(self, attempt: Callable[[], T], changes: bool = True) -> tuple[T, bool]:
         began = time.monotonic()
         may_be_done = False
         while True:
             try:
-                return self._results(self.ask_once(path, body())), may_be_done
+                return attempt(), may_be_done
             except NodeFailed as error:
                 may_be_done = changes and (may_be_done or error.may_be_done)
                 if time.monotonic() - began > self.patience or self.closed:
@@ -4129,17 +4177,24 @@ class Nodes:
             raise NodeFailed(answer["error"])
         return results
 
-    def ask_once(self, path: str, body: bytes, timeout: float = 0.0) -> bytes:
-        """Sends a request to a node and returns its answer; `NodeFailed`.
+    def ask_once(
+        self,
+        path: str,
+        body: Union[bytes, BinaryIO],
+        timeout: float = 0.0,
+        into: Optional[BinaryIO] = None,
+    ) -> bytes:
+        """Sends a request to a node and returns its answer, or writes it `into` a file.
 
-        `Unavailable` if another node would give the same answer.
+        `NodeFailed`; `Unavailable` if another node would give the same answer.
         """
         place = self._place
         if not self._forwards:
             path += "&redirect" if "?" in path else "?redirect"
-        timeout = (timeout or NODE_TIMEOUT) + len(body) / NODE_RATE
+        size = len(body) if isinstance(body, bytes) else os.fstat(body.fileno()).st_size
+        timeout = (timeout or NODE_TIMEOUT) + size / NODE_RATE
         try:
-            status, headers, content = self._exchange(place, path, body, timeout)
+            status, headers, content = self._exchange(place, path, body, size, timeout, into)
         except NodeFailed:
             self._move(place, place + 1)
             raise
@@ -4162,14 +4217,26 @@ class Nodes:
         raise NodeFailed(f"{self._url.nodes[place]} says {status}: {text}", not sure)
 
     def _exchange(
-        self, place: int, path: str, body: bytes, timeout: float
+        self,
+        place: int,
+        path: str,
+        body: Union[bytes, BinaryIO],
+        size: int,
+        timeout: float,
+        into: Optional[BinaryIO],
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         node = self._url.nodes[place]
         connection = self._connection(place, timeout)
+        kind = "application/json" if isinstance(body, bytes) else "application/octet-stream"
+        headers = {**self._headers, "Content-Type": kind, "Content-Length": str(size)}
+        content = b""
         try:
-            connection.request("POST" if body else "GET", path, body or None, self._headers)
+            connection.request("POST" if size else "GET", path, body, headers)
             response = connection.getresponse()
-            content = response.read()
+            if into is not None and response.status == 200:
+                shutil.copyfileobj(response, into, FILE_CHUNK)
+            else:
+                content = response.read()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise NodeFailed(f"{node}: {error or type(error).__name__}") from error
@@ -4232,7 +4299,7 @@ class Cluster:
 
     is_shared = True
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, create: bool = True) -> None:
         """Opens or creates the database at `url`; `LingerError` says why it cannot."""
         require_posix("a server of Linger")
         parsed = ClusterUrl.parse(url)
@@ -4244,15 +4311,17 @@ class Cluster:
         self._copying = threading.Lock()  # one copy is made at a time
         self._is_disowned = False
         try:
-            self._open()
+            self._open(create)
         except BaseException:
             self._nodes.close()
             raise
         disown_in_children(self)
 
-    def _open(self) -> None:
+    def _open(self, create: bool) -> None:
         """Creates the tables unless they are there; other servers may do the same meanwhile."""
         if not self._is_created():
+            if not create:
+                raise NotFound(f"there is no database of Linger at {self.path}")
             statements: list[Run] = [(statement, {}) for statement in SCHEMA]
             statements += [
                 (ADD_CONFIG, {"key": "server_id", "value": os.urandom(16).hex()}),
@@ -4427,11 +4496,28 @@ class Cluster:
 
     def copy(self, path: str) -> None:
         """Writes the database, as the leader has it, into a file from which a server can start."""
-        raise NotImplementedError
+        if self._is_disowned:
+            raise Unavailable(FORKED)
+        with open(path, "wb") as file:
+            self._nodes.download("/db/backup", file)
+        with contextlib.closing(sqlite3.connect(path)) as copy:
+            copy.execute("pragma journal_mode = delete").fetchall()  # no log beside it
+            copy.execute(CLEAR_SESSIONS)
+            copy.commit()
 
     def open_snapshot(self) -> BinaryIO:
         """The same in a file that is gone when it is closed; one is made at a time."""
-        raise NotImplementedError
+        with self._copying, tempfile.TemporaryDirectory(prefix="linger-") as directory:
+            path = os.path.join(directory, "copy")
+            self.copy(path)
+            return open(path, "rb")
+
+    def load(self, file: BinaryIO) -> None:
+        """Replaces the database, which must be empty, by the one in a file without a log."""
+        (found,) = self.read(FIND_STORED)
+        if found:
+            raise Conflict(f"{self.path} is not empty: it has {', '.join(k for (k,) in found)}")
+        self._nodes.upload("/db/load", file)
 
     def hurry(self) -> None:
         """Lets calls fail that no node answers within a second."""
@@ -4452,15 +4538,53 @@ class Cluster:
         self._nodes.close()
 
 
+def is_cluster(path: str) -> bool:
+    """Whether it is the URL of a cluster, and not the path of a file."""
+    return path.startswith(("http://", "https://"))
+
+
 def open_store(path: str, sync: str = "full", max_size: int = 0) -> Transactions:
     """The database in a file, or at the URL of a cluster; the other arguments are of `Store`."""
-    if not re.match(r"https?://", path):
+    if not is_cluster(path):
         return Store(path, sync, max_size)
     if sync != "full":
         raise BadRequest("sync is for a file: the nodes of a cluster always sync")
     if max_size:
         raise BadRequest("max-db-size is for a file: the nodes of a cluster have their own disks")
     return Cluster(path)
+
+
+def copy_database(source: str, target: str) -> int:
+    """Copies a database that no server uses, of a file or a cluster, with all that is in it, to a
+    new file or an empty cluster; returns the number of messages.
+
+    `Conflict` if there is something in the target, or a server uses one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        store = _open_unused(source, is_new=False, stack=stack)
+        if is_cluster(target):
+            cluster = cast(Cluster, _open_unused(target, is_new=True, stack=stack))
+            cluster.load(stack.enter_context(store.open_snapshot()))
+        else:
+            with atomic_write(os.path.abspath(target)) as part:
+                store.copy(part)
+        return int(store.read(COUNT_MESSAGES)[0][0][0])
+
+
+def _open_unused(path: str, is_new: bool, stack: contextlib.ExitStack) -> Transactions:
+    """Opens the database of a stopped server.  A file is locked; servers on a cluster answer when
+    another one joins."""
+    if is_cluster(path):
+        store: Transactions = Cluster(path, create=is_new)
+    elif os.path.exists(path):
+        store = Store(path)
+    else:
+        raise NotFound(f"there is no database {path}")
+    stack.callback(store.close)
+    _, in_use = store.join(time.time)
+    if in_use:
+        raise Conflict(f"a server uses {store.path}: stop it first")
+    return store
 
 
 # -- statements and results as rqlite has them
@@ -13880,8 +14004,6 @@ class Server(ThreadingHTTPServer):
 # and the records of a dump.  Knows JSON and header values, but no connection.
 # ---------------------------------------------------------------------------------------------
 
-T = TypeVar("T")
-
 ChannelNames = Union[str, Sequence[str]]
 MessageOrId = Union[Message, int]
 Delivery = tuple[int, Optional[int]]  # id of a message, and its lease or None for any lease
@@ -17190,6 +17312,12 @@ COMMANDS = (
             lambda client, options: client.backup(options.file, options.force),
             (_argument("file", metavar="FILE", help="path of the new file"),
              _flag("--force", "replace the file if it exists, unless it is a database in use"))),
+    Command("copy", "copy the database of a stopped server, a file or a cluster, to a new one",
+            "linger copy linger.db http://node1:4001,node2:4001", None,
+            (_argument("source", metavar="FROM", help="path of a file, or URL of a cluster"),
+             _argument("target", metavar="TO",
+                       help="path of a new file, or URL of a cluster in which nothing is stored")),
+            columns=("copied",)),
     Command("bench", "measure a temporary server on this machine, or the one at a URL",
             "linger bench --connections 64", _bench,
             (_argument("server", metavar="URL", nargs="?",
@@ -17332,6 +17460,9 @@ def _run(arguments: Sequence[str]) -> int:
     options = _parse(command, rest)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
+    if command.name == "copy":
+        copied = copy_database(options.source, options.target)
+        return _write_records([{"copied": copied}], False)
     with Client(options.url, options.token, cafile=options.cafile) as client:
         url = getattr(options, "server", None) or client.url
         if options.cafile and not url.startswith("https:"):

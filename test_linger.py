@@ -4592,9 +4592,28 @@ class RqliteHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    def do_GET(self):
+        cluster = getattr(self.server, "cluster", self.server)
+        assert self.path.startswith("/db/backup"), self.path
+        with tempfile.NamedTemporaryFile() as file, cluster.lock:
+            with contextlib.closing(sqlite3.connect(file.name)) as copy:
+                cluster.database.backup(copy)
+                copy.execute("pragma journal_mode = wal").fetchall()
+            self.answer(200, file.read())
+
+    def load(self, cluster, content):
+        with tempfile.NamedTemporaryFile() as file, cluster.lock:
+            file.write(content)
+            file.flush()
+            with contextlib.closing(sqlite3.connect(file.name)) as source:
+                source.backup(cluster.database)
+
     def do_POST(self):
         cluster = getattr(self.server, "cluster", self.server)
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.startswith("/db/load"):
+            self.load(cluster, body)
+            body = b'[["select 1"]]'
         with cluster.lock:
             writes = "/db/query" not in self.path
             faults = cluster.faults if writes else cluster.read_faults
@@ -4968,6 +4987,99 @@ class ClusterTest(Folder):
             message = broker.get("q")
             self.assertEqual(message.error, text)
             broker.delete(message.id)
+
+
+class CopyTest(Folder):
+    """Backups of a cluster, and `linger copy`."""
+
+    def setUp(self):
+        super().setUp()
+        self.cluster = Rqlite()
+        self.addCleanup(self.cluster.close)
+        self.hasten(NODE_RETRY_DELAY=0.001, JOIN_TIMEOUT=0.1)
+
+    def open(self, path):
+        """A server without HTTP."""
+        broker = linger.Broker(linger.open_store(path))
+        self.addCleanup(broker.close)
+        return broker
+
+    def fill(self, broker):
+        for body in (b"taken", bytes(range(256)), b"deleted"):
+            key = body.hex()[:9]
+            broker.post("q", body, priority=-(2**63), dead="d", dedup=key, unique=key)
+        self.taken = broker.get("q", timeout=1000)
+        broker.delete(3)
+        broker.subscribe("q", "t", timeout=7)
+        broker.set_settings("q", deliver=3)
+        broker.pause("p")
+
+    @staticmethod
+    def contents(path):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            return list(connection.iterdump())
+
+    def copy(self, source, target):
+        output = io.TextIOWrapper(io.BytesIO())
+        with contextlib.redirect_stdout(output):
+            self.assertEqual(linger.main(["copy", source, target]), 0)
+        return output.buffer.getvalue()
+
+    def test_a_database_moves_to_a_cluster_and_back_with_all_that_is_in_it(self):
+        broker = self.open(self.dbfile)
+        self.fill(broker)
+        broker.close()
+        back = str(self.folder / "back.db")
+        self.assertEqual(self.copy(self.dbfile, self.cluster.url), b"2\n")
+        self.assertEqual(self.copy(self.cluster.url, back), b"2\n")
+        self.assertEqual(self.contents(back), self.contents(self.dbfile))
+        for path in (back, self.cluster.url):
+            broker = self.open(path)
+            broker.touch(self.taken.id, self.taken.lease)
+            self.assertEqual((broker.post("q", b"x").id, broker.id), (4, broker.id))
+            broker.close()
+
+    def test_a_copy_is_refused_with_a_sentence(self):
+        full = self.open(self.cluster.url)
+        self.fill(full)
+        other = Rqlite()
+        self.addCleanup(other.close)
+        self.hasten(JOIN_TIMEOUT=PATIENCE, IDLE_LOOK_INTERVAL=0.01)
+        used = str(self.folder / "used.db")
+        self.open(used)
+        for source, target, reason in (
+            (self.cluster.url, self.dbfile, "a server uses http"),
+            (used, self.dbfile, "in use"),
+            (str(self.folder / "none"), self.dbfile, "there is no database"),
+            (other.url, self.dbfile, "there is no database of Linger at http"),
+        ):
+            with self.assertRaisesRegex(linger.LingerError, reason):
+                linger.copy_database(source, target)
+        full.close()
+        linger.copy_database(self.cluster.url, self.dbfile)
+        for target, reason in (
+            (
+                self.cluster.url,
+                "is not empty: it has messages, subscriptions, settings, pauses, de",
+            ),
+            (self.dbfile, "there is already a file"),
+        ):
+            with self.assertRaisesRegex(linger.Conflict, reason):
+                linger.copy_database(self.cluster.url, target)
+
+    def test_every_table_is_looked_at_before_a_database_is_replaced(self):
+        tables = re.findall(r"create table (\w+)", " ".join(linger.SCHEMA))
+        found = re.findall(r"from (\w+)", linger.FIND_STORED)
+        self.assertEqual({*tables} - {*found}, {"config", "messages", "sessions"})
+
+    def test_a_server_starts_from_the_backup_of_a_cluster(self):
+        broker = self.open(self.cluster.url)
+        self.fill(broker)
+        backup = str(self.folder / "backup.db")
+        broker.backup(backup)
+        with broker.open_copy() as copy, open(backup, "rb") as file:
+            self.assertEqual(copy.read(100), file.read(100))
+        self.assertEqual(self.open(backup).channel_stats("q"), broker.channel_stats("q"))
 
 
 class OnCluster:
@@ -14706,12 +14818,21 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "SCHEDULE_TIMES": {"schedules"},
     "SET_SCHEDULE": {"schedules"},
     "CHANNEL_NAMES": {"channels", "subscriptions"},
+    "COUNT_MESSAGES": {"messages"},  # after a copy
     "COUNT_SERVING": {"sessions"},
     "DATABASE_SIZE": {"pragma_page_count", "pragma_page_size"},
     "DRAIN_HIDDEN": {"messages"},  # the index of all that is hidden
     "ENDED_PAUSES": {"pauses"},
     "DUE_SOON": {"channels"},  # by Watch, in a small share of the time
     "END_PAUSES": {"pauses"},
+    "FIND_STORED": {
+        "channels",
+        "dedups",
+        "pauses",
+        "schedules",
+        "settings",
+        "subscriptions",
+    },  # up to the first row
     "FORGET_SESSIONS": {"sessions"},
     "IDENTIFY": {"sqlite_master"},
     "LIST_ALL": {"messages"},  # from an id on
