@@ -1,7 +1,7 @@
 # python3 is all that these need; `check` also wants ruff and mypy.
 PYTHON = python3
 
-.PHONY: run test test-cluster check bench sizes clean help
+.PHONY: run test test-cluster test-api check bench sizes clean help
 
 run:  # start a server on port 8989
 	$(PYTHON) linger.py
@@ -12,6 +12,9 @@ test:  # run all tests, with warnings as errors
 test-cluster:  # run the tests that need rqlite: rqlited of the PATH, or LINGER_TEST_RQLITED
 	LINGER_TEST_RQLITED="$${LINGER_TEST_RQLITED:-$$(command -v rqlited)}" \
 	    $(PYTHON) -X dev -W error -m unittest -k OnCluster test_linger
+
+test-api:  # check /openapi.json with openapi-spec-validator, and a server against it with schemathesis
+	.ci/test-api
 
 check: test  # run all tests, then ruff and mypy
 	ruff check .

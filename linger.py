@@ -42,6 +42,7 @@ The file reads downwards: a section uses only what stands above it.
     Page script   its calls and the parts of its views,
     Page views    and what it shows
     Page          the dashboard as a document, and the policy that a browser enforces on it
+    OpenAPI       the description of the API, from the tables
     API           the endpoints: call the broker
     Connections   a thread each: receives, waits, replies
     Server        accepts, limits, starts and stops
@@ -741,7 +742,7 @@ def check_name(kind: str, name: object) -> str:
 
 
 def _integer_from(minimum: int) -> Callable[[str, object], object]:
-    return lambda name, value: parse_integer(name, value, minimum)
+    return functools.partial(parse_integer, minimum=minimum)
 
 
 def _parse_dead_channel(_: str, value: object) -> str:
@@ -8939,6 +8940,7 @@ ROUTES = (
     Route("GET", "/", "server_info", True, AUTHENTICATED, "name and version of the server"),
     Route("GET", "/access", "get_access", True, AUTHENTICATED, "rights of the token"),
     Route("GET", "/health", "check_health", True, PUBLIC, "whether it can store a message now"),
+    Route("GET", "/openapi.json", "describe_api", True, PUBLIC, "this description"),
     Route("GET", "/stats", "get_stats", True, ADMIN, "counters of the server"),
     Route("GET", "/stats/history", "get_history", True, ADMIN, "totals of the last hour"),
     Route("GET", "/metrics", "get_metrics", True, METRICS_ONLY, "figures for Prometheus"),
@@ -12172,6 +12174,338 @@ def page() -> Page:
 
 
 # ---------------------------------------------------------------------------------------------
+# OpenAPI: the description of the API for programs (spec.openapis.org/oas/v3.1.0).  It is made of
+# the tables of routes and parameters, and of those here: the values that a parameter may have, and
+# the answers of each endpoint.  A test fails for a route that lacks something.
+# ---------------------------------------------------------------------------------------------
+
+Schema = dict[str, Any]  # a JSON Schema
+
+
+def _whole(minimum: int = MIN_INTEGER, maximum: int = MAX_INTEGER) -> Schema:
+    return {"type": "integer", "minimum": minimum, "maximum": maximum}
+
+
+def _array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _object(required: Mapping[str, Schema], **optional: Schema) -> Schema:
+    return {"type": "object", "properties": {**required, **optional}, "required": [*required]}
+
+
+def _named(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+ANY: Schema = {}
+TEXT: Schema = {"type": "string"}
+NO_CONTROL = "[^\\u0000-\\u001f\\u007f-\\u009f]"  # as a schema has it
+NAME: Schema = {"type": "string", "maxLength": MAX_NAME, "pattern": f"^{NO_CONTROL}+$"}
+NAMES = _array(NAME)
+SWITCH: Schema = {"type": "boolean"}
+COUNT = _whole(0)
+FLAT: Schema = {"type": ["string", "number", "boolean", "null"]}  # values of other fields
+
+# The values of a message's parameters, beside integers.
+VALUES_OF_PARSERS: Mapping[Callable[[str, object], object], Schema] = {
+    _parse_dead_channel: {**NAME, "pattern": f"^{NO_CONTROL}*$"},
+    _parse_backoff: {"type": "string", "pattern": "^([0-9]{1,9}(,[0-9]{1,9}){0,31})?$"},
+    _parse_key: {"type": "string", "minLength": 1, "maxLength": MAX_NAME},
+    parse_own_headers: {"type": "object", "additionalProperties": TEXT},
+}
+
+# All other parameters: their values and what they mean.  Where that depends on the endpoint, its
+# name stands before.
+OTHER_PARAMETERS: Mapping[str, tuple[Schema, str]] = {
+    "seconds": (_whole(1, HISTORY_SECONDS), "how much of the history"),
+    "info": (SWITCH, "describe each channel in full"),
+    "list_channels n": (_whole(1, MAX_LISTED_CHANNELS), "channels at most, with info"),
+    "list_channels after": (TEXT, "the channel before the first one to be listed, with info"),
+    "like": (TEXT, "only channels in whose name this occurs, with info"),
+    "order": ({"enum": ["name", "ready", "oldest"]}, "order of the channels, with info"),
+    "wait": (_whole(0, MAX_WAIT), f"seconds to wait for a message, {DEFAULT_WAIT} if not given"),
+    "nowait": (SWITCH, "do not wait"),
+    "take_message n": (_whole(1, MAX_BATCH), "messages at most, in a JSON array"),
+    "auto": (SWITCH, "delete the messages as they are delivered"),
+    "ack": (_whole(), "id of a message to delete first"),
+    "lease": (_whole(), "only if that delivery is the latest"),
+    "msg": (TEXT, "the content, in place of a body"),
+    "keep": (TEXT, "request headers to keep with the message, separated by commas"),
+    "state": ({"enum": [*STATES]}, "only messages in this state"),
+    "list_messages n": (_whole(1, MAX_BATCH), "messages at most"),
+    "list_messages after": (_whole(), "id of the message before the first one to be listed"),
+    "whole": (SWITCH, "do not cut bodies"),
+    "list_dead_letters n": (_whole(1, MAX_BATCH), "messages at most"),
+    "list_dead_letters after": (_whole(), "id of the message before the first one to be listed"),
+    "list_dead_letters order": ({"enum": ["newest", "oldest"]}, "which come first"),
+    "reason": ({"enum": [*DEAD_REASONS]}, "only those that died for this reason"),
+    "channel": (NAME, "channel to which it posts"),
+    "cron": (TEXT, "when: minute, hour, day, month, weekday; or as @daily"),
+    "tz": (TEXT, "time zone of cron, UTC if not given"),
+    "every": (_whole(1, MAX_EVERY), "seconds between two posts, in place of cron"),
+    "catch-up": (SWITCH, "whether to post once for the times that were missed"),
+    "for": (_whole(1), "seconds until the pause ends by itself"),
+    "redrive n": (_whole(1), "messages at most"),
+    "to": (NAME, "channel to move to, in place of where they came from"),
+    "release_message delay": (COUNT, "seconds until it is ready again"),
+    "uncounted": (SWITCH, "as if it had not been delivered"),
+}
+
+MESSAGE_SCHEMA = _object(
+    {name: _whole() if kind is int else TEXT for name, kind in list(
+        get_type_hints(Message).items())[:Message._fields.index("body") + 1]},
+    encoding={"const": "base64"}, headers={"type": "object", "additionalProperties": TEXT},
+)  # fmt: skip
+ITEM = _object(
+    {"body": {"type": "string", "minLength": 1}}, type=TEXT, encoding={"const": "base64"}
+)
+SCHEMAS: Mapping[str, Schema] = {
+    "Error": _object({"error": TEXT}, index=COUNT),
+    "Message": MESSAGE_SCHEMA,
+    "Listed": {"allOf": [_named("Message"), _object({"state": TEXT}, cut=SWITCH)]},
+    "Channel": _object({
+        "channel": NAME, "ready": COUNT, "delayed": COUNT, "in-flight": COUNT, "waiting": COUNT,
+        "oldest": {"type": ["integer", "null"]}, "topics": NAMES, "paused": SWITCH,
+        "settings": {"type": "object"},
+    }),
+    "History": _object({
+        "interval": COUNT, "time": _array({"type": "number"}),
+        **{name: _array(_whole()) for name in SAMPLED},
+    }),
+}  # fmt: skip
+
+
+class Answer(NamedTuple):
+    """What an endpoint answers, beside the errors that all may have."""
+
+    status: int
+    content: Union[Schema, Sequence[str], None] = None  # of JSON; or media types; or no body
+    others: Sequence[int] = ()  # other statuses
+    body: Optional[Schema] = None  # of the items of a request that has many
+
+
+DONE, DONE_WITH_LEASE = Answer(204), Answer(204, None, (409,))
+DELETION = {"anyOf": [_whole(), _object({"id": _whole()}, lease={"type": ["integer", "null"]})]}
+ANSWERS: Mapping[str, Answer] = {
+    "server_info": Answer(
+        200, _object(dict.fromkeys(("Linger", "version", "id", "hostname"), TEXT))
+    ),
+    "get_access": Answer(200, _object({"rights": _array(TEXT), "restricted": SWITCH})),
+    "check_health": Answer(200, _object({"healthy": SWITCH})),
+    "describe_api": Answer(200, {"type": "object"}),
+    "get_stats": Answer(200, {"type": "object"}),
+    "get_history": Answer(200, _named("History")),
+    "get_metrics": Answer(200, ("text/plain",)),
+    "open_backup": Answer(200, ("application/vnd.sqlite3",)),
+    "list_channels": Answer(
+        200, _object({"channels": _array({"anyOf": [NAME, _named("Channel")]})})
+    ),
+    "take_message": Answer(200, ("*/*",), (204, 404, 409)),
+    "post_message": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
+    "drain_channel": DONE,
+    "post_batch": Answer(202, _object({"ids": _array(COUNT)}), (), ITEM),
+    "list_messages": Answer(200, _array(_named("Listed")), (404,)),
+    "get_channel_stats": Answer(200, _object({"ready": COUNT, "hidden": COUNT})),
+    "get_info": Answer(200, _named("Channel")),
+    "open_stream": Answer(200, ("text/event-stream", "application/x-ndjson")),
+    "get_settings": Answer(200, {"type": "object"}),
+    "set_settings": DONE,
+    "change_settings": DONE,
+    "clear_settings": DONE,
+    "list_dead_letters": Answer(200, _array(_named("Listed"))),
+    "pause_channel": DONE,
+    "resume_channel": DONE,
+    "redrive": Answer(200, _object({"moved": COUNT})),
+    "list_channel_topics": Answer(200, _object({"topics": NAMES})),
+    "subscribe": DONE,
+    "unsubscribe": DONE,
+    "list_topics": Answer(200, _object({"topics": NAMES})),
+    "publish_message": Answer(202, {"type": "object"}),
+    "publish_batch": Answer(202, {"type": "object"}, (), ITEM),
+    "list_subscribers": Answer(200, _object({"channels": NAMES})),
+    "list_schedules": Answer(200, _object({"schedules": _array({"type": "object"})})),
+    "read_schedule": Answer(200, {"type": "object"}),
+    "put_schedule": Answer(204, None, (409,)),
+    "delete_schedule": DONE,
+    "run_schedule": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
+    "read_message": Answer(200, ("*/*",)),
+    "change_message": DONE_WITH_LEASE,
+    "delete_message": DONE_WITH_LEASE,
+    "delete_messages": Answer(
+        200,
+        _object(dict.fromkeys(("deleted", "conflict", "missing"), _array(_whole()))),
+        (),
+        DELETION,
+    ),
+    "touch_message": DONE_WITH_LEASE,
+    "release_message": DONE_WITH_LEASE,
+    "reject_message": DONE_WITH_LEASE,
+    "redrive_message": DONE_WITH_LEASE,
+}
+
+# The parameters of other endpoints that an answer gives.
+_POSTED, _LEASED = {"id": "$response.body#/id"}, {
+    "id": "$response.header.x-linger-msg-id", "lease": "$response.header.x-linger-lease"
+}  # fmt: skip
+LINKS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "post_message": {
+        "take_message": {"channel": "$request.path.channel"},
+        **dict.fromkeys(
+            ("read_message", "change_message", "redrive_message", "delete_message"), _POSTED
+        ),
+    },
+    "put_schedule": {"run_schedule": {"name": "$request.path.name"}},
+    "take_message": dict.fromkeys(
+        ("touch_message", "release_message", "reject_message", "delete_message"), _LEASED
+    ),
+}
+# Parameters that an endpoint knows only to refuse them.
+REFUSED: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("set_settings", "change_settings", "subscribe"), SINGLE_NAMES),
+    **dict.fromkeys(("publish_message", "publish_batch"), ("unique",)),
+}
+DELIVERY_HEADERS = {
+    f"x-linger-{'msg-id' if name == 'id' else name.replace('_', '-')}": {"schema": schema}
+    for name, schema in MESSAGE_SCHEMA["properties"].items()
+    if name in Message._fields and name not in ("type", "body")
+}
+
+# What each status of an error means; those of the classes of errors, and others.
+ERRORS: Mapping[int, str] = {
+    **{kind.status: kind.__doc__ or "" for kind in LingerError.__subclasses__()},
+    401: "The token is missing or wrong.",
+    405: "The path does not have this method.",
+    408: "The request took too long to arrive.",
+    414: "The target of the request is too long.",
+    415: "The body has a type or a coding that the call does not understand.",
+    417: "Only the expectation 100-continue is supported.",
+    429: "This address has sent too many wrong tokens.",
+    431: "The headers of the request are too long.",
+    500: "A bug of the server, which is in its log.",
+    501: "The method or transfer coding is not supported.",
+    505: "The version of HTTP is not supported.",
+}
+ERRORS_OF_CHANGES = (504, 507)
+ERRORS_OF_SOME = (404, 405, 409, *ERRORS_OF_CHANGES)
+
+
+def _describe_parameter(endpoint: str, name: str) -> tuple[Schema, str]:
+    """The values and the meaning of a parameter; KeyError if no table has it."""
+    own = OTHER_PARAMETERS.get(f"{endpoint} {name}") or OTHER_PARAMETERS.get(name)
+    if own is not None:
+        return own
+    parameter = {p.name: p for p in (*CHANNEL_PARAMETERS, *ALL_PARAMETERS)}[name]
+    parse: Any = parameter.parse
+    return VALUES_OF_PARSERS.get(parse) or _whole(parse.keywords["minimum"]), parameter.help
+
+
+def _describe_parameters(route: Route) -> tuple[list[Schema], dict[str, Schema]]:
+    """The parameters in path and query, and the latter as the properties of an object."""
+    kinds = re.findall("<(.*?)>", route.path)
+    listed: list[Schema] = [
+        {"name": kind, "in": "path", "required": True, "schema": _whole() if kind == "id" else NAME}
+        for kind in kinds
+    ]
+    properties = {}
+    refused = REFUSED.get(route.endpoint, ())
+    for name in PARAMETERS_OF.get(route.endpoint, ()):
+        if name in refused:
+            continue
+        schema, help = _describe_parameter(route.endpoint, name)
+        if schema.get("type") != "object":  # which only an item of a batch can be
+            listed.append({"name": name, "in": "query", "description": help, "schema": schema})
+            properties[name] = {**schema, "description": help}
+    return listed, properties
+
+
+def _describe_body(route: Route, properties: dict[str, Schema]) -> Optional[Schema]:
+    """The body of the requests to a route; None if it has none."""
+    values = {"type": "object", "properties": properties, "additionalProperties": FLAT}
+    form = {"schema": values}
+    if route.body == MANY:
+        item = ANSWERS[route.endpoint].body or ANY
+        items = {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_BATCH}
+        content = {JSON_TYPE: {"schema": items}}
+        if item is ITEM:
+            content[NDJSON] = {"schema": TEXT}
+        return {"required": True, "content": content}
+    if route.body == CONTENT:
+        content = {"application/octet-stream": {}, DEFAULT_TYPE: {"schema": TEXT}}
+        return {"content": {**content, URLENCODED: form}}
+    if route.method == "GET" or not properties:
+        return None
+    return {"content": {URLENCODED: form, JSON_TYPE: form}}
+
+
+def _describe_answers(route: Route) -> dict[str, Schema]:
+    """The answers of a route by status."""
+    answer = ANSWERS[route.endpoint]
+    statuses = {status for status in ERRORS if status not in ERRORS_OF_SOME}
+    if not route.safe:
+        statuses.update(ERRORS_OF_CHANGES)
+    if "<id>" in route.path or "<name>" in route.path:
+        statuses.add(404)
+    error = {JSON_TYPE: {"schema": _named("Error")}}
+    answers: dict[str, Schema] = {
+        str(status): {"description": ERRORS[status], "content": error} if status in ERRORS
+        else {"description": "There is no message."}
+        for status in sorted({*statuses, *answer.others})
+    }  # fmt: skip
+    success: Schema = {"description": route.summary}
+    if isinstance(answer.content, dict):
+        success["content"] = {JSON_TYPE: {"schema": answer.content}}
+    elif answer.content is not None:
+        success["content"] = {media_type: {} for media_type in answer.content}
+    if "*/*" in (answer.content or ()):
+        success["headers"] = DELIVERY_HEADERS
+    links = LINKS.get(route.endpoint, {})
+    success["links"] = {op: {"operationId": op, "parameters": links[op]} for op in links}
+    return {str(answer.status): success, **answers}
+
+
+def _describe_route(route: Route) -> Schema:
+    parameters, properties = _describe_parameters(route)
+    kind = route.path.split("/")[1] if route.endpoint == "open_stream" else ""
+    right = {PUBLIC: "Needs no token.", AUTHENTICATED: "Needs any token."}
+    described: Schema = {
+        "operationId": f"{route.endpoint}_{kind}".rstrip("_"),
+        "summary": route.summary,
+        "description": right.get(route.right, f"Needs a token with the right `{route.right}`."),
+        "parameters": parameters,
+        "responses": _describe_answers(route),
+    }
+    body = _describe_body(route, properties)
+    if body is not None:
+        described["requestBody"] = body
+    if route.right == PUBLIC:
+        described["security"] = []
+    return described
+
+
+@functools.cache
+def openapi_description() -> Schema:
+    """The whole description."""
+    paths: dict[str, Schema] = {}
+    for route in ROUTES:
+        path = route.path.replace("<", "{").replace(">", "}")
+        paths.setdefault(path, {})[route.method.lower()] = _describe_route(route)
+    schemes = {name: {"type": "http", "scheme": name} for name in ("bearer", "basic")}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Linger",
+            "version": __version__,
+            "description": "Message queue and pub-sub. README.md says what each call does.",
+        },
+        "servers": [{"url": "."}],
+        "security": [{"bearer": []}, {"basic": []}, {}],
+        "paths": paths,
+        "components": {"schemas": SCHEMAS, "securitySchemes": schemes},
+    }
+
+
+# ---------------------------------------------------------------------------------------------
 # API: the endpoints.  Each takes a request, calls the broker, and returns a response; what must
 # wait for a commit asks the request's connection to reply later.  Knows nothing of bytes.
 # ---------------------------------------------------------------------------------------------
@@ -12358,6 +12692,9 @@ class ManagementApi:
         except Full as error:
             raise Unavailable(str(error)) from error
         return json_response({"healthy": True})
+
+    def describe_api(self, _: Request, *__: str) -> Response:
+        return json_response(openapi_description())
 
     def get_stats(self, _: Request) -> Response:
         connections = len(self._server.connections)

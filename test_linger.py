@@ -6056,6 +6056,62 @@ class MetricsTest(ServerTest):
         self.assertEqual((found["metric"]["channel"], found["value"][1]), (self.NAMES[1], "1"))
 
 
+class OpenApiTest(ServerTest):
+    """The description of the API lacks nothing.  (`make test-api` checks what it says.)"""
+
+    def test_each_route_has_an_answer_and_each_parameter_a_meaning(self):
+        endpoints = {route.endpoint for route in linger.ROUTES}
+        self.assertEqual(endpoints, set(linger.ANSWERS), "see ANSWERS in section OpenAPI")
+        used = set()
+        for endpoint, names in linger.PARAMETERS_OF.items():
+            for name in names:
+                with self.subTest("see OTHER_PARAMETERS", endpoint=endpoint, parameter=name):
+                    schema, help = linger._describe_parameter(endpoint, name)
+                    self.assertTrue(schema and help)
+                used |= {name, f"{endpoint} {name}"}
+        self.assertEqual(set(linger.OTHER_PARAMETERS) - used, set())
+        for endpoint in (*linger.LINKS, *linger.REFUSED):
+            self.assertIn(endpoint, endpoints)
+
+    def test_it_is_served_without_a_token_and_describes_each_route(self):
+        status, description = self.json("GET", "/openapi.json")
+        self.assertEqual((status, description["openapi"]), (200, "3.1.0"))
+        found = {
+            (method.upper(), path.replace("{", "<").replace("}", ">")): operation
+            for path, operations in description["paths"].items()
+            for method, operation in operations.items()
+        }
+        self.assertEqual(set(found), {(route.method, route.path) for route in linger.ROUTES})
+        ids = [operation["operationId"] for operation in found.values()]
+        self.assertEqual(len(ids), len(set(ids)))
+        self.assertEqual(found["GET", "/openapi.json"]["security"], [])
+        links = json.dumps(description)
+        for name in re.findall('"operationId":"([a-z_]+)"', links):
+            self.assertIn(name, ids)
+        for name in re.findall('"#/components/schemas/([A-Za-z]+)"', links):
+            self.assertIn(name, description["components"]["schemas"])
+
+    def test_parameters_have_their_ranges(self):
+        (_, description) = self.json("GET", "/openapi.json")
+        take = description["paths"]["/channels/{channel}"]["get"]["parameters"]
+        schemas = {parameter["name"]: parameter["schema"] for parameter in take}
+        self.assertEqual(schemas["n"], {"type": "integer", "minimum": 1, "maximum": 1_000})
+        self.assertEqual(schemas["timeout"]["minimum"], 1)
+        for value in ("0", "1001"):
+            self.assertEqual(self.call("GET", f"/channels/q?nowait&n={value}")[0], 400)
+
+    def test_every_status_of_an_error_is_described(self):
+        tree = ast.parse((HERE / "linger.py").read_text())
+        statuses = {
+            call.args[1].value
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "LingerError"
+            and len(call.args) > 1 and isinstance(call.args[1], ast.Constant)
+        }  # fmt: skip
+        self.assertGreater(len(statuses), 5)
+        self.assertEqual(statuses - set(linger.ERRORS), {502})  # which only the client says
+
+
 class ConsumerCallTest(ServerTest):
     """The calls of part 2 of the API, over HTTP."""
 
