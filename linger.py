@@ -10803,6 +10803,14 @@ function put(element, text) {
     }
 }
 
+// Fills an element anew only when its key has changed, so that the focus stays where it is.
+function renew(element, key, make) {
+    if (element.dataset.key !== key) {
+        element.dataset.key = key;
+        element.replaceChildren(...make());
+    }
+}
+
 const problems = new Map();  // what is wrong now, by what found it
 
 function problem(source, text) {
@@ -11328,12 +11336,8 @@ function drawMarks(cell, info) {
     if (info.settings.dead) {
         marks.push(["mark", `dead letters: ${info.settings.dead}`]);
     }
-    const place = cell.lastChild;
-    if (place.dataset.marks !== JSON.stringify(marks)) {
-        place.dataset.marks = JSON.stringify(marks);
-        place.replaceChildren(...marks.map(([look, text]) =>
-            h("span", {class: look}, h("bdi", {}, text))));
-    }
+    renew(cell.lastChild, JSON.stringify(marks), () => marks.map(([look, text]) =>
+        h("span", {class: look}, h("bdi", {}, text))));
 }
 
 // -- Posting and publishing
@@ -11630,16 +11634,12 @@ function settingsCard(channel, changed) {
         settings = given;
         const rows = PARAMETERS.filter(parameter => parameter.for.includes("settings")).map(
             ({name, default: preset}) => [name, given[name], preset]);
-        const text = JSON.stringify(rows);
-        if (values.dataset.text !== text) {
-            values.dataset.text = text;
-            values.replaceChildren(...rows.flatMap(([name, value, preset]) => [
-                h("dt", {}, name),
-                h("dd", {}, value == null || value === ""
-                    ? h("span", {class: "zero"}, preset === "" ? "none" : preset, " (default)")
-                    : h("bdi", {}, String(value))),
-            ]));
-        }
+        renew(values, JSON.stringify(rows), () => rows.flatMap(([name, value, preset]) => [
+            h("dt", {}, name),
+            h("dd", {}, value == null || value === ""
+                ? h("span", {class: "zero"}, preset === "" ? "none" : preset, " (default)")
+                : h("bdi", {}, String(value))),
+        ]));
     };
     const element = card("Settings", can("admin") && actions(edit),
         h("div", {class: "inside"}, values));
@@ -11679,21 +11679,33 @@ function messageView(signal, id) {
     const tools = actions();
     const body = h("div", {class: "inside"}, "Loading…");
     let loaded = false;
-    const refresh = poll(2000, async () => {
+    const gone = error => {
+        if (error.status !== 404) {
+            throw error;
+        }
+        put(mark, "gone");
+        renew(tools, "", () => []);
+    };
+    const load = async () => {
         const head = await call("HEAD", path("messages", id), {signal});
         const channel = decodeURIComponent(head.headers.get("x-linger-channel"));
         const [message] = await get(path("channels", channel,
             `/messages?n=1&after=${BigInt(id) - 1n}`), signal);
+        if (String(message?.id) !== id) {
+            return gone({status: 404});
+        }
         put(mark, STATE_NAMES[message.state] || message.state);
-        place.replaceChildren(crumbs("Channels", "#/", linkTo("channels", channel)));
+        renew(place, channel, () => [crumbs("Channels", "#/", linkTo("channels", channel))]);
         facts.replaceChildren(...messageFacts(message, head.headers.get("content-length")));
         history.replaceChildren(...messageHistory(message).map(text => h("li", {}, text)));
-        tools.replaceChildren(...messageActions(() => [message], () => refresh()));
+        renew(tools, message.state + message["dead-from"],
+            () => messageActions(() => [message], () => refresh()));
         if (!loaded) {
             body.replaceChildren(...await bodyParts(id, message.type, signal));
             loaded = true;
         }
-    }, signal);
+    };
+    const refresh = poll(2000, () => load().catch(gone), signal);
     return [
         h("div", {class: "head"},
             h("div", {}, place, h("h1", {}, `Message ${id} `, mark)), tools),
@@ -11807,7 +11819,8 @@ function hexadecimal(data) {
 
 async function download(id) {
     const response = await call("GET", path("messages", id));
-    const url = URL.createObjectURL(await response.blob());
+    const type = "application/octet-stream";  // that no browser takes for a page of this server
+    const url = URL.createObjectURL(new Blob([await response.blob()], {type}));
     h("a", {href: url, download: `message-${id}`}).click();
     setTimeout(() => URL.revokeObjectURL(url), 10_000);
     return `Message ${id} downloaded`;

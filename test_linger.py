@@ -13985,6 +13985,7 @@ const attacks = {
     "POST form": url => form(url, "POST"),
     "POST fetch": url => fetch(url, {mode: "no-cors", method: "POST", body: "x"}),
     "POST cors": url => fetch(url, {method: "POST", body: "x"}),
+    "DELETE": url => fetch(url, {method: "DELETE"}),
 };
 async function attack(kind, url) {
     const made = attacks[kind](url);
@@ -14049,7 +14050,7 @@ class BrowserTest(ProcessCase):
             changed = self.changed(server)
             server.end()
             log.seek(0)
-            refused = re.findall(r"(?:GET|POST) /channels/([^ ?]+)\S* 403 ", log.read())
+            refused = re.findall(r"(?:GET|POST|OPTIONS) /channels/([^ ?]+)\S* 403 ", log.read())
         return changed, urls.keys() - map(urllib.parse.unquote, refused)
 
     def test_an_event_source_connects_again(self):
@@ -14296,6 +14297,7 @@ const hands = {
         .filter(seen).map(button => button.textContent),
     text: () => document.body.innerText,
     body: () => document.querySelector("pre.body")?.textContent,
+    heading: () => document.querySelector("h1").textContent,
     problem: () => document.getElementById("problem").textContent,
     toast: () => document.getElementById("toast").textContent,
     light: () => document.getElementById("light").textContent,
@@ -14323,6 +14325,13 @@ class DashboardCase(Folder):
         cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
         cls.browser = Browser(folder)
         cls.addClassCleanup(cls.browser.close)
+
+    def tearDown(self):
+        """The page has failed nowhere, and kept to its policy."""
+        log = self.browser.call("POST", "/se/log", {"type": "browser"})
+        bad = [entry["message"] for entry in log if entry["source"] != "network"]
+        self.assertEqual(bad, [])
+        super().tearDown()
 
     def serve(self, **options):
         server = linger.serve(**{"dbfile": self.dbfile, **options})
@@ -14524,6 +14533,9 @@ class DashboardTest(DashboardCase):
         self.await_seen(re.compile("Given up in q after 1 delivery: a consumer rejected"), "text")
         self.await_seen(re.compile("Last error: <b>no</b> paper"), "text")
         self.assertEqual(self.see("buttons")[-4:], ["Reject", "Redrive", "Delete", "Download"])
+        self.click("Delete")
+        self.await_seen("Message 1 gone", "heading")
+        self.assertEqual(self.see("buttons"), ["Download"])
 
     def test_a_channel_is_paused_and_resumed(self):
         broker = self.open("channels/q")
