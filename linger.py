@@ -673,6 +673,8 @@ class Message(NamedTuple):
     dead: str = ""  # channel for the message when it becomes a dead letter
     delay: int = 0  # time until a delayed message is ready
     unique: str = ""  # unique key
+    hidden_for: int = 0  # time until a message in flight is ready again,
+    holder: str = ""  # and the consumer that has it: its name or address, while the server knows it
 
     @property
     def text(self) -> str:
@@ -2078,7 +2080,8 @@ BEFORE_BODY = """id, channel, priority, timeout, deliver, delivered,
 
 AFTER_BODY = """dead_from, dead_reason, error, backoff, dead_delivered, headers, dead,
     case when state = 2 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end,
-    coalesce(unique_key, ''), state"""
+    coalesce(unique_key, ''),
+    case when state = 1 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end, state"""
 
 READ_MESSAGE = f"""
 select {BEFORE_BODY}, body, {AFTER_BODY}
@@ -2365,6 +2368,8 @@ class Flight(NamedTuple):
     channel: str
     began: float  # broker time
     until: float
+    lease: int
+    holder: str  # name or address of the consumer
 
 
 class Flights:
@@ -2387,6 +2392,11 @@ class Flights:
     def pop(self, id: int) -> Optional[Flight]:
         """Forgets the delivery of a message, and returns it if it was known."""
         return self._recent.pop(id, None) or self._older.pop(id, None)
+
+    def holder_of(self, id: int, lease: int) -> str:
+        """The consumer to which a delivery went; empty if that is not known."""
+        flight = self._recent.get(id) or self._older.get(id)
+        return flight.holder if flight is not None and flight.lease == lease else ""
 
     def channel_of(self, id: int, now: float) -> Optional[str]:
         """The channel of a message that is in flight for certain; None if it may be elsewhere."""
@@ -5182,7 +5192,9 @@ class Live:
         """Adds the events of an operation to the feeds."""
         for look_up, rows in operation.looked_up:
             for row in rows:
-                *fields, _, cut, to = row
+                *fields, _, _, cut, to = (
+                    row  # without the time that it is still hidden, and its state
+                )
                 message, source = message_of(fields), ""
                 if look_up.statement in TARGETS:
                     message, source = _after_move(look_up.statement, message, to), message.channel
@@ -5333,6 +5345,7 @@ class Consumer:
         "closed",
         "deadline",
         "deleted_rows",
+        "holder",
         "is_disconnected",
         "memory",
         "n",
@@ -5352,6 +5365,7 @@ class Consumer:
         auto: bool,
         is_disconnected: Callable[[], bool],
         memory: Optional[Reservation] = None,
+        holder: str = "",
     ) -> None:
         self.channels = channels
         self.n = n
@@ -5359,6 +5373,7 @@ class Consumer:
         self.auto = auto
         self.is_disconnected = is_disconnected
         self.memory = memory  # for what it takes; None: no limit
+        self.holder = holder  # what those who look at the messages see of it
         self.deleted_rows: list[tuple[Any, ...]] = []  # what was taken with `auto`, for an undo
         self.ticket = 0  # its place in the order of arrival; 0 before it waits
         self.waiting = False  # whether it is in the waiting list
@@ -6233,7 +6248,9 @@ class Take(Operation):
         else:
             counters["msg-hide"] += count
             for row in rows:
-                state.flights.add(row[0], Flight(channel, now, now + row[3]))
+                state.flights.add(
+                    row[0], Flight(channel, now, now + row[3], row[9], consumer.holder)
+                )
             timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
             state.timers.schedule(channel, now + timeout)
         if self._woken_by and self._woken_by != channel:
@@ -6976,6 +6993,14 @@ class Statistics:
         return {"interval": SAMPLE_INTERVAL, "time": times, **dict(zip(SAMPLED, columns))}
 
 
+def listed_message(flights: Flights, row: Sequence[Any]) -> tuple[Message, str]:
+    """The message in a row of a listing, and its state."""
+    message, state = message_of(row[:-1]), STATES[row[-1]]
+    if state == "hidden":
+        message = message._replace(holder=flights.holder_of(message.id, message.lease))
+    return message, state
+
+
 class Administration:
     """The calls that neither produce nor consume: they set up channels and topics, and read.
 
@@ -7244,7 +7269,7 @@ class Administration:
         (rows,) = self._read(READ_MESSAGE, id=id, now=self.now())
         if not rows:
             raise NotFound(f"there is no message {id}")
-        return message_of(rows[0][:-1]), STATES[rows[0][-1]]
+        return listed_message(self._state.flights, rows[0])
 
     def list_messages(
         self,
@@ -7269,7 +7294,7 @@ class Administration:
             statement, channel=check_name("channel", channel), n=n, after=after,
             preview_bytes=cut, state=STATES.index(state) if state else 0, now=self.now(),
         )  # fmt: skip
-        return [(message_of(row[:-1]), STATES[row[-1]]) for row in rows]
+        return [listed_message(self._state.flights, row) for row in rows]
 
     def list_whole(
         self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
@@ -8297,6 +8322,7 @@ class Broker(Administration):
         auto: bool = False,
         is_disconnected: Callable[[], bool] = bool,
         memory: Optional[Reservation] = None,
+        holder: str = "",
     ) -> Consumer:
         """A consumer for one `take`, which another thread may `cancel`.
 
@@ -8304,12 +8330,12 @@ class Broker(Administration):
         seconds that they stay hidden, in place of their own; `auto`: they are deleted as they are
         delivered.  `is_disconnected()` tells whether its client has gone away: then it is passed
         over.  It is called in the committer thread, as `on_done` is.  `memory`: where what is taken
-        is reserved; without room `take` raises `Unavailable`.
+        is reserved; without room `take` raises `Unavailable`.  `holder`: what listings call it.
         """
         names = [check_name("channel", channel) for channel in dict.fromkeys(channels)]
         if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
             raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
-        return Consumer(names, n, timeout, auto, is_disconnected, memory)
+        return Consumer(names, n, timeout, auto, is_disconnected, memory, holder)
 
     def take(
         self,
@@ -8992,7 +9018,7 @@ SINGLE_NAMES = tuple(p.name for p in SINGLE_PARAMETERS)
 PARAMETERS_OF: dict[str, Sequence[str]] = {
     "get_history": ("seconds",),
     "list_channels": ("info", "n", "after", "like", "order"),
-    "take_message": ("wait", "nowait", "n", "timeout", "auto", "ack", "lease"),
+    "take_message": ("wait", "nowait", "n", "timeout", "auto", "ack", "lease", "as"),
     "post_message": ("msg", "keep", *MESSAGE_NAMES),
     "post_batch": ("keep", *MESSAGE_NAMES),
     "list_messages": ("state", "n", "after", "whole"),
@@ -10133,6 +10159,8 @@ def _optional_headers(message: Message, room: int) -> str:
         "dead": encode_name(message.dead),
         "delay": message.delay or "",
         "unique": encode_name(message.unique),
+        "hidden-for": message.hidden_for or "",
+        "holder": encode_name(message.holder),
     }
     lines = {n: f"x-linger-{n}: {value}\r\n" for n, value in fields.items() if value != ""}
     if message.header_lines:
@@ -12627,6 +12655,7 @@ class TakeOptions(NamedTuple):
     auto: bool
     has_ack: bool
     lease: Optional[int]
+    holder: str
 
     @classmethod
     def parse(cls, request: Request) -> TakeOptions:
@@ -12641,6 +12670,7 @@ class TakeOptions(NamedTuple):
             request.switch("auto"),
             request.parameter("ack") is not None,
             request.integer("lease"),
+            check_name("consumer", request.parameter("as") or request.connection.address),
         )
 
 
@@ -13045,14 +13075,14 @@ class Api(ManagementApi):
     def take_message(self, request: Request, *channels: str) -> None:
         if request.options is None or request.body:  # a form, which may hold some of them
             request.options = TakeOptions.parse(request)
-        wait, n, timeout, auto, has_ack, lease = request.options
+        wait, n, timeout, auto, has_ack, lease, holder = request.options
         ack = request.integer("ack") if has_ack else None
         connection = request.connection
         if not wait:
             connection.yield_to_simultaneous()
         is_disconnected = connection.is_disconnected
         consumer = self._broker.consumer(
-            channels, n or 1, timeout, auto, is_disconnected, connection.output
+            channels, n or 1, timeout, auto, is_disconnected, connection.output, holder
         )
         request.release_body()
         expected_channel = () if ack is None else self._expected_channels(request, ack)
@@ -14966,15 +14996,18 @@ class ManagementClient:
         timeout: float = CLIENT_TIMEOUT,
         *,
         cafile: Optional[str] = None,
+        name: str = "",
     ) -> None:
         """Opens no connection yet.
 
         `url` and `token`: by default LINGER_URL and LINGER_TOKEN of the environment.  `timeout`:
         seconds that connecting may take and that the server may be silent, in addition to the
         `wait` of a call.  `cafile`: certificates to trust for https instead of the system's.
+        `name`: what listings show as the `holder` of the messages that it takes.
         """
         self.url = (url or os.environ.get("LINGER_URL") or DEFAULT_URL).rstrip("/")
         self.timeout = timeout
+        self.name = name
         token = token or os.environ.get("LINGER_TOKEN") or ""
         self._transport = Transport(self.url, token, timeout, cafile)
         self._requests = _Requests(self._transport, timeout)
@@ -15300,6 +15333,7 @@ class Client(ManagementClient):
             return []
         path = "/channels/" + ",".join(encode_path(name)[1:] for name in list_names(channels))
         query: dict[str, object] = {"n": n, "wait": wait, "timeout": timeout}
+        query["as"] = self.name or None
         if ack is not None:
             query["ack"], query["lease"] = delivery_of(ack, lease)
         if auto:
@@ -16893,6 +16927,7 @@ class Worker:
         require_posix("linger work")
         _open_standard_streams()
         self._client = client
+        client.name = client.name or f"{socket.gethostname()}:{os.getpid()}"
         self._options = options
         self._environment = {**os.environb, b"LINGER_URL": client.url.encode()}
         self._stop = threading.Event()

@@ -3957,6 +3957,44 @@ class LookingTest(BrokerTest):
         self.broker.check_health()
 
 
+class HolderTest(BrokerTest):
+    """A look at a message in flight says who has it, and for how long."""
+
+    def take(self, holder, channel="q", **options):
+        return self.broker.take(self.broker.consumer([channel], holder=holder, **options))
+
+    def seen(self, id=1):
+        message, state = self.broker.read_message(id)
+        self.assertEqual(self.broker.list_messages("q"), [(message, state)])
+        return state, message.hidden_for, message.holder
+
+    def test_a_message_in_flight_shows_its_holder_and_its_time(self):
+        self.broker.post("q", b"x")
+        self.assertEqual(self.seen(), ("ready", 0, ""))
+        self.take("me", timeout=60)
+        self.clock.now += 20.5
+        self.assertEqual(self.seen(), ("hidden", 40, "me"))
+        self.broker.touch(1)
+        self.assertEqual(self.seen(), ("hidden", 30, "me"))
+
+    def test_who_had_it_before_is_no_holder(self):
+        self.broker.post("q", b"x")
+        self.take("one")
+        self.broker.release(1, delay=5)
+        self.assertEqual(self.seen(), ("delayed", 0, ""))
+        self.clock.now += 6
+        self.take("two")
+        self.assertEqual(self.seen()[2], "two")
+
+    def test_the_holder_of_another_server_on_the_cluster_is_not_known(self):
+        self.broker.post("q", b"x")
+        (message,) = self.take("me")
+        self.broker._state.flights.add(
+            1, linger.Flight("q", self.clock.now, self.clock.now, message.lease - 1, "who")
+        )
+        self.assertEqual(self.seen()[2], "")
+
+
 class BoundsTest(BrokerTest):
     """What a client can make grow."""
 
@@ -10128,6 +10166,19 @@ class ClientLiveTest(ClientCase):
         self.assertEqual(next(events).name, "delivered")
         events.close()
         until(lambda: not self.live.channels)
+
+    def test_a_client_may_have_a_name_that_listings_show(self):
+        for name, holder in (("wörk%1", "wörk%1"), ("", "127.0.0.1")):
+            self.client.post("q", "x")
+            taken = linger.Client(self.server.url, name=name)
+            self.addCleanup(taken.close)
+            id = taken.get("q", 0).id
+            message, _ = self.client.read_message(id)
+            self.assertEqual((message.holder, message.hidden_for), (holder, 30))
+            (listed,) = self.client.list_messages("q")
+            self.assertEqual((listed[0].holder, listed[0].hidden_for), (holder, 30))
+            self.client.delete(id)
+        self.assertEqual(self.call("GET", "/channels/q?nowait&as=a%0ab")[0], 400)
 
     def test_tail_writes_a_line_for_each_event(self):
         self.when_listening(lambda: self.broker.get(self.client.post("q", "a\tb") and "q"))
