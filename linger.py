@@ -264,6 +264,7 @@ PROBES = 4  # without a response: the connection is closed after two minutes
 BACKLOG = 4_096  # connections that the kernel queues until they are accepted
 SWITCH_INTERVAL = 1.0  # seconds that a thread computes before others get the interpreter
 STACK_SIZE = 256 * 1024  # stack of a thread of the command-line server, bytes
+NOTIFY_TIMEOUT = 1.0  # time in which the service manager must take a message, seconds
 SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard streams, refusals
 
 # Memory
@@ -5608,6 +5609,7 @@ class Timers:
         self._alarm: Optional[Alarm] = None  # while the ticker runs
         self._sleeps_until = NEVER  # when the ticker wakes by itself, in broker time
         self._swept_at = clock.now_or_latest()  # when messages were last processed, due or not
+        self._ticked_at = time.monotonic()
         self._stopping = False
         self._thread = threading.Thread(target=self._tick, name="linger-ticker", daemon=True)
 
@@ -5634,6 +5636,10 @@ class Timers:
     def is_alive(self) -> bool:
         """Whether the ticker runs."""
         return self._thread.is_alive()
+
+    def has_ticked(self, seconds: float) -> bool:
+        """Whether the ticker has come round within so many seconds."""
+        return time.monotonic() - self._ticked_at < seconds
 
     def is_stopping(self) -> bool:
         """Whether the ticker is to end."""
@@ -5696,6 +5702,7 @@ class Timers:
         alarm = self._alarm
         assert alarm is not None
         while not self._stopping:
+            self._ticked_at = time.monotonic()
             try:
                 alarm.sleep(self._time_to_sleep())
                 if not self._stopping:
@@ -7421,6 +7428,12 @@ class Administration:
             raise Unavailable("the ticker has stopped: restart the server")
         self._store.check_space()
         self._health.check()
+
+    def is_working(self, seconds: float) -> bool:
+        """Whether the ticker has come round within so many seconds.  Returns only when the
+        committer does; nothing is written."""
+        self._committer.run(Operation())
+        return self._state.timers.has_ticked(max(seconds, 10 * TICK_INTERVAL))
 
     def _write_health(self) -> None:
         parameters = {"key": "health", "value": str(self.now())}
@@ -16190,6 +16203,45 @@ def _tune_threads() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+class ServiceManager:
+    """Tells systemd how a server of `Type=notify` is doing (sd_notify(3)); without it, nobody."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = re.sub("^@", "\0", address)  # an abstract one (unix(7))
+        self.watchdog = 0.0  # seconds until it restarts a server that sends no sign of life
+        pid = str(os.getpid())
+        if address and environment.get("WATCHDOG_PID", pid) == pid:
+            with contextlib.suppress(ValueError):
+                self.watchdog = int(environment.get("WATCHDOG_USEC", "0")) / 1e6
+
+    def notify(self, *assignments: str) -> None:
+        """Sends some of what sd_notify(3) names."""
+        if self._address:
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
+            ):
+                sender.settimeout(NOTIFY_TIMEOUT)
+                sender.sendto("\n".join(assignments).encode(), self._address)
+
+    def reload(self, server: Server) -> None:
+        """Lets a server read its files again."""
+        self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1_000}")
+        server.reload()
+        self.notify("READY=1")
+
+    def watch(self, server: Server) -> None:
+        """Sends signs of life until the server stops, as long as its committer and ticker work."""
+        while not server.stopping:
+            with contextlib.suppress(LingerError):  # of the database: a restart does not help
+                if not server.broker.is_working(self.watchdog):
+                    log("linger: the ticker is stuck: the watchdog is to restart this server")
+                    return
+            self.notify("WATCHDOG=1")
+            server.await_stop(self.watchdog / 3)
+
+
 def has_terminal() -> bool:
     """Whether this process was started at a terminal that is still there."""
     try:
@@ -16199,7 +16251,7 @@ def has_terminal() -> bool:
     return True
 
 
-def _handle_hang_up(server: Server, has_files: bool) -> None:
+def _handle_hang_up(server: Server, manager: ServiceManager, has_files: bool) -> None:
     """Lets SIGHUP read the files again, or stop a server whose terminal was closed."""
     had_terminal = has_terminal()
 
@@ -16207,12 +16259,22 @@ def _handle_hang_up(server: Server, has_files: bool) -> None:
         if had_terminal and not has_terminal():
             server.shutdown()
         elif has_files:
-            server.reload()
+            manager.reload(server)
         else:
             log("linger: SIGHUP: there are no files of tokens or TLS to read again")
 
     if has_files or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets
         signal.signal(signal.SIGHUP, hang_up)
+
+
+def _start_line(server: Server, options: Mapping[str, Any]) -> str:
+    """Returns what a server says when it begins."""
+    if options["dbfile"] == MEMORY:
+        kept = "messages kept in memory only"
+    else:
+        kept = f"messages kept in {os.path.abspath(options['dbfile'])} (sync {options['sync']})"
+    everywhere = " (all addresses)" if server.server_name in ("0.0.0.0", "::") else ""
+    return f"Linger {__version__} listening on {server.url}{everywhere}, {kept}"
 
 
 def run_server(arguments: Sequence[str], commands: str) -> int:
@@ -16236,19 +16298,19 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
             os._exit(128 + number)  # the second signal: at once
         server.shutdown()
 
-    _handle_hang_up(server, options["tokens"] is not None or options["cert"] is not None)
+    manager = ServiceManager(os.environ)
+    _handle_hang_up(server, manager, options["tokens"] is not None or options["cert"] is not None)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     signal.set_wakeup_fd(server.wake)  # the system may deliver a signal to any thread
-    if options["dbfile"] == MEMORY:
-        kept = "messages kept in memory only"
-    else:
-        kept = f"messages kept in {os.path.abspath(options['dbfile'])} (sync {options['sync']})"
-    everywhere = " (all addresses)" if server.server_name in ("0.0.0.0", "::") else ""
-    line = f"Linger {__version__} listening on {server.url}{everywhere}, {kept}"
+    line = _start_line(server, options)
     print(printable(line, sys.stdout), flush=True)
     with server:
+        manager.notify("READY=1", f"STATUS=listening on {server.url}")
+        if manager.watchdog:
+            threading.Thread(target=manager.watch, args=(server,), daemon=True).start()
         server.serve_forever()
+        manager.notify("STOPPING=1")
         signal.set_wakeup_fd(-1)
     return 0
 

@@ -11365,6 +11365,76 @@ class ForkTest(ProcessCase):
         self.assertEqual(server.call("GET", "/channels/q?nowait")[2], b"x")
 
 
+class NotifyTest(ProcessCase):
+    """What a server says to the service manager that has started it."""
+
+    def setUp(self):
+        super().setUp()
+        self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.manager.close)
+        self.manager.settimeout(PATIENCE)
+
+    def listen(self, address):
+        self.manager.bind(re.sub("^@", "\0", address))
+        return {"NOTIFY_SOCKET": address}
+
+    def said(self):
+        return self.manager.recv(1_000).decode()
+
+    def test_it_is_ready_when_it_listens_reloads_and_stops(self):
+        tokens = self.folder / "tokens"
+        tokens.touch(0o600)
+        tokens.write_text("me s3cret read")
+        name = f"@linger-test-{os.getpid()}-{time.monotonic_ns()}"
+        server = self.start(
+            f"--tokens={tokens}", "--dbfile=:memory:", environment=self.listen(name)
+        )
+        self.assertEqual(
+            self.said(), f"READY=1\nSTATUS=listening on http://127.0.0.1:{server.port}"
+        )
+        server.process.send_signal(signal.SIGHUP)
+        self.assertRegex(self.said(), r"^RELOADING=1\nMONOTONIC_USEC=[0-9]+$")
+        self.assertEqual(self.said(), "READY=1")
+        server.end()
+        self.assertEqual(self.said(), "STOPPING=1")
+
+    def test_it_gives_signs_of_life_if_the_unit_asks_for_them(self):
+        environment = self.listen(str(self.folder / "notify"))
+        self.start("--dbfile=:memory:", environment={**environment, "WATCHDOG_USEC": "30000"})
+        self.said()
+        self.assertEqual([self.said() for _ in range(3)], ["WATCHDOG=1"] * 3)
+
+    def test_a_process_of_another_number_is_not_watched(self):
+        environment = {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}
+        self.assertEqual(linger.ServiceManager(environment).watchdog, 0)
+
+    def test_nobody_who_listens_is_no_error(self):
+        linger.ServiceManager({}).notify("READY=1")
+        linger.ServiceManager({"NOTIFY_SOCKET": "/nowhere"}).notify("READY=1")
+
+    def test_a_stuck_committer_or_ticker_gives_no_sign_of_life(self):
+        manager = linger.ServiceManager({**self.listen(str(self.folder / "notify")),
+                                         "WATCHDOG_USEC": "20000000"})  # fmt: skip
+        with linger.serve() as server:
+            timers = server.broker._state.timers
+            with busy(server.broker._committer):
+                watch = self.thread(manager.watch, server)
+                until(lambda: len(server.broker._committer._pending))
+                self.assertEqual(select.select([self.manager], [], [], 0)[0], [])
+            self.assertEqual(self.said(), "WATCHDOG=1")
+            server.stopping = True
+            server._stopped.set()
+            watch.result(PATIENCE)
+            server.stopping = False
+            with (
+                unittest.mock.patch.object(timers, "has_ticked", lambda seconds: False),
+                unittest.mock.patch.object(linger, "log") as log,
+            ):
+                manager.watch(server)
+            self.assertIn("the ticker is stuck", log.call_args[0][0])
+            self.assertEqual(select.select([self.manager], [], [], 0)[0], [])
+
+
 class HangUpTest(ProcessCase):
     """SIGHUP where there is nothing to read again."""
 
