@@ -116,7 +116,7 @@ import types
 import unicodedata
 import urllib.parse
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (
     TYPE_CHECKING,
@@ -2765,12 +2765,17 @@ class Committer:
             self._batch = None
 
 
-def _first_of(pending: Iterable[Operation]) -> list[Operation]:
+SIZE_OF = operator.attrgetter("size")
+
+
+def _first_of(pending: Collection[Operation]) -> list[Operation]:
     """The operations for the next transaction.
 
     Large ones beyond MAX_TRANSACTION_BYTES are left for later ones, so that small ones need not
     wait for all of them.  No two are of one connection, so it does not matter which is first.
     """
+    if sum(map(SIZE_OF, pending)) <= MAX_TRANSACTION_BYTES:  # as usual
+        return list(pending)
     batch = []
     size = 0
     for operation in pending:
@@ -9326,6 +9331,9 @@ def ignored_header(names: Sequence[str]) -> str:
     return f"{lines.rstrip(',')}\r\n" if names else ""
 
 
+NO_ROUTE = ("", "")  # method and path of a request to no route
+
+
 class Request:
     """A request whose head has been read; the reader adds the body.
 
@@ -9337,8 +9345,8 @@ class Request:
 
     __slots__ = (
         "_form", "_query_fields", "base_headers", "body", "body_kind", "body_limit", "close_after",
-        "connection", "endpoint", "grant", "grants", "headers", "http10", "ignored", "known",
-        "method", "names", "options", "query", "routes", "segments", "target",
+        "connection", "counted_as", "endpoint", "grant", "grants", "headers", "http10", "ignored",
+        "known", "method", "names", "options", "query", "routes", "segments", "target",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: Headers, http10: bool) -> None:
@@ -9351,6 +9359,8 @@ class Request:
         path, _, self.query = target.partition("?")
         self.segments = path[1:].split("/")
         self.routes = routes_for(self.segments)  # of its path, by method
+        route = self.routes.get("GET" if method == "HEAD" else method)
+        self.counted_as = NO_ROUTE if route is None else (route.method, route.path)
         if path == "/" and prefers_html(headers.fields.get("accept", "")):
             self.routes = PAGE_ROUTES
         self.body = b""
@@ -10062,7 +10072,8 @@ class Response(NamedTuple):
             length = len(body) if file is None and array is None else self.length()
             headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
         base = "" if request is None else request.base_headers + request.ignored
-        head = f"{STATUS_LINES[status]}{date}{base}{headers}{connection}\r\n".encode("latin-1")
+        lines = STATUS_LINES[status], date, base, headers, connection, "\r\n"
+        head = "".join(lines).encode("latin-1")
         return head + body if body and len(body) <= SMALL_AMOUNT and has_body(request) else head
 
     def pieces(self, request: Optional[Request]) -> Iterator[bytes]:
@@ -10289,23 +10300,19 @@ class RequestCounts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the counts
-        self._counts: collections.Counter[tuple[str, str, int]] = collections.Counter()
+        self._counts: dict[tuple[tuple[str, str], int], int] = {}
 
     def count(self, request: Optional[Request], status: int) -> None:
         """Counts a response; `request` is None for one that is malformed."""
-        method = path = ""  # of no route
-        if request is not None:
-            route = request.routes.get("GET" if request.method == "HEAD" else request.method)
-            if route is not None:
-                method, path = route.method, route.path
+        key = NO_ROUTE if request is None else request.counted_as, status
         with self._lock:
-            self._counts[method, path, status] += 1
+            self._counts[key] = self._counts.get(key, 0) + 1
 
     def samples(self) -> Iterator[Sample]:
         """The counts, labeled with route and status."""
         with self._lock:
             counts = sorted(self._counts.items())
-        for (method, path, status), count in counts:
+        for ((method, path), status), count in counts:
             yield labels(method=method, route=path, status=str(status)), count
 
 
@@ -13726,7 +13733,8 @@ class Connection:
         data = b""
         self.idle = True
         while timeout > 0 and not server.stopping:
-            stream.set_timeout(timeout)
+            if timeout != stream.timeout:
+                stream.set_timeout(timeout)
             try:
                 data = stream.receive(size) if is_usual else self._receive_first(size)
                 break
