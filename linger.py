@@ -10697,7 +10697,7 @@ const TITLES = {
 };
 const LOAD = 10;  // a call is repeated after so many times its own duration, or later
 const LONGEST_PAUSE = 30_000;  // milliseconds
-const PARAMETERS = JSON.parse(document.getElementById("parameters").textContent);
+const {PARAMETERS, FORMS} = JSON.parse(document.getElementById("parameters").textContent);
 
 let token = sessionStorage.getItem("linger-token") || "";
 let access = null;  // what the token may do
@@ -10999,7 +10999,7 @@ function pager(size, onturn) {
         element: h("div", {class: "pages"}, note, back, next),
         get after() { return starts[starts.length - 1]; },
         reset() { starts.length = 1; },
-        update(keys, noun) {
+        update(keys) {
             last = keys[keys.length - 1];
             back.disabled = starts.length === 1;
             next.disabled = keys.length < size;
@@ -11007,6 +11007,23 @@ function pager(size, onturn) {
             this.element.hidden = back.disabled && next.disabled;
         },
     };
+}
+
+// Repeats the listing of a page.  `target()` is its path; `show(listed)` returns the keys of what
+// was listed.  What comes after another page was turned to is dropped.
+function pollList(period, pages, target, show, signal) {
+    return poll(period, async () => {
+        const asked = target();
+        const listed = await get(asked, signal).catch(error => {
+            if (error.status === 404) {  // that after which the page begins has gone
+                pages.reset();
+            }
+            throw error;
+        });
+        if (asked === target()) {
+            pages.update(show(listed));
+        }
+    }, signal);
 }
 
 // -- Forms
@@ -11069,11 +11086,10 @@ function ask(title, options) {
     dialog.querySelector("input, textarea")?.focus();
 }
 
-const parameterFields = (kind, values = {}) => PARAMETERS
-    .filter(parameter => parameter.for.includes(kind))
-    .map(({name, help, default: preset}) => ({
-        name, label: name, help, value: values[name], placeholder: preset,
-    }));
+const parameterFields = (kind, values = {}) => FORMS[kind].map(name => {
+    const [help, placeholder] = PARAMETERS[name];
+    return {name, label: name, help, value: values[name], placeholder};
+});
 
 // -- Charts
 
@@ -11349,15 +11365,11 @@ function channelList(signal) {
         pages.reset();
         refresh();
     });
-    const refresh = poll(1000, async () => {
-        const asked = `${order} ${like} ${pages.after}`;
-        const {channels} = await get("channels" + query(
-            {info: 1, n: PAGE, order, like, after: pages.after}), signal);
-        if (asked === `${order} ${like} ${pages.after}`) {
-            channels.forEach(addLook);
-            list.update(channels);
-            pages.update(channels.map(info => info.channel));
-        }
+    const target = () => "channels" + query({info: 1, n: PAGE, order, like, after: pages.after});
+    const refresh = pollList(1000, pages, target, ({channels}) => {
+        channels.forEach(addLook);
+        list.update(channels);
+        return channels.map(info => info.channel);
     }, signal);
     mark();
     return card(h("h1", {}, "Channels"), actions(filter, can("write") && postButton()),
@@ -11581,21 +11593,13 @@ function messageList(signal, channel) {
                 clear();
             },
         }, title)));
-    const refresh = poll(2000, async () => {
-        const asked = `${state} ${pages.after}`;
-        const messages = await get(path("channels", channel, "/messages" + query(
-            {state, n: PAGE, after: pages.after})), signal).catch(error => {
-            if (error.status === 404) {  // the message at which the page begins has gone
-                pages.reset();
-            }
-            throw error;
-        });
-        if (asked === `${state} ${pages.after}`) {
-            shown.clear();
-            messages.forEach(message => shown.set(message.id, message));
-            list.update(messages);
-            pages.update(messages.map(message => message.id));
-        }
+    const target = () => path("channels", channel,
+        "/messages" + query({state, n: PAGE, after: pages.after}));
+    const refresh = pollList(2000, pages, target, messages => {
+        shown.clear();
+        messages.forEach(message => shown.set(message.id, message));
+        list.update(messages);
+        return [...shown.keys()];
     }, signal);
     const element = card("Messages", [tabs, bulk], list.element, pages.element);
     return {element, refresh: clear};
@@ -11680,8 +11684,7 @@ function settingsCard(channel, changed) {
     }), "small");
     const update = given => {
         settings = given;
-        const rows = PARAMETERS.filter(parameter => parameter.for.includes("settings")).map(
-            ({name, default: preset}) => [name, given[name], preset]);
+        const rows = FORMS.settings.map(name => [name, given[name], PARAMETERS[name][1]]);
         renew(values, JSON.stringify(rows), () => rows.flatMap(([name, value, preset]) => [
             h("dt", {}, name),
             h("dd", {}, value == null || value === ""
@@ -11993,14 +11996,10 @@ function deadList(signal) {
             refresh();
         },
     }, values.map(([value, text]) => h("option", {value}, text)));
-    const refresh = poll(2000, async () => {
-        const asked = `${reason} ${order} ${pages.after}`;
-        const messages = await get("dead-letters" + query(
-            {n: PAGE, reason, order, after: pages.after}), signal);
-        if (asked === `${reason} ${order} ${pages.after}`) {
-            list.update(messages);
-            pages.update(messages.map(message => message.id));
-        }
+    const target = () => "dead-letters" + query({n: PAGE, reason, order, after: pages.after});
+    const refresh = pollList(2000, pages, target, messages => {
+        list.update(messages);
+        return messages.map(message => message.id);
     }, signal);
     const reasons = choose("Reason", [["", "All reasons"], ["deliver", "Deliveries used up"],
         ["linger", "Lifetime over"], ["reject", "Rejected"]], value => { reason = value; });
@@ -12177,18 +12176,13 @@ def source_hash(text: str) -> str:
 
 def page_parameters() -> str:
     """The tables of parameters as JSON that may stand in a document."""
-    tables = {name: [p.name for p in table] for name, table in FORMS.items()}
-    parameters = {p.name: p for table in FORMS.values() for p in table}
-    listed = [
-        {
-            "name": p.name,
-            "help": p.help,
-            "default": "" if p.default is None else p.default,
-            "for": [name for name, names in tables.items() if p.name in names],
-        }
-        for p in parameters.values()
-    ]
-    return TO_JSON(listed).replace("<", "\\u003c")
+    forms = {name: [p.name for p in table] for name, table in FORMS.items()}
+    parameters = {
+        p.name: (p.help, "" if p.default is None else p.default)
+        for table in FORMS.values()
+        for p in table
+    }
+    return TO_JSON({"PARAMETERS": parameters, "FORMS": forms}).replace("<", "\\u003c")
 
 
 class Page(NamedTuple):
