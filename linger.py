@@ -2586,14 +2586,17 @@ class TransactionFailed(Exception):
         self.reason = reason
 
 
+ANY_AGE = float("inf")  # of a record of broker time of which only the wall clock tells the age
+
+
 class Transactions(Protocol):
     """What the committer and the broker need of a store."""
 
     path: str  # the name of the database
     is_shared: bool  # whether other servers change the same database
 
-    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
-        """The record of broker time, and whether another server has made it just now.
+    def join(self, now: Callable[[], float]) -> tuple[str, float]:
+        """The record of broker time, and how old it is at most, in seconds.
 
         `now()` is the broker time of each transaction after this.
         """
@@ -3556,10 +3559,10 @@ class Store:
 
     # -- writing
 
-    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
-        """The record of broker time; no other server has made it."""
+    def join(self, now: Callable[[], float]) -> tuple[str, float]:
+        """The record of broker time; it may be of any age."""
         (record,) = self.read(GET_CONFIG, key="time")
-        return record[0][0] if record else "", False
+        return record[0][0] if record else "", ANY_AGE
 
     def transact(self, batch: list[Operation]) -> list[Operation]:
         """Runs operations in one transaction and commits; see `Transactions`."""
@@ -4370,19 +4373,22 @@ class Cluster:
 
     # -- writing
 
-    def join(self, now: Callable[[], float]) -> tuple[str, bool]:
+    def join(self, now: Callable[[], float]) -> tuple[str, float]:
         """Begins a session and returns the record of broker time.
 
         The servers that run write a new record for a new session: it is awaited if there are any.
+        Without a leader it may take seconds to get here: it is as old as the session at most.
         """
         self._now = now
         before, ((others,),) = self.read(GET_CONFIG, COUNT_SERVING, key="time")
+        began = time.monotonic()
         self._begin_session()
         record, deadline = before, time.monotonic() + JOIN_TIMEOUT
         while others and record == before and time.monotonic() < deadline:
             time.sleep(NODE_RETRY_DELAY)
             (record,) = self.read(GET_CONFIG, key="time")
-        return record[0][0] if record else "", record != before
+        age = ANY_AGE if record == before else time.monotonic() - began
+        return record[0][0] if record else "", age
 
     def _begin_session(self) -> None:
         self._session, self._turn = os.urandom(8).hex(), 0
@@ -4598,8 +4604,8 @@ def _open_unused(path: str, is_new: bool, stack: contextlib.ExitStack) -> Transa
     else:
         raise NotFound(f"there is no database {path}")
     stack.callback(store.close)
-    _, in_use = store.join(time.time)
-    if in_use:
+    _, max_age = store.join(time.time)
+    if max_age < ANY_AGE:  # a server has answered
         raise Conflict(f"a server uses {store.path}: stop it first")
     return store
 
@@ -4758,8 +4764,9 @@ class BrokerClock:
     stepped, and when the server stops.
     """
 
-    def __init__(self, source: Clock, record: str = "", is_current: bool = False) -> None:
-        """`record` is the last one of the database, or empty; `is_current`: it was made now."""
+    def __init__(self, source: Clock, record: str = "", max_age: float = ANY_AGE) -> None:
+        """`record` is the last one of the database, or empty; `max_age`: seconds since it was made,
+        at most, whatever the wall clock says."""
         self.source = source
         wall = source.time()
         self._latest = wall
@@ -4768,7 +4775,7 @@ class BrokerClock:
         self._ahead = NEVER  # by how much the wall clock was ahead of broker time then, seconds
         if record:
             latest, wall_then = map(float, record.split())
-            passed = 0.0 if is_current else max(wall - wall_then, 0.0)
+            passed = min(max(wall - wall_then, 0.0), max_age)
             self._latest = latest + passed
             if passed > LONG_DOWNTIME:
                 log(
@@ -8148,8 +8155,8 @@ class Broker(Administration):
         for which consumers wait; `metrics_channels`: those with counters of their own."""
         self.max_channels = max_channels
         self._waits_checked_at = 0.0
-        record, is_current = store.join(lambda: self._clock.now_or_latest())
-        self._clock = BrokerClock(clock, record, is_current)
+        record, max_age = store.join(lambda: self._clock.now_or_latest())
+        self._clock = BrokerClock(clock, record, max_age)
         committer = Committer(store, self._clock.record)
         try:
             if not record:

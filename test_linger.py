@@ -4953,6 +4953,21 @@ class ClusterTest(Folder):
             self.assertAlmostEqual(second.now(), first.now(), delta=1)
             second.close()
 
+    def test_the_time_that_others_record_may_come_late(self):
+        """When there was no leader: it is then older, as the wall clock says, but not by more."""
+        for passed, max_age, expected in ((3, 5, 3), (100, 5, 5), (-100, 5, 0)):
+            record = f"50.0 {self.clock.time() - passed}"
+            self.assertEqual(linger.BrokerClock(self.clock, record, max_age).now(), 50 + expected)
+        first = self.open()
+        store = linger.Cluster(self.cluster.url)
+        self.addCleanup(store.close)
+        with busy(first._committer):
+            joining = self.thread(store.join, self.clock.time)
+            until(lambda: first._committer._pending)
+            began = time.monotonic()
+            until(lambda: time.monotonic() > began + 0.2)
+        self.assertGreater(joining.result(PATIENCE)[1], 0.2)
+
     def test_a_server_that_is_behind_catches_up(self):
         first, second = self.open(), self.open(FakeClock())
         self.clock.now += 100
@@ -11926,7 +11941,8 @@ class RqliteNode:
                 return 0, b""
 
     def count_messages(self):
-        query = urllib.parse.urlencode({"level": "none", "q": "select count(*) from messages"})
+        count = "select count(*) from messages where channel = 'q'"
+        query = urllib.parse.urlencode({"level": "none", "q": count})
         return json.loads(self.get(f"/db/query?{query}")[1])["results"][0]["values"][0][0]
 
     def is_ready(self):
@@ -12020,6 +12036,7 @@ class Party:
         self.random = random.Random(seed)
         self.ports = ports
         self.calls = []
+        self.served = 0.0  # when the last post began that succeeded
         self.client = None
 
     def send(self, method, path, body=None, headers=None):
@@ -12029,7 +12046,8 @@ class Party:
             if self.client is None or self.random.random() < 0.02:
                 self.close()
                 port = self.random.choice(self.ports)
-                self.client = http.client.HTTPConnection("127.0.0.1", port, timeout=2 * PATIENCE)
+                timeout = self.random.choice((2, 2, 2 * PATIENCE))
+                self.client = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
                 self.client.connect()
         except OSError:
             self.close()
@@ -12058,7 +12076,9 @@ class Party:
         status, content = self.send("POST", "/channels/q", body, headers)
         id = json.loads(content)["id"] if status == 202 else 0
         self.record("post", body, begun, status, id=id)
-        return status == 202
+        if id:
+            self.served = begun
+        return bool(id)
 
     def take(self, ack=None):
         """Takes up to some messages, and deletes another in the same transaction."""
@@ -12107,6 +12127,7 @@ class ChaosOnClusterTest(NodesCase):
         self.servers = [self.start_server(number) for number in range(2)]
         self.assertNotIn(None, [server.port for server in self.servers])
         self.disturbances = []
+        self.parties = []
         self.posting, self.taking = threading.Event(), threading.Event()
         self.posting.set()
         self.taking.set()
@@ -12176,7 +12197,7 @@ class ChaosOnClusterTest(NodesCase):
             link.whole.set()
 
     def disturb(self, seed, *faults):
-        """Does one thing after another to the cluster, each of them equally often."""
+        """Does one thing after another to the cluster, each equally often, when it serves again."""
         chance = random.Random(seed)
         end = time.monotonic() + self.seconds
         while True:
@@ -12184,14 +12205,21 @@ class ChaosOnClusterTest(NodesCase):
                 if time.monotonic() > end:
                     return
                 pause(chance.uniform(0, 1.5))
+                begun = time.monotonic()
                 fault(chance)
+                with contextlib.suppress(AssertionError):  # which the checker sees
+                    until(lambda begun=begun: self.served() > begun, SERVES_WITHIN)
 
     # -- clients
 
     def party(self, number):
         party = Party(self.ports, number)
+        self.parties.append(party)
         self.addCleanup(party.close)
         return party
+
+    def served(self):
+        return max(party.served for party in self.parties)
 
     def produce(self, number):
         """Posts; repeats what has a key until it succeeds."""
@@ -12232,6 +12260,8 @@ class ChaosOnClusterTest(NodesCase):
         return status == 200 and json.loads(body) == {"ready": 0, "hidden": 0}
 
     def test_the_books_are_right_whatever_happens(self):
+        self.party(0).send("PUT", "/schedules/tick?channel=ticks&every=1", "tick")
+        begun = time.monotonic()
         with ThreadPoolExecutor(20) as pool:
             clients = [pool.submit(self.produce, n) for n in range(8)]
             clients += [pool.submit(self.consume, n) for n in range(8, 16)]
@@ -12256,6 +12286,8 @@ class ChaosOnClusterTest(NodesCase):
         history = "\n".join(str(call) for call in calls if call.body in bodies)
         self.assertEqual(faults, [], f"{history}\n{self.disturbances}")
         self.assertTrue(self.is_drained())
+        ticks = json.loads(self.party(0).send("GET", "/channels/ticks/stats")[1])["ready"]
+        self.assertTrue(0 < ticks <= time.monotonic() - begun + 1, ticks)
         for node in self.nodes:
             until(lambda node=node: node.count_messages() == 0)
 
