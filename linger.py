@@ -168,6 +168,9 @@ __all__ = [
 ]
 
 
+LOADED_AT = time.time()  # when this program was read, in Unix time
+
+
 # ---------------------------------------------------------------------------------------------
 # Limits: every bound in this file, with its unit and its reason.
 # ---------------------------------------------------------------------------------------------
@@ -8992,6 +8995,7 @@ ROUTES = (
     Route("GET", "/access", "get_access", True, AUTHENTICATED, "rights of the token"),
     Route("GET", "/health", "check_health", True, PUBLIC, "whether it can store a message now"),
     Route("GET", "/openapi.json", "describe_api", True, PUBLIC, "this description"),
+    Route("GET", "/linger.py", "get_source", True, AUTHENTICATED, "the program that runs"),
     Route("GET", "/stats", "get_stats", True, ADMIN, "counters of the server"),
     Route("GET", "/stats/history", "get_history", True, ADMIN, "totals of the last hour"),
     Route("GET", "/metrics", "get_metrics", True, METRICS_ONLY, "figures for Prometheus"),
@@ -12356,6 +12360,7 @@ ANSWERS: Mapping[str, Answer] = {
     "get_access": Answer(200, _object({"rights": _array(TEXT), "restricted": SWITCH})),
     "check_health": Answer(200, _object({"healthy": SWITCH})),
     "describe_api": Answer(200, {"type": "object"}),
+    "get_source": Answer(200, ("text/x-python",), (304, 404)),
     "get_stats": Answer(200, {"type": "object"}),
     "get_history": Answer(200, _named("History")),
     "get_metrics": Answer(200, ("text/plain",)),
@@ -12448,6 +12453,7 @@ ERRORS: Mapping[int, str] = {
     501: "The method or transfer coding is not supported.",
     505: "The version of HTTP is not supported.",
 }
+WITHOUT_BODY = {204: "There is no message.", 304: "The client has it already."}
 ERRORS_OF_CHANGES = (504, 507)
 ERRORS_OF_SOME = (404, 405, 409, *ERRORS_OF_CHANGES)
 
@@ -12511,7 +12517,7 @@ def _describe_answers(route: Route) -> dict[str, Schema]:
     error = {JSON_TYPE: {"schema": _named("Error")}}
     answers: dict[str, Schema] = {
         str(status): {"description": ERRORS[status], "content": error} if status in ERRORS
-        else {"description": "There is no message."}
+        else {"description": WITHOUT_BODY[status]}
         for status in sorted({*statuses, *answer.others})
     }  # fmt: skip
     success: Schema = {"description": route.summary}
@@ -12667,6 +12673,29 @@ def posted_response(_: Request, operation: Operation) -> Response:
     return Response(202, (text % posted.id).encode())
 
 
+def tagged_response(
+    request: Request, body: bytes, etag: str, headers: str, content_type: str
+) -> Response:
+    """The response with a body that the client may have kept (RFC 9110 13.1.2)."""
+    kept = request.headers.fields.get("if-none-match", "").replace("W/", "").split(",")
+    if any(tag.strip(" \t") in (etag, "*") for tag in kept):
+        return Response(304, headers=headers)
+    return Response(200, body, content_type, headers)
+
+
+@functools.cache
+def own_source() -> tuple[bytes, str]:
+    """The source of this program, and its entity tag; `NotFound` if it is not what runs."""
+    try:
+        with open(__file__, "rb") as file:
+            if os.fstat(file.fileno()).st_ctime > LOADED_AT or not __file__.endswith(".py"):
+                raise NotFound("linger.py was changed after it was loaded, or it is not there")
+            body = file.read()
+    except OSError:
+        raise NotFound("linger.py is not there any more") from None
+    return body, f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+
+
 class TakeOptions(NamedTuple):
     """The options of `GET /channels/<channel>` that do not name a message."""
 
@@ -12739,10 +12768,12 @@ class ManagementApi:
         )
 
     def show_page(self, request: Request) -> Response:
-        body, etag, headers = page()
-        if request.headers.fields.get("if-none-match") == etag:
-            return Response(304, headers=headers)
-        return Response(200, body, "text/html; charset=utf-8", headers)
+        return tagged_response(request, *page(), "text/html; charset=utf-8")
+
+    def get_source(self, request: Request, *_: str) -> Response:
+        body, etag = own_source()
+        headers = f"Cache-Control: no-cache\r\nETag: {etag}\r\n"
+        return tagged_response(request, body, etag, headers, "text/x-python; charset=utf-8")
 
     def get_access(self, request: Request) -> Response:
         grant = request.grant
@@ -14226,6 +14257,8 @@ class Server(ThreadingHTTPServer):
             self._close_listener()
             raise
         self.api = Api(self)
+        with contextlib.suppress(NotFound):
+            own_source()  # before anybody changes the file
         disown_in_children(self)
 
     def disown(self) -> None:

@@ -6165,6 +6165,32 @@ class OpenApiTest(ServerTest):
         self.assertEqual(statuses - set(linger.ERRORS), {502})  # which only the client says
 
 
+class SourceTest(ServerTest):
+    def test_the_source_is_served_with_a_tag(self):
+        status, headers, body = self.call("GET", "/linger.py")
+        self.assertEqual((status, body), (200, (HERE / "linger.py").read_bytes()))
+        self.assertEqual(headers["Content-Type"], "text/x-python; charset=utf-8")
+        for tags in (headers["ETag"], 'W/"x", W/' + headers["ETag"], "*"):
+            answer = self.call("GET", "/linger.py", headers={"If-None-Match": tags})
+            self.assertEqual((answer[0], answer[2]), (304, b""))
+        self.assertEqual(self.call("GET", "/linger.py", headers={"If-None-Match": '"x"'})[0], 200)
+
+    def test_what_runs_is_served_after_an_edit(self):
+        edited = self.folder / "linger.py"
+        edited.write_text("edited")
+        with unittest.mock.patch.object(linger, "__file__", str(edited)):
+            self.assertIn(b"\nclass Server(", self.call("GET", "/linger.py")[2])
+
+    def test_what_does_not_run_is_not_served(self):
+        self.addCleanup(linger.own_source.cache_clear)
+        edited = self.folder / "linger.py"
+        edited.write_text("edited after the program was loaded")
+        for path in (edited, self.folder / "gone.py", compiled):
+            linger.own_source.cache_clear()
+            with unittest.mock.patch.object(linger, "__file__", str(path)):
+                self.assertEqual(self.call("GET", "/linger.py")[0], 404, path)
+
+
 class ConsumerCallTest(ServerTest):
     """The calls of part 2 of the API, over HTTP."""
 
