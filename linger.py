@@ -12293,6 +12293,7 @@ OTHER_PARAMETERS: Mapping[str, tuple[Schema, str]] = {
     "wait": (_whole(0, MAX_WAIT), f"seconds to wait for a message, {DEFAULT_WAIT} if not given"),
     "nowait": (SWITCH, "do not wait"),
     "take_message n": (_whole(1, MAX_BATCH), "messages at most, in a JSON array"),
+    "as": (NAME, "name of the consumer, which looks at its messages in flight show"),
     "auto": (SWITCH, "delete the messages as they are delivered"),
     "ack": (_whole(), "id of a message to delete first"),
     "lease": (_whole(), "only if that delivery is the latest"),

@@ -15532,6 +15532,20 @@ class ReadmeTest(Folder):
 
     # -- examples
 
+    def test_containers_run_the_server_and_see_its_health(self):
+        section = self.section("Deployment").partition("### Docker\n")[2].partition("\n### ")[0]
+        commands = re.findall(r"python3 /linger\.py (.*)", section)
+        self.assertEqual(len(commands), 2)
+        names = {f"--{option.name}" for option in linger.OPTIONS}
+        for command in commands:
+            self.assertEqual(set(re.findall("--[a-z-]+", command)) - names, set())
+        (check,) = re.findall(r'python3 -c "(.*)"', section)
+        with linger.serve() as server:
+            code = check.replace("http://127.0.0.1:8989", server.url)
+            statuses = [subprocess.call([sys.executable, "-c", code], stderr=subprocess.DEVNULL)]
+        statuses.append(subprocess.call([sys.executable, "-c", code], stderr=subprocess.DEVNULL))
+        self.assertEqual(statuses, [0, 1])
+
     @unittest.skipUnless(shutil.which("curl"), "needs curl")
     def test_every_line_for_a_shell_gives_what_it_shows(self):
         """Each block starts on an empty server; the tutorial is one session."""
