@@ -673,6 +673,7 @@ class Message(NamedTuple):
     backoff: str = ""  # time hidden after the 1st, 2nd, ... failed delivery, as 10,60,600
     dead_delivered: int = 0  # for a dead letter: how often it was delivered before
     header_lines: str = ""  # the lines of its own headers, as a delivery has them
+    group: str = ""  # its messages are delivered in the order of their posts, one at a time
     # Only in listings and read_message:
     dead: str = ""  # channel for the message when it becomes a dead letter
     delay: int = 0  # time until a delayed message is ready
@@ -828,6 +829,7 @@ SINGLE_PARAMETERS = (
     Parameter("dedup-for", 300, _integer_from(1), "seconds that the dedup key is remembered"),
     Parameter("unique", None, _parse_key, "key that only one message of the channel may have"),
     Parameter("headers", "", parse_own_headers, "headers of its own, by name"),
+    Parameter("group", "", _parse_key, "key of messages delivered in order, one at a time"),
 )
 PUBLISH_PARAMETERS = tuple(p for p in SINGLE_PARAMETERS if p.name != "unique")
 CHANNEL_PARAMETERS = (
@@ -861,6 +863,7 @@ if TYPE_CHECKING:  # the same tables for a type checker; None is as not given
         dedup_for: Optional[int]
         unique: Optional[str]
         headers: Optional[Mapping[str, str]]
+        group: Optional[str]
 
     class PublishKeys(TypedDict, total=False):
         """The values of PUBLISH_PARAMETERS."""
@@ -868,6 +871,7 @@ if TYPE_CHECKING:  # the same tables for a type checker; None is as not given
         dedup: Optional[str]
         dedup_for: Optional[int]
         headers: Optional[Mapping[str, str]]
+        group: Optional[str]
 
     class ChannelFields(MessageFields, total=False):
         """The values of CHANNEL_PARAMETERS."""
@@ -930,13 +934,14 @@ SCHEMA_VERSION = 4  # `pragma user_version`; a database of Linger 1.0.1 has 0
 
 ADD_TO_COUNTS = """
         -- for the triggers, which keep the counts of each channel
-        insert into channels (name, ready, in_flight, delayed, urgent, niced)
-        values (new.channel, new.state = 0, new.state = 1, new.state = 2,
+        insert into channels (name, ready, in_flight, delayed, blocked, urgent, niced)
+        values (new.channel, new.state = 0, new.state = 1, new.state = 2, new.blocked,
             new.priority < 0, new.priority > 0)
         on conflict (name) do update set
             ready = ready + excluded.ready,
             in_flight = in_flight + excluded.in_flight,
             delayed = delayed + excluded.delayed,
+            blocked = blocked + excluded.blocked,
             urgent = urgent + excluded.urgent,
             niced = niced + excluded.niced;
 """
@@ -947,6 +952,7 @@ SUBTRACT_FROM_COUNTS = """
         set ready = ready - (old.state = 0),
             in_flight = in_flight - (old.state = 1),
             delayed = delayed - (old.state = 2),
+            blocked = blocked - old.blocked,
             urgent = urgent - (old.priority < 0),
             niced = niced - (old.priority > 0)
         where name = old.channel;
@@ -967,6 +973,9 @@ SCHEMA = (
     # leased: 1 from a delivery until its release or undo.  It stays 1 after the timeout: until the
     # next delivery the worker may still touch, release or delete the message.
     # expires_at: when `linger` ends, 0 for never.
+    # group_key: empty for none.  blocked: 1 if it waits for an earlier message of its group; then
+    # it is in state 2, and its due_at is 1e12 seconds late, which no timer reaches.  Of a group
+    # all but one are blocked; a dead letter is in none until it comes back.
     # A take changes no column's length, so that SQLite writes the row in place and does not touch
     # the pages of a long body.
     """
@@ -994,8 +1003,15 @@ SCHEMA = (
         dead_delivered integer not null default 0,
         error text not null default '',
         headers text not null default '',
+        group_key text not null default '',
+        blocked integer not null default 0,
         body blob not null
     )
+    """,
+    # for POST_MESSAGE, and for the triggers: the messages of a group
+    """
+    create index group_messages on messages (channel, group_key, blocked)
+    where group_key <> '' and dead_from = ''
     """,
     # for NEXT_MESSAGE and BATCH_IDS: the first ready messages of a channel; with `expires_at`, so
     # that expired ones are passed over without a look at their rows
@@ -1033,13 +1049,15 @@ SCHEMA = (
     create index unique_messages on messages (channel, unique_key)
     where unique_key is not null
     """,
-    # The counts of each channel that has messages, kept by the triggers.
+    # The counts of each channel that has messages, kept by the triggers.  delayed: those in state
+    # 2, hence the blocked ones as well.
     """
     create table channels (
         name text primary key,
         ready integer not null,
         in_flight integer not null,
         delayed integer not null,
+        blocked integer not null,
         urgent integer not null,
         niced integer not null
     ) without rowid
@@ -1056,6 +1074,15 @@ SCHEMA = (
         set ready = ready + (new.state = 0) - (old.state = 0),
             in_flight = in_flight + (new.state = 1) - (old.state = 1),
             delayed = delayed + (new.state = 2) - (old.state = 2)
+        where name = new.channel;
+    end
+    """,
+    """
+    create trigger message_blocked after update of blocked on messages
+    when old.blocked <> new.blocked and old.channel = new.channel
+    begin
+        update channels
+        set blocked = blocked + new.blocked - old.blocked
         where name = new.channel;
     end
     """,
@@ -1077,6 +1104,39 @@ SCHEMA = (
     f"""
     create trigger message_removed after delete on messages
     begin {SUBTRACT_FROM_COUNTS} end
+    """,
+    # A message leaves its group, and was not blocked: the next one gets the delay that it has by
+    # itself, which ProcessDue ends if it has passed.
+    *(
+        f"""
+    create trigger group_advances_after_{name} after {event} on messages
+    when old.group_key <> '' and old.blocked = 0 and old.dead_from = ''
+    begin
+        update messages
+        set blocked = 0, due_at = due_at - 1e12
+        where id = (
+            select id
+            from messages
+            where channel = old.channel and group_key = old.group_key and group_key <> ''
+                and dead_from = '' and blocked = 1
+            order by id
+            limit 1
+        );
+    end
+    """
+        for name, event in (("delete", "delete"), ("move", "update of channel"))
+    ),
+    # A message comes back to its group: those that were posted later wait for it, but for one that
+    # is in flight.
+    """
+    create trigger group_goes_back after update of channel on messages
+    when new.group_key <> '' and new.dead_from = ''
+    begin
+        update messages
+        set blocked = 1, state = 2, leased = 0, due_at = due_at + 1e12
+        where channel = new.channel and group_key = new.group_key and group_key <> ''
+            and dead_from = '' and blocked = 0 and state <> 1 and id > new.id;
+    end
     """,
     # Null is a parameter that was not given: the channel's setting or the default holds.
     """
@@ -1288,7 +1348,22 @@ from messages
 where {HOLDS_UNIQUE}
 """
 
-# The usual case: no keys, no high-level mark, no headers.
+# Whether a message that comes to a channel must wait for another of its group.
+IS_BLOCKED = """({group} <> '' and exists (
+        select 1
+        from messages as others
+        where others.channel = {channel} and others.group_key = {group} and others.group_key <> ''
+            and others.dead_from = ''))"""
+
+# The same of one that comes back: only for those posted before, and for one in flight.
+IS_BLOCKED_AGAIN = """({group} <> '' and exists (
+        select 1
+        from messages as others
+        where others.channel = {channel} and others.group_key = {group} and others.group_key <> ''
+            and others.dead_from = '' and others.blocked = 0
+            and (others.state = 1 or others.id < {id})))"""
+
+# The usual case: no keys, no high-level mark, no headers, no group.
 ADD_MESSAGE = """
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
     expires_at, type, dead, backoff, body)
@@ -1299,9 +1374,11 @@ values (:channel, :priority, :state, :due_at, :timeout, :deliver, :now, :linger,
 # A key that was not given is null.  For a batch, CHECK_BATCH_FITS has looked at the mark.
 POST_MESSAGE = f"""
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
-    expires_at, type, dead, backoff, unique_key, headers, body)
-select :channel, :priority, :state, :due_at, :timeout, :deliver, :now, :linger,
-    :expires_at, :type, :dead, :backoff, :unique, :headers, :body
+    expires_at, type, dead, backoff, unique_key, headers, group_key, blocked, body)
+select :channel, :priority, case when blocked then 2 else :state end, :due_at + blocked * 1e12,
+    :timeout, :deliver, :now, :linger, :expires_at, :type, :dead, :backoff, :unique, :headers,
+    :group, blocked, :body
+from (select {IS_BLOCKED.format(channel=":channel", group=":group")} as blocked)
 where case
         when :hlm = 0 then 1
         when :batch then exists (select 1 from config where key = 'batch fits')
@@ -1364,13 +1441,15 @@ COPY_LINGER = """coalesce(subscriptions.linger,
         case when settings.linger <= subscriptions.delay
             then 0 else settings.linger end, 0)"""
 
+COPY_BLOCKED = IS_BLOCKED.format(channel="subscriptions.channel", group=":group")
+
 PUBLISH_MESSAGE = f"""
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
-    expires_at, topic, type, dead, backoff, headers, body)
+    expires_at, topic, type, dead, backoff, headers, group_key, blocked, body)
 select subscriptions.channel,
     coalesce(subscriptions.priority, settings.priority, 0),
-    case when {COPY_DELAY} > 0 then 2 else 0 end,
-    :now + {COPY_DELAY},
+    case when {COPY_DELAY} > 0 or {COPY_BLOCKED} then 2 else 0 end,
+    :now + {COPY_DELAY} + {COPY_BLOCKED} * 1e12,
     coalesce(subscriptions.timeout, settings.timeout, 30),
     coalesce(subscriptions.deliver, settings.deliver, 0),
     :now,
@@ -1379,7 +1458,7 @@ select subscriptions.channel,
     topic, :type,
     coalesce(subscriptions.dead, settings.dead, ''),
     coalesce(subscriptions.backoff, settings.backoff, ''),
-    :headers, :body
+    :headers, :group, {COPY_BLOCKED}, :body
 from subscriptions
     left join settings on settings.channel = subscriptions.channel
     left join channels on channels.name = subscriptions.channel
@@ -1417,9 +1496,10 @@ TAKEN_TIMEOUT = "coalesce(nullif(:timeout, 0), timeout)"  # no null: sqlite3 is 
 # and SELECT_BATCH.
 DELIVERED_COLUMNS = f"""id, channel, priority, {TAKEN_TIMEOUT}, deliver, delivered + 1,
     max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
-    dead_from, dead_reason, error, backoff, dead_delivered, headers, due_at"""
+    dead_from, dead_reason, error, backoff, dead_delivered, headers, group_key, due_at"""
 
 BODY_COLUMN = Message._fields.index("body")  # among them
+GROUP_COLUMN = Message._fields.index("group")
 
 SET_LEASED = f"""state = 1, due_at = :now + {TAKEN_TIMEOUT}, delivered = delivered + 1,
     lease = lease + 1, leased = 1"""
@@ -1547,7 +1627,7 @@ where id in {BATCH_IDS}
 SELECT_BATCH_ROWS = f"""
 select id, channel, priority, timeout, deliver, delivered, lease, received, linger,
     expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, dead_delivered,
-    error, headers, body
+    error, headers, group_key, body
 from messages
 where id in {BATCH_IDS}
 order by id
@@ -1558,16 +1638,29 @@ SELECT_LIMITED, LEASE_LIMITED, DELETE_LIMITED, SELECT_LIMITED_ROWS = (
     for statement in (SELECT_BATCH, LEASE_BATCH, DELETE_BATCH, SELECT_BATCH_ROWS)
 )
 
-RESTORE_MESSAGE = """
+RESTORE_MESSAGE = f"""
 insert into messages (id, channel, priority, state, due_at, timeout, deliver, delivered, lease,
     received, linger, expires_at, topic, type, dead, backoff, unique_key, dead_from,
-    dead_reason, dead_delivered, error, headers, body)
-select :id, :channel, :priority, 0, :now, :timeout, :deliver, :delivered, :lease + 1,
-    :received, :linger, :expires_at, :topic, :type, :dead, :backoff,
+    dead_reason, dead_delivered, error, headers, group_key, blocked, body)
+select :id, :channel, :priority, blocked * 2, :now + blocked * 1e12,
+    :timeout, :deliver, :delivered, :lease + 1, :received, :linger, :expires_at, :topic,
+    :type, :dead, :backoff,
     case when exists (
         select 1 from messages where channel = :channel and unique_key = :unique_key)
         then null else :unique_key end,
-    :dead_from, :dead_reason, :dead_delivered, :error, :headers, :body
+    :dead_from, :dead_reason, :dead_delivered, :error, :headers, :group_key, blocked, :body
+from (
+    select {IS_BLOCKED_AGAIN.format(channel=":channel", group=":group_key", id=":id")}
+        and :dead_from = '' as blocked
+)
+"""
+
+# After RESTORE_MESSAGE, as the trigger of a message that has moved does.
+BLOCK_LATER = """
+update messages
+set blocked = 1, state = 2, leased = 0, due_at = due_at + 1e12
+where :group_key <> '' and :dead_from = '' and channel = :channel and group_key = :group_key
+    and group_key <> '' and dead_from = '' and blocked = 0 and state <> 1 and id > :id
 """
 
 UNDO_TAKE = """
@@ -1580,13 +1673,13 @@ where id = :id and lease = :lease and leased = 1
 
 # With :expected_channel, only if the message is in that channel: its id alone is not enough.
 LEASE_STATE = """
-select lease, leased, channel
+select lease, leased, channel, group_key
 from messages
 where id = :id and channel = coalesce(:expected_channel, channel)
 """
 
 CHANNEL_OF_MESSAGE = """
-select id, channel
+select id, channel, group_key
 from messages
 where id = :id
 """
@@ -1679,6 +1772,7 @@ group by dead
 MOVE_DEAD = f"""
 update messages
 set channel = dead, dead_from = channel, state = 0, due_at = :now, delivered = 0, leased = 0,
+    blocked = 0,
     dead_delivered = delivered, linger = 0, expires_at = 0,
     unique_key = {MOVED_KEY.format(target="messages.dead")}
 where state = 3 and state > 2 and dead <> '' and dead <> channel
@@ -1713,7 +1807,13 @@ where id in ({REDRIVE_IDS})
 group by 1
 """
 
-SET_REDRIVEN = f"""channel = coalesce(:to, dead_from), due_at = :now, delivered = 0, leased = 0,
+REDRIVEN_BLOCKED = IS_BLOCKED_AGAIN.format(
+    channel="coalesce(:to, messages.dead_from)", group="messages.group_key", id="messages.id"
+)
+
+SET_REDRIVEN = f"""channel = coalesce(:to, dead_from), delivered = 0, leased = 0,
+    state = case when {REDRIVEN_BLOCKED} then 2 else 0 end,
+    due_at = :now + {REDRIVEN_BLOCKED} * 1e12, blocked = {REDRIVEN_BLOCKED},
     unique_key = {MOVED_KEY.format(target="coalesce(:to, messages.dead_from)")},
     dead_from = '', dead_reason = '', dead_delivered = 0"""
 
@@ -1726,27 +1826,27 @@ where id in ({REDRIVE_IDS})
 # -- second thoughts: a message that is not in flight
 
 WAITING_MESSAGE = """
-select channel, state, delivered, dead_from
+select channel, state, delivered, dead_from, blocked
 from messages
 where id = :id and channel = coalesce(:expected_channel, channel)
 """
 
 REDRIVE_MESSAGE = f"""
 update messages
-set state = 0, {SET_REDRIVEN}
+set {SET_REDRIVEN}
 where id = :id and state <> 1 and channel = coalesce(:expected_channel, channel)
     and (:to is not null or dead_from <> '') and channel <> coalesce(:to, dead_from)
 """
 
-# Without :delay it stays ready or delayed, until when it was.
+# Without :delay it stays ready or delayed, until when it was; if it is blocked, it stays so.
 CHANGE_MESSAGE = """
 update messages
 set priority = coalesce(:priority, priority),
     timeout = coalesce(:timeout, timeout),
     deliver = coalesce(:deliver, deliver),
     dead = coalesce(:dead, dead),
-    state = case when :delay is null then state when :delay > 0 then 2 else 0 end,
-    due_at = coalesce(:now + :delay, due_at)
+    state = case when :delay is null or blocked then state when :delay > 0 then 2 else 0 end,
+    due_at = coalesce(:now + :delay + blocked * 1e12, due_at)
 where id = :id and state <> 1 and channel = coalesce(:expected_channel, channel)
     and (coalesce(:deliver, 0) = 0 or delivered < :deliver)
     and (expires_at = 0 or coalesce(:delay, 0) = 0 or :now + :delay < expires_at)
@@ -2004,7 +2104,7 @@ from pauses
 """
 
 CHANNEL_COUNTS = """
-select ready, in_flight, delayed
+select ready, in_flight, delayed, blocked
 from channels
 where name = :channel
 """
@@ -2033,7 +2133,8 @@ select {OLDEST_OF.format(name=":channel")}
 """
 
 CHANNELS_AFTER = f"""
-select name, ready, case when :by_age then {OLDEST_OF.format(name="name")} end, in_flight, delayed
+select name, ready, case when :by_age then {OLDEST_OF.format(name="name")} end,
+    in_flight, delayed - blocked, blocked
 from channels
 where name > :after
 order by name
@@ -2082,10 +2183,12 @@ order by channel
 BEFORE_BODY = """id, channel, priority, timeout, deliver, delivered,
     max(cast(:now - received as integer), 0), linger, topic, lease, type"""
 
-AFTER_BODY = """dead_from, dead_reason, error, backoff, dead_delivered, headers, dead,
-    case when state = 2 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end,
+AFTER_BODY = """dead_from, dead_reason, error, backoff, dead_delivered, headers, group_key, dead,
+    case when state = 2
+        then max(cast(due_at - blocked * 1e12 - :now + 0.999 as integer), 0) else 0 end,
     coalesce(unique_key, ''),
-    case when state = 1 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end, state"""
+    case when state = 1 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end,
+    state + blocked"""
 
 READ_MESSAGE = f"""
 select {BEFORE_BODY}, body, {AFTER_BODY}
@@ -2106,7 +2209,7 @@ limit :n
 LIST_HIDDEN = f"""
 select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
 from messages
-where channel = :channel and state = :state and id > coalesce(:after, 0)
+where channel = :channel and state + blocked = :state and id > coalesce(:after, 0)
 order by id
 limit :n
 """
@@ -2374,6 +2477,7 @@ class Flight(NamedTuple):
     until: float
     lease: int
     holder: str  # name or address of the consumer
+    group: str = ""
 
 
 class Flights:
@@ -2402,10 +2506,10 @@ class Flights:
         flight = self._recent.get(id) or self._older.get(id)
         return flight.holder if flight is not None and flight.lease == lease else ""
 
-    def channel_of(self, id: int, now: float) -> Optional[str]:
-        """The channel of a message that is in flight for certain; None if it may be elsewhere."""
+    def find(self, id: int, now: float) -> Optional[Flight]:
+        """The flight of a message that is in flight for certain; None if it may be elsewhere."""
         flight = self._recent.get(id) or self._older.get(id)
-        return flight.channel if flight is not None and now < flight.until else None
+        return flight if flight is not None and now < flight.until else None
 
 
 class History:
@@ -5749,7 +5853,7 @@ class Timers:
 # They know rows, consumers and counters, and nothing of threads: the committer calls them.
 # ---------------------------------------------------------------------------------------------
 
-STATES = ("ready", "hidden", "delayed")  # by the number that SQL has for it; hidden is in flight
+STATES = ("ready", "hidden", "delayed", "blocked")  # as listings number them; hidden: in flight
 DEAD_REASONS = ("deliver", "linger", "reject")
 BURY_DEAD = (DEAD_COUNTS, MOVE_DEAD, DELETE_DEAD)
 
@@ -5863,6 +5967,8 @@ class State:
             self.timers.schedule(message["channel"], message["expires_at"])
         if message["state"]:
             self.timers.schedule(message["channel"], message["due_at"])
+        elif message.get("group"):  # it may be blocked
+            self.wake(message["channel"], 1, now)
         elif not woken:
             self.messages_ready(message["channel"], 1, now)
 
@@ -5883,6 +5989,14 @@ class State:
             self.counters["msg-dead"] += count
             self.events.count("dead_lettered", channel, count)
             self.messages_ready(target, count, now)
+
+    def group_ended(self, group: str, channel: str, now: float) -> None:
+        """After the statements that may have taken a message out of its group: the next one is due.
+
+        In the same transaction, so that no other look at what is due is needed.
+        """
+        if group:
+            self.committer.join_transaction(ProcessDue(self, channel, now, FIRST_PIECE))
 
     def message_deleted(self, id: int, channel: str, now: float) -> None:
         """After a client has deleted a message."""
@@ -5920,7 +6034,7 @@ class Post(Operation):
 
     def __init__(self, state: State, message: dict[str, Any]) -> None:
         """`message`: the parameters of POST_MESSAGE."""
-        is_plain = not (message["hlm"] or message["headers"])
+        is_plain = not (message["hlm"] or message["headers"] or message["group"])
         statements: Sequence[str] = (ADD_MESSAGE,) if is_plain else (POST_MESSAGE,)
         if message["dedup"] is not None or message["unique"] is not None:
             statements = POST_KEYED
@@ -5964,7 +6078,7 @@ class PostBatch(Operation):
             statements = POST_KEYED * len(messages)
             parameters: list[Any] = [message for message in messages for _ in POST_KEYED]
         else:
-            is_plain = not (self._hlm or any(m["headers"] for m in messages))
+            is_plain = not (self._hlm or any(m["headers"] or m["group"] for m in messages))
             statements = (ADD_MESSAGE if is_plain else POST_MESSAGE, LAST_ID)
             parameters = [messages, {"count": len(messages)}]
         fits = {"channel": first["channel"], "hlm": self._hlm, "count": len(messages)}
@@ -6113,14 +6227,15 @@ class Publish(Operation):
 class Deletion:
     """The part of an operation that deletes a message, with `lookup` and one statement more."""
 
-    __slots__ = ("_channel", "_id", "_now", "_reason", "_state", "lookup")
+    __slots__ = ("_channel", "_group", "_id", "_now", "_reason", "_state", "lookup")
 
     def __init__(self, state: State, id: int, now: float) -> None:
         self._state = state
         self._id = id
         self._now = now
-        self._channel = state.flights.channel_of(id, now)
-        self.lookup = () if self._channel else (CHANNEL_OF_MESSAGE,)  # for the counters
+        flight = state.flights.find(id, now)
+        self._channel, self._group = (flight.channel, flight.group) if flight else ("", "")
+        self.lookup = () if flight else (CHANNEL_OF_MESSAGE,)
         self._reason: Optional[Operation] = None  # reads why it was not deleted
 
     def is_done(self, operation: Operation) -> bool:
@@ -6128,17 +6243,21 @@ class Deletion:
         return bool(operation.results[len(self.lookup)][0])
 
     def executed(self, operation: Operation) -> None:
-        """Reads, in the same transaction, the lease of a message that was not deleted."""
+        """In the same transaction: reads the lease of a message that was not deleted, or lets the
+        next of its group be due."""
         if not self.is_done(operation):
             self._reason = Operation((LEASE_STATE,), operation.parameters)
             self._state.committer.join_transaction(self._reason)
+            return
+        if self.lookup:
+            _, self._channel, self._group = operation.results[0][0]
+        self._state.group_ended(self._group, self._channel, self._now)
 
     def committed(self, operation: Operation) -> bool:
         """Counts the deletion; whether there was one."""
         if not self.is_done(operation):
             return False
-        channel = self._channel or operation.results[0][0][1]
-        self._state.message_deleted(self._id, channel, self._now)
+        self._state.message_deleted(self._id, self._channel, self._now)
         return True
 
     def check(self, operation: Operation) -> None:
@@ -6218,6 +6337,9 @@ class Take(Operation):
         if self.deletion is not None:
             self.deletion.executed(self)
         rows, memory = self.results[-2], self._consumer.memory
+        if self._consumer.auto:
+            for group, channel in {(row[GROUP_COLUMN], row[1]) for row in rows}:
+                self._state.group_ended(group, channel, self._now)
         if rows and memory is not None:
             try:
                 memory.resize(self._size_of(rows))
@@ -6270,9 +6392,8 @@ class Take(Operation):
         else:
             counters["msg-hide"] += count
             for row in rows:
-                state.flights.add(
-                    row[0], Flight(channel, now, now + row[3], row[9], consumer.holder)
-                )
+                flight = (channel, now, now + row[3], row[9], consumer.holder, row[GROUP_COLUMN])
+                state.flights.add(row[0], Flight(*flight))
             timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
             state.timers.schedule(channel, now + timeout)
         if self._woken_by and self._woken_by != channel:
@@ -6334,7 +6455,7 @@ class EndWait(Operation):
 RESTORED_COLUMNS = (
     "id", "channel", "priority", "timeout", "deliver", "delivered", "lease", "received", "linger",
     "expires_at", "topic", "type", "dead", "backoff", "unique_key", "dead_from", "dead_reason",
-    "dead_delivered", "error", "headers", "body",
+    "dead_delivered", "error", "headers", "group_key", "body",
 )  # fmt: skip
 
 
@@ -6344,15 +6465,17 @@ class UndoTake(Operation):
     def __init__(
         self, state: State, consumer: Consumer, messages: Sequence[Message], now: float
     ) -> None:
+        restored: list[dict[str, Any]] = []  # those of groups
         if consumer.auto:
             statement = RESTORE_MESSAGE
             rows = [dict(zip(RESTORED_COLUMNS, row), now=now) for row in consumer.deleted_rows]
+            restored = [row for row in rows if row["group_key"]]
         else:
             statement = UNDO_TAKE
             rows = [{"id": m.id, "lease": m.lease, "now": now} for m in messages]
         super().__init__(
-            [statement] * len(rows) + [EXPIRE_MESSAGE, *BURY_DEAD],
-            [*rows, rows, *[{"now": now}] * len(BURY_DEAD)],
+            [*[statement] * len(rows), BLOCK_LATER, EXPIRE_MESSAGE, *BURY_DEAD],
+            [*rows, restored, rows, *[{"now": now}] * len(BURY_DEAD)],
         )
         self._state = state
         self._auto = consumer.auto
@@ -6362,7 +6485,7 @@ class UndoTake(Operation):
 
     def on_commit(self) -> None:
         counters, events = self._state.counters, self._state.events
-        *undone, (expired, _), dead, moved, deleted = self.results
+        *undone, _, (expired, _), dead, moved, deleted = self.results
         count = sum(changed for changed, _ in undone)
         for event in ("delivered", "deleted")[: 1 + self._auto]:
             events.count(event, self._channel, -count)
@@ -6416,8 +6539,9 @@ class DeleteBatch(Operation):
 
     def __init__(self, state: State, messages: list[dict[str, Any]], now: float) -> None:
         """`messages`: the parameters of DELETE_LEASED for each."""
-        self._channels = {m["id"]: state.flights.channel_of(m["id"], now) for m in messages}
-        unknown = [m for m in messages if self._channels[m["id"]] is None]
+        flights = {m["id"]: state.flights.find(m["id"], now) for m in messages}
+        unknown = [m for m in messages if flights[m["id"]] is None]
+        self._places = {id: (f.channel, f.group) for id, f in flights.items() if f is not None}
         super().__init__(
             [CHANNEL_OF_MESSAGE] * len(unknown) + [DELETE_LEASED] * len(messages),
             [*unknown, *messages],
@@ -6433,17 +6557,20 @@ class DeleteBatch(Operation):
         return ((message, bool(result[0])) for message, result in zip(self._messages, results))
 
     def on_executed(self) -> None:
+        for rows in self.results[: -len(self._messages)]:
+            self._places.update((id, (channel, group)) for id, channel, group in rows)
+        places = {self._places[message["id"]] for message, deleted in self._outcome() if deleted}
+        for channel, group in places:
+            self._state.group_ended(group, channel, self._now)
         undeleted = [message for message, deleted in self._outcome() if not deleted]
         if undeleted:
             self._lookup = Operation([LEASE_STATE] * len(undeleted), undeleted)
             self._state.committer.join_transaction(self._lookup)
 
     def on_commit(self) -> None:
-        for rows in self.results[: -len(self._messages)]:
-            self._channels.update(rows)
         for message, deleted in self._outcome():
             if deleted:
-                channel = self._channels[message["id"]] or ""
+                channel, _ = self._places[message["id"]]
                 self._state.message_deleted(message["id"], channel, self._now)
 
     def result(self) -> tuple[list[int], list[int], list[int]]:
@@ -6493,12 +6620,15 @@ class Release(Operation):
         self._id: int = parameters["id"]
         self._now: float = parameters["now"]
 
+    def on_executed(self) -> None:
+        _end_group(self._state, self.results[0], self._now)
+
     def on_commit(self) -> None:
         state = self._state
         lease_state, (changed, _), (exhausted, _), (expired, _), *buried, due_times = self.results
         if not changed + exhausted:
             return
-        ((_, _, channel),) = lease_state
+        ((_, _, channel, _),) = lease_state
         state.flights.pop(self._id)
         state.counters["msg-release"] += 1
         state.events.count("released", channel)
@@ -6528,10 +6658,13 @@ class Reject(Operation):
         self._id: int = parameters["id"]
         self._now: float = parameters["now"]
 
+    def on_executed(self) -> None:
+        _end_group(self._state, self.results[0], self._now)
+
     def on_commit(self) -> None:
         lease_state, (changed, _), *buried = self.results
         if changed:
-            ((_, _, channel),) = lease_state
+            ((_, _, channel, _),) = lease_state
             self._state.flights.pop(self._id)
             self._state.counters["msg-reject"] += 1
             self._state.events.count("rejected", channel)
@@ -6544,13 +6677,19 @@ class Reject(Operation):
             _refuse(self, lease_state, "rejected")
 
 
+def _end_group(state: State, lease_state: Sequence[Sequence[Any]], now: float) -> None:
+    """Lets the next of a group be due, from the LEASE_STATE of one that may have left it."""
+    for _, _, channel, group in lease_state:
+        state.group_ended(group, channel, now)
+
+
 def _refuse(operation: Operation, lease_state: Sequence[Any], done: str) -> NoReturn:
     parameters: Any = operation.parameters
     refuse_lease(parameters["id"], parameters["lease"], lease_state, done)
 
 
 def refuse_lease(
-    id: int, lease: Optional[int], lease_state: Sequence[tuple[int, int, str]], done: str
+    id: int, lease: Optional[int], lease_state: Sequence[Sequence[Any]], done: str
 ) -> NoReturn:
     """Says why a message could not be `done` with, from its row of LEASE_STATE, if any."""
     if not lease_state:
@@ -6627,6 +6766,8 @@ class ProcessDue(Operation):
     def on_done(self) -> None:
         if self._state.processing.get(self._channel) is self:
             del self._state.processing[self._channel]
+        if self.error is not None:
+            self._state.timers.schedule(self._channel, self.now)
         super().on_done()
 
 
@@ -6666,7 +6807,7 @@ class ChangeMessage(Operation):
             now, delay = self._values["now"], self._values["delay"]
             if delay:
                 self._state.timers.schedule(channel, now + delay)
-            elif was_hidden:
+            elif was_hidden and not before[0][4]:
                 self._state.messages_ready(channel, 1, now)
 
     def result(self) -> None:
@@ -6694,6 +6835,7 @@ class RedriveMessage(Operation):
         if moved:
             self._state.counters["msg-redrive"] += 1
             self._state.events.count("redriven", before[0][0])
+            self._state.timers.schedule(before[0][0], self._values["now"])  # of its group
             target, now = self._values["to"] or before[0][3], self._values["now"]
             self._state.messages_ready(target, 1, now)
             self._state.timers.schedule(target, now)  # its lingering may end
@@ -6730,6 +6872,8 @@ class Redrive(Operation):
         self._n: int = parameters["n"]
 
     def on_commit(self) -> None:
+        if self.results[1]:
+            self._state.timers.schedule(self._channel, self._now)  # others of their groups
         for target, count in self.results[1]:
             self._state.counters["msg-redrive"] += count
             self._state.events.count("redriven", self._channel, count)
@@ -6759,6 +6903,7 @@ class Drain(Operation):
         self._state.flights_ended(self._channel, self.results[1][0], self._now)
         self.is_last = all(deleted < self._n for deleted, _ in self.results)
         self._state.counters["channel-drain"] += self.is_last
+        self._state.timers.schedule(self._channel, self._now)  # what was blocked by others
 
     def result(self) -> int:
         (ready, _), (hidden, _), _ = self.rows()
@@ -6778,7 +6923,8 @@ CHANNEL_ORDERS: Mapping[str, Callable[[ChannelRow], Any]] = {
 }
 
 
-ChannelMetrics = list[float]  # ready, in flight, delayed, age of the oldest ready, waiting
+# ready, in flight, delayed, blocked, age of the oldest ready one, consumers that wait
+ChannelMetrics = list[float]
 
 
 class ChannelList:
@@ -6978,14 +7124,14 @@ class Statistics:
     def channels(self) -> dict[str, ChannelMetrics]:
         """Each channel with counters of its own; under "" all others together."""
         now, events = self._state.clock.now(), self._state.events
-        found: dict[str, ChannelMetrics] = {name: [0] * 5 for name in events.by_channel()}
-        for name, ready, oldest, in_flight, delayed in ChannelList(self._store.read, ()).counted():
-            row = found.setdefault(events.label(name), [0] * 5)
+        found: dict[str, ChannelMetrics] = {name: [0] * 6 for name in events.by_channel()}
+        for name, ready, oldest, *hidden in ChannelList(self._store.read, ()).counted():
+            row = found.setdefault(events.label(name), [0] * 6)
             age = 0 if oldest is None else now - oldest
-            counts = (ready, in_flight, delayed)
-            row[:] = [*map(operator.add, row, counts), max(row[3], round(age, 3)), 0]
+            counts = (ready, *hidden)
+            row[:] = [*map(operator.add, row, counts), max(row[4], round(age, 3)), 0]
         for name, count in self._state.waiting.counts().items():
-            found.setdefault(events.label(name), [0] * 5)[4] += count
+            found.setdefault(events.label(name), [0] * 6)[5] += count
         return found
 
     def events(self) -> dict[str, dict[str, int]]:
@@ -7098,7 +7244,7 @@ class Administration:
         scope = f"channel {check_name('channel', channel)}"
         self._submit_due(channel)
         newest, counts = self._read(NEWEST_MESSAGE, CHANNEL_COUNTS, channel=channel)
-        left = sum(counts[0]) if counts else 0
+        left = sum(counts[0][:3]) if counts else 0
         parameters: dict[str, Any] = {"channel": channel, "scope": scope, "now": self.now()}
         parameters["batch_scope"] = f"batch {scope}"
         parameters["newest"] = parameters["newest_key"] = newest[0][0] or 0
@@ -7282,7 +7428,7 @@ class Administration:
         channels: dict[int, str] = {}
         for id in ids:
             (rows,) = self._store.read(CHANNEL_OF_MESSAGE, id=id)
-            channels.update(rows)
+            channels.update((id, channel) for id, channel, _ in rows)
         return channels
 
     def read_message(self, id: int) -> tuple[Message, str]:
@@ -7359,12 +7505,13 @@ class Administration:
         counts, oldest, topics = read(
             CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, channel=channel
         )
-        ready, in_flight, delayed = counts[0] if counts else (0, 0, 0)
+        ready, in_flight, delayed, blocked = counts[0] if counts else (0, 0, 0, 0)
         posted = oldest[0][0]
         return {
             "channel": channel,
             "ready": ready,
-            "delayed": delayed,
+            "delayed": delayed - blocked,
+            "blocked": blocked,
             "in-flight": in_flight,
             "oldest": None if posted is None else max(int(self.now() - posted), 0),
             "waiting": self._state.waiting.count(channel),
@@ -7378,7 +7525,7 @@ class Administration:
         """How many messages of a channel are `ready`, and how many `hidden`."""
         self._submit_due(channel)
         (rows,) = self._read(CHANNEL_COUNTS, channel=check_name("channel", channel))
-        ready, in_flight, delayed = rows[0] if rows else (0, 0, 0)
+        ready, in_flight, delayed, _ = rows[0] if rows else (0, 0, 0, 0)
         return {"ready": ready, "hidden": in_flight + delayed}
 
     def stats(self) -> dict[str, Any]:
@@ -7468,7 +7615,7 @@ class ForkedBroker:
 
 
 def _check_no_keys(parameters: Mapping[str, object]) -> None:
-    for name in ("dedup", "unique", "headers"):
+    for name in ("dedup", "unique", "headers", "group"):
         if parameters.get(name) is not None:
             raise BadRequest(f"{name} can be given only with a message")
 
@@ -8132,6 +8279,7 @@ class NewMessages:
             "dedup": dedup,
             "dedup_for": keys.get("dedup-for", DEFAULTS["dedup-for"]),
             "headers": keys.get("headers", ""),
+            "group": keys.get("group", ""),
         }
 
 
@@ -10196,6 +10344,7 @@ def _optional_headers(message: Message, room: int) -> str:
         "unique": encode_name(message.unique),
         "hidden-for": message.hidden_for or "",
         "holder": encode_name(message.holder),
+        "group": encode_name(message.group),
     }
     lines = {n: f"x-linger-{n}: {value}\r\n" for n, value in fields.items() if value != ""}
     if message.header_lines:
@@ -10362,7 +10511,7 @@ class Snapshot:
     def messages(self) -> Iterator[Sample]:
         """The messages of each channel and state."""
         for channel, row in self.channels.items():
-            for state, count in zip(("ready", "in_flight", "delayed"), row):
+            for state, count in zip(("ready", "in_flight", "delayed", "blocked"), row):
                 yield f'{self.labels[channel][:-1]},state="{state}"}}', count
 
     def event(self, event: str) -> Iterator[Sample]:
@@ -10416,8 +10565,8 @@ METRICS = (
     Metric("linger_build_info", "gauge", "The versions in use; always 1.", Snapshot.versions),
     Metric("linger_messages", "gauge", "Messages that there are.", Snapshot.messages),
     Metric("linger_oldest_ready_seconds", "gauge",
-           "Time since the oldest ready message was posted, 0 without one.", lambda s: s.column(3)),
-    Metric("linger_waiting_consumers", "gauge", "Consumers that wait.", lambda s: s.column(4)),
+           "Time since the oldest ready message was posted, 0 without one.", lambda s: s.column(4)),
+    Metric("linger_waiting_consumers", "gauge", "Consumers that wait.", lambda s: s.column(5)),
     *itertools.starmap(_event, EVENTS.items()),
     _value("linger_publications_total", "Messages published, without their copies.", "counter"),
     _histogram("linger_queue_time_seconds", "Time that a message was ready until its delivery."),
@@ -17617,7 +17766,7 @@ environment of COMMAND, in addition to that of the worker:
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[1:6])},
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[6:11])},
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:17])},
-  LINGER_H_NAME for each header of its own
+  LINGER_GROUP, LINGER_H_NAME for each header of its own
 exit status of COMMAND:
   0  the message is deleted
   {TEMPORARY_FAILURE} (EX_TEMPFAIL)  the message is released

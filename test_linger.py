@@ -1216,8 +1216,9 @@ class DeliveryTest(BrokerTest):
         self.clock.now += 2
         self.assertEqual(
             self.broker.get("q"),
-            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", "", 0, "", "", 0, ""),
-        )
+            (id, "q", -3, 9, 4, 1, 2, 99, "", 1, "image/x", body, "", "", "", "", 0, "", "", "", 0,
+             "", 0, ""),
+        )  # fmt: skip
 
     def test_an_empty_channel_gives_none(self):
         self.assertIsNone(self.broker.get("q"))
@@ -3708,6 +3709,295 @@ class ConcurrencyTest(BrokerTest):
         self.assertEqual(take.statements, linger.BATCH_TAKES[0])
 
 
+class GroupTest(BrokerTest):
+    """Messages of a group are delivered in the order of their posts, one at a time."""
+
+    def setUp(self):
+        super().setUp()
+        for n in range(1, 7):  # 1, 3 and 5 are of the group a, the others of b
+            self.broker.post("q", b"%d" % n, group="ab"[(n + 1) % 2], timeout=10, dead="d")
+
+    def states(self, channel="q"):
+        return [state for _, state in self.broker.list_messages(channel)]
+
+    def take(self, n=9):
+        """The ids of what is ready, taken."""
+        return [m.id for m in self.broker.take(self.broker.consumer(["q"], n))]
+
+    def check(self):
+        """What must be so after every call."""
+        rows, counts = self.broker._committer.read(
+            "select channel, group_key, count(*) - sum(blocked), count(*), min(state) from messages"
+            " where group_key <> '' and dead_from = '' group by channel, group_key",
+            "select name, (select count(*) from messages where channel = name and blocked),"
+            " blocked, (select count(*) from messages where channel = name and state = 2), delayed"
+            " from channels",
+        )
+        self.assertEqual([row for row in rows if row[2] != 1], [])
+        self.assertEqual([row for row in counts if row[1:5:2] != row[2:5:2]], [])
+
+    def test_the_first_of_each_group_is_ready_and_the_others_are_blocked(self):
+        self.assertEqual(self.states(), ["ready"] * 2 + ["blocked"] * 4)
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 2, "hidden": 4})
+        info = self.broker.info("q")
+        self.assertEqual((info["ready"], info["delayed"], info["blocked"]), (2, 0, 4))
+        self.assertEqual(len(self.broker.list_messages("q", "blocked")), 4)
+        self.assertEqual(self.broker.list_messages("q", "delayed"), [])
+        self.assertEqual(self.take(), [1, 2])
+        self.assertEqual(self.take(), [])
+
+    def ends(self):
+        """The ways in which message 1, which is in flight, can leave its group."""
+        yield lambda: self.broker.delete(1)
+        yield lambda: self.broker.delete(1, lease=1)
+        yield lambda: self.broker.delete_batch([(1, 1), (99, None)])
+        yield lambda: self.broker.take(self.broker.consumer(["none"]), ack=1)
+        yield lambda: self.broker.reject(1)
+        self.broker.release(1, delay=99)
+        yield lambda: self.broker.redrive_message(1, "r")
+
+    def test_the_next_one_comes_when_the_one_before_has_left(self):
+        for number in range(6):
+            with self.subTest(number):
+                self.broker.close()
+                self.dbfile = str(self.folder / f"{number}.db")
+                self.setUp()
+                self.assertEqual(self.take(), [1, 2])
+                if number > 2:  # this server does not know any more that it is of a group
+                    self.broker._state.flights = linger.Flights()
+                waiting = self.park("q")
+                next(itertools.islice(self.ends(), number, None))()
+                self.assertEqual(waiting.result(PATIENCE).id, 3)
+                self.check()
+
+    def test_the_next_one_comes_when_a_ready_one_has_left(self):
+        self.broker.redrive("q", 1, to="r")
+        self.assertEqual(self.take(), [2, 3])
+        self.broker.release(3)
+        self.assertEqual(self.broker.get("q", auto=True).id, 3)
+        self.assertEqual(self.take(), [5])
+        self.check()
+
+    def test_a_failure_keeps_its_place(self):
+        self.take()
+        self.broker.release(1)
+        self.assertEqual(self.take(), [1])
+        self.broker.release(1, delay=5)
+        self.assertEqual(self.take(), [])
+        self.clock.now += 5
+        self.assertEqual(self.take(), [1])
+        self.clock.now += 10
+        self.broker.touch(1)
+        self.assertEqual(self.take(), [2])
+        self.check()
+
+    def test_a_delay_of_the_first_holds_the_others_up(self):
+        self.broker.post("r", b"x", group="a", delay=10)
+        self.broker.post("r", b"x", group="a")
+        self.broker.post("r", b"x", group="a", delay=15)
+        self.assertIsNone(self.broker.get("r"))
+        self.clock.now += 10
+        self.broker.delete(self.broker.get("r").id)
+        self.broker.delete(self.broker.get("r").id)
+        self.assertEqual(self.states("r"), ["delayed"])
+        self.assertEqual(self.broker.list_messages("r")[0][0].delay, 5)
+        self.clock.now += 5
+        self.assertEqual(self.broker.get("r").id, 9)
+
+    def test_priority_is_between_groups_not_within_one(self):
+        self.broker.post("q", b"7", group="b", priority=-9)
+        self.broker.post("q", b"8", group="c", priority=-1)
+        self.assertEqual([self.broker.get("q").id for _ in range(3)], [8, 1, 2])
+        self.broker.delete_batch([(2, None), (4, None), (6, None)])
+        self.assertEqual(self.broker.get("q").id, 7)
+
+    def test_last_deliveries_and_expiry_let_the_next_one_come(self):
+        for options in ({"deliver": 1}, {"linger": 5}):
+            for dead in ("", "d"):
+                self.broker.drain("q")
+                for _ in range(2):
+                    self.broker.post("q", b"x", group="a", timeout=10, dead=dead, **options)
+                last = self.broker.post("q", b"last", group="a").id
+                first = self.broker.get("q").id
+                self.clock.now += 10
+                taken = self.take()
+                self.assertEqual(len(taken), 1)
+                self.assertEqual(taken[0] == last, "linger" in options)
+                self.assertGreater(taken[0], first)
+                self.check()
+
+    def test_a_blocked_one_that_expires_or_is_deleted_lets_nobody_come(self):
+        self.broker.post("q", b"7", group="a", linger=5, dead="d")
+        self.broker.post("q", b"8", group="a", linger=5)
+        self.take()
+        self.broker.delete(3)
+        self.broker.reject(5)
+        self.clock.now += 5
+        self.assertEqual(self.take(), [])
+        self.assertEqual(self.states(), ["hidden"] * 2 + ["blocked"] * 2)
+        self.check()
+
+    def test_dead_letters_are_free_and_come_back_in_their_order(self):
+        self.take()
+        self.broker.reject(1)
+        self.broker.reject(3)
+        self.assertEqual(self.states("d"), ["ready"] * 2)
+        self.assertEqual(self.broker.get("d").group, "a")
+        self.broker.release(1)
+        self.assertEqual(self.take(), [5])
+        self.broker.redrive("d")
+        self.assertEqual(self.take(), [])  # 5 is in flight
+        self.broker.release(5)
+        self.assertEqual(self.take(), [5])
+        self.broker.delete(5)
+        self.assertEqual(self.take(), [1])
+        self.check()
+
+    def test_one_that_comes_back_goes_before_what_waits(self):
+        self.take()
+        self.broker.reject(1)
+        self.assertEqual(self.states()[1], "ready")
+        self.broker.redrive_message(1)
+        self.assertEqual(self.states(), ["ready", "hidden", "blocked", "blocked"] + ["blocked"] * 2)
+        self.assertEqual(self.take(), [1])
+        self.broker.delete(1)
+        self.assertEqual(self.take(), [3])
+
+    def test_what_waits_again_has_lost_its_delivery(self):
+        self.take()
+        self.broker.reject(1)
+        self.take()
+        self.clock.now += 10
+        self.broker.process_due()
+        self.broker.redrive_message(1)
+        with self.assertRaises(linger.Conflict):
+            self.broker.touch(3, lease=1)
+        with self.assertRaises(linger.Conflict):
+            self.broker.release(3, lease=1)
+        self.check()
+        self.broker.delete(3, lease=1)
+        self.check()
+
+    def test_an_undone_take_goes_back_to_its_place(self):
+        for auto in (False, True):
+            consumer = self.broker.consumer(["q"], auto=auto)
+            taken = self.broker.take(consumer)
+            if auto:
+                self.assertEqual(self.states()[1], "ready")  # the next of its group
+            self.broker.undo_take(consumer, taken)
+            self.check()
+            self.assertEqual(self.states(), ["ready"] * 2 + ["blocked"] * 4)
+        consumer = self.broker.consumer(["q"], auto=True)
+        taken = self.broker.take(consumer)
+        self.take()
+        self.broker.undo_take(consumer, taken)
+        self.assertEqual(self.states(), ["blocked", "hidden", "hidden"] + ["blocked"] * 3)
+        self.check()
+
+    def test_a_change_keeps_the_order(self):
+        self.broker.change(3, delay=0, priority=-5)
+        self.broker.change(5, delay=50)
+        self.assertEqual(self.take(), [1, 2])
+        self.broker.change(3, priority=-9, delay=20)
+        self.broker.delete(1)
+        self.clock.now += 9
+        self.assertEqual(self.take(), [])
+        self.clock.now += 11
+        self.assertEqual(self.take(), [3, 2])
+        self.broker.delete(3)
+        self.assertEqual(self.broker.read_message(5)[0].delay, 30)
+        self.broker.change(5, delay=0)
+        self.assertEqual(self.take(), [5])
+        self.check()
+
+    def test_a_drain_and_a_restart_leave_groups_right(self):
+        self.take()
+        self.restart()
+        self.broker.delete(1)
+        self.assertEqual(self.take(), [3])
+        self.broker.drain("q")
+        self.check()
+        self.broker.post("q", b"x", group="a")
+        self.assertEqual(self.take(), [7])
+
+    def test_a_restart_finds_one_whose_turn_it_is(self):
+        self.take()
+        self.broker._committer.run(linger.Operation((linger.DELETE_MESSAGE,), {"id": 1}))
+        self.restart()
+        self.assertEqual(self.take(), [3])
+
+    def test_a_batch_a_mark_and_a_publication_block_as_well(self):
+        items = [(b"x", "text/plain", {"group": group}) for group in ("a", "a", "c", "c")]
+        self.broker.set_settings("r", hlm=5)
+        self.broker.post_batch("r", items)
+        self.assertEqual(self.states("r"), ["ready", "blocked"] * 2)
+        self.broker.subscribe("r", "t")
+        self.broker.subscribe("s", "t", delay=5)
+        for _ in range(2):
+            self.broker.publish("t", b"x", group="c")
+        self.assertEqual(self.states("r"), ["ready", "blocked", "ready", "blocked", "blocked"])
+        self.assertEqual(self.states("s"), ["delayed", "blocked"])
+        self.check()
+        with self.assertRaises(linger.Full):
+            self.broker.post("r", b"x", group="c")
+
+    def test_only_a_message_has_a_group(self):
+        for call in (self.broker.set_settings, self.broker.change_settings):
+            with self.assertRaisesRegex(linger.BadRequest, "group can be given only"):
+                call("q", group="a")
+        for key in ("", "x" * 256, 7):
+            with self.assertRaisesRegex(linger.BadRequest, "group must be a text"):
+                self.broker.post("q", b"x", group=key)
+
+    def test_a_group_and_a_limit_hold_together(self):
+        self.broker.set_settings("q", max_in_flight=1)
+        order = []
+        while message := self.broker.get("q"):
+            order.append(message.id)
+            self.assertEqual(self.take(), [])
+            self.broker.delete(message.id)
+        self.assertEqual(order, [1, 2, 3, 4, 5, 6])
+
+    def test_whatever_happens_each_group_has_one_that_is_not_blocked(self):
+        chance = random.Random(5)
+        for step in range(600):
+            with contextlib.suppress(linger.LingerError):
+                self.step(chance, chance.randrange(1, 30 + step // 3), chance.choice("qrd"))
+            if step % 5 == 0:
+                self.check()
+        self.broker.drain("q")
+        self.check()
+
+    def step(self, chance, id, channel):
+        chance.choice((
+            lambda: self.broker.post(
+                channel, b"x", group=chance.choice("abc"), timeout=chance.randint(1, 9),
+                deliver=chance.randrange(3), linger=chance.choice((0, 0, 20)),
+                delay=chance.choice((0, 0, 5)), dead=chance.choice(("", "d", "r")),
+                backoff=chance.choice(("", "3,6")),
+            ),
+            lambda: self.take_and_undo(chance),
+            lambda: self.broker.get(channel),
+            lambda: self.broker.delete(id),
+            lambda: self.broker.release(id, delay=chance.choice((None, 0, 4))),
+            lambda: self.broker.reject(id),
+            lambda: self.broker.touch(id),
+            lambda: self.broker.redrive("d", chance.randint(1, 4)),
+            lambda: self.broker.redrive_message(id, chance.choice((None, "r"))),
+            lambda: self.broker.change(
+                id, delay=chance.choice((None, 0, 5)), priority=chance.randrange(3)),
+            lambda: setattr(self.clock, "now", self.clock.now + 3 * chance.random()),
+        ))()  # fmt: skip
+
+    def take_and_undo(self, chance):
+        consumer = self.broker.consumer(
+            ["q", "r"], n=chance.randint(1, 3), auto=chance.random() < 0.5
+        )
+        taken = self.broker.take(consumer)
+        if taken and chance.random() < 0.6:
+            self.broker.undo_take(consumer, taken)
+
+
 class ChangeTest(BrokerTest):
     """Second thoughts: messages and settings that are changed in place."""
 
@@ -3883,7 +4173,7 @@ class LookingTest(BrokerTest):
         self.assertEqual(
             self.broker.info("q"),
             {
-                "channel": "q", "ready": 1, "delayed": 1, "in-flight": 1, "oldest": 7,
+                "channel": "q", "ready": 1, "delayed": 1, "blocked": 0, "in-flight": 1, "oldest": 7,
                 "waiting": 0, "topics": ["t"], "paused": False, "settings": {"hlm": 9},
                 "events": {"posted": 3, "delivered": 1, "deleted": 0, "failed": 0},
             },
@@ -5155,6 +5445,7 @@ def on_cluster(case, left_out=()):
 
 
 KeyOnClusterTest = on_cluster(KeyTest)
+GroupOnClusterTest = on_cluster(GroupTest)
 ConcurrencyOnClusterTest = on_cluster(
     ConcurrencyTest, ("test_a_usual_take_of_another_channel_runs_the_usual_statements",)
 )
@@ -5406,6 +5697,7 @@ class FeedTest(BrokerTest):
         self.assertEqual(changes - seen, {
             "LEASE_NEXT", "LEASE_BATCH", "DELETE_BATCH",  # of takes, which report themselves
             "LEASE_LIMITED", "DELETE_LIMITED",
+            "BLOCK_LATER",
             "PUBLISH_MESSAGE",  # PUBLISHED follows it
             "TOUCH_MESSAGE", "CHANGE_MESSAGE", "TAKE_OVER_TIMES",
         })  # fmt: skip
@@ -11748,6 +12040,78 @@ class CrashTest(ProcessCase):
         self.assertEqual(server.call("POST", "/channels/q", "x")[0], 202)
 
 
+class GroupCrashTest(ProcessCase):
+    """kill -9 while many consumers work on groups: their order holds, one message at a time."""
+
+    kills, groups, length, consumers = 2, 4, 30, 8
+
+    def setUp(self):
+        super().setUp()
+        self.deliveries, self.deletions = [], {}  # (moment, body); the first moment by body
+        self.done = set()
+        self.chance = random.Random(3)
+
+    def consume(self, server):
+        """Takes, and mostly deletes, until the server is gone or the channel is empty."""
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
+            while len(self.done) < self.groups * self.length:
+                client.request("GET", "/channels/q?wait=1")
+                answer = client.getresponse()
+                body, fields = answer.read().decode(), answer.headers
+                if answer.status != 200:
+                    continue
+                self.deliveries.append((time.monotonic(), body))
+                path = f"/messages/{fields['x-linger-msg-id']}"
+                fate = self.chance.random()
+                if fate < 0.02:
+                    continue  # its timeout passes
+                if fate < 0.3:
+                    client.request("POST", path + "/release?delay=0")
+                    client.getresponse().read()
+                    continue
+                self.deletions.setdefault(body, time.monotonic())
+                client.request("DELETE", f"{path}?lease={fields['x-linger-lease']}")
+                answer = client.getresponse()
+                answer.read()
+                if answer.status in (204, 404):
+                    self.done.add(body)
+
+    def test_each_group_stays_in_order_one_at_a_time(self):
+        items = [
+            {"body": f"{group}:{n:03}", "group": str(group), "timeout": 1}
+            for n in range(self.length)
+            for group in range(self.groups)
+        ]
+        for number in range(self.kills + 1):
+            server = self.start("--max-connections=50")
+            if not number:
+                server.call(
+                    "POST",
+                    "/channels/q/batch",
+                    json.dumps(items),
+                    {"Content-Type": "application/json"},
+                )
+            with ThreadPoolExecutor(self.consumers) as pool:
+                for _ in range(self.consumers):
+                    pool.submit(self.consume, server)
+                share = self.groups * self.length * (number + 1) // (self.kills + 1)
+                until(lambda n=share: len(self.done) >= n)
+                if number < self.kills:
+                    server.end(signal.SIGKILL)
+        self.assertEqual(server.call("GET", "/channels/q/stats")[2], b'{"ready":0,"hidden":0}\n')
+        latest = {}
+        for moment, body in sorted(self.deliveries):
+            group = body[0]
+            before = latest.get(group, f"{group}:000")
+            self.assertGreaterEqual(body, before, "a group went back")
+            if body != before:
+                self.assertLess(self.deletions[before], moment, "two of a group at a time")
+                self.assertEqual(int(body[2:]), int(before[2:]) + 1, "one was passed over")
+            latest[group] = body
+        self.assertEqual(len(set(latest.values())), self.groups)
+
+
 DONE = (200, 202, 204)
 UNKNOWN = (0, 504)  # 0: the connection broke
 EXPECTED = (*DONE, *UNKNOWN, 404, 409, 503)
@@ -13134,6 +13498,32 @@ class ChangeCallTest(CommandCase, ClientCase):
         self.assertEqual(self.json("PATCH", "/channels/q/settings", "x")[0], 415)
         self.linger("settings", "q", "--timeout", "9")
         self.assertEqual(self.client.settings("q"), {"timeout": 9})
+
+
+class GroupCallTest(CommandCase, ClientCase):
+    def test_a_group_is_shown_and_survives_a_dump(self):
+        self.client.post("q", "1", group="cust 7")
+        self.client.post_batch("q", ["2", ("3", None, {"group": "other"})], group="cust 7")
+        self.linger("post", "q", "4", "--group", "cust 7", "--delay", "60")
+        self.assertEqual(self.call("GET", "/channels/q")[1]["x-linger-group"], "cust%207")
+        message = self.client.read_message(4)[0]
+        self.assertEqual((message.group, message.delay), ("cust 7", 60))
+        self.assertEqual(self.call("GET", "/messages/2")[1]["x-linger-state"], "blocked")
+        peeked = self.linger("peek", "q", "--state", "blocked", "--json").splitlines()
+        self.assertEqual([json.loads(line)["group"] for line in peeked], ["cust 7"] * 2)
+        records = [{**record, "channel": "r"} for record in self.client.dump("q")]
+        self.assertEqual(self.client.load(records), 4)
+        states = [state for _, state in self.client.list_messages("r")]
+        self.assertEqual(states, ["ready", "blocked", "ready", "blocked"])
+        environment = linger._environment_of(self.client.get("r"))
+        self.assertEqual(environment[b"LINGER_GROUP"], b"cust 7")
+
+    def test_each_copy_of_a_publication_is_in_the_group(self):
+        self.client.subscribe("q", "t")
+        self.client.publish("t", "1", group="a")
+        self.client.publish_batch("t", ["2"], group="a")
+        self.linger("publish", "t", "3", "--group", "b")
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 2, "hidden": 1})
 
 
 class OwnHeadersTest(CommandCase, ClientCase):
