@@ -1532,8 +1532,20 @@ where id = (
 )
 """
 
+# The same while the channel may be paused or limited.
+IS_OPEN = """not exists (select 1 from pauses where channel = :channel)
+        and not exists (
+            select 1
+            from settings
+            where channel = :channel and max_in_flight > 0 and max_in_flight <= (
+                select in_flight from channels where name = :channel))"""
+NEXT_IF_OPEN, LEASE_IF_OPEN = (
+    statement.replace(IS_ALIVE, f"{IS_ALIVE} and {IS_OPEN}")
+    for statement in (NEXT_MESSAGE, LEASE_NEXT)
+)
+
 # For all other takes: of several messages, from several channels (:channels are lines), with
-# `auto`, or while a channel is paused or limited.  The messages are the first of the first channel
+# `auto`, or while messages may have expired.  The messages are the first of the first channel
 # that has one and is not paused.  They are sorted later, so that their bodies are not copied for
 # that.  The limit without an order takes the rows as the subquery yields them: a sort would read
 # them all.
@@ -6308,8 +6320,9 @@ class Take(Operation):
             state.timers.is_due(channel, now) for channel in channels
         )
         is_limited = state.channels.is_shared or any(map(state.channels.is_limited, channels))
-        is_many = consumer.auto or n > 1 or len(channels) > 1
-        if is_many or is_due or is_limited or state.channels.pauses:
+        if is_limited or state.channels.pauses:
+            statements = (NEXT_IF_OPEN, LEASE_IF_OPEN)
+        if consumer.auto or n > 1 or len(channels) > 1 or is_due:
             statements = (AUTO_TAKES if consumer.auto else BATCH_TAKES)[is_limited]
             parameters.update(channels="\n".join(channels), n=n, max_bytes=MAX_BATCH_BYTES)
             parameters["n_expired"] = MAX_EXPIRED if is_due else 0
