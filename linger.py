@@ -105,6 +105,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -267,6 +268,8 @@ PROBES = 4  # without a response: the connection is closed after two minutes
 BACKLOG = 4_096  # connections that the kernel queues until they are accepted
 SWITCH_INTERVAL = 1.0  # seconds that a thread computes before others get the interpreter
 STACK_SIZE = 256 * 1024  # stack of a thread of the command-line server, bytes
+SOCKET_MODE = 0o660  # of a Unix socket: who may connect, owner and group
+SOCKET_PROBE_TIMEOUT = 1.0  # time for a server to accept a connection to its socket, seconds
 NOTIFY_TIMEOUT = 1.0  # time in which the service manager must take a message, seconds
 SPARE_DESCRIPTORS = 64  # file descriptors kept for the database, standard streams, refusals
 
@@ -8940,8 +8943,13 @@ def load_certificate(cert: str, key: Optional[str]) -> ssl.SSLContext:
     return context
 
 
+UNIX = "unix:"  # before the path of a Unix socket; before the user of a client that uses it
+
+
 def client_key(address: str) -> str:
-    """What counts as one client: an IPv4 address, or the /64 network of an IPv6 address."""
+    """What counts as one client: an IPv4 address, the /64 network of an IPv6 address, or a user."""
+    if address.startswith(UNIX):
+        return address
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, ipaddress.IPv6Address):  # one client usually has the whole /64
         return str(parsed.ipv4_mapped or parsed.packed[:8].hex())
@@ -9020,8 +9028,10 @@ class Access:
 
         On a loopback address, each request must have a Host of this machine: a web page can let
         a name of its own point here (DNS rebinding), and to the browser it is the same site then.
+        The same holds for a Unix socket, behind a proxy.
         """
-        self._listens_on_loopback = ipaddress.ip_address(address).is_loopback
+        is_unix = address.startswith(UNIX)
+        self._listens_on_loopback = is_unix or ipaddress.ip_address(address).is_loopback
         if not (self._listens_on_loopback or self._needs_token or self._no_auth):
             raise BadRequest(
                 f"listening on {address} would give everybody access: give tokens (--tokens FILE,"
@@ -10130,6 +10140,7 @@ def json_length(body: bytes) -> int:
     return len(body) + short + 5 * (len(body) - short - len(body.translate(None, ALL_ESCAPES)))
 
 
+HTTP_UNIX = "http+unix"  # scheme of the URL of a server on a Unix socket
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 
 
@@ -13502,7 +13513,8 @@ class PlainStream:
         self.timeout = 0.0  # how long `receive` and `peek` may block, seconds
         self._socket = connection
         self._timeval = timeval
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         send_timeout = struct.pack(timeval, SEND_TIMEOUT, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send_timeout)
 
@@ -14358,6 +14370,41 @@ def set_keepalive(listener: socket.socket) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
 
 
+def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The family and address of a socket that listens there."""
+    if host.startswith(UNIX):
+        return socket.AF_UNIX, os.path.abspath(host[len(UNIX) :])
+    return socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port)
+
+
+def remove_stale_socket(path: str) -> None:
+    """Deletes the socket that a dead server has left; OSError for one that a server listens on,
+    and for what is no socket."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "there is a file that is no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(SOCKET_PROBE_TIMEOUT)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+                return
+        raise OSError(errno.EADDRINUSE, "a server listens there")
+
+
+def user_of_peer(connection: socket.socket) -> str:
+    """The user at the other end of a Unix socket as `unix:<uid>`, where the system tells it."""
+    try:
+        size = struct.calcsize("3i")
+        _, uid, _ = struct.unpack(
+            "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        )
+    except (AttributeError, OSError):  # not on macOS
+        return UNIX
+    return f"{UNIX}{uid}"
+
+
 class Server(ThreadingHTTPServer):
     """Listens, gives each connection a thread, and stops gracefully.
 
@@ -14371,6 +14418,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = BACKLOG
     stopping = closed = False
     _date = (0, "")
+    _socket_inode = 0  # of its Unix socket
 
     def __init__(
         self,
@@ -14387,9 +14435,10 @@ class Server(ThreadingHTTPServer):
         log_requests: bool = False,
         access: Optional[Access] = None,
     ) -> None:
-        """Binds the address (port 0: a free one).  Without `access`, everybody on this machine has
-        access.  OSError if it cannot be bound, `BadRequest` if `access` forbids it.  `broker` may
-        be a function: then it is called after that, so that a refused start changes no file."""
+        """Binds the address (port 0: a free one), or with `unix:<path>` a Unix socket.  Without
+        `access`, everybody on this machine has access.  OSError if it cannot be bound,
+        `BadRequest` if `access` forbids it.  `broker` may be a function: then it is called after
+        that, so that a refused start changes no file."""
         self.access = access or Access()
         self.read_timeout, self.idle_timeout = read_timeout, idle_timeout
         self.keep_alive = f"Connection: keep-alive\r\nKeep-Alive: timeout={int(idle_timeout)}\r\n"
@@ -14399,8 +14448,7 @@ class Server(ThreadingHTTPServer):
         self.log_requests = log_requests
         self.header_cache, self.requests = HeaderCache(), RequestCounts()
         self.clients = AddressLimiter(max_connections_per_address)
-        self.first_requests = FirstRequests()
-        self._overflow = Overflow(self.shutdown_request)
+        self.first_requests, self._overflow = FirstRequests(), Overflow(self.shutdown_request)
         self.connections: set[socket.socket] = set()  # all that are open
         self.refused: set[socket.socket] = set()  # those of them that exceed a limit
         self.active: set[Connection] = set()  # those whose threads run
@@ -14409,8 +14457,8 @@ class Server(ThreadingHTTPServer):
         self._stopped = threading.Event()
         self._accepting = threading.Lock()  # held by serve_forever
         self._emptied = threading.Condition()  # a connection was closed while the server stops
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
+        self.address_family, address = listening_address(host, port)
+        super().__init__(address, Handler)
         self._open(broker)
 
     def _open(self, broker: Union[Broker, Callable[[], Broker]]) -> None:
@@ -14433,11 +14481,33 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Binds without asking the name service for the host's name, as HTTPServer does."""
+        if self.address_family == socket.AF_UNIX:
+            self._bind_unix(str(self.server_address))
+            return
         socketserver.TCPServer.server_bind(self)
         set_keepalive(self.socket)
         host, port = self.server_address[:2]
         self.server_name, self.server_port = str(host), int(port)
         self.access.listen(self.server_name)
+
+    def _bind_unix(self, path: str) -> None:
+        """Nobody can connect before it listens, so the mode is there in time."""
+        if self.access.tls is not None:
+            raise BadRequest("a Unix socket is used without TLS: leave out cert")
+        remove_stale_socket(path)
+        socketserver.TCPServer.server_bind(self)
+        os.chmod(path, SOCKET_MODE)
+        self._socket_inode = os.lstat(path).st_ino
+        self.server_name, self.server_port = UNIX + path, 0
+        self.access.listen(self.server_name)
+
+    def server_close(self) -> None:
+        """Stops listening; deletes its Unix socket, unless another server has replaced it."""
+        super().server_close()
+        inode, self._socket_inode = self._socket_inode, 0
+        with contextlib.suppress(OSError):
+            if inode and os.lstat(str(self.server_address)).st_ino == inode:
+                os.unlink(str(self.server_address))
 
     def server_activate(self) -> None:
         """Listens, and makes what accepting needs."""
@@ -14450,6 +14520,8 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where this machine reaches it, as `http://127.0.0.1:8989`."""
+        if self.server_name.startswith(UNIX):
+            return f"{HTTP_UNIX}://{urllib.parse.quote(self.server_name[len(UNIX) :], safe='')}"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
         host = f"[{host}]" if ":" in host else host
         return f"{'https' if self.access.tls else 'http'}://{host}:{self.server_port}"
@@ -14485,6 +14557,8 @@ class Server(ThreadingHTTPServer):
                 self._stopped.wait(0.05)  # until one is closed; poll would return at once
             return False
         connection.setblocking(True)
+        if self.address_family == socket.AF_UNIX:
+            address = (user_of_peer(connection), 0)
         excess = max(
             len(self.connections) - self.max_connections,
             self.clients.acquire(connection, address[0]),
@@ -14775,7 +14849,7 @@ class Transport:
         """`timeout`: seconds that connecting may take; the other arguments are as of `Client`."""
         if not VISIBLE.fullmatch(token):
             raise BadRequest("a token must be visible ASCII without spaces")
-        scheme, authority, host, port = _split_url(url)
+        scheme, authority, host, port, self._prefix = _split_url(url)
         self.url = url
         self._base_headers = f"Host: {authority}\r\n"
         if token:
@@ -14784,7 +14858,10 @@ class Transport:
         options: dict[str, Any] = {"timeout": timeout}
         if scheme == "https":
             kind, options["context"] = http.client.HTTPSConnection, _tls_context(cafile)
-        self._connect = functools.partial(kind, host, port, **options)
+        elif scheme == HTTP_UNIX:
+            kind = _UnixConnection
+        address = (host,) if scheme == HTTP_UNIX else (host, port)
+        self._connect = functools.partial(kind, *address, **options)
         self.warn: Callable[[str], None] = lambda text: client_logger().warning("%s", text)
         self._lock = threading.Lock()  # guards `closed` and `_connections`
         self.closed = False
@@ -14816,7 +14893,7 @@ class Transport:
         given = {name: value for name, value in (query or {}).items() if value is not None}
         if given:
             path += "?" + urllib.parse.urlencode(given)
-        head = f"{method} {path} HTTP/1.1\r\n{self._base_headers}"
+        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._base_headers}"
         head += headers.encode().decode("latin-1")
         if body:
             head += f"Content-Type: {type}\r\n"
@@ -14918,6 +14995,19 @@ class Transport:
     def new_connection(self) -> _HTTPConnection:
         """Returns a connection that no other request uses, not open yet."""
         return _HTTPConnection(self.url, self._connect)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """A connection to the Unix socket of a server."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 class _HTTPConnection:
@@ -15114,18 +15204,25 @@ def _retry_delays() -> Iterator[float]:
         delay = min(2 * delay, MAX_RETRY_DELAY)
 
 
-def _split_url(url: str) -> tuple[str, str, str, Optional[int]]:
-    """Returns the scheme, the host with its port, the host, and the port of a server's URL."""
+def _split_url(url: str) -> tuple[str, str, str, Optional[int], str]:
+    """Returns the scheme, the Host header, the host or path of a Unix socket, the port, and the
+    path below which a proxy has the server, of a server's URL."""
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
     except ValueError:
         parts, port = urllib.parse.urlsplit(""), None
-    scheme, authority, *rest = parts
+    scheme, authority, path, *rest = parts
     valid = AUTHORITY.fullmatch(authority) and VISIBLE.fullmatch(url) and not any(rest)
-    if scheme not in ("http", "https") or not valid:
-        raise BadRequest(f"a server's URL must be like {DEFAULT_URL} or https://host, not {url}")
-    return scheme, authority, parts.hostname or "", port
+    if scheme not in ("http", "https", HTTP_UNIX) or not valid:
+        raise BadRequest(
+            f"a server's URL must be like {DEFAULT_URL}, https://host/path or"
+            f" {HTTP_UNIX}://%2Frun%2Flinger.sock, not {url}"
+        )
+    host = parts.hostname or ""
+    if scheme == HTTP_UNIX:
+        authority, host = "localhost", urllib.parse.unquote(authority)
+    return scheme, authority, host, port, path.rstrip("/")
 
 
 def _tls_context(cafile: Optional[str]) -> ssl.SSLContext:
@@ -16148,7 +16245,8 @@ class Option(NamedTuple):
 
 # fmt: off
 OPTIONS = (
-    Option("host", "", "127.0.0.1", _text, "ADDRESS", "address to listen on"),
+    Option("host", "", "127.0.0.1", _text, "ADDRESS",
+           "address to listen on, or unix:PATH for a Unix socket"),
     Option("port", "", 8989, _integer(0, 65_535), "PORT", "port to listen on, 0 = any free port"),
     Option("dbfile", "", "linger.db", _text, "FILE",
            "database file, or the URL of an rqlite cluster; :memory: = in memory only"),
@@ -16495,7 +16593,9 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
     try:
         server = _create_server(options)
     except OSError as error:
-        address, reason = f"{options['host']} port {options['port']}", error.strerror or error
+        address, reason = options["host"], error.strerror or error
+        if not address.startswith(UNIX):
+            address += f" port {options['port']}"
         raise Unavailable(f"cannot listen on {address}: {reason}") from error
 
     def stop(number: int, _: object) -> None:

@@ -9191,6 +9191,40 @@ class NginxCase(ProxyCase):
         )
 
 
+class NginxPathTest(NginxCase):
+    """A server below a path of a proxy, on a Unix socket, with the configuration of README.md."""
+
+    SECTION = "Unix socket, and below a path"
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name, "linger.sock")
+        self.options = {**self.options, "host": f"unix:{self.path}"}
+        super().setUp()
+
+    def servers(self, section):
+        return {}
+
+    def configure(self, block):
+        return super().configure(self.replace(block, ("/run/linger/linger.sock", str(self.path))))
+
+    def test_the_client_works_there(self):
+        self.hasten(LISTENER_CHECK_INTERVAL=0.02)
+        client = linger.Client(f"http://localhost:{self.front}/queue/", timeout=PATIENCE)
+        self.addCleanup(client.close)
+        for name in ("a/b", "a%20b", "ü?", "a,b"):
+            client.post(name, "x")
+            self.assertEqual(client.get([name, "other"], 0).channel, name)
+        event = self.thread(next, client.live("q"))
+        until(lambda: self.broker._state.live.channels)
+        client.post("q", "y")
+        self.assertEqual(event.result(PATIENCE).name, "posted")
+        self.assertEqual(run_command(client.url, "get", "q"), (0, b"y", ""))
+        with self.assertRaisesRegex(linger.LingerError, "responds with status 404"):
+            linger.Client(f"http://localhost:{self.front}").stats()
+
+
 class NginxTest(NginxCase):
     def test_it_passes_all_that_linger_sends(self):
         self.check_messages()
@@ -10423,6 +10457,101 @@ class ClientTest(ClientCase):
         self.assertIs(self.client.health(), False)
         with self.assertRaisesRegex(linger.Unavailable, f"cannot connect to {self.server.url}: "):
             self.client.stats()
+
+
+class UnixSocketTest(Folder):
+    """A server that listens on a Unix socket, and its clients."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / "a b" / "linger.sock"
+        self.path.parent.mkdir()
+
+    def serve(self, **options):
+        server = linger.serve(f"unix:{self.path}", **options)
+        self.addCleanup(server.close)
+        return server
+
+    def client(self, server, **options):
+        client = linger.Client(server.url, timeout=PATIENCE, **options)
+        self.addCleanup(client.close)
+        return client
+
+    def test_all_calls_work_over_it(self):
+        self.hasten(LISTENER_CHECK_INTERVAL=0.02)
+        server = self.serve()
+        self.assertEqual(server.url, f"http+unix://{urllib.parse.quote(str(self.path), safe='')}")
+        client = self.client(server)
+        waiting = self.thread(client.get, "q")
+        until(lambda: count_waiting(server.broker))
+        client.post("q", b"x" * 200_000)
+        message = waiting.result(PATIENCE)
+        self.assertEqual((len(message.body), client.list_messages("q")[0][0].holder),
+                         (200_000, f"unix:{os.getuid()}"))  # fmt: skip
+        event = self.thread(next, client.live("q"))
+        until(lambda: server.broker._state.live.channels)
+        client.delete(message)
+        self.assertEqual(event.result(PATIENCE).name, "deleted")
+
+    def test_a_client_that_hangs_up_is_noticed(self):
+        server = self.serve()
+        connection = socket.socket(socket.AF_UNIX)
+        self.addCleanup(connection.close)
+        connection.connect(str(self.path))
+        connection.sendall(b"GET /channels/q HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: count_waiting(server.broker))
+        connection.close()
+        until(lambda: not count_waiting(server.broker))
+
+    def test_owner_and_group_may_connect_until_it_stops(self):
+        server = self.serve()
+        self.assertEqual(self.path.stat().st_mode & 0o777, 0o660)
+        server.close()
+        self.assertFalse(self.path.exists())
+
+    def test_what_a_dead_server_has_left_is_replaced_and_a_living_one_is_refused(self):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(self.path))
+        server = self.serve()
+        with self.assertRaisesRegex(OSError, "a server listens there"):
+            self.serve()
+        self.assertTrue(self.client(server).health())
+
+    def test_what_is_no_socket_stays(self):
+        self.path.write_text("mine")
+        with self.assertRaisesRegex(OSError, "no socket"):
+            self.serve()
+        self.assertEqual(self.path.read_text(), "mine")
+
+    def test_a_server_that_stops_leaves_the_socket_of_its_successor(self):
+        server = self.serve()
+        self.path.unlink()
+        successor = self.serve()
+        server.close()
+        self.assertTrue(self.client(successor).health())
+
+    def test_pages_hosts_and_tokens_have_the_rules_of_loopback(self):
+        server = self.serve(token="s3cret")
+        with self.assertRaises(linger.AccessDenied):
+            self.client(server).stats()
+        for _ in range(linger.FREE_AUTH_FAILURES):
+            server.access.throttle.record_failure(f"unix:{os.getuid()}")
+        self.assertGreater(server.access.throttle.record_failure(f"unix:{os.getuid()}"), 0)
+        client = self.client(server, token="s3cret")
+        client.stats()
+        client._transport._base_headers += "Origin: http://b.example\r\n"
+        with self.assertRaises(linger.AccessDenied):
+            client.stats()
+        with self.assertRaisesRegex(linger.BadRequest, "TLS"):
+            access = linger.Access()
+            access.tls = True
+            linger.Server(server.broker, f"unix:{self.path}2", access=access)
+
+    def test_the_connections_of_a_user_are_limited(self):
+        server = self.serve(max_connections_per_address=1)
+        self.client(server).stats()
+        with self.assertRaisesRegex(linger.Unavailable, "too many connections"):
+            self.client(server).stats()
 
 
 class ClientLiveTest(ClientCase):
