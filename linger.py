@@ -25,6 +25,7 @@ The file reads downwards: a section uses only what stands above it.
     Store         SQLite and its files
     Cluster       rqlite in place of SQLite: one database for several servers
     Time          broker time, which never steps; sleeps that follow it
+    Patterns      topics by their words
     Live          what happens to messages, as it happens, for whoever listens
     State         what is in memory: waiting consumers, channels, timers
     Operations    a class for each kind of call: statements, effects, result
@@ -32,6 +33,7 @@ The file reads downwards: a section uses only what stands above it.
     Management    channels and topics, bulk work, and what there is
     Watch         what other servers of a cluster change, and how this one learns of it
     Schedules     messages that are posted at certain times
+    Topics        subscriptions to patterns
     Broker        the public calls of queue and pub-sub
     Access        tokens and their rights; which web pages may send requests
     Routes        every endpoint of the HTTP API
@@ -214,6 +216,7 @@ MAX_EVERY = 31_622_400  # seconds of a year between two posts of a schedule
 HEALTH_INTERVAL = 1.0  # shortest time between two writes of health checks, seconds
 RECOUNT_INTERVAL = 1.0  # shortest time between two counts of the channels, seconds
 MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to all of them
+MAX_TOPIC_PATTERNS = 10_000  # subscriptions to patterns, whose patterns are kept in memory
 JSON_EXPANSION = 6  # bytes of JSON for a byte of a body: control characters
 MAX_BATCH_COPIES = 100_000  # copies that one published batch may create,
 MAX_BATCH_COPY_BYTES = 256_000_000  # and their bytes: other calls wait while they are written
@@ -1181,6 +1184,26 @@ SCHEMA = (
         until real not null
     ) without rowid
     """,
+    # As `subscriptions`, but to all topics that match a pattern.
+    """
+    create table patterns (
+        pattern text not null,
+        channel text not null,
+        priority integer,
+        timeout integer,
+        deliver integer,
+        linger integer,
+        delay integer,
+        dead text,
+        backoff text,
+        created real not null,
+        primary key (pattern, channel)
+    ) without rowid
+    """,
+    # for PATTERNS_OF_CHANNEL
+    """
+    create index patterns_by_channel on patterns (channel, pattern)
+    """,
     # Each server of a cluster keeps copies of these tables, and learns here that they changed.
     *(
         f"""
@@ -1191,7 +1214,7 @@ SCHEMA = (
         on conflict (key) do update set value = value + 1;
     end
     """
-        for table in ("settings", "pauses")
+        for table in ("settings", "pauses", "patterns")
         for event in ("insert", "update", "delete")
     ),
     # The servers of a cluster.  turn: the number of the last transaction of each, 0 until it has
@@ -1411,6 +1434,29 @@ LAST_ID = """
 select last_insert_rowid()
 """
 
+# Another server, or another thread, may have done the due time :expected, or changed the schedule.
+IS_EXPECTED = "name = :schedule and next_at = :expected and version = :version"
+
+POST_SCHEDULED = f"""{POST_MESSAGE}    and exists (select 1 from schedules where {IS_EXPECTED})
+"""
+
+# After POST_SCHEDULED: the due time is done, whether the message was added or not.
+SCHEDULE_POSTED = f"""
+update schedules
+set next_at = :next,
+    done_until = :wall,
+    last_at = :wall,
+    last_id = case
+        when changes() = 1 then last_insert_rowid()
+        else (select id from messages where {HOLDS_UNIQUE})
+    end,
+    last_error = case
+        when changes() = 1 or exists (select 1 from messages where {HOLDS_UNIQUE}) then ''
+        else :error
+    end
+where {IS_EXPECTED}
+"""
+
 # Before and after the messages of a batch, which fit into the channel all or not at all.
 CHECK_BATCH_FITS = """
 insert into config (key, value)
@@ -1424,14 +1470,44 @@ delete from config
 where key = 'batch fits'
 """
 
-FULL_SUBSCRIBERS = """
-select subscriptions.channel
-from subscriptions
+PARAMETER_COLUMNS = "priority, timeout, deliver, linger, delay, dead, backoff"
+
+# The subscriptions for a publication while patterns match its topic, which :patterns lists in
+# JSON: one for each channel, to the topic itself or else to the first pattern by name.  (A column
+# beside a min() is that of the row with the minimum: sqlite.org/lang_select.html 2.5.)
+MATCHING_SUBSCRIPTIONS = f"""(
+        select channel, {PARAMETER_COLUMNS}, ''
+        from subscriptions
+        where topic = :topic
+        union all
+        select channel, {PARAMETER_COLUMNS}, min(pattern)
+        from json_each(:patterns) join patterns on pattern = value
+        where not exists (
+            select 1 from subscriptions where topic = :topic and channel = patterns.channel)
+        group by channel
+    ) as subscriptions"""
+
+IS_FULL = """
     join channels on channels.name = subscriptions.channel
     left join settings on settings.channel = subscriptions.channel
-where subscriptions.topic = :topic and coalesce(settings.hlm, :hlm) > 0
-    and ready + in_flight + delayed >= coalesce(settings.hlm, :hlm)
+where coalesce(settings.hlm, :hlm) > 0
+    and ready + in_flight + delayed >= coalesce(settings.hlm, :hlm)"""
+
+FULL_SUBSCRIBERS = f"""
+select subscriptions.channel
+from subscriptions {IS_FULL} and topic = :topic
 order by subscriptions.channel
+"""
+
+FULL_MATCHING = f"""
+select subscriptions.channel
+from {MATCHING_SUBSCRIPTIONS} {IS_FULL}
+order by subscriptions.channel
+"""
+
+MATCHING_CHANNELS = f"""
+select channel
+from {MATCHING_SUBSCRIPTIONS}
 """
 
 # A channel's settings may have changed after its subscription was made.  A setting with which the
@@ -1446,10 +1522,10 @@ COPY_LINGER = """coalesce(subscriptions.linger,
 
 COPY_BLOCKED = IS_BLOCKED.format(channel="subscriptions.channel", group=":group")
 
-PUBLISH_MESSAGE = f"""
-insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
-    expires_at, topic, type, dead, backoff, headers, group_key, blocked, body)
-select subscriptions.channel,
+COPIED_COLUMNS = """channel, priority, state, due_at, timeout, deliver, received, linger,
+    expires_at, topic, type, dead, backoff, headers, group_key, blocked, body"""
+
+COPIED_VALUES = f"""subscriptions.channel,
     coalesce(subscriptions.priority, settings.priority, 0),
     case when {COPY_DELAY} > 0 or {COPY_BLOCKED} then 2 else 0 end,
     :now + {COPY_DELAY} + {COPY_BLOCKED} * 1e12,
@@ -1458,21 +1534,33 @@ select subscriptions.channel,
     :now,
     {COPY_LINGER},
     case when {COPY_LINGER} > 0 then :now + {COPY_LINGER} else 0 end,
-    topic, :type,
+    :topic, :type,
     coalesce(subscriptions.dead, settings.dead, ''),
     coalesce(subscriptions.backoff, settings.backoff, ''),
-    :headers, :group, {COPY_BLOCKED}, :body
-from subscriptions
+    :headers, :group, {COPY_BLOCKED}, :body"""
+
+GETS_COPY = f"""
     left join settings on settings.channel = subscriptions.channel
     left join channels on channels.name = subscriptions.channel
-where topic = :topic
-    and (coalesce(settings.hlm, :hlm) = 0
+where (coalesce(settings.hlm, :hlm) = 0
         or coalesce(settings.hlm, :hlm) > coalesce(ready + in_flight + delayed, 0))
-    and (:dedup is null or not {DEDUP_EXISTS})
+    and (:dedup is null or not {DEDUP_EXISTS})"""
+
+PUBLISH_MESSAGE = f"""
+insert into messages ({COPIED_COLUMNS})
+select {COPIED_VALUES}
+from subscriptions {GETS_COPY} and topic = :topic
 order by subscriptions.channel
 """
 
-# The rows of the PUBLISH_MESSAGE just before: ids of one AUTOINCREMENT insert follow each other.
+PUBLISH_MATCHING = f"""
+insert into messages ({COPIED_COLUMNS})
+select {COPIED_VALUES}
+from {MATCHING_SUBSCRIPTIONS} {GETS_COPY}
+"""
+
+# The rows of the PUBLISH_MESSAGE (or PUBLISH_MATCHING) just before: the ids of one AUTOINCREMENT
+# insert follow each other.
 PUBLISHED = """
 select channel, id, state, due_at, expires_at
 from messages
@@ -2035,14 +2123,7 @@ from pauses
 # same rules hold.
 # ---------------------------------------------------------------------------------------------
 
-SUBSCRIBE = """
-insert into subscriptions (topic, channel, priority, timeout, deliver, linger, delay, dead,
-    backoff, created)
-select :topic, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead,
-    :backoff, :now
-where exists (select 1 from subscriptions where topic = :topic and channel = :channel)
-    or (select count(*) from subscriptions where topic = :topic) < :max_subscribers
-on conflict (topic, channel) do update set
+REPLACE_SUBSCRIPTION = """
     priority = excluded.priority,
     timeout = excluded.timeout,
     deliver = excluded.deliver,
@@ -2050,12 +2131,45 @@ on conflict (topic, channel) do update set
     delay = excluded.delay,
     dead = excluded.dead,
     backoff = excluded.backoff,
-    created = excluded.created
+    created = excluded.created"""
+
+SUBSCRIBE = f"""
+insert into subscriptions (topic, channel, {PARAMETER_COLUMNS}, created)
+select :topic, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :now
+where exists (select 1 from subscriptions where topic = :topic and channel = :channel)
+    or (select count(*) from subscriptions where topic = :topic) < :max_subscribers
+on conflict (topic, channel) do update set {REPLACE_SUBSCRIPTION}
+"""
+
+SUBSCRIBE_PATTERN = f"""
+insert into patterns (pattern, channel, {PARAMETER_COLUMNS}, created)
+select :pattern, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :now
+where exists (select 1 from patterns where pattern = :pattern and channel = :channel)
+    or (select count(*) from patterns) < :max_patterns
+on conflict (pattern, channel) do update set {REPLACE_SUBSCRIPTION}
 """
 
 UNSUBSCRIBE = """
 delete from subscriptions
 where topic = :topic and channel = :channel
+"""
+
+UNSUBSCRIBE_PATTERN = """
+delete from patterns
+where pattern = :pattern and channel = :channel
+"""
+
+ALL_PATTERNS = """
+select pattern, channel
+from patterns
+order by pattern
+"""
+
+PATTERNS_OF_CHANNEL = """
+select pattern
+from patterns
+where channel = :channel
+order by pattern
 """
 
 SET_SETTINGS = """
@@ -2157,9 +2271,11 @@ limit :n
 """
 
 SUBSCRIBED_AFTER = """
-select distinct channel
-from subscriptions
-where channel > :after
+select channel
+from (select channel from subscriptions where channel > :after order by channel limit :n)
+union
+select channel
+from (select channel from patterns where channel > :after order by channel limit :n)
 order by channel
 limit :n
 """
@@ -2170,6 +2286,9 @@ from channels
 union
 select channel
 from subscriptions
+union
+select channel
+from patterns
 """
 
 TOPIC_NAMES = """
@@ -4996,6 +5115,105 @@ class Alarm:
 
 
 # ---------------------------------------------------------------------------------------------
+# Patterns: topics by their words, which stand between dots.  In a pattern `*` stands for exactly
+# one word and `#` for any number of words, as in AMQP's topic exchanges.
+# ---------------------------------------------------------------------------------------------
+
+ONE_WORD, ANY_WORDS = "*", "#"
+
+
+def literal_prefix(pattern: str) -> Optional[str]:
+    """What all topics that match a pattern begin with; None if it is a topic without wildcards."""
+    words = pattern.split(".")
+    wildcards = [n for n, word in enumerate(words) if word in (ONE_WORD, ANY_WORDS)]
+    if not wildcards:
+        return None
+    first = wildcards[0]
+    dot = "." if first and words[first] == ONE_WORD else ""
+    return ".".join(words[:first]) + dot
+
+
+class PatternTree:
+    """A set of patterns, each with its owners, as a tree of their words; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards the two below
+        self._owners: dict[str, set[str]] = {}  # of each pattern
+        self._root: dict[Optional[str], Any] = {}  # nodes by word; None: the pattern that ends here
+
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
+    @locked
+    def learn(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Replaces all by these patterns and owners."""
+        self._owners, self._root = {}, {}
+        for pattern, owner in rows:
+            self._add(pattern, owner)
+
+    @locked
+    def add(self, pattern: str, owner: str) -> None:
+        """Adds an owner to a pattern."""
+        self._add(pattern, owner)
+
+    def _add(self, pattern: str, owner: str) -> None:
+        self._owners.setdefault(pattern, set()).add(owner)
+        node = self._root
+        for word in pattern.split("."):
+            node = node.setdefault(word, {})
+        node[None] = pattern
+
+    @locked
+    def discard(self, pattern: str, owner: str) -> None:
+        """Removes an owner from a pattern, which is forgotten with the last one."""
+        owners = self._owners.get(pattern, set())
+        owners.discard(owner)
+        if owners or self._owners.pop(pattern, None) is None:
+            return
+        words = pattern.split(".")
+        path = [self._root]
+        for word in words:
+            path.append(path[-1][word])
+        del path.pop()[None]
+        for word in reversed(words):
+            if not path[-1][word]:
+                del path[-1][word]
+            path.pop()
+
+    @locked
+    def match(self, topic: str) -> list[str]:
+        """The patterns that match a topic, sorted.
+
+        Goes through the tree by one word of the topic after the other, at all places at once.
+        """
+        places = _with_any_words({id(self._root): (self._root, False)})
+        for word in topic.split("."):
+            reached: dict[int, tuple[Any, bool]] = {}
+            for node, stays in places.values():
+                for name in {word, ONE_WORD} - {ANY_WORDS}:
+                    child = node.get(name)
+                    if child is not None:
+                        reached[id(child)] = child, False
+                if stays:
+                    reached[id(node)] = node, True
+            places = _with_any_words(reached)
+        return sorted(node[None] for node, _ in places.values() if None in node)
+
+    def match_json(self, topic: str) -> str:
+        """The same as a JSON array; an empty text if there are none."""
+        patterns = self.match(topic) if self else []
+        return json.dumps(patterns) if patterns else ""
+
+
+def _with_any_words(places: dict[int, tuple[Any, bool]]) -> dict[int, tuple[Any, bool]]:
+    """Adds the nodes that are reached by an ANY_WORDS for no words; they stay for any others."""
+    for node, _ in list(places.values()):
+        while (node := node.get(ANY_WORDS)) is not None:
+            places[id(node)] = node, True
+    return places
+
+
+# ---------------------------------------------------------------------------------------------
 # Live: what happens to messages, as it happens, for whoever listens.  Knows no sockets and no JSON.
 #
 # Each channel or topic with a listener has a `Feed`: its latest events, which all its readers
@@ -5022,7 +5240,7 @@ TIMED_OUT = f"state = 1 and {condition_of(MAKE_DUE_READY)}"
 
 # The EVENTS that statements stand for, and the condition of the messages that they change.
 REPORTED: tuple[tuple[Sequence[str], str, Sequence[str]], ...] = (
-    (("posted",), ADDED, (ADD_MESSAGE, POST_MESSAGE)),
+    (("posted",), ADDED, (ADD_MESSAGE, POST_MESSAGE, POST_SCHEDULED)),
     (("posted",), ADDED_TOGETHER, (LAST_ID,)),
     (("posted",), SAME, (PUBLISHED,)),
     (("released",), CHANGED, (RELEASE_MESSAGE, RELEASE_UNCOUNTED, EXHAUST_RELEASED)),
@@ -5097,10 +5315,10 @@ class Event:
 
 
 class Feed:
-    """The latest events of a channel or topic; guarded by the lock of `Live`."""
+    """The latest events of a channel, topic or pattern; guarded by the lock of `Live`."""
 
     def __init__(self, feeds: dict[str, Feed], name: str, memory: MemoryBudget) -> None:
-        self.feeds = feeds  # those of all channels, or of all topics
+        self.feeds = feeds  # those of all channels, of all topics, or of all patterns
         self.name = name
         self.readers: set[Reader] = set()
         self.waiting: set[Reader] = set()  # those that have read all
@@ -5236,14 +5454,16 @@ class Reader:
 
 
 class Live:
-    """The feeds of the channels and topics to which somebody listens.
+    """The feeds of the channels, topics and patterns to which somebody listens.
 
-    Any thread may look whether `channels` or `topics` has any.
+    Any thread may look whether `channels`, `topics` or `patterns` has any.
     """
 
     def __init__(self, committer: Committer, clock: BrokerClock) -> None:
         self.channels: dict[str, Feed] = {}
         self.topics: dict[str, Feed] = {}
+        self.patterns: dict[str, Feed] = {}
+        self.pattern_tree = PatternTree()  # the names of `patterns`
         self.lock = threading.Lock()  # guards all feeds and readers, and what follows
         self.is_closed = False
         self._committer = committer
@@ -5254,8 +5474,9 @@ class Live:
         self._is_asleep = False
 
     def listen(self, kind: str, name: str, listener: Listener, memory: MemoryBudget) -> Reader:
-        """A reader of what happens from now on in one of the `channels` or `topics` (`kind`)."""
-        feeds = self.channels if kind == "channels" else self.topics
+        """A reader of what happens from now on in one of the `channels`, or is published on one
+        of the `topics`, or on those that match one of the `patterns` (`kind`)."""
+        feeds: dict[str, Feed] = getattr(self, kind)
         with self.lock:
             feed = feeds.get(name) or feeds.setdefault(name, Feed(feeds, name, memory))
             reader = Reader(self, feed, listener)
@@ -5273,15 +5494,19 @@ class Live:
             feed.remove(reader)
             self._observe()
 
+    def _feeds(self) -> list[Feed]:
+        return [*self.channels.values(), *self.topics.values(), *self.patterns.values()]
+
     def _observe(self) -> None:
         self._watched = "".join(f"\n{name}" for name in self.channels) + "\n"
         self._committer.observer = self if self.channels else None
+        self.pattern_tree.learn((pattern, "") for pattern in self.patterns)
 
     def close(self) -> None:
         """Ends all streams."""
         with self.lock:
             self.is_closed = True
-            feeds = (*self.channels.values(), *self.topics.values())
+            feeds = self._feeds()
             waiting = [reader for feed in feeds for reader in feed.waiting]
             busy = [reader for feed in feeds for reader in feed.readers - feed.waiting]
             for feed in feeds:
@@ -5352,6 +5577,8 @@ class Live:
         body = body[: MAX_EVENT_BODY + 1]
         message = Message(0, "", 0, 0, 0, 0, 0, 0, topic, 0, type, body, header_lines=headers)
         self._add(self.topics, topic, Event("", message, MAX_EVENT_BODY))
+        for pattern in self.pattern_tree.match(topic) if self.patterns else ():
+            self._add(self.patterns, pattern, Event("", message, MAX_EVENT_BODY))
 
     def _add(self, feeds: Mapping[str, Feed], name: str, event: Event) -> None:
         feed = feeds.get(name)
@@ -5377,7 +5604,7 @@ class Live:
         while not self.is_closed:
             with self.lock:
                 self._is_asleep = not self._with_news
-                is_needed = bool(self.channels or self.topics)
+                is_needed = bool(self._feeds())
             if self._is_asleep:
                 left = checked_at + LISTENER_CHECK_INTERVAL - time.monotonic()
                 alarm.sleep(max(left, 0.0) if is_needed else CHANNEL_TTL)
@@ -5404,7 +5631,7 @@ class Live:
     def _readers_to_check(self) -> list[Reader]:
         """Waiting readers whose clients have gone, or are to get a sign of life."""
         with self.lock:
-            feeds = (*self.channels.values(), *self.topics.values())
+            feeds = self._feeds()
             waiting = [(feed, reader) for feed in feeds for reader in feed.waiting]
         before = time.monotonic() - SILENCE_LIMIT + LISTENER_CHECK_INTERVAL
         found = [
@@ -5918,6 +6145,7 @@ class State:
         self.channels = channels
         self.timers = timers
         self.events = events
+        self.patterns = PatternTree()  # to which channels are subscribed
         self.flights = Flights()
         self.live = Live(committer, clock)
         self.queue_times = Histogram(LONG_SECONDS)
@@ -6174,6 +6402,10 @@ class Publish(Operation):
     def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
         """`messages`: the parameters of PUBLISH_MESSAGE for each."""
         each: Sequence[str] = (FULL_SUBSCRIBERS, PUBLISH_MESSAGE, PUBLISHED)
+        patterns = state.patterns.match_json(messages[0]["topic"])
+        if patterns:
+            each = (FULL_MATCHING, PUBLISH_MATCHING, PUBLISHED)
+            messages = [{**message, "patterns": patterns} for message in messages]
         self._keyed = any(message["dedup"] is not None for message in messages)
         if self._keyed:
             each = (FIND_DEDUP, *each, SAVE_TOPIC_DEDUP)
@@ -6200,7 +6432,8 @@ class Publish(Operation):
         known = self.results[:: self._size] if self._keyed else ()
         publications = len(self.results) // self._size - sum(map(bool, known))
         self._state.counters["publications"] += publications
-        if self._messages[0]["topic"] in self._state.live.topics:
+        live = self._state.live
+        if live.patterns or self._messages[0]["topic"] in live.topics:
             self._report()
         for copy in self._copies():
             channel = copy["channel"]
@@ -7298,13 +7531,8 @@ class Administration:
 
     def subscribe(self, channel: str, topic: str, **parameters: Unpack[MessageFields]) -> None:
         """Subscribes a channel to a topic: copies get `parameters`; replaces a subscription."""
-        _check_no_keys(parameters)
-        check_parameters(parameters, MESSAGE_PARAMETERS)
-        names = {"channel": check_name("channel", channel), "topic": check_name("topic", topic)}
-        given = parse_parameters(parameters)
-        validate_linger({**self._state.channels.settings.get(channel, {}), **given})
-        unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
-        values = {**unset, **given, **names, "now": self.now(), "max_subscribers": MAX_SUBSCRIBERS}
+        values = subscription_values(self._state, channel, parameters)
+        values.update(topic=check_name("topic", topic), max_subscribers=MAX_SUBSCRIBERS)
         self._store.check_space()
         self._state.channels.reserve(channel)
         ((changed, _),) = self._run(
@@ -7618,6 +7846,19 @@ class Administration:
         self._committer.run(Operation((SET_CONFIG,), parameters))
 
 
+def subscription_values(
+    state: State, channel: str, parameters: Mapping[str, object]
+) -> dict[str, Any]:
+    """The values of a subscription of a channel, but to what it subscribes."""
+    _check_no_keys(parameters)
+    check_parameters(parameters, MESSAGE_PARAMETERS)
+    check_name("channel", channel)
+    given = parse_parameters(parameters)
+    validate_linger({**state.channels.settings.get(channel, {}), **given})
+    unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
+    return {**unset, **given, "channel": channel, "now": state.clock.now()}
+
+
 class ForkedBroker:
     """A child's copy of a broker, which has no threads, and whose locks may be held for ever."""
 
@@ -7643,15 +7884,16 @@ def _check_no_keys(parameters: Mapping[str, object]) -> None:
 
 
 class LearnSettings(Operation):
-    """Reads the settings and pauses again, in the order of commits."""
+    """Reads the settings, pauses and patterns again, in the order of commits."""
 
     def __init__(self, state: State) -> None:
-        super().__init__((ALL_SETTINGS, ALL_PAUSES))
+        super().__init__((ALL_SETTINGS, ALL_PAUSES, ALL_PATTERNS))
         self._state = state
 
     def on_commit(self) -> None:
         channels = self._state.channels
-        channels.learn(*self.results)
+        channels.learn(*self.results[:2])
+        self._state.patterns.learn(self.results[2])
         for moment in channels.pauses.values():
             self._state.timers.schedule(ALL, moment)
 
@@ -7954,30 +8196,6 @@ from schedules
 order by name
 """
 
-# Another server, or another thread, may have done the due time :expected, or changed the schedule.
-IS_EXPECTED = "name = :schedule and next_at = :expected and version = :version"
-
-POST_SCHEDULED = f"""{POST_MESSAGE}    and exists (select 1 from schedules where {IS_EXPECTED})
-"""
-LOOK_UPS[POST_SCHEDULED] = LOOK_UPS[POST_MESSAGE]  # its events are those of any post
-
-# After POST_SCHEDULED: the due time is done, whether the message was added or not.
-SCHEDULE_POSTED = f"""
-update schedules
-set next_at = :next,
-    done_until = :wall,
-    last_at = :wall,
-    last_id = case
-        when changes() = 1 then last_insert_rowid()
-        else (select id from messages where {HOLDS_UNIQUE})
-    end,
-    last_error = case
-        when changes() = 1 or exists (select 1 from messages where {HOLDS_UNIQUE}) then ''
-        else :error
-    end
-where {IS_EXPECTED}
-"""
-
 SKIP_DUE_TIME = f"""
 update schedules
 set next_at = :next, done_until = :wall, last_error = coalesce(:error, last_error)
@@ -8202,6 +8420,72 @@ class PostScheduled(Post):
 
 
 # ---------------------------------------------------------------------------------------------
+# Topics: subscriptions to patterns of topics.
+# ---------------------------------------------------------------------------------------------
+
+
+class PatternSubscriptions:
+    """The calls for subscriptions to patterns; thread-safe.
+
+    `State.patterns` follows the rows, after each commit: a publication finds there which patterns
+    match its topic, and in the rows which channels are subscribed to them.
+    """
+
+    def __init__(self, state: State, store: Transactions) -> None:
+        self._state = state
+        self._store = store
+        self._read = state.committer.read
+        state.patterns.learn(store.read(ALL_PATTERNS)[0])
+        disown_in_children(self)
+
+    def disown(self) -> None:
+        """In a forked child: each call raises an error at once."""
+        object.__setattr__(self, "__class__", ForkedBroker)
+
+    def subscribe(self, channel: str, pattern: str, **parameters: Unpack[MessageFields]) -> None:
+        """Subscribes a channel to all topics that match a pattern: copies get `parameters`;
+        replaces a subscription.
+
+        A channel gets one copy of a publication.  A subscription to the topic itself wins over
+        those to patterns, and of these the first by name.
+        """
+        values = subscription_values(self._state, channel, parameters)
+        values.update(pattern=check_name("pattern", pattern), max_patterns=MAX_TOPIC_PATTERNS)
+        self._store.check_space()
+        self._state.channels.reserve(channel)
+
+        def effect(results: list[Any]) -> None:
+            if results[0][0]:
+                self._state.patterns.add(pattern, channel)
+                self._state.counters["subscription-add"] += 1
+
+        ((changed, _),) = self._state.committer.run(Change((SUBSCRIBE_PATTERN,), values, effect))
+        if not changed:
+            raise Full(f"there are {MAX_TOPIC_PATTERNS} subscriptions to patterns, the limit")
+
+    def unsubscribe(self, channel: str, pattern: str) -> None:
+        """Ends a subscription; it is no error if there is none."""
+        names = {
+            "channel": check_name("channel", channel),
+            "pattern": check_name("pattern", pattern),
+        }
+
+        def effect(results: list[Any]) -> None:
+            self._state.patterns.discard(pattern, channel)
+            self._state.counters["subscription-delete"] += results[0][0]
+
+        self._state.committer.run(Change((UNSUBSCRIBE_PATTERN,), names, effect))
+
+    def names(self, channel: Optional[str] = None) -> list[str]:
+        """The sorted patterns that have subscriptions: of one channel, or of all."""
+        if channel is None:
+            (rows,) = self._read(ALL_PATTERNS)
+        else:
+            (rows,) = self._read(PATTERNS_OF_CHANNEL, channel=check_name("channel", channel))
+        return list(dict.fromkeys(row[0] for row in rows))
+
+
+# ---------------------------------------------------------------------------------------------
 # Broker: the public calls.  Knows nothing of sockets, headers, JSON, argv.
 #
 # How a call runs through the file, from its connection (C) and in the committer thread (W):
@@ -8338,8 +8622,8 @@ class Broker(Administration):
             self._new = NewMessages(self, hlm, channels.settings)
             self._watch = Watch(self._state, store.read) if store.is_shared else None
             self.schedules = Schedules(self._state, self._new_message)
-            due, ((pause,),) = store.read(NEXT_BY_CHANNEL, NEXT_PAUSE)
-            timers.schedule_rows([*due, (ALL, pause, self.now())])
+            self.patterns = PatternSubscriptions(self._state, store)
+            timers.schedule_rows([*store.read(NEXT_BY_CHANNEL)[0], (ALL, self.now())])
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
             timers.start()
@@ -8481,7 +8765,8 @@ class Broker(Administration):
 
     def _check_copies(self, topic: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """`TooLarge` if a batch of publications would become too much at once."""
-        copies = len(self.subscribers(topic))
+        patterns = self._state.patterns.match_json(topic) or "[]"
+        copies = len(self._read(MATCHING_CHANNELS, topic=topic, patterns=patterns)[0])
         size = sum(len(row["body"]) for row in rows)
         if copies * len(rows) > MAX_BATCH_COPIES or copies * size > MAX_BATCH_COPY_BYTES:
             raise TooLarge(
@@ -8814,11 +9099,16 @@ class Grant(NamedTuple):
     rights: frozenset[str]
     channels: Optional[tuple[re.Pattern[str], ...]] = None  # None: all channels and all topics
     topics: Optional[tuple[re.Pattern[str], ...]] = None
+    prefixes: tuple[re.Pattern[str], ...] = ()  # those of `topics` that end with *
     token_name: str = "-"  # of the token in the file, for the log
 
     def covers(self, kind: str, name: str) -> bool:
-        """Whether it holds for one of the `channels` or `topics` (`kind`)."""
-        patterns = self.topics if kind == "topics" else self.channels
+        """Whether it holds for one of the `channels` or `topics` (`kind`), or for all topics that
+        match one of the `patterns`: they all begin with its literal prefix."""
+        patterns = self.channels if kind == "channels" else self.topics
+        prefix = literal_prefix(name) if kind == "patterns" else None
+        if prefix is not None and patterns is not None:
+            patterns, name = self.prefixes, prefix
         return patterns is None or any(pattern.match(name) for pattern in patterns)
 
     def visible(self, kind: str, names: Iterable[str]) -> list[str]:
@@ -8826,7 +9116,7 @@ class Grant(NamedTuple):
         return [name for name in names if self.covers(kind, name)]
 
     def check_name(self, kind: str, name: str) -> None:
-        """`AccessDenied` if it does not hold for a channel or topic, whether that exists or not."""
+        """`AccessDenied` if it does not hold for a name (`covers`), whether that exists or not."""
         if not self.covers(kind, name):
             raise AccessDenied(f"this name is not among the {kind} for which the token has rights")
 
@@ -8860,12 +9150,16 @@ def parse_grant(rights: str, patterns: Sequence[str]) -> Grant:
         return FULL_ACCESS if named.issuperset(RIGHTS) else Grant(named | {PUBLIC, AUTHENTICATED})
     channels: list[re.Pattern[str]] = []
     topics: list[re.Pattern[str]] = []
+    prefixes: list[re.Pattern[str]] = []
     for pattern in patterns:
         kind, colon, rest = pattern.partition(":")
         of_topics = bool(colon) and kind == "topic"
         compiled = re.compile(fnmatch.translate(rest if of_topics else pattern))
         (topics if of_topics else channels).append(compiled)
-    return Grant(named | {PUBLIC, AUTHENTICATED}, tuple(channels), tuple(topics))
+        if of_topics and rest.endswith("*"):
+            prefixes.append(compiled)
+    given = named | {PUBLIC, AUTHENTICATED}
+    return Grant(given, tuple(channels), tuple(topics), tuple(prefixes))
 
 
 def load_tokens(path: str) -> dict[bytes, Grant]:
@@ -9190,6 +9484,27 @@ ROUTES = (
     Route("GET", "/channels/<channel>/topics", "list_channel_topics", True, READ, "its topics"),
     Route("PUT", "/channels/<channel>/topics/<topic>", "subscribe", False, ADMIN, "subscribe it"),
     Route("DELETE", "/channels/<channel>/topics/<topic>", "unsubscribe", False, ADMIN, "end that"),
+    Route(
+        "GET", "/channels/<channel>/patterns", "list_channel_patterns", True, READ, "its patterns"
+    ),
+    Route(
+        "PUT",
+        "/channels/<channel>/patterns/<pattern>",
+        "subscribe_pattern",
+        False,
+        ADMIN,
+        "subscribe it to a pattern",
+    ),
+    Route(
+        "DELETE",
+        "/channels/<channel>/patterns/<pattern>",
+        "unsubscribe_pattern",
+        False,
+        ADMIN,
+        "end that",
+    ),
+    Route("GET", "/patterns", "list_patterns", True, READ, "list patterns"),
+    Route("GET", "/patterns/<pattern>/live", "open_stream", True, READ, "stream publications"),
     Route("GET", "/topics", "list_topics", True, READ, "list topics"),
     Route("POST", "/topics/<topic>", "publish_message", False, WRITE, "publish a message", CONTENT),
     Route("POST", "/topics/<topic>/batch", "publish_batch", False, WRITE, "publish many", MANY),
@@ -9230,6 +9545,7 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "redrive_message": ("to",),
     "change_message": tuple(p.name for p in CHANGE_PARAMETERS),
     "subscribe": MESSAGE_NAMES,
+    "subscribe_pattern": MESSAGE_NAMES,
     "publish_message": ("msg", "keep", *SINGLE_NAMES),
     "publish_batch": ("keep", *SINGLE_NAMES),
     "put_schedule": (
@@ -9290,7 +9606,7 @@ def authorize(route: Route, kinds: Sequence[str], names: Sequence[str], grant: G
     if server_wide and grant.channels is not None:
         raise AccessDenied("a token with patterns has no rights to the whole server")
     for kind, name in zip(kinds, names):
-        if kind in ("channels", "topics"):
+        if kind in ("channels", "topics", "patterns"):
             grant.check_name(kind, name)
 
 
@@ -12561,6 +12877,10 @@ ANSWERS: Mapping[str, Answer] = {
     "list_channel_topics": Answer(200, _object({"topics": NAMES})),
     "subscribe": DONE,
     "unsubscribe": DONE,
+    "list_channel_patterns": Answer(200, _object({"patterns": NAMES})),
+    "subscribe_pattern": DONE,
+    "unsubscribe_pattern": DONE,
+    "list_patterns": Answer(200, _object({"patterns": NAMES})),
     "list_topics": Answer(200, _object({"topics": NAMES})),
     "publish_message": Answer(202, {"type": "object"}),
     "publish_batch": Answer(202, {"type": "object"}, (), ITEM),
@@ -12603,7 +12923,9 @@ LINKS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 }
 # Parameters that an endpoint knows only to refuse them.
 REFUSED: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("set_settings", "change_settings", "subscribe"), SINGLE_NAMES),
+    **dict.fromkeys(
+        ("set_settings", "change_settings", "subscribe", "subscribe_pattern"), SINGLE_NAMES
+    ),
     **dict.fromkeys(("publish_message", "publish_batch"), ("unique",)),
 }
 DELIVERY_HEADERS = {
@@ -13123,6 +13445,24 @@ class ManagementApi:
     def unsubscribe(self, _: Request, channel: str, topic: str) -> Response:
         self._broker.unsubscribe(channel, topic)
         return NO_CONTENT
+
+    def list_channel_patterns(self, request: Request, channel: str) -> Response:
+        patterns = self._broker.patterns.names(channel)
+        return json_response({"patterns": request.grant.visible("patterns", patterns)})
+
+    def subscribe_pattern(self, request: Request, channel: str, pattern: str) -> Response:
+        parameters = request.parameters(ALL_PARAMETERS)
+        self._check_dead_channel(request, parameters)
+        self._broker.patterns.subscribe(channel, pattern, **parameters)
+        return NO_CONTENT
+
+    def unsubscribe_pattern(self, _: Request, channel: str, pattern: str) -> Response:
+        self._broker.patterns.unsubscribe(channel, pattern)
+        return NO_CONTENT
+
+    def list_patterns(self, request: Request) -> Response:
+        patterns = self._broker.patterns.names()
+        return json_response({"patterns": request.grant.visible("patterns", patterns)})
 
     def list_topics(self, request: Request) -> Response:
         return json_response({"topics": request.grant.visible("topics", self._broker.topics())})
@@ -15406,6 +15746,23 @@ class ManagementClient:
         """Ends a subscription; no error if there is none."""
         self._requests.send("DELETE", encode_path("channels", channel, "topics", topic))
 
+    def subscribe_pattern(
+        self, channel: str, pattern: str, **parameters: Unpack[MessageFields]
+    ) -> None:
+        """Subscribes a channel to all topics that match a pattern of words with dots between:
+        `*` is one word, `#` any number of words.  Copies get `parameters`."""
+        path = encode_path("channels", channel, "patterns", pattern)
+        self._requests.send("PUT", path, encode_parameters(MESSAGE_PARAMETERS, parameters))
+
+    def unsubscribe_pattern(self, channel: str, pattern: str) -> None:
+        """Ends a subscription to a pattern; no error if there is none."""
+        self._requests.send("DELETE", encode_path("channels", channel, "patterns", pattern))
+
+    def patterns(self, channel: Optional[str] = None) -> list[str]:
+        """Returns the sorted patterns with subscriptions: those of one channel, or all."""
+        path = "/patterns" if channel is None else encode_path("channels", channel, "patterns")
+        return self._requests.send_json(lambda value: list(value["patterns"]), "GET", path)
+
     def settings(self, channel: str) -> dict[str, Any]:
         """Returns the settings of a channel that are set."""
         return self._requests.send_json(dict, "GET", encode_path("channels", channel, "settings"))
@@ -16998,6 +17355,11 @@ def _topics(client: Client, options: argparse.Namespace) -> int:
     return _write_records([{"topic": topic} for topic in topics], options.json)
 
 
+def _patterns(client: Client, options: argparse.Namespace) -> int:
+    patterns = client.patterns(options.channel)
+    return _write_records([{"pattern": pattern} for pattern in patterns], options.json)
+
+
 def _subscribers(client: Client, options: argparse.Namespace) -> int:
     channels = client.subscribers(options.topic)
     return _write_records([{"channel": channel} for channel in channels], options.json)
@@ -17061,6 +17423,11 @@ def _redrive(client: Client, options: argparse.Namespace) -> int:
         moved = client.redrive(options.channel, options.count, options.to)
     _write_records([{"moved": moved}], options.json)
     return 0 if moved else 1
+
+
+def _subscribe(client: Client, options: argparse.Namespace) -> None:
+    subscribe = client.subscribe_pattern if options.pattern else client.subscribe
+    subscribe(options.channel, options.topic, **_given_parameters(options, MESSAGE_PARAMETERS))
 
 
 def _settings(client: Client, options: argparse.Namespace) -> int:
@@ -17854,6 +18221,7 @@ CHANNELS_IN_ORDER = _argument(
     "channel", metavar="CHANNEL[,...]", help="channels; the first one that has a message is used"
 )
 TOPIC = _argument("topic", metavar="TOPIC", help="name of the topic")
+PATTERN = _flag("--pattern", "TOPIC is a pattern: words with dots between, * for one, # for any")
 BODY = _argument(
     "body", metavar="BODY", nargs="?", help="the message; `-` or omitted: standard input"
 )
@@ -17947,12 +18315,12 @@ COMMANDS = (
             columns=COPY_COLUMNS, requires=(DEDUP_FOR_ALONE,)),
     Command("subscribe", "subscribe a channel to a topic, with parameters for its copies",
             "linger subscribe mail news --linger 3600",
-            lambda client, options: client.subscribe(
-                options.channel, options.topic, **_given_parameters(options, MESSAGE_PARAMETERS)),
-            (CHANNEL, TOPIC, *_parameters(MESSAGE_PARAMETERS))),
+            _subscribe, (CHANNEL, TOPIC, PATTERN, *_parameters(MESSAGE_PARAMETERS))),
     Command("unsubscribe", "end a subscription", "linger unsubscribe mail news",
-            lambda client, options: client.unsubscribe(options.channel, options.topic),
-            (CHANNEL, TOPIC)),
+            lambda client, options: (
+                client.unsubscribe_pattern if options.pattern else client.unsubscribe
+            )(options.channel, options.topic),
+            (CHANNEL, TOPIC, PATTERN)),
     Command("peek", "list messages of a channel without taking them",
             "linger peek jobs --state ready", _peek,
             (CHANNEL, _argument("--state", choices=STATES, help="only messages in this state"),
@@ -18007,6 +18375,10 @@ COMMANDS = (
     Command("topics", "list the topics, or those of a channel", "linger topics", _topics,
             (_argument("channel", metavar="CHANNEL", nargs="?", help="only its topics"), JSON),
             nothing="there are no topics", columns=("topic",)),
+    Command("patterns", "list the patterns with subscriptions, or those of a channel",
+            "linger patterns", _patterns,
+            (_argument("channel", metavar="CHANNEL", nargs="?", help="only its patterns"), JSON),
+            nothing="there are no patterns", columns=("pattern",)),
     Command("subscribers", "list the channels subscribed to a topic",
             "linger subscribers news", _subscribers, (TOPIC, JSON),
             nothing="no channel is subscribed", columns=("channel",)),

@@ -4412,6 +4412,186 @@ class BoundsTest(BrokerTest):
         broker.post("q", b"x")
 
 
+class PatternTreeTest(unittest.TestCase):
+    """Which topics match a pattern."""
+
+    def test_words_and_wildcards(self):
+        for pattern, matching, others in (
+            ("a.*.c", "a.b.c a..c a.*.c a.#.c", "a.c a.b.b.c a.b.c. .a.b.c A.b.c"),
+            ("a.#", "a a.b a.b.c a. a..", "ab b.a .a"),
+            ("#.z", "z a.z a.b.z .z", "z. az z.a"),
+            ("#", "a a.b . .. * # ¡olé!", ""),
+            ("*", "a * # ä", "a.b . a."),
+            ("*.*", "a.b . a. .b", "a a.b.c .."),
+            ("#.#", "a a.b", ""),
+            ("#.a.#", "a x.a a.x x.a.y a.a", "x ab x.y"),
+            ("*.#", "a a.b . ..", ""),
+            ("#.*", "a a.b . ..", ""),
+            ("a.#.b.#.c", "a.b.c a.x.b.c a.b.x.c a.x.b.y.c a.b.b.c", "a.c a.x.c a.b a.b.cc"),
+            ("a..b", "a..b", "a.b a...b a.x.b"),
+            ("grün.*.你好", "grün.a.你好", "grun.a.你好 grün.你好"),
+            ("a*.b#", "a*.b#", "ax.by a.b"),  # a wildcard is a whole word
+            ("a.b", "a.b", "a a.b.c"),
+        ):
+            tree = linger.PatternTree()
+            tree.add(pattern, "q")
+            found = [t for t in f"{matching} {others}".split() if tree.match(t) == [pattern]]
+            self.assertEqual(found, matching.split(), pattern)
+
+    def test_it_finds_what_a_regular_expression_finds(self):
+        chance = random.Random(7)
+        words = ("a", "b", "", "*", "#")
+        patterns = {".".join(chance.choices(words, k=chance.randint(1, 5))) for _ in range(300)}
+        patterns.discard("")
+        tree = linger.PatternTree()
+        tree.learn((pattern, "q") for pattern in patterns)
+
+        def matches(pattern, words):
+            if not pattern:
+                return not words
+            if pattern[0] == "#":
+                return any(matches(pattern[1:], words[n:]) for n in range(len(words) + 1))
+            return bool(words) and pattern[0] in ("*", words[0]) and matches(pattern[1:], words[1:])
+
+        for _ in range(100):
+            topic = ".".join(chance.choices(words, k=chance.randint(1, 6)))
+            expected = sorted(p for p in patterns if matches(p.split("."), topic.split(".")))
+            self.assertEqual(tree.match(topic), expected, topic)
+
+    def test_a_pattern_stays_until_its_last_owner_has_gone(self):
+        tree = linger.PatternTree()
+        for pattern, owner in (("a.#", "p"), ("a.#", "q"), ("a.b", "q")):
+            tree.add(pattern, owner)
+        tree.discard("a.#", "p")
+        self.assertEqual(tree.match("a.b"), ["a.#", "a.b"])
+        tree.discard("a.#", "q")
+        tree.discard("a.#", "q")
+        tree.discard("x", "q")
+        self.assertEqual((tree.match("a.b"), tree.match("a")), (["a.b"], []))
+        tree.discard("a.b", "q")
+        self.assertEqual((bool(tree), tree._root), (False, {}))
+
+
+class PatternTest(BrokerTest):
+    """Subscriptions to patterns."""
+
+    def published(self, topic, body=b"x"):
+        """The channels that get a copy."""
+        return sorted(self.broker.publish(topic, body)[0])
+
+    def test_all_channels_with_a_matching_pattern_get_a_copy(self):
+        self.broker.patterns.subscribe("all", "#")
+        self.broker.patterns.subscribe("eu", "orders.eu.#", priority=3, timeout=7)
+        self.broker.patterns.subscribe("us", "orders.us.#")
+        self.broker.subscribe("direct", "orders.eu.paid")
+        self.assertEqual(self.published("orders.eu.paid"), ["all", "direct", "eu"])
+        message = self.broker.get("eu")
+        self.assertEqual((message.topic, message.priority, message.timeout),
+                         ("orders.eu.paid", 3, 7))  # fmt: skip
+        self.assertEqual(self.broker.patterns.names(), ["#", "orders.eu.#", "orders.us.#"])
+        self.assertEqual(self.broker.patterns.names("eu"), ["orders.eu.#"])
+        self.assertEqual(self.broker.topics(), ["orders.eu.paid"])
+
+    def test_a_channel_gets_one_copy_with_the_parameters_of_its_first_subscription(self):
+        for pattern, priority in (("a.*", 1), ("a.#", 2), ("#", 3), ("*.b", 4)):
+            self.broker.patterns.subscribe("q", pattern, priority=priority)
+        self.broker.subscribe("q", "a.b", priority=9)
+        self.assertEqual(self.published("a.b"), ["q"])
+        self.assertEqual(self.broker.get("q", auto=True).priority, 9)
+        self.broker.unsubscribe("q", "a.b")
+        for pattern, priority in (("#", 3), ("*.b", 4), ("a.#", 2), ("a.*", 1)):
+            self.assertEqual(self.published("a.b"), ["q"])
+            self.assertEqual(self.broker.get("q", auto=True).priority, priority)
+            self.broker.patterns.unsubscribe("q", pattern)
+        self.assertEqual(self.published("a.b"), [])
+
+    def test_a_topic_may_hold_the_wildcards_as_characters(self):
+        self.broker.subscribe("direct", "a.*")
+        self.broker.patterns.subscribe("pattern", "a.*")
+        self.assertEqual(self.published("a.*"), ["direct", "pattern"])
+        self.assertEqual(self.published("a.b"), ["pattern"])
+
+    def test_an_ended_subscription_gets_nothing_also_from_what_is_published_meanwhile(self):
+        self.broker.patterns.subscribe("q", "#")
+        publish = linger.Publish(
+            self.broker._state, [self.broker._new.published("t", b"x", "", {})]
+        )
+        self.broker.patterns.unsubscribe("q", "#")
+        self.broker.patterns.unsubscribe("q", "#")
+        self.assertEqual(self.broker._committer.run(publish)[0].ids, {})
+        self.assertEqual((self.published("t"), self.broker.channels()), ([], []))
+        self.assertEqual(self.broker.counters["subscription-delete"], 1)
+
+    def test_settings_marks_keys_and_headers_hold_for_copies(self):
+        self.broker.patterns.subscribe("q", "#", delay=0)
+        self.broker.patterns.subscribe("p", "#")
+        self.broker.set_settings("q", hlm=1, delay=9, dead="d")
+        ids, full, duplicate = self.broker.publish("t", b"1", dedup="k", headers={"A": "1"})
+        self.assertEqual((sorted(ids), full, duplicate), (["p", "q"], [], False))
+        self.assertEqual(self.broker.publish("t", b"1", dedup="k"), (ids, [], True))
+        self.assertEqual(self.broker.publish("t", b"2")[1], ["q"])
+        self.assertEqual(self.broker.get("q").headers, {"a": "1"})
+        self.assertEqual(self.broker.publish_batch("t", [(b"3", "", {})] * 2)[1], ["q"])
+
+    def test_a_waiting_consumer_gets_its_copy(self):
+        self.broker.patterns.subscribe("q", "a.#")
+        waiting = self.park("q")
+        self.published("a.b")
+        self.assertEqual(waiting.result(PATIENCE).body, b"x")
+
+    def test_they_are_kept_over_a_restart_and_make_their_channels_known(self):
+        self.broker.patterns.subscribe("q", "a.*")
+        self.broker.subscribe("b", "t")
+        self.restart()
+        self.assertEqual(self.published("a.b"), ["q"])
+        self.broker.drain("q")
+        self.assertEqual(self.broker.channels(), ["b", "q"])
+        self.assertEqual(self.broker.list_channels(n=1, after="b"), ["q"])
+
+    def test_bad_names_and_parameters_are_refused(self):
+        for pattern, options in (
+            ("", {}), ("\n", {}), ("x" * 256, {}), ("a", {"timeout": 0}), ("a", {"unique": "k"}),
+            ("a", {"delay": 2, "linger": 1}),
+        ):  # fmt: skip
+            with self.subTest(pattern), self.assertRaises(linger.BadRequest):
+                self.broker.patterns.subscribe("q", pattern, **options)
+        self.assertEqual(self.broker.patterns.names(), [])
+
+    def test_their_number_is_limited(self):
+        self.hasten(MAX_TOPIC_PATTERNS=2)
+        for pattern in ("a", "b", "a"):
+            self.broker.patterns.subscribe("q", pattern)
+        with self.assertRaisesRegex(linger.Full, "2 subscriptions"):
+            self.broker.patterns.subscribe("q", "c")
+        self.assertEqual(self.published("c"), [])
+
+    def test_a_batch_that_would_become_too_many_copies_is_refused(self):
+        self.hasten(MAX_BATCH_COPIES=3)
+        for channel in "pq":
+            self.broker.patterns.subscribe(channel, "#")
+        with self.assertRaises(linger.TooLarge):
+            self.broker.publish_batch("t", [(b"x", "", {})] * 2)
+
+    def test_a_publish_without_patterns_runs_the_usual_statements(self):
+        publish = linger.Publish(
+            self.broker._state, [self.broker._new.published("t", b"x", "", {})]
+        )
+        usual = [linger.FULL_SUBSCRIBERS, linger.PUBLISH_MESSAGE, linger.PUBLISHED]
+        self.assertEqual(publish.statements, usual)
+
+    def test_readers_of_a_pattern_see_what_is_published_on_its_topics(self):
+        memory = linger.MemoryBudget(10**7)
+        listener = unittest.mock.Mock(**{"is_disconnected.return_value": False})
+        readers = [self.broker.listen("patterns", p, listener, memory) for p in ("a.#", "#.b", "c")]
+        for topic in ("a.b", "x", "a"):
+            self.published(topic)
+        seen = [[event.message.topic for event in reader.events()] for reader in readers[:2]]
+        self.assertEqual(seen, [["a.b", "a"], ["a.b"]])
+        for reader in readers:
+            reader.close()
+        self.assertFalse(self.broker._state.live.patterns or self.broker._state.live.pattern_tree)
+
+
 class CronTest(unittest.TestCase):
     """The due times of cron expressions."""
 
@@ -5453,6 +5633,7 @@ ScheduleOnClusterTest = on_cluster(
     ScheduleTest,
     ("test_a_database_that_fails_leaves_the_due_time",),  # its statement fails on SQLite only
 )
+PatternOnClusterTest = on_cluster(PatternTest)
 SettingsOnClusterTest = on_cluster(SettingsTest)
 
 
@@ -5473,6 +5654,13 @@ class TwoServersTest(OnCluster, BrokerTest):
         waiting = self.park("q")
         self.other.delete(1)
         self.assertEqual(waiting.result(PATIENCE).id, 3)
+
+    def test_a_pattern_is_known_to_the_other_server_too(self):
+        self.broker.patterns.subscribe("q", "a.#")
+        until(lambda: self.other._state.patterns)
+        self.assertEqual(self.other.publish("a.b", b"x")[0], {"q": 1})
+        self.other.patterns.unsubscribe("q", "a.#")
+        self.assertEqual(self.broker.publish("a.b", b"x")[0], {})
 
     def test_servers_of_a_cluster_post_each_due_time_once_and_stand_in_for_one_another(self):
         self.hasten(SCHEDULE_LOOK=20.0)
@@ -13768,6 +13956,65 @@ class OwnHeadersTest(CommandCase, ClientCase):
         self.assertIn("letters", self.refused("post", "q", "x", "--header", "a b: 1"))
 
 
+class PatternCallTest(CommandCase, ClientCase):
+    """Patterns over HTTP, with the client and the commands."""
+
+    def test_it_is_subscribed_listed_and_ended(self):
+        path = "/channels/q/patterns/a.%23"
+        self.assertEqual(self.call("PUT", path, "priority=3", FORM)[0], 204)
+        self.assertEqual(self.json("GET", "/patterns"), (200, {"patterns": ["a.#"]}))
+        self.assertEqual(self.json("GET", "/channels/q/patterns")[1], {"patterns": ["a.#"]})
+        self.assertEqual(self.json("POST", "/topics/a.b", "x"), (202, {"q": 1}))
+        self.assertEqual(self.broker.get("q").priority, 3)
+        self.assertEqual(self.call("DELETE", path)[0], 204)
+        self.assertEqual(self.client.patterns(), [])
+
+    def test_the_commands_subscribe_list_and_unsubscribe(self):
+        self.linger("subscribe", "q", "a.#", "--pattern", "--timeout", 7)
+        self.assertEqual(self.linger("patterns"), "a.#\n")
+        self.assertEqual(self.linger("publish", "a.b", "x"), "q\t1\n")
+        self.assertEqual(self.broker.get("q").timeout, 7)
+        self.linger("unsubscribe", "q", "a.#", "--pattern")
+        self.nothing("patterns", "q")
+
+
+class PatternTokenTest(ServerTest):
+    """A token with patterns of its own sees and subscribes only what they cover."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        tokens = Path(folder.name, "tokens")
+        tokens.touch(0o600)
+        tokens.write_text("a t0ken read,write,admin q* topic:news-* topic:x.y topic:z.*.z\n")
+        self.options = {"tokens": str(tokens)}
+        super().setUp()
+
+    def test_a_pattern_must_be_covered_with_all_that_matches_it(self):
+        for pattern, covered in (
+            ("news-eu.*", True), ("news-.%23", True), ("news-%23", True), ("news-a", True),
+            ("x.y", True), ("z.a.z", True),
+            ("%23", False), ("*", False), ("news.*", False), ("*.news-a", False), ("x.*", False),
+            ("z.*.z", False), ("z.%23", False), ("news-", True), ("x.y.%23", False),
+        ):  # fmt: skip
+            path = f"/channels/q/patterns/{pattern}"
+            for method in ("PUT", "DELETE", "PUT"):
+                status = self.call(method, path, None, bearer("t0ken"))[0]
+                self.assertEqual(status == 204, covered, pattern)
+            live = self.call("HEAD", f"/patterns/{pattern}/live", None, bearer("t0ken"))[0]
+            self.assertEqual(live == 200, covered, pattern)
+        self.assertEqual(
+            self.call("PUT", "/channels/p/patterns/x.y", None, bearer("t0ken"))[0], 403
+        )
+
+    def test_lists_leave_out_the_others(self):
+        for pattern in ("#", "news-a.#", "news.#"):
+            self.broker.patterns.subscribe("q", pattern)
+        for path in ("/patterns", "/channels/q/patterns"):
+            listed = self.json("GET", path, None, bearer("t0ken"))
+            self.assertEqual(listed, (200, {"patterns": ["news-a.#"]}))
+
+
 class ScheduleCallTest(CommandCase, ClientCase):
     """Schedules over HTTP, with the client and the commands."""
 
@@ -15587,7 +15834,12 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "LIST_SCHEDULES": {"schedules"},
     "SCHEDULE_TIMES": {"schedules"},
     "SET_SCHEDULE": {"schedules"},
-    "CHANNEL_NAMES": {"channels", "subscriptions"},
+    "ALL_PATTERNS": {"patterns"},
+    "CHANNEL_NAMES": {"channels", "patterns", "subscriptions"},
+    "FULL_MATCHING": {"json_each", "subscriptions"},
+    "MATCHING_CHANNELS": {"json_each", "subscriptions"},
+    "PUBLISH_MATCHING": {"json_each", "subscriptions"},
+    "SUBSCRIBE_PATTERN": {"patterns"},
     "COUNT_MESSAGES": {"messages"},  # after a copy
     "COUNT_SERVING": {"sessions"},
     "DATABASE_SIZE": {"pragma_page_count", "pragma_page_size"},
