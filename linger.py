@@ -11099,6 +11099,7 @@ input[type="search"] { width: 220px; max-width: 100%; }
 ::placeholder { color: var(--muted); opacity: 1; }
 .tabs { display: flex; flex-wrap: wrap; gap: 4px; }
 .tabs button { border-color: transparent; background: none; color: var(--muted); }
+.tabs button::first-letter { text-transform: uppercase; }
 .tabs button:hover { background: var(--hover); }
 .tabs [aria-pressed="true"] { background: var(--hover); color: var(--text); font-weight: 600; }
 
@@ -11197,7 +11198,7 @@ const TITLES = {
 };
 const LOAD = 10;  // a call is repeated after so many times its own duration, or later
 const LONGEST_PAUSE = 30_000;  // milliseconds
-const {PARAMETERS, FORMS} = JSON.parse(document.getElementById("parameters").textContent);
+const {PARAMETERS, FORMS, STATES} = JSON.parse(document.getElementById("tables").textContent);
 
 let token = sessionStorage.getItem("linger-token") || "";
 let access = null;  // what the token may do
@@ -11945,14 +11946,15 @@ function publishButton(topic) {
 const crumbs = (text, href, ...more) => h("div", {class: "crumbs"}, h("a", {href}, text),
     more.flatMap(part => [" / ", part]));
 
-const STATES = [["", "All"], ["ready", "Ready"], ["hidden", "In flight"], ["delayed", "Delayed"]];
-const STATE_NAMES = {hidden: "in flight"};
+const STATE_NAMES = {"": "all", hidden: "in flight"};
+const stateName = state => STATE_NAMES[state] || state;
 
 function channelView(signal, channel) {
     const strip = facts([
         ["Ready", i => number(i.ready)],
         ["In flight", i => number(i["in-flight"])],
         ["Delayed", i => number(i.delayed)],
+        ["Blocked", i => number(i.blocked)],
         ["Oldest ready", i => i.oldest == null ? NONE : duration(i.oldest)],
         ["Consumers", i => number(i.waiting)],
     ]);
@@ -12064,7 +12066,7 @@ function messageList(signal, channel) {
             tick(`Choose message ${id}`, event => choose(id, event.target.checked))},
         {title: "Message", make: ({id}) => linkTo("messages", id)},
         {title: "Body", class: "wide mono", make: message => h("bdi", {}, preview(message))},
-        {title: "State", class: "rare", text: m => STATE_NAMES[m.state] || m.state},
+        {title: "State", class: "rare", text: m => stateName(m.state)},
         count("Priority", m => m.priority, "rare"),
         {...count("Delivered", m => m.delivered), title: "Delivered"},
         count("Age", m => m.received, "", duration),
@@ -12083,7 +12085,7 @@ function messageList(signal, channel) {
             ...messageActions(() => [...chosen.values()], () => clear())] : []);
     }
     const tabs = h("div", {class: "tabs", role: "group", "aria-label": "State"},
-        STATES.map(([value, title]) => h("button", {
+        ["", ...STATES].map(value => h("button", {
             type: "button", "aria-pressed": String(value === state), onclick: event => {
                 state = value;
                 for (const tab of tabs.children) {
@@ -12092,7 +12094,7 @@ function messageList(signal, channel) {
                 pages.reset();
                 clear();
             },
-        }, title)));
+        }, stateName(value))));
     const target = () => path("channels", channel,
         "/messages" + query({state, n: PAGE, after: pages.after}));
     const refresh = pollList(2000, pages, target, messages => {
@@ -12245,7 +12247,7 @@ function messageView(signal, id) {
         if (String(message?.id) !== id) {
             return gone({status: 404});
         }
-        put(mark, STATE_NAMES[message.state] || message.state);
+        put(mark, stateName(message.state));
         renew(place, channel, () => [crumbs("Channels", "#/", linkTo("channels", channel))]);
         facts.replaceChildren(...messageFacts(message, head.headers.get("content-length")));
         history.replaceChildren(...messageHistory(message).map(text => h("li", {}, text)));
@@ -12647,7 +12649,7 @@ PAGE_DOCUMENT = """
 <div id="toast" class="toast" role="status"></div>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
 <noscript><div class="alert">The dashboard needs JavaScript.</div></noscript>
-<script type="application/json" id="parameters">{parameters}</script>
+<script type="application/json" id="tables">{tables}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -12674,15 +12676,16 @@ def source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def page_parameters() -> str:
-    """The tables of parameters as JSON that may stand in a document."""
+def page_tables() -> str:
+    """The tables that the script needs, as JSON that may stand in a document."""
     forms = {name: [p.name for p in table] for name, table in FORMS.items()}
     parameters = {
         p.name: (p.help, "" if p.default is None else p.default)
         for table in FORMS.values()
         for p in table
     }
-    return TO_JSON({"PARAMETERS": parameters, "FORMS": forms}).replace("<", "\\u003c")
+    tables = {"PARAMETERS": parameters, "FORMS": forms, "STATES": STATES}
+    return TO_JSON(tables).replace("<", "\\u003c")
 
 
 class Page(NamedTuple):
@@ -12708,7 +12711,7 @@ def page() -> Page:
     for name, text in (
         ("icon", urllib.parse.quote(LOGO.format(color="#1f56c9"))),
         ("logo", LOGO.format(color="currentColor")),
-        ("parameters", page_parameters()),
+        ("tables", page_tables()),
         ("style", style),
         ("script", script),
     ):

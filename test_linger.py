@@ -15422,9 +15422,9 @@ class DashboardTest(DashboardCase):
         self.await_column([str(n) for n in range(1, 51)], "Messages", 1)
         self.click("Next")
         self.await_column([str(n) for n in range(51, 61)], "Messages", 1)
-        self.click("In flight")
+        self.click("in flight")
         self.await_column(["1"], "Messages", 1)
-        self.click("Delayed")
+        self.click("delayed")
         self.await_column(["57", "58", "59", "60"], "Messages", 1)
         self.await_value("Ready", "55")
 
@@ -15482,6 +15482,9 @@ class DashboardTest(DashboardCase):
         self.await_seen(re.compile("Given up in q after 1 delivery: a consumer rejected"), "text")
         self.await_seen(re.compile("Last error: <b>no</b> paper"), "text")
         self.assertEqual(self.see("buttons")[-4:], ["Reject", "Redrive", "Delete", "Download"])
+        self.browser.run("[...document.querySelectorAll('button')].at(-2).focus()")
+        self.await_seen(re.compile("Posted [1-9] s ago"), "text")  # it has been renewed
+        self.assertEqual(self.browser.run("return document.activeElement.textContent"), "Delete")
         self.click("Delete")
         self.await_seen("Message 1 gone", "heading")
         self.assertEqual(self.see("buttons"), ["Download"])
