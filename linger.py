@@ -16934,6 +16934,8 @@ def _start_line(server: Server, options: Mapping[str, Any]) -> str:
     """Returns what a server says when it begins."""
     if options["dbfile"] == MEMORY:
         kept = "messages kept in memory only"
+    elif is_cluster(options["dbfile"]):
+        kept = f"messages kept in {ClusterUrl.parse(options['dbfile'])}"  # without its password
     else:
         kept = f"messages kept in {os.path.abspath(options['dbfile'])} (sync {options['sync']})"
     everywhere = " (all addresses)" if server.server_name in ("0.0.0.0", "::") else ""

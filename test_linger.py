@@ -12678,6 +12678,16 @@ class NodesCase(Folder):
         return nodes
 
 
+class ClusterProcessTest(ProcessCase):
+    def test_it_says_which_cluster_it_uses_without_the_password(self):
+        cluster = Rqlite()
+        self.addCleanup(cluster.close)
+        server = Process("--port", "0", "--dbfile", cluster.url.replace("//", "//me:secret@"))
+        self.addCleanup(server.end, signal.SIGKILL)
+        url = cluster.url.replace("//", "//me@")
+        self.assertEqual(server.line.partition(", ")[2], f"messages kept in {url}\n")
+
+
 class Link:
     """A proxy on the way to a node.  While it is cut it takes bytes, both ways, and passes none on;
     when it is whole again, it passes on what it held, or closes what it dropped bytes of."""
