@@ -323,6 +323,7 @@ MAX_SHM = 1_048_576  # bytes of the `-shm` file that are allocated at the start
 MAX_BLOB = 1_000_000_000  # SQLite's largest value, bytes (sqlite.org/limits.html 1)
 MAX_TRANSACTION_BYTES = 8_000_000  # bodies that a transaction adds or takes for several calls
 TAKEN_BYTES = 100_000  # so much of them is expected for each message of a batch, bytes
+LEASES_PER_RUN = 10**10  # more than a message can get until the next stop; see `_raise_leases`
 BACKUP_PAGES = 1_024  # pages that a backup copies at a time
 
 # Cluster
@@ -1583,17 +1584,20 @@ on conflict (scope, key) do update set until = excluded.until, result = excluded
 
 TAKEN_TIMEOUT = "coalesce(nullif(:timeout, 0), timeout)"  # no null: sqlite3 is slow to bind one
 
+NEXT_LEASE = "max(lease + 1, :first_lease)"
+
 # The fields of a `Message` as it is delivered, and since when it has been ready, for NEXT_MESSAGE
 # and SELECT_BATCH.
 DELIVERED_COLUMNS = f"""id, channel, priority, {TAKEN_TIMEOUT}, deliver, delivered + 1,
-    max(cast(:now - received as integer), 0), linger, topic, lease + 1, type, body,
+    max(cast(:now - received as integer), 0), linger, topic, {NEXT_LEASE}, type, body,
     dead_from, dead_reason, error, backoff, dead_delivered, headers, group_key, due_at"""
 
 BODY_COLUMN = Message._fields.index("body")  # among them
 GROUP_COLUMN = Message._fields.index("group")
+DELIVER_OF = operator.itemgetter(Message._fields.index("deliver"))
 
 SET_LEASED = f"""state = 1, due_at = :now + {TAKEN_TIMEOUT}, delivered = delivered + 1,
-    lease = lease + 1, leased = 1"""
+    lease = {NEXT_LEASE}, leased = 1"""
 
 # Of a ready message.  A take passes over those that have expired and that ProcessDue has not come
 # to; while there may be any, takes use BATCH_IDS, which looks at :n_expired more than it needs.
@@ -2755,6 +2759,7 @@ class Operation:
     statements: Sequence[str] = ()
     parameters: Parameters = types.MappingProxyType({})  # of all statements; a list: of each one
     begins = False  # whether `on_begin` is to be called
+    durable = True  # whether no power failure may undo it; may be set until after `on_executed`
     done_callback: Optional[DoneCallback] = None  # called once with the finished operation
     error: Optional[Exception] = None
     executed = False  # whether `on_executed` has been called
@@ -2835,6 +2840,7 @@ class Transactions(Protocol):
 
     path: str  # the name of the database
     is_shared: bool  # whether other servers change the same database
+    first_lease: int  # no message gets a lower lease: it may have been given out
 
     def join(self, now: Callable[[], float]) -> tuple[str, float]:
         """The record of broker time, and how old it is at most, in seconds.
@@ -2889,6 +2895,7 @@ class Committer:
         """`companion()` is called before each transaction, and may give an operation that goes
         with it; it must not raise."""
         self.observer: Optional[Observer] = None
+        self.first_lease = store.first_lease
         self._store = store
         self._companion = companion
         self._pending: collections.deque[Operation] = collections.deque()  # until they are done
@@ -3379,6 +3386,7 @@ def abandon(connection: sqlite3.Connection) -> None:
 MEMORY = ":memory:"
 SYNC_LEVELS = ("full", "normal", "off")
 OLDEST_SQLITE = (3, 31)
+IS_DURABLE = operator.attrgetter("durable")
 
 
 class Reserve:
@@ -3709,6 +3717,9 @@ class Store:
     """
 
     is_shared = False
+    first_lease = 0
+    _skips_sync = False  # whether commits that are not durable need no sync
+    _is_synced = True  # whether the next commit is
     _damage = ""  # why nothing can be written any more, until a restart
     _is_disowned = False  # whether this is a forked child's copy
 
@@ -3748,6 +3759,7 @@ class Store:
             try:
                 self._open()
                 self._limit_size(max_size)
+                self._raise_leases()
             except (sqlite3.Error, OSError) as error:
                 hint = f" ({BACKUP_HINT})" if is_malformed(error) else ""
                 raise Unavailable(f"cannot open the database {path}: {error}{hint}") from error
@@ -3782,6 +3794,24 @@ class Store:
             page = self._writer.execute("pragma page_size").fetchone()[0]
             self._writer.execute(f"pragma max_page_count = {limit // page}")
 
+    def _raise_leases(self) -> None:
+        """After a stop that was not in order: begins with leases above all that can have been
+        given out by takes that a power failure has undone.
+
+        Only if that is recorded may takes of this run be undone.
+        """
+        if self.path == MEMORY:
+            return
+        rows = self._reader.execute(GET_CONFIG, {"key": "leases"}).fetchall()
+        first, state = rows[0][0].split() if rows else (0, "shut")
+        self.first_lease = int(first) + (0 if state == "shut" else LEASES_PER_RUN)
+        with contextlib.suppress(LingerError, TransactionFailed):  # the disk is full
+            self.transact([Operation((SET_CONFIG,), self._leases("open"))])
+            self._skips_sync = self.sync == "full"
+
+    def _leases(self, state: str) -> dict[str, object]:
+        return {"key": "leases", "value": f"{self.first_lease} {state}"}
+
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
             self.path,
@@ -3810,11 +3840,15 @@ class Store:
         with self._lock if self.path == MEMORY else contextlib.nullcontext():
             try:
                 self._check_files()
-                self._writer.execute("begin immediate")
+                self._begin(batch)
             except Exception as error:
                 raise TransactionFailed(self._translate(error)) from error
             try:
                 adds = self._execute(batch)
+                if not self._is_synced and any(map(IS_DURABLE, batch)):
+                    self._writer.execute("rollback")
+                    self._begin(batch)
+                    adds = self._execute(batch)
                 self._space.before_commit(self._writer, adds)
                 self._writer.execute("commit")
             except BaseException as error:
@@ -3824,6 +3858,15 @@ class Store:
                 raise
             self._mark_log()
         return []
+
+    def _begin(self, batch: list[Operation]) -> None:
+        """Begins a transaction, which SQLite lets choose only before it whether it is synced."""
+        is_synced = not self._skips_sync or any(map(IS_DURABLE, batch))
+        if is_synced != self._is_synced:
+            level = self.sync if is_synced else "normal"
+            self._writer.execute(f"pragma synchronous = {level}")
+            self._is_synced = is_synced
+        self._writer.execute("begin immediate")
 
     def _execute(self, batch: list[Operation]) -> int:
         """Runs the operations; about how many bytes of messages they add."""
@@ -4106,6 +4149,9 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 # A program that reads, as Litestream always does, must not delay the end.
                 self._writer.execute("pragma busy_timeout = 0")
+                if self.path != MEMORY:
+                    self._writer.execute(f"pragma synchronous = {self.sync}")
+                    self._writer.execute(SET_CONFIG, self._leases("shut"))
                 self._writer.execute("pragma wal_checkpoint(truncate)").fetchall()
             self._writer.close()
         self._space.close()
@@ -4559,6 +4605,7 @@ class Cluster:
     """
 
     is_shared = True
+    first_lease = 0  # what was given out is on disk
 
     def __init__(self, url: str, create: bool = True) -> None:
         """Opens or creates the database at `url`; `LingerError` says why it cannot."""
@@ -6550,6 +6597,7 @@ class Take(Operation):
         channels, n = consumer.channels, consumer.n
         parameters = {
             "channel": channels[0], "timeout": consumer.timeout or 0, "now": now, "acks": 0,
+            "first_lease": state.committer.first_lease,
         }  # fmt: skip
         statements: tuple[str, ...] = (NEXT_MESSAGE, LEASE_NEXT)
         is_due = state.timers.next_due <= now and any(
@@ -6568,11 +6616,10 @@ class Take(Operation):
             parameters.update(id=ack, lease=lease, expected_channel=expected_channel, acks=1)
         super().__init__(statements, parameters)
         self.owner = self._consumer = consumer
-        self._state = state
-        self._now = now
-        self._woken_by = woken_by
+        self._state, self._now = state, now
+        self._woken_by, self._pieces = woken_by, pieces
         state.count_taking(woken_by, 1)
-        self._pieces = pieces
+        self.durable = is_limited or consumer.auto or ack is not None
         self.begins = n > 1
         self.size = min(n * TAKEN_BYTES, MAX_BATCH_BYTES) if n > 1 else 0
 
@@ -6586,6 +6633,8 @@ class Take(Operation):
         if self.deletion is not None:
             self.deletion.executed(self)
         rows, memory = self.results[-2], self._consumer.memory
+        if rows and not self.durable:
+            self.durable = any(map(DELIVER_OF, rows))
         if self._consumer.auto:
             for group, channel in {(row[GROUP_COLUMN], row[1]) for row in rows}:
                 self._state.group_ended(group, channel, self._now)

@@ -981,6 +981,63 @@ class LockTest(Folder):
         linger.Store(self.dbfile).close()
 
 
+class LostTakeTest(Folder):
+    """A power failure may undo takes that were not synced; no lease is given out twice."""
+
+    def open(self, path):
+        broker = linger.Broker(linger.Store(str(path)))
+        self.addCleanup(broker.close)
+        return broker
+
+    def after_failure(self, path, size):
+        """What a start finds if the log has kept so many bytes."""
+        copy = Path(tempfile.mkdtemp(dir=self.folder)) / "q.db"
+        shutil.copy(path, copy)
+        Path(f"{copy}-wal").write_bytes(Path(f"{path}-wal").read_bytes()[:size])
+        return copy, self.open(copy)
+
+    def log_size(self, path):
+        return os.path.getsize(f"{path}-wal")
+
+    def test_the_log_may_end_with_any_frame_after_the_last_sync(self):
+        path = self.folder / "q.db"
+        broker = self.open(path)
+        for n in range(2):
+            broker.post("q", b"%d" % n)
+        synced = self.log_size(path)
+        given = {message.id: message.lease for message in (broker.get("q") for _ in range(2))}
+        frame = linger.FRAME_HEADER + 4_096
+        ends = range(synced, self.log_size(path) + 1, frame)
+        self.assertGreaterEqual(len(ends), 4)
+        for lost, end in enumerate(reversed(ends)):
+            with self.subTest(frames_lost=lost):
+                self.check(*self.after_failure(path, end), given)
+
+    def check(self, path, broker, given):
+        """All messages are there; those taken in vain get new leases, and so after the next."""
+        self.assertEqual(broker._store.read("pragma integrity_check"), [[("ok",)]])
+        counts, leases = broker.info("q"), given.copy()
+        self.assertEqual(counts["ready"] + counts["in-flight"], len(given))
+        for _ in range(2):
+            synced = self.log_size(path)
+            for message in iter(lambda broker=broker: broker.get("q"), None):
+                self.assertGreater(message.lease, leases[message.id])
+                with self.assertRaises(linger.Conflict):
+                    broker.delete(message.id, leases[message.id])
+                leases[message.id] = message.lease
+            path, broker = self.after_failure(path, synced)
+
+    def test_a_stop_in_order_keeps_the_leases(self):
+        path = self.folder / "q.db"
+        broker = self.open(path)
+        broker.post("q", b"x")
+        self.assertEqual(broker.get("q").lease, 1)
+        broker.close()
+        broker = self.open(path)
+        broker.release(1)
+        self.assertEqual(broker.get("q").lease, 2)
+
+
 class BackupTest(Folder):
     """Copies of a database in use."""
 
@@ -14794,6 +14851,17 @@ class SyncTest(ProcessCase):
         events = self.trace.read_text()[start:].replace("\n", " ")
         self.assertRegex(events, r"^((write |sync )*write sync (send 20[02] )+)+$")
         self.assertEqual(events.count("send"), 2)
+
+    def test_only_a_plain_take_of_a_message_without_a_limit_is_not_synced(self):
+        server = self.start_traced("--sync=full")
+        for query in ("", "?deliver=9", ""):
+            self.assertEqual(server.call("POST", f"/channels/q{query}", b"x")[0], 202)
+        for pattern in (r"(write )+", r"(write )+sync ", r"(write )+"):
+            start = self.trace.stat().st_size
+            self.assertEqual(server.call("GET", "/channels/q?nowait")[0], 200)
+            events = self.trace.read_text()[start:].replace("\n", " ")
+            self.assertRegex(events, f"^{pattern}send 200 $")
+        self.assertEqual(server.call("DELETE", "/messages/1")[0], 204)
 
     def test_a_server_that_is_told_to_sync_less_does(self):
         """Thus the tests above see the difference."""
