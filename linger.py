@@ -4360,6 +4360,8 @@ CLUSTER_PASSWORD = "LINGER_DB_PASSWORD"  # variable with the password, if the UR
 NO_LEADER = b"leader not found"  # with status 503: the node has passed the request to nobody
 TURN_REFUSED = "sessions.turn"  # in the error of TAKE_TURN
 NODE_ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
+INSERT_VALUES = re.compile(r"(insert into \w+ \([^()]*\)) values \(([^()]*)\)")
+INSERT_ROWS = "{} select {} from json_each(:rows)"
 LOOKS_LIKE_BLOB = re.compile(r"[xX]'[0-9a-fA-F]*'")  # some versions take such a text for a blob
 
 
@@ -4695,10 +4697,10 @@ class Cluster:
             operation.on_begin()
         runs = [list(_runs_of(operation)) for operation in batch]
         if any(runs):
-            results = self._execute([run for runs_of_one in runs for run in runs_of_one])
-            for operation, runs_of_one in zip(batch, runs):
-                _set_results(operation, results[: len(runs_of_one)])
-                del results[: len(runs_of_one)]
+            results = iter(self._execute([run for each in runs for group in each for run in group]))
+            for operation, each in zip(batch, runs):
+                count = sum(map(len, each))
+                _set_results(operation, each, list(itertools.islice(results, count)))
         count = len(batch)
         for operation in batch[:count]:
             if operation.look_ups and operation.error is None:
@@ -4762,7 +4764,7 @@ class Cluster:
 
     def _look_up(self, operations: Sequence[Operation]) -> None:
         """Runs operations that only read."""
-        runs = [run for operation in operations for run in _runs_of(operation)]
+        runs = [run for each in operations for group in _runs_of(each) for run in group]
         try:
             results = self._query(runs)
         except LingerError as error:
@@ -4903,14 +4905,36 @@ def _open_unused(path: str, is_new: bool, stack: contextlib.ExitStack) -> Transa
 Run = tuple[str, Mapping[str, Any]]  # a statement and its parameters
 
 
-def _runs_of(operation: Operation) -> Iterator[Run]:
-    """Each statement of an operation, as often as it runs."""
+def _runs_of(operation: Operation) -> Iterator[list[Run]]:
+    """The runs of each statement of an operation: several if it has a list of parameters."""
     parameters: Any = operation.parameters
     if type(parameters) is not list:
         parameters = itertools.repeat(parameters)
     for statement, given in zip(operation.statements, parameters):
-        for each in given if type(given) is list else (given,):
-            yield statement, each
+        if type(given) is not list:
+            yield [(statement, given)]
+        elif len(given) > 1 and (insert := _insert_of_rows(statement)):
+            names = _translate(statement).names
+            rows = [{name: _encodable(row[name]) for name in names} for row in given]
+            yield [(insert, {"rows": json.dumps(rows)})]
+        else:
+            yield [(statement, row) for row in given]
+
+
+def _encodable(value: Any) -> Any:
+    return value.hex() if isinstance(value, bytes) else value
+
+
+@functools.lru_cache(STATEMENT_CACHE)
+def _insert_of_rows(statement: str) -> str:
+    """A statement that inserts all `:rows`, a JSON array, in place of one for each row; empty if
+    there is none.  It takes rqlite a quarter of the time."""
+    found = INSERT_VALUES.fullmatch(" ".join(statement.split()))
+    if not found:
+        return ""
+    values = re.sub(r":(\w+)", r"json_extract(value, '$.\1')", found[2])
+    values = values.replace("json_extract(value, '$.body')", "unhex(json_extract(value, '$.body'))")
+    return INSERT_ROWS.format(found[1], values)
 
 
 def _only_reads(operation: Operation) -> bool:
@@ -4942,10 +4966,8 @@ def encode_statement(statement: str, parameters: Mapping[str, Any], now: float =
     text, names, _ = _translate(statement)
     values = {}
     for name in names:
-        value = parameters[name]
-        if isinstance(value, bytes):
-            value = value.hex()
-        elif isinstance(value, str) and LOOKS_LIKE_BLOB.fullmatch(value):
+        value = _encodable(parameters[name])
+        if isinstance(value, str) and LOOKS_LIKE_BLOB.fullmatch(value):
             value = value.encode().hex()
             text = re.sub(rf":{name}\b", f"cast(unhex(:{name}) as text)", text)
         values[name] = value
@@ -4959,7 +4981,7 @@ def encode_request(statements: Iterable[str]) -> bytes:
     return f"[{', '.join(statements)}]".encode()
 
 
-def _set_results(operation: Operation, results: list[Any]) -> None:
+def _set_results(operation: Operation, runs: Sequence[list[Run]], results: list[Any]) -> None:
     """Gives an operation the results of its statements; those of one that ran often are added.
 
     A statement that cannot be prepared ends no transaction in rqlite.
@@ -4970,19 +4992,15 @@ def _set_results(operation: Operation, results: list[Any]) -> None:
         return
     if operation.seconds is not None:
         operation.seconds = sum(result.get("time", 0.0) for result in results)
-    parameters: Any = operation.parameters
-    if type(parameters) is not list:
-        operation.results = [_result_of(result) for result in results]
-        return
     operation.results = []
-    rest = iter(results)
-    for given in parameters[: len(operation.statements)]:
-        if type(given) is not list:
-            operation.results.append(_result_of(next(rest)))
-            continue
-        parts = [_result_of(part) for part in itertools.islice(rest, len(given))]
-        changed = sum(part[0] for part in parts)
-        operation.results.append((changed, parts[-1][1] if parts else 0))
+    rest = map(_result_of, results)
+    for runs_of_one in runs:
+        parts = list(itertools.islice(rest, len(runs_of_one)))
+        if len(parts) == 1:
+            operation.results += parts
+        else:
+            changed = sum(part[0] for part in parts)
+            operation.results.append((changed, parts[-1][1] if parts else 0))
 
 
 def _result_of(result: Mapping[str, Any]) -> Any:

@@ -5416,6 +5416,25 @@ class ClusterTest(Folder):
         broker.close()
         self.assertEqual(self.cluster.database.execute(sessions[:29]).fetchall(), [(0,)])
 
+    def test_a_batch_is_one_statement_and_keeps_every_value(self):
+        broker = self.quiet()
+        bodies = (bytes(range(256)), '"é\\'.encode(), b"x'41'")
+        parameters = (
+            {"priority": linger.MIN_INTEGER, "dead": "d'\""},
+            {"delay": 5, "backoff": "1,2"},
+            {"timeout": linger.MAX_INTEGER // 10**9, "linger": 9, "deliver": 3},
+        )
+        items = [(body, "x'41'", given) for body, given in zip(bodies, parameters)]
+        before = len(self.cluster.writes)
+        ids = broker.post_batch("q", items)
+        (write,) = self.cluster.writes[before:]
+        self.assertEqual(write.count(b"insert into messages"), 1)
+        file = linger.Broker(linger.Store(), clock=self.clock)
+        self.addCleanup(file.close)
+        file.post_batch("q", items)
+        for id in ids:
+            self.assertEqual(broker.read_message(id), file.read_message(id))
+
     # -- several servers
 
     def test_servers_that_start_at_once_create_one_database(self):
