@@ -11184,6 +11184,9 @@ form h2 { padding: 20px 24px 12px; }
     display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px;
 }
 form label { display: grid; gap: 4px; font-weight: 500; align-content: start; }
+form label.checkbox { grid-template-columns: auto 1fr; gap: 4px 8px; }
+.checkbox input { order: -1; }
+.checkbox small { grid-column: 1 / -1; }
 form small { color: var(--muted); font-weight: 400; }
 form textarea { min-height: 120px; resize: vertical; }
 form > .actions { justify-content: flex-end; padding: 14px 24px 20px; }
@@ -11596,17 +11599,18 @@ function pollList(period, pages, target, show, signal) {
 
 // -- Forms
 
-// A field: name, label, help, value, placeholder; `kind` area or password; `must`: the text that
-// has to be typed before anything can be sent.
+// A field: name, label, help, value, placeholder, type of an input or `kind` area; `must`: the text
+// that has to be typed before anything can be sent.
 function control(field) {
     const properties = {
         name: field.name, placeholder: field.placeholder, required: Boolean(field.required),
-        autocomplete: "off", spellcheck: "false", list: field.list,
-        type: field.kind === "password" ? "password" : null,
+        autocomplete: "off", spellcheck: "false", list: field.list, type: field.type,
     };
     const input = h(field.kind === "area" ? "textarea" : "input", properties);
-    input.value = field.value ?? "";
-    return h("label", {}, h("span", {}, field.label), input,
+    if (field.type !== "checkbox") {
+        input.value = field.value ?? "";
+    }
+    return h("label", {class: field.type}, h("span", {}, field.label), input,
         field.help ? h("small", {}, field.help) : null);
 }
 
@@ -12033,7 +12037,7 @@ function channelView(signal, channel) {
         refresh();
         return "Resumed";
     });
-    const topics = subscriptions(channel, () => refresh());
+    const topics = subscriptions(signal, channel, () => refresh());
     const settings = settingsCard(channel, () => refresh());
     const refresh = poll(1000, async () => {
         info = await get(path("channels", channel, "/info"), signal);
@@ -12209,34 +12213,57 @@ function messageActions(chosen, done) {
     ].filter(Boolean);
 }
 
-function subscriptions(channel, changed) {
+// Topics and patterns in one list, each with what it is.
+const asKind = (kind, names) => names.map(name => ({kind, name}));
+const kindKey = ({kind, name}) => `${kind} ${name}`;
+const kindLink = ({kind, name}) =>
+    [linkTo(kind, name), kind === "patterns" && [" ", h("span", {class: "mark"}, "pattern")]];
+
+function subscriptions(signal, channel, changed) {
+    let topics = [], patterns = [];
     const list = table("Subscriptions", [
-        {title: "Topic", class: "wide", make: topic => linkTo("topics", topic)},
-        {...ACTION, make: topic =>
-            can("admin") && unsubscribeButton(channel, topic, changed)},
-    ], topic => topic, "Not subscribed to any topic.");
-    const subscribe = button("Subscribe", () => askSubscribe({channel}, changed), "small");
+        {title: "Topic", class: "wide", make: kindLink},
+        {...ACTION, make: one => can("admin") && unsubscribeButton(channel, one, done)},
+    ], kindKey, "Not subscribed to any topic.");
+    const show = () => list.update([...asKind("topics", topics), ...asKind("patterns", patterns)]);
+    const refresh = poll(5000, async () => {
+        ({patterns} = await get(path("channels", channel, "/patterns"), signal));
+        show();
+    }, signal);
+    const done = () => {
+        changed();
+        refresh();
+    };
+    const subscribe = button("Subscribe", () => askSubscribe({channel}, done), "small");
+    const update = names => {
+        topics = names;
+        show();
+    };
     const element = card("Subscriptions", can("admin") && actions(subscribe), list.element);
-    return {element, update: list.update};
+    return {element, update};
 }
 
-function unsubscribeButton(channel, topic, changed) {
+function unsubscribeButton(channel, {kind, name}, changed) {
     return button("Unsubscribe", () => act(async () => {
-        await call("DELETE", path("channels", channel, path("/topics", topic)));
+        await call("DELETE", path("channels", channel, path(`/${kind}`, name)));
         changed();
-        return `${channel} is no longer subscribed to ${topic}`;
+        return `${channel} is no longer subscribed to ${name}`;
     }), "small");
 }
 
 // Subscribes a channel or to a topic, whichever is not given.
 function askSubscribe(known, changed) {
-    const asked = known.channel == null ? "channel" : "topic";
-    ask(known.channel == null ? `Subscribe a channel to ${known.topic}` : "Subscribe to a topic", {
-        fields: [{name: "_name", label: asked === "topic" ? "Topic" : "Channel", required: true}],
+    const isKnown = known.topic != null;
+    ask(isKnown ? `Subscribe a channel to ${known.topic}` : "Subscribe to a topic", {
+        fields: [
+            {name: "_name", label: isKnown ? "Channel" : "Topic", required: true},
+            !isKnown && {name: "_pattern", type: "checkbox", label: "It is a pattern",
+                help: "Of words with dots between: * is one word, # any number of words."},
+        ].filter(Boolean),
         more: parameterFields("subscribe"), action: "Subscribe",
-        send: async ({_name, ...parameters}) => {
-            const {channel, topic} = {...known, [asked]: _name};
-            const rest = path("/topics", topic, query(parameters));
+        send: async ({_name, _pattern, ...parameters}) => {
+            const {channel, topic} = {channel: _name, topic: _name, ...known};
+            const rest = path(_pattern ? "/patterns" : "/topics", topic, query(parameters));
             await call("PUT", path("channels", channel, rest));
             changed();
             return `${channel} is subscribed to ${topic}`;
@@ -12489,9 +12516,8 @@ function liveCard(signal, target, what) {
 
 function topicList(signal) {
     let names = [], like = "", page = 0;
-    const list = table("Topics", [
-        {title: "Topic", class: "wide", make: topic => linkTo("topics", topic)},
-    ], topic => topic, "No topics. One appears when a channel subscribes to it.");
+    const list = table("Topics", [{title: "Topic", class: "wide", make: kindLink}], kindKey,
+        "No topics. One appears when a channel subscribes to it.");
     const note = h("span");
     const back = button("Previous", () => turn(-1), "small");
     const next = button("Next", () => turn(1), "small");
@@ -12500,16 +12526,18 @@ function topicList(signal) {
         show();
     };
     const show = () => {
-        const found = names.filter(name => name.toLowerCase().includes(like.toLowerCase()));
+        const found = names.filter(({name}) => name.toLowerCase().includes(like.toLowerCase()));
         const last = Math.max(Math.ceil(found.length / PAGE) - 1, 0);
         page = Math.min(page, last);
         list.update(found.slice(page * PAGE, (page + 1) * PAGE));
-        put(note, plural(found.length, "topic"));
+        put(note, `${number(found.length)} in all`);
         back.disabled = page === 0;
         next.disabled = page === last;
     };
     poll(5000, async () => {
-        names = (await get("topics", signal)).topics;
+        const [{topics}, {patterns}] = await Promise.all(
+            [get("topics", signal), get("patterns", signal)]);
+        names = [...asKind("topics", topics), ...asKind("patterns", patterns)];
         show();
     }, signal);
     const filter = search("Filter topics", text => {
@@ -12524,7 +12552,8 @@ function topicView(signal, topic) {
     const list = table("Subscribers", [
         {title: "Channel", class: "wide", make: channel => linkTo("channels", channel)},
         {...ACTION, make: channel =>
-            can("admin") && unsubscribeButton(channel, topic, () => refresh())},
+            can("admin") && unsubscribeButton(channel, {kind: "topics", name: topic},
+                () => refresh())},
     ], channel => channel, "No subscribers: what is published is dropped.");
     const subscribe = button("Subscribe a channel", () => askSubscribe({topic}, () => refresh()));
     const refresh = poll(2000, async () =>
@@ -12535,6 +12564,14 @@ function topicView(signal, topic) {
             actions(can("admin") && subscribe, can("write") && publishButton(topic))),
         card("Subscribers", null, list.element),
         liveCard(signal, path("topics", topic, "/live"), "Every publication, as it happens"),
+    ];
+}
+
+function patternView(signal, pattern) {
+    return [
+        h("div", {class: "head"},
+            h("div", {}, crumbs("Topics", "#/topics"), h("h1", {}, h("bdi", {}, pattern)))),
+        liveCard(signal, path("patterns", pattern, "/live"), "Publications on topics that match"),
     ];
 }
 
@@ -12597,7 +12634,8 @@ function route() {
     let name = "";
     try {
         name = decodeURIComponent(text);
-        const views = {channels: channelView, messages: messageView, topics: topicView};
+        const views = {channels: channelView, messages: messageView, topics: topicView,
+            patterns: patternView};
         const lists = {topics: topicList, dead: deadList};
         show(name && views[kind] ? views[kind](view.signal, name)
             : (lists[kind] || overview)(view.signal));
@@ -12606,7 +12644,8 @@ function route() {
     }
     document.title = name ? `${name} | Linger` : "Linger";
     for (const link of $("views").children) {
-        const isCurrent = link.hash === `#/${["topics", "dead"].includes(kind) ? kind : ""}`;
+        const place = {topics: "topics", patterns: "topics", dead: "dead"}[kind] || "";
+        const isCurrent = link.hash === `#/${place}`;
         if (isCurrent) {
             link.setAttribute("aria-current", "page");
         } else {
@@ -12627,7 +12666,7 @@ function signOut(why) {
     $("sign").hidden = true;
     const enter = form("Sign in", {
         text: why,
-        fields: [{name: "token", label: "Token", kind: "password", required: true,
+        fields: [{name: "token", label: "Token", type: "password", required: true,
             help: "It is kept until this tab is closed."}],
         action: "Sign in",
         send: async values => {
@@ -12765,7 +12804,7 @@ class Page(NamedTuple):
 
 @functools.lru_cache(None)
 def page() -> Page:
-    """The dashboard, without the indentation and the comments of its source.
+    """The dashboard, without the comments and most of the white space of its source.
 
     The policy allows its own script and style only, calls to its own server only, and, where a
     browser knows trusted types, nothing that makes markup of a text.
@@ -12774,6 +12813,7 @@ def page() -> Page:
         "\n".join(re.findall(r"(?m)^ *(?!//)(\S.*)", source))
         for source in (PAGE_STYLE, PAGE_SCRIPT + PAGE_VIEWS)
     )
+    style = re.sub(r"\s*([{};:,])\s*", r"\1", style)
     document = PAGE_DOCUMENT.lstrip()
     for name, text in (
         ("icon", urllib.parse.quote(LOGO.format(color="#1f56c9"))),

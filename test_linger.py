@@ -15313,7 +15313,8 @@ const table = label => [...document.querySelectorAll("table")].find(
 const hands = {
     click(text) {
         const found = [...scope().querySelectorAll("button, a, summary, input")].filter(seen).find(
-            element => (element.ariaLabel || element.textContent.trim()) === text);
+            element => (element.ariaLabel || element.textContent.trim()
+                || element.closest("label")?.firstChild.textContent) === text);
         if (!found || found.disabled) {
             return false;
         }
@@ -15645,8 +15646,18 @@ class DashboardTest(DashboardCase):
         self.await_column(["news", "other"], "Subscriptions")
         self.click("Unsubscribe")
         self.await_column(["other"], "Subscriptions")
+        self.click("Subscribe")
+        self.fill(Topic="orders.#")
+        self.click("It is a pattern")
+        self.click("Subscribe")
+        self.await_column(["other", "orders.# pattern"], "Subscriptions")
         self.go("topics")
-        self.await_column(["other"], "Topics")
+        self.await_column(["other", "orders.# pattern"], "Topics")
+        self.click("orders.#")
+        self.click("Start")
+        self.await_seen(re.compile("Nothing has happened yet"), "text")
+        broker.publish("orders.eu", b"Hello")
+        self.await_column(["Hello"], "Events", 3)
 
     # -- live
 
