@@ -2775,10 +2775,10 @@ class EventTest(BrokerTest):
         with unittest.mock.patch.object(linger, "MAX_FLIGHTS", 8):
             flights = linger.Flights()
             for id in range(100):
-                flights.add(id, linger.Flight("q", 0.0, 1.0))
-        known = [id for id in range(100) if flights.channel_of(id, 0.5)]
+                flights.add(id, linger.Flight("q", 0.0, 1.0, 1, "who"))
+        known = [id for id in range(100) if flights.find(id, 0.5)]
         self.assertEqual(known, list(range(92, 100)))
-        self.assertIsNone(flights.channel_of(99, 1.0))
+        self.assertIsNone(flights.find(99, 1.0))
         self.assertEqual([flights.pop(99) is None for _ in range(2)], [False, True])
 
 
