@@ -4666,19 +4666,22 @@ class Cluster:
     def join(self, now: Callable[[], float]) -> tuple[str, float]:
         """Begins a session and returns the record of broker time.
 
-        The servers that run write a new record for a new session: it is awaited if there are any.
-        Without a leader it may take seconds to get here: it is as old as the session at most.
+        If servers run, this awaits the record that one of them makes for the new session, and that
+        names it.  Without a leader it may come late, but it is not older than the session.
         """
         self._now = now
-        before, ((others,),) = self.read(GET_CONFIG, COUNT_SERVING, key="time")
+        ((others,),) = self.read(COUNT_SERVING)[0]
         began = time.monotonic()
         self._begin_session()
-        record, deadline = before, time.monotonic() + JOIN_TIMEOUT
-        while others and record == before and time.monotonic() < deadline:
+        deadline = time.monotonic() + JOIN_TIMEOUT
+        while True:
+            (rows,) = self.read(GET_CONFIG, key="time")
+            record = rows[0][0] if rows else ""
+            if self._session in record:
+                return record, time.monotonic() - began
+            if not others or time.monotonic() > deadline:
+                return record, ANY_AGE
             time.sleep(NODE_RETRY_DELAY)
-            (record,) = self.read(GET_CONFIG, key="time")
-        age = ANY_AGE if record == before else time.monotonic() - began
-        return record[0][0] if record else "", age
 
     def _begin_session(self) -> None:
         self._session, self._turn = os.urandom(8).hex(), 0
@@ -5080,7 +5083,7 @@ class BrokerClock:
         self._tried_at = -NEVER  # and of the last try, which may have failed or stored nothing
         self._ahead = NEVER  # by how much the wall clock was ahead of broker time then, seconds
         if record:
-            latest, wall_then = map(float, record.split())
+            latest, wall_then = map(float, record.split()[:2])
             passed = min(max(wall - wall_then, 0.0), max_age)
             self._latest = latest + passed
             if passed > LONG_DOWNTIME:
@@ -5121,9 +5124,9 @@ class BrokerClock:
         self._tried_at = now
         return RecordTime(self, now, wall, always=stepped or not idle)
 
-    def make_record(self) -> RecordTime:
-        """The operation that records broker time in any case."""
-        return RecordTime(self, self.now(), self.source.time(), always=True)
+    def make_record(self, sessions: Iterable[str]) -> RecordTime:
+        """The operation that records broker time in any case, for new sessions of a cluster."""
+        return RecordTime(self, self.now(), self.source.time(), True, sessions)
 
     def _is_record_due(self, now: float, stepped: bool, idle: bool) -> bool:
         old = now - self._recorded_at >= TIME_RECORD_INTERVAL
@@ -5138,8 +5141,16 @@ class BrokerClock:
 class RecordTime(Operation):
     """Records broker time and wall time, for the next start."""
 
-    def __init__(self, clock: BrokerClock, now: float, wall: float, always: bool) -> None:
-        record = f"{now:.6f} {wall:.6f}"  # of one length, so that SQLite writes it in place
+    def __init__(
+        self,
+        clock: BrokerClock,
+        now: float,
+        wall: float,
+        always: bool,
+        sessions: Iterable[str] = (),
+    ) -> None:
+        # Of one length in a file, so that SQLite writes it in place.
+        record = " ".join((f"{now:.6f}", f"{wall:.6f}", *sessions))
         super().__init__((RECORD_TIME,), {"time": record, "always": always})
         self._clock = clock
         self._now, self._wall = now, wall
@@ -8053,7 +8064,7 @@ class Watch:
             state.committer.submit(LearnSettings(state))
         joined = set((joining or "").split())
         if joined - self._joined:
-            state.committer.submit(state.clock.make_record())
+            state.committer.submit(state.clock.make_record(joined))
         self._joined = joined
         if ready or any(due):
             state.committer.submit(Notice(state, ready, due[0] if due else ()))
