@@ -5309,7 +5309,7 @@ def condition_of(statement: str) -> str:
 
 ADDED = "id = last_insert_rowid() and changes() = 1"
 CHANGED = "id = :id and changes() = 1"
-ADDED_TOGETHER = """changes() = 1
+ADDED_TOGETHER = """changes() > 0
     and id > last_insert_rowid() - :count and id <= last_insert_rowid()"""
 SAME = ""  # as the statement, before which it is read
 TIMED_OUT = f"state = 1 and {condition_of(MAKE_DUE_READY)}"

@@ -4323,6 +4323,8 @@ class HolderTest(BrokerTest):
         self.assertEqual(self.seen(), ("hidden", 40, "me"))
         self.broker.touch(1)
         self.assertEqual(self.seen(), ("hidden", 30, "me"))
+        self.clock.now += 31
+        self.assertEqual(self.seen(), ("ready", 0, ""))
 
     def test_who_had_it_before_is_no_holder(self):
         self.broker.post("q", b"x")
@@ -5965,11 +5967,10 @@ class FeedTest(BrokerTest):
         changes = {name for name, sql in statements().items() if change.match(sql)}
         seen = {name for name, sql in statements().items() if sql in linger.LOOK_UPS}
         self.assertEqual(changes - seen, {
-            "LEASE_NEXT", "LEASE_BATCH", "DELETE_BATCH",  # of takes, which report themselves
-            "LEASE_LIMITED", "DELETE_LIMITED",
-            "BLOCK_LATER",
-            "PUBLISH_MESSAGE",  # PUBLISHED follows it
-            "TOUCH_MESSAGE", "CHANGE_MESSAGE", "TAKE_OVER_TIMES",
+            "LEASE_NEXT", "LEASE_IF_OPEN", "LEASE_BATCH", "LEASE_LIMITED",  # of takes
+            "DELETE_BATCH", "DELETE_LIMITED",
+            "PUBLISH_MESSAGE", "PUBLISH_MATCHING",  # PUBLISHED follows
+            "BLOCK_LATER", "TOUCH_MESSAGE", "CHANGE_MESSAGE", "TAKE_OVER_TIMES",
         })  # fmt: skip
 
     def test_a_body_is_cut_the_more_the_more_messages_change(self):
@@ -9809,6 +9810,7 @@ class TokenTest(ServerTest):
         self.server.reload()
         self.broker.post("orders-1", b"secret")
         self.assertEqual(stream.read(), b"\n")
+        until(lambda: not self.broker._state.live.channels)
 
     def test_only_health_is_served_without_a_token(self):
         for method, path in (("GET", "/nowhere"), ("PATCH", "/topics"), ("OPTIONS", "/health")):
