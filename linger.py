@@ -15829,6 +15829,10 @@ class ManagementClient:
         """Returns `Linger`, `version`, `id` and `hostname` of the server."""
         return self._requests.send_json(dict, "GET", "/")
 
+    def access(self) -> dict[str, Any]:
+        """Returns the `rights` of the token, and whether its patterns have `restricted` them."""
+        return self._requests.send_json(dict, "GET", "/access")
+
     def health(self) -> bool:
         """Returns whether the server responds and can store a message now."""
         try:
@@ -16002,6 +16006,17 @@ class ManagementClient:
             lambda value: [(parse_message(item), item["state"]) for item in value],
             "GET", encode_path("channels", channel, "messages"),
             {"state": state, "n": n, "after": after},
+        )  # fmt: skip
+
+    def dead_letters(
+        self, n: int = 50, after: Optional[int] = None, reason: str = "", order: str = ""
+    ) -> list[tuple[Message, str]]:
+        """Returns up to `n` dead letters of all channels with their states, after the message
+        `after`: `newest` (the default) or `oldest` first, of one `reason` or all."""
+        query = {"n": n, "after": after, "reason": reason, "order": order}
+        return self._requests.send_json(
+            lambda value: [(parse_message(item), item["state"]) for item in value],
+            "GET", "/dead-letters", query,
         )  # fmt: skip
 
     def dump(self, channels: Optional[ChannelNames] = None) -> Iterator[dict[str, Any]]:
