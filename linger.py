@@ -73,6 +73,45 @@ Where to look for the rules that matter most:
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+
+if __name__ == "__main__":
+
+    def hand_over() -> None:
+        """Goes on in a new interpreter that runs this file compiled, if it can.
+
+        One that compiles a script keeps the syntax tree to the end, 35 MB.  The compiled file lies
+        in `__pycache__` with a hash of its source (PEP 552), and is made anew after an edit.
+        """
+        original = getattr(sys, "orig_argv", [])  # since Python 3.10
+        flags = original[1 : -len(sys.argv)]
+        is_script = original[-len(sys.argv) :] == sys.argv and not {"-c", "-m", "-i"} & {*flags}
+        if not is_script or sys.dont_write_bytecode or sys.gettrace():
+            return
+        source, header = os.path.realpath(__file__), b""
+        try:
+            compiled = importlib.util.cache_from_source(source + ".py")
+            with open(source, "rb") as file:
+                mark = importlib.util.source_hash(file.read())
+            if os.path.exists(compiled):
+                with open(compiled, "rb") as file:
+                    header = file.read(16)
+            if header != importlib.util.MAGIC_NUMBER + b"\3\0\0\0" + mark:
+                import py_compile  # which is not needed once the file is there
+
+                mode = py_compile.PycInvalidationMode.CHECKED_HASH
+                py_compile.compile(source, compiled, doraise=True, invalidation_mode=mode)
+            os.execv(sys.executable, [sys.executable, *flags, compiled, *sys.argv[1:]])
+        except (NotImplementedError, OSError):
+            return  # there is no such cache, or nothing can be written beside this file
+
+    if __file__.endswith(".pyc"):
+        __file__ = hand_over.__code__.co_filename
+    elif os.name == "posix" and (sys.argv[1:2] or ["serve"])[0].startswith(("serve", "-")):
+        hand_over()
+
 import _thread
 import argparse
 import base64
@@ -97,7 +136,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import queue
 import re
 import select
@@ -110,7 +148,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time

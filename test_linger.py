@@ -11599,6 +11599,39 @@ class ProcessCase(Folder):
         return server
 
 
+@unittest.skipUnless(hasattr(sys, "orig_argv"), "a script hands over since Python 3.10")
+class CompiledTest(Folder):
+    """A server that is started as a script runs the compiled file, which is never an old one."""
+
+    def setUp(self):
+        super().setUp()
+        self.script = self.folder / "linger.py"
+        shutil.copy(HERE / "linger.py", self.script)
+
+    def version(self):
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+        command = [sys.executable, self.script, "--version"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+
+    def replace(self, path, old, new):
+        status = path.stat()
+        path.write_bytes(path.read_bytes().replace(old, new))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def test_the_compiled_file_is_run_until_the_source_is_edited(self):
+        version = linger.__version__.encode()
+        self.assertIn(linger.__version__, self.version())
+        (compiled,) = (self.folder / "__pycache__").iterdir()
+        self.replace(compiled, version, b"9.9.9")
+        self.assertIn("9.9.9", self.version())
+        self.replace(self.script, version, b"8.8.8")  # of the same size and time
+        self.assertIn("8.8.8", self.version())
+
+    def test_a_script_is_run_where_nothing_can_be_written_beside_it(self):
+        (self.folder / "__pycache__").touch()
+        self.assertIn(linger.__version__, self.version())
+
+
 class ProcessTest(ProcessCase):
     def refused(self, *arguments, **options):
         """What a server that does not start writes: one line, and exit status 2."""
@@ -16200,7 +16233,9 @@ FIRST, SECOND = 1, 2
                 used = [
                     f"{code.co_name}, line {code.co_firstlineno}, uses {name}"
                     for code, name in global_names(self.source)
-                    if starts[max(line for line in starts if line <= code.co_firstlineno)]
+                    if starts.get(
+                        max((line for line in starts if line <= code.co_firstlineno), default=0)
+                    )
                     == section
                     and name in modules
                 ]
