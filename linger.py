@@ -2464,6 +2464,8 @@ select 'settings' where exists (select 1 from settings)
 union all
 select 'pauses' where exists (select 1 from pauses)
 union all
+select 'patterns' where exists (select 1 from patterns)
+union all
 select 'schedules' where exists (select 1 from schedules)
 union all
 select 'dedup keys' where exists (select 1 from dedups)
@@ -4394,7 +4396,7 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
 TRIED_RQLITE = "8.26.8"  # versions with which the tests ran
 OLDEST_CLUSTER_SQLITE = (3, 41)  # in rqlite: unhex()
 CLUSTER_PASSWORD = "LINGER_DB_PASSWORD"  # variable with the password, if the URL has none
-NO_LEADER = b"leader not found"  # with status 503: the node has passed the request to nobody
+NO_LEADER = b"leader not found"  # with status 503, or 500: nobody has taken the request
 TURN_REFUSED = "sessions.turn"  # in the error of TAKE_TURN
 NODE_ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
 INSERT_VALUES = re.compile(r"(insert into \w+ \([^()]*\)) values \(([^()]*)\)")
@@ -4559,8 +4561,8 @@ class Nodes:
             return content
         self._move(place, place + 1)
         text = content[:200].decode("utf-8", "replace").strip()
-        sure = status == 503 and content.startswith(NO_LEADER)
-        raise NodeFailed(f"{self._url.nodes[place]} says {status}: {text}", not sure)
+        may_be_done = not content.startswith(NO_LEADER)
+        raise NodeFailed(f"{self._url.nodes[place]} says {status}: {text}", may_be_done)
 
     def _exchange(
         self,
@@ -4644,7 +4646,6 @@ class Cluster:
     """
 
     is_shared = True
-    first_lease = 0  # what was given out is on disk
 
     def __init__(self, url: str, create: bool = True) -> None:
         """Opens or creates the database at `url`; `LingerError` says why it cannot."""
@@ -4659,6 +4660,8 @@ class Cluster:
         self._is_disowned = False
         try:
             self._open(create)
+            (leases,) = self.read(GET_CONFIG, key="leases")
+            self.first_lease = int(leases[0][0].split()[0]) if leases else 0  # of a copied file
         except BaseException:
             self._nodes.close()
             raise

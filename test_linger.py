@@ -5125,8 +5125,12 @@ class Rqlite(http.server.ThreadingHTTPServer):
                 self.database.execute("commit")
         return results
 
-    def _result(self, statement, parameters=()):
-        cursor = self.database.execute(statement, parameters)
+    def _result(self, statement, parameters=types.MappingProxyType({})):
+        given = dict(parameters)
+        for name, value in given.items():
+            if isinstance(value, str) and linger.LOOKS_LIKE_BLOB.fullmatch(value):
+                given[name] = bytes.fromhex(value[2:-1])  # as some versions of rqlite do
+        cursor = self.database.execute(statement, given)
         if cursor.description is None:
             rows = self.database.execute("select changes(), last_insert_rowid()").fetchone()
             changed = max(cursor.rowcount, 0)
@@ -5328,13 +5332,29 @@ class ClusterTest(Folder):
     def test_what_surely_no_node_has_done_is_503(self):
         broker = self.quiet()
         broker._store._nodes.patience = 0
-        self.cluster.faults = [(503, "leader not found")] * 3
-        with self.assertRaises(linger.Unavailable):
-            broker.post("q", b"x")
+        for status in (503, 500):
+            self.cluster.faults = [(status, "leader not found")] * 3
+            with self.assertRaises(linger.Unavailable):
+                broker.post("q", b"x")
         self.cluster.faults = []
         self.assertEqual(self.count(broker), 0)
         broker._store._nodes.patience = PATIENCE
         self.assertEqual(broker.post("q", b"x").id, 1)
+
+    def test_what_was_sent_to_nobody_is_503(self):
+        nodes = linger.Nodes(linger.ClusterUrl.parse("http://127.0.0.1:1"))
+        nodes.patience = 0
+        with self.assertRaisesRegex(linger.Unavailable, "refused"):
+            nodes.ask("/db/request", lambda: b"[]")
+
+    def test_a_consumer_of_the_same_server_is_served_in_the_next_transaction(self):
+        broker = self.quiet()
+        taken = self.thread(broker.get, "q", PATIENCE)
+        until(lambda: count_waiting(broker) == 1)
+        before = len(self.cluster.writes)
+        broker.post("q", b"x")
+        self.assertEqual(taken.result(PATIENCE).delivered, 1)
+        self.assertEqual(len(self.cluster.writes) - before, 2)
 
     def test_what_a_node_has_taken_and_no_other_answers_is_504(self):
         broker = self.quiet()
@@ -5586,7 +5606,7 @@ class ClusterTest(Folder):
 
     def test_text_that_looks_like_a_blob_stays_a_text(self):
         broker = self.quiet()
-        for text in ("x'41'", "X''", "x'4'", "a'b\"c"):
+        for text in ("x'41'", "X''", "x'4142'", "a'b\"c"):
             broker.post("q", text.encode(), text, unique=text)
             message = broker.get("q")
             self.assertEqual((message.type, message.body), (text, text.encode()))
@@ -5624,7 +5644,7 @@ class CopyTest(Folder):
     @staticmethod
     def contents(path):
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            return list(connection.iterdump())
+            return [line for line in connection.iterdump() if "'leases'" not in line]
 
     def copy(self, source, target):
         output = io.TextIOWrapper(io.BytesIO())
@@ -5645,6 +5665,16 @@ class CopyTest(Folder):
             broker.touch(self.taken.id, self.taken.lease)
             self.assertEqual((broker.post("q", b"x").id, broker.id), (4, broker.id))
             broker.close()
+
+    def test_leases_that_may_have_been_given_out_are_not_given_out_on_the_cluster(self):
+        broker = self.open(self.dbfile)
+        self.fill(broker)
+        broker.close()
+        with contextlib.closing(sqlite3.connect(self.dbfile)) as connection:
+            connection.execute("update config set value = '7 open' where key = 'leases'")
+            connection.commit()  # as a power failure leaves it
+        self.copy(self.dbfile, self.cluster.url)
+        self.assertGreater(self.open(self.cluster.url).get("q").lease, 7)
 
     def test_a_copy_is_refused_with_a_sentence(self):
         full = self.open(self.cluster.url)
@@ -16028,6 +16058,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "FIND_STORED": {
         "channels",
         "dedups",
+        "patterns",
         "pauses",
         "schedules",
         "settings",
