@@ -11164,6 +11164,7 @@ main { max-width: 1240px; margin: 0 auto; padding: 20px 24px 64px; }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 10px 12px; margin-bottom: 16px; }
 .head .actions { margin-left: auto; }
 .actions { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.actions:empty { display: none; }
 .crumbs { margin-bottom: 2px; color: var(--muted); }
 .card {
     background: var(--card); border: 1px solid var(--line); border-radius: 10px;
@@ -11312,7 +11313,9 @@ pre.hex { white-space: pre; overflow-wrap: normal; }
     main { padding: 14px 12px 56px; }
     .alert { padding: 10px 14px; }
     th, td { padding: 9px 10px; }
-    .rare { display: none; }
+    .rare, .card > header .hint { display: none; }
+    .tabs { gap: 0; }
+    .tabs button { padding: 5px 7px; font-size: 14px; }
     .facts { grid-template-columns: repeat(auto-fit, minmax(100px, 1fr)); }
     .facts div { padding: 8px 12px; }
     .pair { grid-template-columns: minmax(0, 1fr); }
