@@ -32,6 +32,7 @@ The file reads downwards: a section uses only what stands above it.
     Changes       operations that change, move or drain messages
     Management    channels and topics, bulk work, and what there is
     Watch         what other servers of a cluster change, and how this one learns of it
+    Calls         request and reply, and waiting for the end of a channel
     Schedules     messages that are posted at certain times
     Topics        subscriptions to patterns
     Broker        the public calls of queue and pub-sub
@@ -50,7 +51,8 @@ The file reads downwards: a section uses only what stands above it.
     Server        accepts, limits, starts and stops
     Encoding      values of Python as requests, responses as messages
     Transport     connections of a client, retries
-    Client        the HTTP API as methods, and the loop that takes messages
+    Loops         take messages for a client, keep them in flight, acknowledge them
+    Client        the HTTP API as methods
     Options       the server's options in one table; a server as a process
     Commands      what each command does, and how it writes the result
     Worker        `linger work`: a process for each message
@@ -233,7 +235,13 @@ PREVIEW_BYTES = 1_024  # part of a body that a listing shows, bytes
 MAX_CHANNELS_AT_ONCE = 100  # channels in one GET
 MAX_BACKOFF = 32  # steps of a message's backoff
 BACKOFF_WIDTH = 10  # characters per stored step: a fixed width lets SQL find step n
-MAX_WAIT = 3_600  # longest wait of a GET, seconds
+MAX_WAIT = 3_600  # longest wait of a GET, a call or for the end of a channel, seconds
+CALL_WAIT = 30  # wait of a call without `wait`, seconds
+REPLY_TTL = 60  # time for which a reply is kept, seconds: its caller takes it at once
+KEPT_REPLY = 1_024  # longest body of a reply that is kept when its caller has it, bytes
+LOOK_PAUSE = 0.05  # seconds between two looks of those who wait for rows, of all together
+LOOKS_AT_ONCE = 20  # 20 times as often; longer for each if they are more
+LONGEST_PAUSE = 0.5  # longest time between two looks of one, seconds: it must notice a stop
 DEFAULT_WAIT = 120  # wait of a GET without `wait`, seconds; as Linger 1.0.1
 CHANNEL_TTL = 180.0  # time that a channel stays listed without consumers, seconds; as 1.0.1
 MAX_IDLE_CHANNELS = 10_000  # channels listed for that reason only
@@ -694,6 +702,8 @@ def default_max_connections() -> int:
 
 DEFAULT_TYPE = "text/plain"
 OWN_HEADER = "x-linger-h-"  # begins the names of a message's own headers
+# Among its header lines if somebody waits for a reply; no value of a header ends with a space.
+REPLY_LINE = "x-linger-reply-to: \r\n"
 
 
 class Message(NamedTuple):
@@ -735,9 +745,14 @@ class Message(NamedTuple):
         return json.loads(self.body)
 
     @property
+    def reply_to(self) -> str:
+        """The path to which a reply is posted, if somebody waits for one."""
+        return f"/messages/{self.id}/reply" if REPLY_LINE in self.header_lines else ""
+
+    @property
     def headers(self) -> dict[str, str]:
         """Its own headers: those that were given when it was posted, by name in lower case."""
-        lines = self.header_lines.split("\r\n")[:-1]
+        lines = self.header_lines.replace(REPLY_LINE, "").split("\r\n")[:-1]
         pairs = (line[len(OWN_HEADER) :].partition(": ") for line in lines)
         return {name: value for name, _, value in pairs}
 
@@ -884,6 +899,7 @@ CHANNEL_PARAMETERS = (
     ),
 )
 ALL_PARAMETERS = MESSAGE_PARAMETERS + SINGLE_PARAMETERS
+CALL_PARAMETERS = tuple(p for p in ALL_PARAMETERS if p.name not in ("dedup", "dedup-for", "unique"))
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
 
 
@@ -1286,6 +1302,19 @@ SCHEMA = (
         type text not null,
         body blob not null
     )
+    """,
+    # Replies to messages that were called, by their ids; a long one is emptied when it was taken.
+    """
+    create table replies (
+        id integer primary key,
+        type text not null,
+        body blob not null,
+        until real not null
+    )
+    """,
+    # for DELETE_OLD_REPLIES
+    """
+    create index replies_by_end on replies (until)
     """,
     # Keys of messages that must not be added twice.  scope: `channel <name>` or `topic <name>`,
     # with `batch ` before it for the keys of whole batches; result: the id, or for a topic a line
@@ -1858,6 +1887,46 @@ where id = :id and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel)
 """
 
+# -- request and reply
+
+# A reply, if the message was called; then it is deleted.
+ADD_REPLY = f"""
+insert into replies (id, type, body, until)
+select id, :type, :body, :now + :ttl
+from messages
+where id = :id and lease = coalesce(:lease, lease)
+    and channel = coalesce(:expected_channel, channel)
+    and instr(headers, '{REPLY_LINE.rstrip()} ' || char(13)) > 0
+"""
+
+DELETE_REPLIED = """
+delete from messages
+where id = :id and changes() = 1
+"""
+
+READ_REPLY = """
+select type, body
+from replies
+where id = :id
+"""
+
+CLAIM_REPLY = """
+update replies
+set body = :body
+where id = :id
+"""
+
+CALLED_MESSAGE = """
+select dead_reason, error
+from messages
+where id = :id
+"""
+
+DELETE_CALLED = """
+delete from messages
+where id = :id and channel = :channel and delivered = 0 and dead_from = ''
+"""
+
 # The n-th step of a backoff is in its n-th 10 characters; the last one repeats.
 BACKOFF_STEP = """cast(substr(backoff, 10 * min(max(delivered, 1),
         length(backoff) / 10) - 9, 10) as integer)"""
@@ -2149,6 +2218,16 @@ delete from dedups
 where (scope, key) in (
     select scope, key
     from dedups
+    where until <= :now
+    limit :n
+)
+"""
+
+DELETE_OLD_REPLIES = """
+delete from replies
+where id in (
+    select id
+    from replies
     where until <= :now
     limit :n
 )
@@ -5363,6 +5442,7 @@ REPORTED: tuple[tuple[Sequence[str], str, Sequence[str]], ...] = (
     (("released",), CHANGED, (UNDO_TAKE, RESTORE_MESSAGE)),
     (("rejected",), CHANGED, (REJECT_MESSAGE,)),
     (("deleted",), SAME, (DELETE_MESSAGE, DELETE_LEASED, DELETE_DEAD, DRAIN_READY, DRAIN_HIDDEN)),
+    (("deleted",), SAME, (DELETE_REPLIED, DELETE_CALLED)),
     (("timed_out",), SAME, (EXHAUST_TIMED_OUT, BACK_OFF_TIMED_OUT)),
     (("timed_out",), TIMED_OUT, (MAKE_DUE_READY,)),
     (("expired",), CHANGED, (EXPIRE_MESSAGE,)),
@@ -7143,13 +7223,13 @@ class ProcessDue(Operation):
 class EndPausesAndKeys(ProcessDue):
     """A piece of what is due in no certain channel: ends pauses, and deletes old dedup keys."""
 
-    statements = (ENDED_PAUSES, END_PAUSES, DELETE_OLD_DEDUPS, NEXT_PAUSE)
+    statements = (ENDED_PAUSES, END_PAUSES, DELETE_OLD_DEDUPS, DELETE_OLD_REPLIES, NEXT_PAUSE)
 
     def on_commit(self) -> None:
         state = self._state
-        pauses, _, (deleted, _), ((next_pause,),) = self.results
+        pauses, _, (keys, _), (replies, _), ((next_pause,),) = self.results
         parameters: Any = self.parameters
-        moments = [self.now] if deleted == parameters["n"] else []
+        moments = [self.now] if max(keys, replies) == parameters["n"] else []
         self.set_next(moments if next_pause is None else [*moments, next_pause])
         for channel, count in pauses:
             state.channels.pauses.pop(channel, None)
@@ -8111,6 +8191,210 @@ class Watch:
 
 
 # ---------------------------------------------------------------------------------------------
+# Calls: those who wait for something in the rows, for a reply to a message or the end of a channel.
+# Whatever server of a cluster writes it: each looks again and again, at least every LONGEST_PAUSE.
+# ---------------------------------------------------------------------------------------------
+
+
+class Waits:
+    """Threads that each wait until a look at the rows finds something; by a key.
+
+    Who finds it tells the others of the key.
+    """
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping = is_stopping
+        self._lock = threading.Lock()  # guards all below
+        self._events: dict[str, set[threading.Event]] = {}  # of those who wait, by key
+        self._count = 0
+
+    def wait(
+        self,
+        key: str,
+        look: Callable[[], Optional[T]],
+        seconds: float,
+        is_disconnected: Callable[[], bool],
+    ) -> Optional[T]:
+        """What a look finds within some seconds; None if it finds nothing, or the client has
+        gone.  `Unavailable` when the server stops."""
+        event, deadline = threading.Event(), time.monotonic() + seconds
+        self._add(key, event, 1)
+        try:
+            while True:
+                event.clear()
+                found = look()
+                if found is not None:
+                    self.notify(key)
+                    return found
+                left = deadline - time.monotonic()
+                if left <= 0 or is_disconnected():
+                    return None
+                if self._is_stopping():
+                    raise Unavailable("the server stops")
+                share = LOOK_PAUSE * max(self._count / LOOKS_AT_ONCE, 1)
+                event.wait(min(left, share, LONGEST_PAUSE))
+        finally:
+            self._add(key, event, -1)
+
+    def _add(self, key: str, event: threading.Event, count: int) -> None:
+        with self._lock:
+            self._count += count
+            events = self._events.setdefault(key, set())
+            (events.add if count > 0 else events.discard)(event)
+            if not events:
+                del self._events[key]
+
+    def notify(self, key: str) -> None:
+        """Lets those who wait for a key look at once."""
+        if key in self._events:
+            with self._lock:
+                for event in self._events.get(key, ()):
+                    event.set()
+
+
+class Reply(Operation):
+    """Keeps the reply to a message that was called, and deletes the message."""
+
+    def __init__(self, state: State, waits: Waits, parameters: dict[str, Any]) -> None:
+        self._deletion = Deletion(state, parameters["id"], parameters["now"])
+        super().__init__((*self._deletion.lookup, ADD_REPLY, DELETE_REPLIED), parameters)
+        self.adds = self.size = len(parameters["body"])
+        self._state = state
+        self._waits = waits
+        self._values = parameters
+        self._known: Optional[Operation] = None
+
+    def on_executed(self) -> None:
+        self._deletion.executed(self)
+        if not self._deletion.is_done(self):
+            self._known = Operation((READ_REPLY,), self.parameters)
+            self._state.committer.join_transaction(self._known)
+
+    def on_commit(self) -> None:
+        if self._deletion.committed(self):
+            self._state.timers.schedule(ALL, self._values["now"] + REPLY_TTL)
+            self._waits.notify(f"reply {self._values['id']}")
+
+    def result(self) -> None:
+        self.rows()
+        if not self._deletion.is_done(self):
+            id = self._values["id"]
+            if self._known is not None and self._known.rows()[0]:
+                raise Conflict(f"message {id} was replied to already")
+            check = self._deletion.check
+            try:
+                check(self)
+            except Conflict as error:
+                if "overtaken" in str(error):
+                    raise
+                raise Conflict(f"nobody waits for a reply to message {id}: delete it") from None
+
+
+class Calls:
+    """The calls that wait for rows: request and reply, and the end of a channel; thread-safe."""
+
+    def __init__(
+        self,
+        state: State,
+        new_message: Callable[..., dict[str, Any]],
+        read: Callable[..., list[list[Any]]],
+    ) -> None:
+        """`new_message` is as for `Schedules`; `read` reads what is committed."""
+        self._state = state
+        self._read = read
+        self._new_message = new_message
+        self._waits = Waits(state.timers.is_stopping)
+        disown_in_children(self)
+
+    def disown(self) -> None:
+        """In a forked child: each call raises an error at once."""
+        object.__setattr__(self, "__class__", ForkedBroker)
+
+    def drained(
+        self, channel: str, wait: float, is_disconnected: Callable[[], bool] = bool
+    ) -> bool:
+        """Whether a channel holds no message in any state, within `wait` seconds."""
+        check_name("channel", channel)
+
+        def look() -> Optional[bool]:
+            (rows,) = self._read(CHANNEL_COUNTS, channel=channel)
+            return None if rows else True
+
+        return bool(self._waits.wait(f"end {channel}", look, wait, is_disconnected))
+
+    def call(
+        self,
+        channel: str,
+        body: bytes,
+        type: str = DEFAULT_TYPE,
+        wait: float = CALL_WAIT,
+        is_disconnected: Callable[[], bool] = bool,
+        **parameters: object,
+    ) -> tuple[bytes, str]:
+        """Posts a message and waits for the reply to it: its body and type.
+
+        `LingerError` with status 502 if the message was given up, 504 if no reply came in `wait`
+        seconds; then it is deleted, if it was not yet delivered.
+        """
+        for name in ("dedup", "unique"):
+            if parameters.get(name) is not None:
+                raise BadRequest(f"a call takes no {name}: each is answered by itself")
+        message = self._new_message(channel, body, type, parameters)
+        message["headers"] += REPLY_LINE
+        state = self._state
+        id = state.committer.run(Post(state, message)).id
+        wait_for = functools.partial(self._look_for_reply, id)
+        found = self._waits.wait(f"reply {id}", wait_for, wait, is_disconnected)
+        if found is None:
+            self._withdraw(id, channel)
+            found = self._look_for_reply(id, was_given_up=False)
+        if found is None:
+            raise OutcomeUnknown(f"no reply to message {id} came in {wait:g} seconds")
+        if len(found[0]) > KEPT_REPLY:
+            state.committer.submit(Change((CLAIM_REPLY,), {"id": id, "body": b""}, lambda _: None))
+        return found
+
+    def _withdraw(self, id: int, channel: str) -> None:
+        """Deletes a message that was called, unless it was delivered."""
+        state, now = self._state, self._state.clock.now()
+
+        def effect(results: list[Any]) -> None:
+            if results[0][0]:
+                state.message_deleted(id, channel, now)
+                state.timers.schedule(channel, now)  # the next of its group
+
+        state.committer.run(Change((DELETE_CALLED,), {"id": id, "channel": channel}, effect))
+
+    def _look_for_reply(self, id: int, was_given_up: bool = True) -> Optional[tuple[bytes, str]]:
+        """The reply to a message; an error with status 502 if it is gone, or a dead letter."""
+        replies, messages = self._read(READ_REPLY, CALLED_MESSAGE, id=id)
+        if replies:
+            type, body = replies[0]
+            return body, type
+        if was_given_up and (not messages or messages[0][0]):
+            reason, error = messages[0] if messages else ("deleted", "")
+            text = f"message {id} was given up ({reason})"
+            raise LingerError(f"{text}: {error}" if error else text, 502)
+        return None
+
+    def reply(
+        self,
+        id: int,
+        body: bytes,
+        type: str = DEFAULT_TYPE,
+        lease: Optional[int] = None,
+        expected_channel: Optional[str] = None,
+    ) -> None:
+        """Replies to a message that was called, and deletes it; `lease` as for `delete`.
+
+        `NotFound`, or `Conflict` if it was replied to, delivered again, or not called.
+        """
+        parameters = {"id": id, "body": body, "type": type, "lease": lease, "ttl": REPLY_TTL}
+        parameters.update(expected_channel=expected_channel, now=self._state.clock.now())
+        self._state.committer.run(Reply(self._state, self._waits, parameters))
+
+
+# ---------------------------------------------------------------------------------------------
 # Schedules: messages that are posted at certain times.  The rows are the truth: memory holds only
 # when to look at them next.  Each due time is done by one transaction, which looks whether it was
 # done before; so it is posted once, by however many threads, runs or servers that try.
@@ -8734,8 +9018,7 @@ class Broker(Administration):
                 committer.run(Operation((TAKE_OVER_TIMES,), {"now": self._clock.now()}))
             channels = Channels(max_channels, committer.read, self._clock, store.is_shared)
             timers = Timers(self._on_tick, self._clock)
-            events = EventCounts(metrics_channels)
-            state = State(committer, self._clock, channels, timers, events)
+            state = State(committer, self._clock, channels, timers, EventCounts(metrics_channels))
             super().__init__(store, state, max_message)
             self._channels = channels
             self._waiting = self._state.waiting
@@ -8743,6 +9026,7 @@ class Broker(Administration):
             self._watch = Watch(self._state, store.read) if store.is_shared else None
             self.schedules = Schedules(self._state, self._new_message)
             self.patterns = PatternSubscriptions(self._state, store)
+            self.calls = Calls(self._state, self._new_message, store.read)
             timers.schedule_rows([*store.read(NEXT_BY_CHANNEL)[0], (ALL, self.now())])
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
@@ -9590,6 +9874,8 @@ ROUTES = (
     Route("POST", "/channels/<channel>", "post_message", False, WRITE, "post a message", CONTENT),
     Route("DELETE", "/channels/<channel>", "drain_channel", False, ADMIN, "delete its messages"),
     Route("POST", "/channels/<channel>/batch", "post_batch", False, WRITE, "post many", MANY),
+    Route("POST", "/channels/<channel>/call", "call", False, WRITE, "await the reply", CONTENT),
+    Route("GET", "/channels/<channel>/drained", "await_end", True, READ, "wait until it is empty"),
     Route("GET", "/channels/<channel>/messages", "list_messages", True, READ, "list its messages"),
     Route("GET", "/channels/<channel>/stats", "get_channel_stats", True, READ, "its counts"),
     Route("GET", "/channels/<channel>/info", "get_info", True, READ, "its state in full"),
@@ -9640,6 +9926,7 @@ ROUTES = (
     Route("PATCH", "/messages/<id>", "change_message", False, WRITE, "change one that waits"),
     Route("DELETE", "/messages/<id>", "delete_message", False, READ, "delete a message"),
     Route("POST", "/messages/delete", "delete_messages", False, READ, "delete many messages", MANY),
+    Route("POST", "/messages/<id>/reply", "reply", False, READ, "answer a call", CONTENT),
     Route("POST", "/messages/<id>/touch", "touch_message", False, READ, "restart its timeout"),
     Route("POST", "/messages/<id>/release", "release_message", False, READ, "return it", CONTENT),
     Route("POST", "/messages/<id>/reject", "reject_message", False, READ, "give it up", CONTENT),
@@ -9656,6 +9943,9 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "take_message": ("wait", "nowait", "n", "timeout", "auto", "ack", "lease", "as"),
     "post_message": ("msg", "keep", *MESSAGE_NAMES),
     "post_batch": ("keep", *MESSAGE_NAMES),
+    "call": ("msg", "keep", "wait", *MESSAGE_NAMES),
+    "await_end": ("wait",),
+    "reply": ("msg", "lease"),
     "list_messages": ("state", "n", "after", "whole"),
     "set_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),  # refused by name
     "change_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),
@@ -10500,6 +10790,7 @@ TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 SHORT_ESCAPES = b'"\\\b\f\n\r\t'  # two characters in JSON, the other control characters six
 ALL_ESCAPES = bytes(range(32)) + b'"\\'
 NO_STORE = "Cache-Control: no-store\r\n"
+SANDBOX = "Content-Security-Policy: sandbox\r\n"
 VARY = "Vary: Accept\r\n"
 CLOSE = "Connection: close\r\n"
 PLAIN_NAME = re.compile("[!-$&-~]*")  # visible ASCII without %
@@ -10774,7 +11065,7 @@ def message_headers(message: Message, room: int = MAX_RESPONSE_HEAD) -> str:
     A browser that shows the body must not run it as a page of this server, hence the sandbox.
     """
     headers = (
-        "Content-Security-Policy: sandbox\r\n"
+        f"{SANDBOX}"
         f"x-linger-msg-id: {message.id}\r\n"
         f"x-linger-channel: {encode_name(message.channel)}\r\n"
         f"x-linger-priority: {message.priority}\r\n"
@@ -10808,7 +11099,10 @@ def _optional_headers(message: Message, room: int) -> str:
     }
     lines = {n: f"x-linger-{n}: {value}\r\n" for n, value in fields.items() if value != ""}
     if message.header_lines:
-        lines["h"] = message.header_lines.encode().decode("latin-1")
+        own = message.header_lines.replace(REPLY_LINE, "")
+        lines["h"] = own.encode().decode("latin-1")
+        if message.reply_to:
+            lines["h"] += f"x-linger-reply-to: {message.reply_to}\r\n"
     size = sum(map(len, lines.values()))
     if size > room or len(message.error) > room:
         _fit_lines(lines, message.error, room)
@@ -10845,8 +11139,10 @@ def message_object(message: Message) -> dict[str, object]:
     value.update(body_object(message.body))
     optional = zip(OPTIONAL_KEYS, message[FIRST_OPTIONAL:])
     value.update({name: field for name, field in optional if field and name != HEADERS_KEY})
-    if message.header_lines:
+    if message.headers:
         value["headers"] = message.headers
+    if message.reply_to:
+        value["reply-to"] = message.reply_to
     if message.dead_from:
         value["dead-delivered"] = message.dead_delivered  # also 0
     return value
@@ -13048,6 +13344,9 @@ ANSWERS: Mapping[str, Answer] = {
     "take_message": Answer(200, ("*/*",), (204, 404, 409)),
     "post_message": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
     "drain_channel": DONE,
+    "call": Answer(200, ("*/*",), (502, 504)),
+    "reply": Answer(204, None, (404, 409)),
+    "await_end": Answer(204, None, (408,)),
     "post_batch": Answer(202, _object({"ids": _array(COUNT)}), (), ITEM),
     "list_messages": Answer(200, _array(_named("Listed")), (404,)),
     "get_channel_stats": Answer(200, _object({"ready": COUNT, "hidden": COUNT})),
@@ -13133,12 +13432,13 @@ ERRORS: Mapping[int, str] = {
     429: "This address has sent too many wrong tokens.",
     431: "The headers of the request are too long.",
     500: "A bug of the server, which is in its log.",
+    502: "The message was given up.",
     501: "The method or transfer coding is not supported.",
     505: "The version of HTTP is not supported.",
 }
 WITHOUT_BODY = {204: "There is no message.", 304: "The client has it already."}
 ERRORS_OF_CHANGES = (504, 507)
-ERRORS_OF_SOME = (404, 405, 409, *ERRORS_OF_CHANGES)
+ERRORS_OF_SOME = (404, 405, 409, 502, *ERRORS_OF_CHANGES)
 
 
 def _describe_parameter(endpoint: str, name: str) -> tuple[Schema, str]:
@@ -13880,6 +14180,43 @@ class Api(ManagementApi):
             self._check_dead_channel(request, parameters)
         on_done = request.connection.defer(request, posted_response)
         self._broker.post_async(on_done, channel, body, content_type, **parameters)
+
+    @contextlib.contextmanager
+    def _waiting(self, request: Request) -> Iterator[Callable[[], bool]]:
+        """Counts a request as a waiting consumer; tells whether its client has gone."""
+        request.connection.start_stream()
+        try:
+            yield request.connection.is_disconnected
+        finally:
+            self._server.release_consumer(request.connection)
+
+    def call(self, request: Request, channel: str) -> Response:
+        body, content_type = request.message()
+        parameters = request.message_parameters(ALL_PARAMETERS)
+        wait = request.integer("wait", 0, MAX_WAIT)
+        self._check_dead_channel(request, parameters)
+        wait = CALL_WAIT if wait is None else wait
+        with self._waiting(request) as is_disconnected:
+            reply, reply_type = self._broker.calls.call(
+                channel, body, content_type, wait, is_disconnected, **parameters
+            )
+        return Response(200, reply, type_in_header(reply_type), SANDBOX)
+
+    def reply(self, request: Request, id: str) -> Response:
+        number, lease = parse_integer("id", id), request.integer("lease")
+        body, content_type = request.message()
+        expected_channel = self._expected_channels(request, number)
+        self._broker.calls.reply(number, body, content_type, lease, *expected_channel)
+        return NO_CONTENT
+
+    def await_end(self, request: Request, channel: str) -> Response:
+        wait = request.integer("wait", 0, MAX_WAIT)
+        wait = DEFAULT_WAIT if wait is None else wait
+        with self._waiting(request) as is_disconnected:
+            is_empty = self._broker.calls.drained(channel, wait, is_disconnected)
+        if not is_empty:
+            raise LingerError(f"the channel still holds messages after {wait} seconds", 408)
+        return NO_CONTENT
 
     def post_batch(self, request: Request, channel: str) -> Response:
         messages = self._parse_batch(request, ALL_PARAMETERS)
@@ -15294,6 +15631,8 @@ def parse_message(item: Mapping[str, Any]) -> Message:
     body = fields["body"]
     fields["body"] = base64.b64decode(body) if "encoding" in fields else body.encode("utf-8")
     fields["header_lines"] = parse_own_headers("headers", fields.get("headers", {}))
+    if "reply_to" in fields:
+        fields["header_lines"] += REPLY_LINE
     return Message(**{name: fields[name] for name in Message._fields if name in fields})
 
 
@@ -15313,6 +15652,8 @@ def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Messag
     names = [name.lower() for name in headers if name.lower().startswith(OWN_HEADER)]
     own = {name[len(OWN_HEADER) :]: headers[name].encode("latin-1").decode() for name in names}
     fields["header_lines"] = parse_own_headers("headers", own)
+    if "x-linger-reply-to" in headers:
+        fields["header_lines"] += REPLY_LINE
     return Message(**fields), headers["x-linger-state"]
 
 
@@ -15761,15 +16102,6 @@ def _tls_context(cafile: Optional[str]) -> ssl.SSLContext:
         raise BadRequest(f"cannot read the certificates in {cafile}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------
-# Client: the HTTP API as methods, and the loop that takes messages, keeps the current one in
-# flight and acknowledges it.  Blocking and thread-safe.  Knows no sockets.
-# ---------------------------------------------------------------------------------------------
-
-
-Infos = list[dict[str, Any]]
-
-
 class _Requests:
     """Sends the requests of a client, with its timeout, and decodes the responses."""
 
@@ -15827,6 +16159,364 @@ def _decoding(url: str) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise LingerError(f"{url} does not respond as Linger does", 502) from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Loops: what takes messages one after the other for a client, keeps the current one in flight, and
+# acknowledges it.  Knows no sockets.
+# ---------------------------------------------------------------------------------------------
+
+
+def _give_back(client: Client, messages: Iterable[Message]) -> None:
+    """Undoes deliveries; those for which that fails end with their timeout."""
+    for message in messages:
+        try:
+            client.release(message, 0, uncounted=True)
+        except (NotFound, Conflict):
+            continue
+        except LingerError as error:
+            client._transport.warn(f"{message_name(message)} was not given back: {error}")
+            return
+
+
+def message_name(message: Message) -> str:
+    """Returns what log lines call a message."""
+    return f"message {message.id} of {message.channel}"
+
+
+SERVER_IS_BACK = "the server responds again"
+LEASE_LOST = "the message was deleted, or delivered again, meanwhile"
+
+
+class _Deliveries:
+    """The deliveries that a client's loops process and that are not settled yet.  Thread-safe.
+
+    The function that processes a message may settle it by the client's methods; its loop learns
+    of that here.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards `_deadlines`
+        self._deadlines: dict[Delivery, float] = {}  # monotonic time until which each is touched
+
+    def add(self, message: Message, deadline: float) -> None:
+        """Adds the delivery of a message."""
+        with self._lock:
+            self._deadlines[delivery_of(message)] = deadline
+
+    def discard(self, id: int, lease: Optional[int]) -> None:
+        """Removes a delivery; without a lease, each delivery of that message."""
+        with self._lock:
+            for settled in [d for d in self._deadlines if d[0] == id and lease in (None, d[1])]:
+                del self._deadlines[settled]
+
+    def check_deadline(self, id: int, lease: Optional[int]) -> None:
+        """`Conflict` if a delivery may not be touched any more."""
+        with self._lock:
+            deadline = self._deadlines.get((id, lease), NEVER)
+        if time.monotonic() > deadline:
+            raise Conflict(
+                f"message {id} has been processed for its `max_time`: it is kept no more"
+            )
+
+    def __contains__(self, message: Message) -> bool:
+        with self._lock:
+            return delivery_of(message) in self._deadlines
+
+
+class Outage:
+    """Reports once, for all loops of a worker, that something fails, and that it works again."""
+
+    def __init__(self, warn: Callable[[str], None], end: str) -> None:
+        """`end` is what is reported at the end."""
+        self._warn = warn
+        self._end = end
+        self._lock = threading.Lock()  # guards `_begun`
+        self._begun = False
+
+    def begin(self, error: object) -> None:
+        """It fails, and another try follows."""
+        with self._lock:
+            known, self._begun = self._begun, True
+        if not known:
+            self._warn(f"{error}; trying again")
+
+    def end(self) -> None:
+        """It works."""
+        with self._lock:
+            known, self._begun = self._begun, False
+        if known:
+            self._warn(self._end)
+
+
+class _ConsumerLoop:
+    """Takes messages one after the other; taking the next acknowledges the current one.
+
+    It belongs to one thread.  A heartbeat thread of its own, which only reads the loop's state,
+    touches the current message before its timeout.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        channels: ChannelNames,
+        wait: Optional[int],
+        timeout: Optional[int],
+        stop: threading.Event,
+        outage: Outage,
+        max_time: Optional[float] = None,
+    ) -> None:
+        """`outage` is told of errors that are retried; `max_time` is as of `Client.work`."""
+        if max_time is not None and max_time <= 0:
+            raise BadRequest("max_time must be more than 0 seconds")
+        self._client = client
+        self._take = functools.partial(client.get, channels, wait, timeout, stop=stop)
+        self._once = wait == 0
+        self._stop = stop
+        self._outage = outage
+        self._max_time = NEVER if max_time is None else max_time
+        self.on_lease_lost: Callable[[Message], None] = self._warn_of_lost_lease
+        self._lost: Optional[Message] = None  # the last one for which that was called
+        self._current: Optional[tuple[Message, float]] = None  # the message, and its arrival time
+        self._closed = threading.Event()
+        self._heart = threading.Thread(target=self._heartbeat, name="linger-heartbeat", daemon=True)
+        self._heart.start()
+
+    def next(self) -> Optional[Message]:
+        """Acknowledges the current message, unless it is settled, and takes the next one.
+
+        Returns None when `stop` is set, or without a wait when there is no message.  With a wait,
+        errors of the server and the network are retried.  A current message that is missing or
+        was delivered again needs no acknowledgement.
+        """
+        delays = _retry_delays()
+        while not self._stop.is_set():
+            done = self._unsettled()
+            try:
+                message = self._take(ack=done)
+            except LingerError as error:
+                if done is not None and isinstance(error, (NotFound, Conflict)):
+                    self._lease_lost(done)
+                    self._set_current(None)
+                elif error.status < 500 or self._once or self._client._transport.closed:
+                    self.ack_current()
+                    raise
+                elif not self._stop.is_set():
+                    self._outage.begin(error)
+                    self._stop.wait(next(delays))
+                continue
+            self._outage.end()
+            self._set_current(message)
+            delays = _retry_delays()
+            if message is not None or self._once:
+                return message
+        self.ack_current()
+        return None
+
+    def process(
+        self, function: Callable[[Message], T], message: Message, delay: int
+    ) -> Optional[T]:
+        """Calls a function with the current message; if it raises, releases the message."""
+        try:
+            return function(message)
+        except BaseException as error:
+            failed = isinstance(error, Exception)
+            if failed:
+                client_logger().error("%s failed", message_name(message), exc_info=True)
+            self.release(traceback.format_exc(), None if message.backoff else delay)
+            if not failed:
+                raise
+            return None
+
+    def ack_current(self) -> None:
+        """Deletes the current message, unless it is settled."""
+        self._settle(self._client.delete)
+
+    def release(self, reason: str, delay: Optional[int] = None, uncounted: bool = False) -> None:
+        """Releases the current message, unless it is settled; keeps the end of a long reason."""
+        end = reason.encode("utf-8", "replace")[-MAX_REASON:].decode("utf-8", "ignore")
+        self._settle(self._client.release, delay, end, None, uncounted)
+
+    def reject(self, reason: str) -> None:
+        """Rejects the current message, unless it is settled."""
+        self._settle(self._client.reject, reason)
+
+    def reply(self, body: bytes) -> None:
+        """Replies to the current message, unless it is settled; rejects it if that is too long."""
+
+        def reply(message: Message) -> None:
+            try:
+                self._client.reply(message, body)
+            except TooLarge as error:
+                self._client.reject(message, str(error))
+
+        self._settle(reply)
+
+    def close(self) -> None:
+        """Stops the heartbeat thread."""
+        self._set_current(None)
+        self._closed.set()
+        self._heart.join()
+
+    def _unsettled(self) -> Optional[Message]:
+        """Returns the current message, unless its delivery was settled through the client."""
+        current = self._current
+        if current is not None and current[0] in self._client._unsettled:
+            return current[0]
+        return None
+
+    def _set_current(self, message: Optional[Message]) -> None:
+        if self._current is not None:
+            self._client._unsettled.discard(*delivery_of(self._current[0]))
+        if message is None:
+            self._current = None
+        else:
+            now = time.monotonic()
+            self._client._unsettled.add(message, now + self._max_time)
+            self._current = (message, now)
+
+    def _settle(self, method: Callable[..., None], *arguments: object) -> None:
+        """Settles the current message; if that fails, it returns after its timeout."""
+        message = self._unsettled()
+        if message is None:
+            return
+        settle = functools.partial(method, message, *arguments)
+        try:
+            self._client._transport.retry(settle, self._client.timeout)
+        except (NotFound, Conflict):
+            self._lease_lost(message)
+        except LingerError as error:
+            text = f"{message_name(message)} comes again after its timeout: {error}"
+            self._client._transport.warn(text)
+        self._set_current(None)
+
+    def _lease_lost(self, message: Message) -> None:
+        if self._lost is not message:
+            self._lost = message
+            self.on_lease_lost(message)
+
+    def _warn_of_lost_lease(self, message: Message) -> None:
+        self._client._transport.warn(f"{message_name(message)}: {LEASE_LOST}")
+
+    def _heartbeat(self) -> None:
+        current, due = None, 0.0
+        while not self._closed.wait(HEARTBEAT_INTERVAL):
+            if current is not self._current:
+                current = self._current
+                due = current[1] + current[0].timeout / TOUCHES_PER_TIMEOUT if current else 0.0
+            if current and due <= time.monotonic() and self._unsettled() is current[0]:
+                due = time.monotonic() + self._touch(*current)
+
+    def _touch(self, message: Message, arrived: float) -> float:
+        """Touches a message unless its time is over; returns the seconds until the next touch."""
+        if time.monotonic() > arrived + self._max_time:
+            text = f"has been processed for {self._max_time:g} s: its lease ends"
+            self._client._transport.warn(f"{message_name(message)} {text}")
+            return NEVER
+        try:
+            self._client.touch(message, message.timeout)
+        except (NotFound, Conflict):
+            self._lease_lost(message)
+            return NEVER
+        except LingerError:
+            return 0.0
+        return message.timeout / TOUCHES_PER_TIMEOUT
+
+
+def _run_loops(
+    new_loop: Callable[[], _ConsumerLoop],
+    process: Callable[[_ConsumerLoop, Message], object],
+    threads: int,
+    stop: threading.Event,
+) -> None:
+    """Runs a loop in each of some threads until all end; raises the error that ended one."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with contextlib.closing(new_loop()) as loop:
+                while (message := loop.next()) is not None:
+                    process(loop, message)
+        except BaseException as error:
+            failures[:] = [error]
+            stop.set()
+
+    workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
+    with _stopping_on_signals(stop):
+        try:
+            for worker in workers:
+                worker.start()
+        except RuntimeError as error:  # the system allows no more threads
+            failures.append(error)
+            stop.set()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
+    if failures:
+        raise failures.pop()  # not failures[0]: the list and the traceback would form a cycle
+
+
+def stop_signals() -> list[int]:
+    """Returns the signals that end a worker in good order.
+
+    SIGHUP, the end of its terminal, is one unless it is ignored (`nohup`) or handled.
+    """
+    numbers: list[int] = [signal.SIGTERM, signal.SIGINT]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
+        numbers.append(hangup)
+    return numbers
+
+
+@contextlib.contextmanager
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Lets each of `stop_signals` set `stop`; a second SIGTERM or SIGINT has its former effect.
+
+    A SIGHUP does not end the process even then: the shell and the system may send one each, also
+    beside SIGTERM.  Does nothing outside the main thread, which alone may set signal handlers.
+    """
+    former: dict[int, Any] = {}
+
+    def restore(*numbers: int) -> None:
+        for number in numbers:
+            signal.signal(number, former[number])
+
+    def stop_once(number: int, _: object) -> None:
+        stop.set()
+        if number in (signal.SIGTERM, signal.SIGINT):
+            restore(signal.SIGTERM, signal.SIGINT)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in stop_signals():
+            former[number] = signal.signal(number, stop_once) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        restore(*former)
+
+
+# ---------------------------------------------------------------------------------------------
+# Client: the HTTP API as methods.  Blocking and thread-safe.  Knows no sockets.
+# ---------------------------------------------------------------------------------------------
+
+
+Infos = list[dict[str, Any]]
+
+
+class CallReply(NamedTuple):
+    """The reply to a call."""
+
+    body: bytes
+    type: str  # its Content-Type
+
+    @property
+    def text(self) -> str:
+        """The body decoded as UTF-8; raises UnicodeDecodeError."""
+        return self.body.decode("utf-8")
+
+    def json(self) -> Any:
+        """The body parsed as JSON; raises ValueError."""
+        return json.loads(self.body)
 
 
 class ManagementClient:
@@ -15910,6 +16600,17 @@ class ManagementClient:
         return self._requests.send_json(
             lambda value: list(value["channels"]), "GET", "/channels", query
         )
+
+    def drained(self, channel: str, wait: int = DEFAULT_WAIT) -> bool:
+        """Returns whether a channel holds no message, in any state, within `wait` seconds."""
+        path = encode_path("channels", channel, "drained")
+        try:
+            self._requests.send("GET", path, {"wait": wait}, wait=wait)
+        except LingerError as error:
+            if error.status != http.HTTPStatus.REQUEST_TIMEOUT:
+                raise
+            return False
+        return True
 
     def info(self, channel: str) -> dict[str, Any]:
         """Returns the counts, consumers, topics and settings of a channel."""
@@ -16252,6 +16953,41 @@ class Client(ManagementClient):
                 self._unsettled.discard(id, lease)
         return result
 
+    def call(
+        self,
+        channel: str,
+        body: object,
+        wait: int = CALL_WAIT,
+        type: Optional[str] = None,
+        **parameters: Unpack[PostFields],
+    ) -> CallReply:
+        """Posts a message and waits up to `wait` seconds for the reply to it.
+
+        `LingerError` with status 502 if it was given up, 504 if no reply came.
+        """
+        query = encode_parameters(ALL_PARAMETERS, parameters)
+        own = parse_own_headers("headers", query.pop("headers", {}))
+        headers, reply = self._requests.send(
+            "POST", encode_path("channels", channel, "call"), {**query, "wait": wait},
+            *encode_message(body, type), own, wait=wait, repeatable=False,
+        )  # fmt: skip
+        return CallReply(reply, headers["content-type"])
+
+    def reply(
+        self,
+        message: MessageOrId,
+        body: object,
+        type: Optional[str] = None,
+        lease: Optional[int] = None,
+    ) -> None:
+        """Answers a message that was called, and deletes it.  Errors as for `delete`, and
+        `Conflict` if nobody has called it."""
+        id, lease = delivery_of(message, lease)
+        content = encode_message(body, type)
+        path = f"/messages/{id}/reply"
+        self._requests.send("POST", path, {"lease": lease}, *content, repeatable=False)
+        self._unsettled.discard(id, lease)
+
     def touch(
         self, message: MessageOrId, timeout: Optional[int] = None, lease: Optional[int] = None
     ) -> None:
@@ -16429,323 +17165,6 @@ class Client(ManagementClient):
             repeatable=lease is not None or action == "delete", done_statuses=done_statuses,
         )  # fmt: skip
         self._unsettled.discard(id, lease)
-
-
-def _give_back(client: Client, messages: Iterable[Message]) -> None:
-    """Undoes deliveries; those for which that fails end with their timeout."""
-    for message in messages:
-        try:
-            client.release(message, 0, uncounted=True)
-        except (NotFound, Conflict):
-            continue
-        except LingerError as error:
-            client._transport.warn(f"{message_name(message)} was not given back: {error}")
-            return
-
-
-def message_name(message: Message) -> str:
-    """Returns what log lines call a message."""
-    return f"message {message.id} of {message.channel}"
-
-
-SERVER_IS_BACK = "the server responds again"
-LEASE_LOST = "the message was deleted, or delivered again, meanwhile"
-
-
-class _Deliveries:
-    """The deliveries that a client's loops process and that are not settled yet.  Thread-safe.
-
-    The function that processes a message may settle it by the client's methods; its loop learns
-    of that here.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards `_deadlines`
-        self._deadlines: dict[Delivery, float] = {}  # monotonic time until which each is touched
-
-    def add(self, message: Message, deadline: float) -> None:
-        """Adds the delivery of a message."""
-        with self._lock:
-            self._deadlines[delivery_of(message)] = deadline
-
-    def discard(self, id: int, lease: Optional[int]) -> None:
-        """Removes a delivery; without a lease, each delivery of that message."""
-        with self._lock:
-            for settled in [d for d in self._deadlines if d[0] == id and lease in (None, d[1])]:
-                del self._deadlines[settled]
-
-    def check_deadline(self, id: int, lease: Optional[int]) -> None:
-        """`Conflict` if a delivery may not be touched any more."""
-        with self._lock:
-            deadline = self._deadlines.get((id, lease), NEVER)
-        if time.monotonic() > deadline:
-            raise Conflict(
-                f"message {id} has been processed for its `max_time`: it is kept no more"
-            )
-
-    def __contains__(self, message: Message) -> bool:
-        with self._lock:
-            return delivery_of(message) in self._deadlines
-
-
-class Outage:
-    """Reports once, for all loops of a worker, that something fails, and that it works again."""
-
-    def __init__(self, warn: Callable[[str], None], end: str) -> None:
-        """`end` is what is reported at the end."""
-        self._warn = warn
-        self._end = end
-        self._lock = threading.Lock()  # guards `_begun`
-        self._begun = False
-
-    def begin(self, error: object) -> None:
-        """It fails, and another try follows."""
-        with self._lock:
-            known, self._begun = self._begun, True
-        if not known:
-            self._warn(f"{error}; trying again")
-
-    def end(self) -> None:
-        """It works."""
-        with self._lock:
-            known, self._begun = self._begun, False
-        if known:
-            self._warn(self._end)
-
-
-class _ConsumerLoop:
-    """Takes messages one after the other; taking the next acknowledges the current one.
-
-    It belongs to one thread.  A heartbeat thread of its own, which only reads the loop's state,
-    touches the current message before its timeout.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        channels: ChannelNames,
-        wait: Optional[int],
-        timeout: Optional[int],
-        stop: threading.Event,
-        outage: Outage,
-        max_time: Optional[float] = None,
-    ) -> None:
-        """`outage` is told of errors that are retried; `max_time` is as of `Client.work`."""
-        if max_time is not None and max_time <= 0:
-            raise BadRequest("max_time must be more than 0 seconds")
-        self._client = client
-        self._take = functools.partial(client.get, channels, wait, timeout, stop=stop)
-        self._once = wait == 0
-        self._stop = stop
-        self._outage = outage
-        self._max_time = NEVER if max_time is None else max_time
-        self.on_lease_lost: Callable[[Message], None] = self._warn_of_lost_lease
-        self._lost: Optional[Message] = None  # the last one for which that was called
-        self._current: Optional[tuple[Message, float]] = None  # the message, and its arrival time
-        self._closed = threading.Event()
-        self._heart = threading.Thread(target=self._heartbeat, name="linger-heartbeat", daemon=True)
-        self._heart.start()
-
-    def next(self) -> Optional[Message]:
-        """Acknowledges the current message, unless it is settled, and takes the next one.
-
-        Returns None when `stop` is set, or without a wait when there is no message.  With a wait,
-        errors of the server and the network are retried.  A current message that is missing or
-        was delivered again needs no acknowledgement.
-        """
-        delays = _retry_delays()
-        while not self._stop.is_set():
-            done = self._unsettled()
-            try:
-                message = self._take(ack=done)
-            except LingerError as error:
-                if done is not None and isinstance(error, (NotFound, Conflict)):
-                    self._lease_lost(done)
-                    self._set_current(None)
-                elif error.status < 500 or self._once or self._client._transport.closed:
-                    self.ack_current()
-                    raise
-                elif not self._stop.is_set():
-                    self._outage.begin(error)
-                    self._stop.wait(next(delays))
-                continue
-            self._outage.end()
-            self._set_current(message)
-            delays = _retry_delays()
-            if message is not None or self._once:
-                return message
-        self.ack_current()
-        return None
-
-    def process(
-        self, function: Callable[[Message], T], message: Message, delay: int
-    ) -> Optional[T]:
-        """Calls a function with the current message; if it raises, releases the message."""
-        try:
-            return function(message)
-        except BaseException as error:
-            failed = isinstance(error, Exception)
-            if failed:
-                client_logger().error("%s failed", message_name(message), exc_info=True)
-            self.release(traceback.format_exc(), None if message.backoff else delay)
-            if not failed:
-                raise
-            return None
-
-    def ack_current(self) -> None:
-        """Deletes the current message, unless it is settled."""
-        self._settle(self._client.delete)
-
-    def release(self, reason: str, delay: Optional[int] = None, uncounted: bool = False) -> None:
-        """Releases the current message, unless it is settled; keeps the end of a long reason."""
-        end = reason.encode("utf-8", "replace")[-MAX_REASON:].decode("utf-8", "ignore")
-        self._settle(self._client.release, delay, end, None, uncounted)
-
-    def reject(self, reason: str) -> None:
-        """Rejects the current message, unless it is settled."""
-        self._settle(self._client.reject, reason)
-
-    def close(self) -> None:
-        """Stops the heartbeat thread."""
-        self._set_current(None)
-        self._closed.set()
-        self._heart.join()
-
-    def _unsettled(self) -> Optional[Message]:
-        """Returns the current message, unless its delivery was settled through the client."""
-        current = self._current
-        if current is not None and current[0] in self._client._unsettled:
-            return current[0]
-        return None
-
-    def _set_current(self, message: Optional[Message]) -> None:
-        if self._current is not None:
-            self._client._unsettled.discard(*delivery_of(self._current[0]))
-        if message is None:
-            self._current = None
-        else:
-            now = time.monotonic()
-            self._client._unsettled.add(message, now + self._max_time)
-            self._current = (message, now)
-
-    def _settle(self, method: Callable[..., None], *arguments: object) -> None:
-        """Settles the current message; if that fails, it returns after its timeout."""
-        message = self._unsettled()
-        if message is None:
-            return
-        settle = functools.partial(method, message, *arguments)
-        try:
-            self._client._transport.retry(settle, self._client.timeout)
-        except (NotFound, Conflict):
-            self._lease_lost(message)
-        except LingerError as error:
-            text = f"{message_name(message)} comes again after its timeout: {error}"
-            self._client._transport.warn(text)
-        self._set_current(None)
-
-    def _lease_lost(self, message: Message) -> None:
-        if self._lost is not message:
-            self._lost = message
-            self.on_lease_lost(message)
-
-    def _warn_of_lost_lease(self, message: Message) -> None:
-        self._client._transport.warn(f"{message_name(message)}: {LEASE_LOST}")
-
-    def _heartbeat(self) -> None:
-        current, due = None, 0.0
-        while not self._closed.wait(HEARTBEAT_INTERVAL):
-            if current is not self._current:
-                current = self._current
-                due = current[1] + current[0].timeout / TOUCHES_PER_TIMEOUT if current else 0.0
-            if current and due <= time.monotonic() and self._unsettled() is current[0]:
-                due = time.monotonic() + self._touch(*current)
-
-    def _touch(self, message: Message, arrived: float) -> float:
-        """Touches a message unless its time is over; returns the seconds until the next touch."""
-        if time.monotonic() > arrived + self._max_time:
-            text = f"has been processed for {self._max_time:g} s: its lease ends"
-            self._client._transport.warn(f"{message_name(message)} {text}")
-            return NEVER
-        try:
-            self._client.touch(message, message.timeout)
-        except (NotFound, Conflict):
-            self._lease_lost(message)
-            return NEVER
-        except LingerError:
-            return 0.0
-        return message.timeout / TOUCHES_PER_TIMEOUT
-
-
-def _run_loops(
-    new_loop: Callable[[], _ConsumerLoop],
-    process: Callable[[_ConsumerLoop, Message], object],
-    threads: int,
-    stop: threading.Event,
-) -> None:
-    """Runs a loop in each of some threads until all end; raises the error that ended one."""
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            with contextlib.closing(new_loop()) as loop:
-                while (message := loop.next()) is not None:
-                    process(loop, message)
-        except BaseException as error:
-            failures[:] = [error]
-            stop.set()
-
-    workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
-    with _stopping_on_signals(stop):
-        try:
-            for worker in workers:
-                worker.start()
-        except RuntimeError as error:  # the system allows no more threads
-            failures.append(error)
-            stop.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
-    if failures:
-        raise failures.pop()  # not failures[0]: the list and the traceback would form a cycle
-
-
-def stop_signals() -> list[int]:
-    """Returns the signals that end a worker in good order.
-
-    SIGHUP, the end of its terminal, is one unless it is ignored (`nohup`) or handled.
-    """
-    numbers: list[int] = [signal.SIGTERM, signal.SIGINT]
-    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
-        numbers.append(hangup)
-    return numbers
-
-
-@contextlib.contextmanager
-def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Lets each of `stop_signals` set `stop`; a second SIGTERM or SIGINT has its former effect.
-
-    A SIGHUP does not end the process even then: the shell and the system may send one each, also
-    beside SIGTERM.  Does nothing outside the main thread, which alone may set signal handlers.
-    """
-    former: dict[int, Any] = {}
-
-    def restore(*numbers: int) -> None:
-        for number in numbers:
-            signal.signal(number, former[number])
-
-    def stop_once(number: int, _: object) -> None:
-        stop.set()
-        if number in (signal.SIGTERM, signal.SIGINT):
-            restore(signal.SIGTERM, signal.SIGINT)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in stop_signals():
-            former[number] = signal.signal(number, stop_once) or signal.SIG_DFL
-    try:
-        yield
-    finally:
-        restore(*former)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -17336,6 +17755,20 @@ def _post(client: Client, options: argparse.Namespace) -> int:
     return _write_records([posted._asdict() if options.json else {"id": posted.id}], options.json)
 
 
+def _call(client: Client, options: argparse.Namespace) -> int:
+    parameters = _given_parameters(options, CALL_PARAMETERS)
+    body = _read_body(options)
+    try:
+        reply = client.call(options.channel, body, options.wait, options.type, **parameters)
+    except LingerError as error:
+        if error.status != OutcomeUnknown.status:
+            raise
+        log(f"linger: {error}")
+        return 1
+    _write(reply.body + b"\n" * sys.stdout.isatty())
+    return 0
+
+
 def _post_lines(client: Client, options: argparse.Namespace, parameters: dict[str, Any]) -> int:
     """Posts each line of standard input.
 
@@ -17679,8 +18112,11 @@ class Job:
         body: bytes,
         environment: Mapping[bytes, bytes],
         time_limit: Optional[int] = None,
+        output: Optional[BinaryIO] = None,
     ) -> None:
         """Starts the process, which is killed after `time_limit` seconds.
+
+        `output`: where its standard output goes, in place of the worker's.
 
         Everything that it needs is there before it starts.  Raises `CannotStart`, or
         `LingerError` if there is no such command.
@@ -17698,7 +18134,7 @@ class Job:
                     if time_limit is not None:
                         reason = f"it took longer than {time_limit} seconds"
                         self._after(time_limit, self.kill, reason)
-                    self._start(command, file, stderr, environment)
+                    self._start(command, file, output, stderr, environment)
         except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no more threads
             self._end()
             reason = getattr(error, "strerror", None) or str(error) or "no memory"
@@ -17713,13 +18149,15 @@ class Job:
         self,
         command: Sequence[str],
         file: BinaryIO,
+        output: Optional[BinaryIO],
         stderr: BinaryIO,
         environment: Mapping[bytes, bytes],
     ) -> None:
         try:
             self._process = subprocess.Popen(
-                command, stdin=file, stderr=stderr, env=environment, start_new_session=True
-            )
+                command, stdin=file, stdout=output, stderr=stderr, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             if error.errno in NO_SUCH_COMMAND:
                 raise LingerError(f"cannot run {command[0]}: {error.strerror}") from error
@@ -17975,6 +18413,18 @@ class Worker:
         self._stop.set()
 
     def _run_job(self, loop: _ConsumerLoop, message: Message) -> bool:
+        """Runs the command for a message; with --reply its output is the reply to a call."""
+        if not (self._options.reply and message.reply_to):
+            return self._run_command(loop, message)
+        with _input_file(b"") as output:
+            has_run = self._run_command(loop, message, output)
+            output.seek(0)
+            loop.reply(output.read(MAX_MESSAGE_OPTION + 1))  # if it has not failed
+        return has_run
+
+    def _run_command(
+        self, loop: _ConsumerLoop, message: Message, output: Optional[BinaryIO] = None
+    ) -> bool:
         """Runs the command for a message; returns whether it could be started.
 
         Releases or rejects the message if that fails.  One whose command cannot be started is
@@ -17985,7 +18435,7 @@ class Worker:
             self._worked = True
         environment = {**self._environment, **_environment_of(message)}
         try:
-            job = Job(options.command, message.body, environment, options.time_limit)
+            job = Job(options.command, message.body, environment, options.time_limit, output)
         except CannotStart as error:
             self._shortage.begin(error)
             loop.release(str(error), 0, uncounted=True)
@@ -18036,6 +18486,7 @@ def _environment_of(message: Message) -> dict[bytes, bytes]:
     fields = message._asdict()
     del fields["body"], fields["header_lines"]
     fields["message_id"] = fields.pop("id")
+    fields["reply_to"] = message.reply_to
     own = {"h_" + re.sub(r"\W", "_", name): value for name, value in message.headers.items()}
     return {
         f"LINGER_{name.upper()}".encode(): str(value).replace("\0", "").encode()
@@ -18452,7 +18903,7 @@ environment of COMMAND, in addition to that of the worker:
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[1:6])},
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[6:11])},
   {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:17])},
-  LINGER_GROUP, LINGER_H_NAME for each header of its own
+  LINGER_GROUP, LINGER_REPLY_TO, LINGER_H_NAME for each header of its own
 exit status of COMMAND:
   0  the message is deleted
   {TEMPORARY_FAILURE} (EX_TEMPFAIL)  the message is released
@@ -18511,6 +18962,7 @@ COMMANDS = (
              _seconds("--retry-delay", "delay after a failure, for messages without backoff",
                       0, default=FAILURE_DELAY),
              _flag("--reject-on-failure", "reject a message after a failure"),
+             _flag("--reply", "reply to a message that was called with the command's output"),
              _argument("-v", "--verbose", dest="verbose", action="store_true",
                        help="write a line when a command ends")),
             nothing="no message came, with --once", notes=WORK_NOTES),
@@ -18572,6 +19024,20 @@ COMMANDS = (
             lambda client, options: client.change(
                 options.id, **_given_parameters(options, CHANGE_PARAMETERS)),
             (ID, *_parameters(CHANGE_PARAMETERS)), nothing=NO_MESSAGE),
+    Command("call", "post a message, wait for the reply to it, and write that",
+            "linger call sums '2 + 3' --wait 10", _call,
+            (CHANNEL, BODY, _seconds("--wait", "maximum wait for the reply", 0, MAX_WAIT,
+                                     default=CALL_WAIT), TYPE, *_parameters(CALL_PARAMETERS)),
+            nothing="no reply came in time"),
+    Command("reply", "answer a message that was called, and delete it", "linger reply 1 5",
+            lambda client, options: client.reply(
+                options.id, _read_body(options), options.type, options.lease),
+            (ID, BODY, TYPE, LEASE), nothing=NO_MESSAGE),
+    Command("drained", "wait until a channel holds no message",
+            "linger drained jobs --wait 600 && echo done",
+            lambda client, options: int(not client.drained(options.channel, options.wait)),
+            (CHANNEL, _seconds("--wait", "maximum wait", 0, MAX_WAIT, default=DEFAULT_WAIT)),
+            nothing="it still holds messages"),
     Command("drain", "delete all messages of a channel", "linger drain jobs --yes", _drain,
             (CHANNEL, _flag("--yes", "do not ask for confirmation")), nothing="not confirmed"),
     Command("channels", "list the channels, with the age of the oldest message in seconds",
