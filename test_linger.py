@@ -6696,16 +6696,18 @@ class MetricsTest(ServerTest):
     def test_messages_and_consumers_are_told_by_channel(self):
         for n in range(3):
             self.broker.post("a", b"x", delay=n // 2)
+        for _ in range(2):
+            self.broker.post("a", b"x", group="g", delay=1)
         self.broker.get("a")
         self.park("b")
-        expected = {"ready": 1, "in_flight": 1, "delayed": 1}
+        expected = {"ready": 1, "in_flight": 1, "delayed": 2, "blocked": 1}
         found = self.values("linger_messages")
         for state, count in expected.items():
             self.assertEqual(found[f'channel="a",state="{state}"'], count)
         waiting = self.values("linger_waiting_consumers")
         self.assertEqual(waiting, {'channel=""': 0, 'channel="a"': 0, 'channel="b"': 1})
         posted = self.values("linger_messages_posted_total")
-        self.assertEqual(posted, {'channel=""': 0, 'channel="a"': 3, 'channel="b"': 0})
+        self.assertEqual(posted, {'channel=""': 0, 'channel="a"': 5, 'channel="b"': 0})
 
     def test_the_age_of_the_oldest_is_told(self):
         self.broker.post("a", b"x")
