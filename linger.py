@@ -402,6 +402,7 @@ CLOCK_CORRECTION = 10_800  # a clock that is set back by more was wrong, seconds
 # Metrics
 METRICS_CHANNELS = 1_000  # default of --metrics-channels: channels with counters of their own
 MAX_METRICS_CHANNELS = 10_000  # its largest value: a channel has about 1,000 bytes of each page
+MAX_NOTED = 65_536  # values that a histogram has not counted yet: those of seconds, 32 bytes each
 MAX_FLIGHTS = 32_768  # messages in flight whose channel is kept in memory, 300 bytes each
 SAMPLE_INTERVAL = 5  # seconds between two points of the history
 HISTORY_SECONDS = 3_600  # length of the history, seconds
@@ -2655,41 +2656,35 @@ FAILURES = ("released", "rejected", "timed_out")  # of deliveries
 SAMPLED = ("posted", "delivered", "deleted", "failed", "published", "ready", "in-flight")
 
 
-class EventCounts:
-    """How often each of EVENTS has happened in each channel.
+class EventCounts(dict[str, dict[str, int]]):
+    """How often each of EVENTS has happened in each channel: `counts[channel][event]`.
 
     The first channels, up to a limit, have counts of their own; the others share those of the
-    channel "", which is no channel's name.  The committer thread counts; any may add a channel.
+    channel "", which is no channel's name.  The committer thread counts, and takes off deliveries
+    that were undone; any may add a channel.
     """
 
     def __init__(self, max_channels: int) -> None:
+        super().__init__({"": dict.fromkeys(EVENTS, 0)})
         self._max_channels = max_channels
-        self._counts = {"": dict.fromkeys(EVENTS, 0)}
         self._lock = threading.Lock()  # guards what was shown
         self._shown: dict[str, dict[str, int]] = {}
 
-    def count(self, event: str, channel: str, n: int = 1) -> None:
-        """Counts an event; fewer than none for deliveries that were undone."""
-        counts = self._counts.get(channel)
-        if counts is None:
-            counts = self._counts_of(channel)
-        counts[event] += n
-
-    def _counts_of(self, channel: str) -> dict[str, int]:
-        if channel not in self._counts and len(self._counts) > self._max_channels:
-            return self._counts[""]
-        return self._counts.setdefault(channel, dict.fromkeys(EVENTS, 0))
+    def __missing__(self, channel: str) -> dict[str, int]:
+        if len(self) > self._max_channels:
+            return self[""]
+        return self.setdefault(channel, dict.fromkeys(EVENTS, 0))
 
     def label(self, channel: str) -> str:
         """The channel, or "" if it is counted together with others."""
-        return channel if self._counts_of(channel) is not self._counts[""] else ""
+        return channel if self[channel] is not self[""] else ""
 
     def totals(self, channel: str) -> Optional[dict[str, int]]:
         """What has happened in a channel, by the first names of SAMPLED; None if it shares its
         counts with others.  For any thread."""
-        counts = self._counts.get(channel)
+        counts = self.get(channel)
         if counts is None:
-            if len(self._counts) > self._max_channels:
+            if len(self) > self._max_channels:
                 return None
             counts = dict.fromkeys(EVENTS, 0)
         failed = sum(counts[event] for event in FAILURES)
@@ -2701,7 +2696,7 @@ class EventCounts:
         They never decrease: after an undo each stays until it has been reached again.
         """
         with self._lock:
-            for channel, counts in self._counts.copy().items():
+            for channel, counts in self.copy().items():
                 shown = self._shown.setdefault(channel, counts.copy())
                 for event, count in counts.items():
                     if count > shown[event]:
@@ -2710,19 +2705,34 @@ class EventCounts:
 
 
 class Histogram:
-    """How many values were at most each of some bounds, and their sum; one thread writes."""
+    """How many values were at most each of some bounds, and their sum.
 
-    __slots__ = ("bounds", "counts", "sum")
+    `observe(value)` only notes a value, since it is called for each message; `fold`, for any
+    thread, counts all that were noted at once.
+    """
+
+    __slots__ = ("_lock", "_noted", "bounds", "counts", "observe", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)  # not cumulative; the last is of larger values
         self.sum = 0.0
+        self._lock = threading.Lock()  # guards both
+        self._noted: collections.deque[float] = collections.deque(maxlen=MAX_NOTED)
+        self.observe = self._noted.append
 
-    def observe(self, value: float) -> None:
-        """Adds a value, which is not negative."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def fold(self) -> None:
+        """Counts the values noted since the last time."""
+        with self._lock:
+            first = itertools.islice(iter(self._noted.popleft, None), len(self._noted))
+            values = sorted(first)
+            counted = 0
+            for position, bound in enumerate(self.bounds):
+                end = bisect.bisect_right(values, bound)
+                self.counts[position] += end - counted
+                counted = end
+            self.counts[-1] += len(values) - counted
+            self.sum += sum(values)
 
 
 class Flight(NamedTuple):
@@ -6401,7 +6411,7 @@ class State:
     def message_added(self, message: Mapping[str, Any], now: float, woken: bool) -> None:
         """After a message was added; wakes a consumer for it unless that was done before."""
         self.counters["msg-add"] += 1
-        self.events.count("posted", message["channel"])
+        self.events[message["channel"]]["posted"] += 1
         if message["expires_at"]:
             self.timers.schedule(message["channel"], message["expires_at"])
         if message["state"]:
@@ -6426,7 +6436,7 @@ class State:
         self.counters["msg-delete"] += deleted
         for target, count in dead:
             self.counters["msg-dead"] += count
-            self.events.count("dead_lettered", channel, count)
+            self.events[channel]["dead_lettered"] += count
             self.messages_ready(target, count, now)
 
     def group_ended(self, group: str, channel: str, now: float) -> None:
@@ -6440,7 +6450,7 @@ class State:
     def message_deleted(self, id: int, channel: str, now: float) -> None:
         """After a client has deleted a message."""
         self.counters["msg-delete"] += 1
-        self.events.count("deleted", channel)
+        self.events[channel]["deleted"] += 1
         flight = self.flights.pop(id)
         if flight is not None:
             self.flight_times.observe(now - flight.began)
@@ -6828,14 +6838,14 @@ class Take(Operation):
             state.queue_times.observe(abs(now - row[-1]))  # it may be posted a moment after now
         self.is_large = count > LARGE_COUNT
         counters["delivered"] += count
-        state.events.count("delivered", channel, count)
+        state.events[channel]["delivered"] += count
         if state.live.channels:
             messages = [message_of(row[:-1]) for row in rows]
             state.live.delivered(messages, deleted=consumer.auto)
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
             counters["msg-delete"] += count
-            state.events.count("deleted", channel, count)
+            state.events[channel]["deleted"] += count
         else:
             counters["msg-hide"] += count
             for row in rows:
@@ -6937,8 +6947,8 @@ class UndoTake(Operation):
         *undone, _, (expired, _), dead, moved, deleted = self.results
         count = sum(changed for changed, _ in undone)
         for event in ("delivered", "deleted")[: 1 + self._auto]:
-            events.count(event, self._channel, -count)
-        events.count("expired", self._channel, expired)
+            events[self._channel][event] -= count
+        events[self._channel]["expired"] += expired
         for id in self._ids:
             self._state.flights.pop(id)
         counters["delivered"] -= count
@@ -7080,9 +7090,9 @@ class Release(Operation):
         ((_, _, channel, _),) = lease_state
         state.flights.pop(self._id)
         state.counters["msg-release"] += 1
-        state.events.count("released", channel)
+        state.events[channel]["released"] += 1
         state.counters["msg-retention"] += expired
-        state.events.count("expired", channel, expired)
+        state.events[channel]["expired"] += expired
         state.dead_buried(channel, buried, self._now)
         state.flights_ended(channel, 1, self._now)
         for channel, delayed, due_at, expires_at in due_times if changed else ():
@@ -7116,7 +7126,7 @@ class Reject(Operation):
             ((_, _, channel, _),) = lease_state
             self._state.flights.pop(self._id)
             self._state.counters["msg-reject"] += 1
-            self._state.events.count("rejected", channel)
+            self._state.events[channel]["rejected"] += 1
             self._state.dead_buried(channel, buried, self._now)
             self._state.flights_ended(channel, 1, self._now)
 
@@ -7188,8 +7198,8 @@ class ProcessDue(Operation):
         state.counters["msg-timeouts"] += timeouts
         state.counters["msg-retention"] += expired
         state.counters["msg-delete"] += deleted
-        state.events.count("timed_out", channel, timeouts)
-        state.events.count("expired", channel, expired)
+        state.events[channel]["timed_out"] += timeouts
+        state.events[channel]["expired"] += expired
         self.set_next([moment for moment in (next_due, next_expiry) if moment is not None])
         state.dead_buried(channel, buried, self.now)
         if ready:
@@ -7283,7 +7293,7 @@ class RedriveMessage(Operation):
         before, (moved, _) = self.results
         if moved:
             self._state.counters["msg-redrive"] += 1
-            self._state.events.count("redriven", before[0][0])
+            self._state.events[before[0][0]]["redriven"] += 1
             self._state.timers.schedule(before[0][0], self._values["now"])  # of its group
             target, now = self._values["to"] or before[0][3], self._values["now"]
             self._state.messages_ready(target, 1, now)
@@ -7325,7 +7335,7 @@ class Redrive(Operation):
             self._state.timers.schedule(self._channel, self._now)  # others of their groups
         for target, count in self.results[1]:
             self._state.counters["msg-redrive"] += count
-            self._state.events.count("redriven", self._channel, count)
+            self._state.events[self._channel]["redriven"] += count
             self._state.messages_ready(target, count, self._now)
             self._state.timers.schedule(target, self._now)  # the lingering of some may end
 
@@ -7348,7 +7358,7 @@ class Drain(Operation):
         self._now: float = parameters["now"]
 
     def on_commit(self) -> None:
-        self._state.events.count("deleted", self._channel, self.result())
+        self._state.events[self._channel]["deleted"] += self.result()
         self._state.flights_ended(self._channel, self.results[1][0], self._now)
         self.is_last = all(deleted < self._n for deleted, _ in self.results)
         self._state.counters["channel-drain"] += self.is_last
@@ -7559,7 +7569,9 @@ class Statistics:
         return totals
 
     def sample(self) -> None:
-        """Adds a point to the history, if it is due."""
+        """Counts what histograms have noted, and adds a point to the history, if it is due."""
+        for histogram in self.histograms().values():
+            histogram.fold()
         now = self._state.clock.now()
         if not self._history.is_due(now):
             return
@@ -11299,6 +11311,7 @@ class Snapshot:
     def histogram(self, name: str) -> Iterator[Sample]:
         """The buckets, which are cumulative, the sum and the count."""
         histogram = self.histograms[name]
+        histogram.fold()
         totals = list(itertools.accumulate(histogram.counts))
         for bound, total in zip((*histogram.bounds, "+Inf"), totals):
             yield f'_bucket{{le="{bound}"}}', total

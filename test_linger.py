@@ -6730,6 +6730,20 @@ class MetricsTest(ServerTest):
             self.assertEqual(self.values(f"linger_{name}_time_seconds_count"), {"": 1})
             self.assertLess(self.values(f"linger_{name}_time_seconds_sum")[""], most)
 
+    def test_values_are_counted_by_the_ticker_or_for_a_page(self):
+        histogram = linger.Histogram((1, 2, 4))
+        for value in (3, 0, 1, 9, 4, 1):
+            histogram.observe(value)
+        self.assertEqual(histogram.counts, [0, 0, 0, 0])
+        for _ in range(2):
+            histogram.fold()
+            self.assertEqual((histogram.counts, histogram.sum), ([3, 0, 2, 1], 18))
+        self.broker.post("q", b"x")
+        self.broker.get("q")
+        noted = self.broker.statistics.histograms()["linger_queue_time_seconds"]
+        self.broker.statistics.sample()
+        self.assertEqual(sum(noted.counts), 1)
+
     def test_a_shared_commit_is_one_of_several_operations(self):
         with busy(self.broker._committer):
             for _ in range(3):
@@ -16609,7 +16623,7 @@ class ReadmeTest(Folder):
         "MAX_BLOB", "MAX_CACHED_HEAD", "MAX_DELAYED_FAILURES", "MAX_FAILING_ADDRESSES",
         "MAX_IDLE_CHANNELS", "MAX_INTEGER", "MAX_LINES_BYTES", "MAX_REFUSED_CONNECTIONS",
         "MAX_RECEIVE_SIZE", "MAX_REQUEST_HEAD", "MAX_REQUEST_LINE", "MAX_RETRY_DELAY",
-        "MAX_FLIGHTS", "MAX_GROWTH", "MAX_SHM", "MAX_SIMULTANEOUS", "MAX_TIMER",
+        "MAX_FLIGHTS", "MAX_GROWTH", "MAX_NOTED", "MAX_SHM", "MAX_SIMULTANEOUS", "MAX_TIMER",
     ))  # fmt: skip
 
     def setUp(self):
