@@ -34,7 +34,7 @@ The file reads downwards: a section uses only what stands above it.
     Watch         what other servers of a cluster change, and how this one learns of it
     Calls         request and reply, and waiting for the end of a channel
     Schedules     messages that are posted at certain times
-    Topics        subscriptions to patterns
+    Topics        subscriptions to patterns, publications that are kept
     Broker        the public calls of queue and pub-sub
     Access        tokens and their rights; which web pages may send requests
     Routes        every endpoint of the HTTP API
@@ -261,6 +261,11 @@ MAX_EVERY = 31_622_400  # seconds of a year between two posts of a schedule
 HEALTH_INTERVAL = 1.0  # shortest time between two writes of health checks, seconds
 RECOUNT_INTERVAL = 1.0  # shortest time between two counts of the channels, seconds
 MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to all of them
+MAX_KEPT = 10_000  # publications that a topic with `keep` keeps
+MAX_KEEPING_TOPICS = 1_000  # topics that keep publications: all are looked at once a minute
+TRIM_ROWS = 10  # publications that one more may remove: it is one more usually
+TRIM_INTERVAL = 60.0  # longest time between two looks for publications kept for long enough, s
+REPLAY_PAGE = 16  # kept publications that a stream reads at a time: each may have MAX_EVENT_BODY
 MAX_TOPIC_PATTERNS = 10_000  # subscriptions to patterns, whose patterns are kept in memory
 JSON_EXPANSION = 6  # bytes of JSON for a byte of a body: control characters
 MAX_BATCH_COPIES = 100_000  # copies that one published batch may create,
@@ -1239,6 +1244,32 @@ SCHEMA = (
         until real not null
     ) without rowid
     """,
+    # Which topics keep publications: the last `keep`, each for `keep_for` seconds; null: any.
+    # A topic that is to keep none any more has a keep of 0 until its last one is deleted.
+    """
+    create table retention (
+        topic text primary key,
+        keep integer,
+        keep_for integer
+    ) without rowid
+    """,
+    # Those that are kept, also some that are to be deleted.  seq: counts those of the topic.
+    """
+    create table publications (
+        id integer primary key autoincrement,
+        topic text not null,
+        seq integer not null,
+        at real not null,
+        type text not null,
+        headers text not null,
+        group_key text not null,
+        body blob not null
+    )
+    """,
+    # for KEPT_PUBLICATIONS and TRIM_PUBLICATIONS: those of a topic in their order
+    """
+    create index publications_by_topic on publications (topic, id)
+    """,
     # As `subscriptions`, but to all topics that match a pattern.
     """
     create table patterns (
@@ -1269,7 +1300,7 @@ SCHEMA = (
         on conflict (key) do update set value = value + 1;
     end
     """
-        for table in ("settings", "pauses", "patterns")
+        for table in ("settings", "pauses", "patterns", "retention")
         for event in ("insert", "update", "delete")
     ),
     # The servers of a cluster.  turn: the number of the last transaction of each, 0 until it has
@@ -1407,6 +1438,7 @@ insert into config (key, value)
 select 'time', :time
 where :always or exists (select 1 from channels) or exists (select 1 from pauses)
     or exists (select 1 from dedups) or exists (select 1 from schedules)
+    or exists (select 1 from retention)
 on conflict (key) do update set value = excluded.value
 """
 
@@ -1627,8 +1659,73 @@ select {COPIED_VALUES}
 from {MATCHING_SUBSCRIPTIONS} {GETS_COPY}
 """
 
-# The rows of the PUBLISH_MESSAGE (or PUBLISH_MATCHING) just before: the ids of one AUTOINCREMENT
-# insert follow each other.
+# -- publications that are kept
+
+# Of a row of `publications`; {0} is its table, with a dot.
+TOO_OLD = """coalesce({0}seq <= (
+            select seq from publications where topic = :topic order by id desc limit 1
+        ) - (select keep from retention where topic = :topic), 0)
+        or coalesce({0}at <= :now - (select keep_for from retention where topic = :topic), 0)"""
+
+IS_KEPT = f"""{{0}}topic = :topic and {{0}}id > :after and {{0}}at > :now - :seconds
+    and not ({TOO_OLD})"""
+
+KEEP_PUBLICATION = f"""
+insert into publications (topic, seq, at, type, headers, group_key, body)
+select :topic, 1 + coalesce(
+        (select seq from publications where topic = :topic order by id desc limit 1), 0),
+    :now, :type, :headers, :group, :body
+from retention
+where topic = :topic and coalesce(keep, 1) > 0 and (:dedup is null or not {DEDUP_EXISTS})
+"""
+
+TRIM_PUBLICATIONS = f"""
+delete from publications
+where id in (
+    select id
+    from (select id, seq, at from publications where topic = :topic order by id limit :trim)
+    where {TOO_OLD.format("")}
+)
+"""
+
+KEPT_PUBLICATIONS = f"""
+select id, topic, max(cast(:now - at as integer), 0), type, headers,
+    substr(body, 1, :preview_bytes + 1)
+from publications
+where {IS_KEPT.format("")}
+order by id
+limit :n
+"""
+
+KEPT_TOTALS = f"""
+select count(*), coalesce(sum(length(body)), 0)
+from publications
+where {IS_KEPT.format("")}
+"""
+
+# Of the copies in one statement that are of a group, the first may be ready.
+BACKFILL_BLOCKED = f"""({IS_BLOCKED.format(channel="subscriptions.channel", group="kept.group_key")}
+        or kept.group_key <> '' and kept.id not in (
+            select min(id) from publications where {IS_KEPT.format("")} group by group_key))"""
+
+BACKFILL = f"""
+insert into messages ({COPIED_COLUMNS})
+select {
+    COPIED_VALUES.replace(COPY_BLOCKED, BACKFILL_BLOCKED)
+    .replace(":type", "kept.type")
+    .replace(":headers", "kept.headers")
+    .replace(":group", "kept.group_key")
+    .replace(":body", "kept.body")
+}
+from publications as kept
+    cross join subscriptions on subscriptions.topic = :topic and subscriptions.channel = :channel
+    left join settings on settings.channel = :channel
+where {IS_KEPT.format("kept.")}
+order by kept.id
+"""
+
+# The rows of the PUBLISH_MESSAGE (or PUBLISH_MATCHING, BACKFILL) just before: the ids of one
+# AUTOINCREMENT insert follow each other.
 PUBLISHED = """
 select channel, id, state, due_at, expires_at
 from messages
@@ -2280,6 +2377,25 @@ delete from patterns
 where pattern = :pattern and channel = :channel
 """
 
+SET_RETENTION = """
+insert into retention (topic, keep, keep_for)
+select :topic, :keep, :keep_for
+where exists (select 1 from retention where topic = :topic)
+    or (select count(*) from retention) < :max_topics
+on conflict (topic) do update set keep = excluded.keep, keep_for = excluded.keep_for
+"""
+
+FORGET_RETENTION = """
+delete from retention
+where topic = :topic and keep = 0 and not exists (
+    select 1 from publications where topic = :topic)
+"""
+
+ALL_RETENTION = """
+select topic, keep, keep_for
+from retention
+"""
+
 ALL_PATTERNS = """
 select pattern, channel
 from patterns
@@ -2539,6 +2655,7 @@ FIND_STORED = """
 select 'messages' where exists (select 1 from channels)
 union all
 select 'subscriptions' where exists (select 1 from subscriptions)
+    or exists (select 1 from patterns)
 union all
 select 'settings' where exists (select 1 from settings)
 union all
@@ -2547,6 +2664,9 @@ union all
 select 'patterns' where exists (select 1 from patterns)
 union all
 select 'schedules' where exists (select 1 from schedules)
+union all
+select 'publications' where exists (select 1 from publications)
+    or exists (select 1 from retention)
 union all
 select 'dedup keys' where exists (select 1 from dedups)
 """
@@ -5778,13 +5898,12 @@ class Live:
             for name in ("delivered", "deleted") if deleted else ("delivered",):
                 self._add(self.channels, message.channel, Event(name, message, cut))
 
-    def published(self, topic: str, body: bytes, type: str, headers: str) -> None:
-        """Adds the event of a publication."""
-        body = body[: MAX_EVENT_BODY + 1]
-        message = Message(0, "", 0, 0, 0, 0, 0, 0, topic, 0, type, body, header_lines=headers)
-        self._add(self.topics, topic, Event("", message, MAX_EVENT_BODY))
+    def published(self, id: int, topic: str, body: bytes, type: str, headers: str) -> None:
+        """Adds the event of a publication; its id is 0 if it is not kept."""
+        publication = publication_of(id, topic, 0, type, headers, body[: MAX_EVENT_BODY + 1])
+        self._add(self.topics, topic, Event("", publication, MAX_EVENT_BODY))
         for pattern in self.pattern_tree.match(topic) if self.patterns else ():
-            self._add(self.patterns, pattern, Event("", message, MAX_EVENT_BODY))
+            self._add(self.patterns, pattern, Event("", publication, MAX_EVENT_BODY))
 
     def _add(self, feeds: Mapping[str, Feed], name: str, event: Event) -> None:
         feed = feeds.get(name)
@@ -5849,6 +5968,11 @@ class Live:
                 reader.is_silent = True
                 feed.waiting.discard(reader)
         return [reader for _, reader in found]
+
+
+def publication_of(id: int, topic: str, age: int, type: str, headers: str, body: bytes) -> Message:
+    """A publication as a message, which is in no channel."""
+    return Message(id, "", 0, 0, 0, 0, age, 0, topic, 0, type, body, header_lines=headers)
 
 
 def shown_bytes(count: int) -> int:
@@ -5963,6 +6087,7 @@ class WaitingList:
         self._tickets = itertools.count(1)
         self._counters = counters
         self._closed = False
+        self._checked_at = 0.0  # when it was last looked for overdue waits
         self.on_first: Callable[[], None] = lambda: None  # called when a consumer waits alone
 
     @locked
@@ -6023,6 +6148,18 @@ class WaitingList:
         """All consumers that wait."""
         consumers = {c.ticket: c for queue in self._queues.values() for c in queue.values()}
         return list(consumers.values())
+
+    def overdue(self, now: float) -> list[Consumer]:
+        """Consumers whose waits should have ended by themselves, by the system's clock; looks
+        at most once in WAIT_CHECK_INTERVAL.
+
+        The sleeps of their threads stop while the machine is suspended, and some follow the wall
+        clock.
+        """
+        if now - self._checked_at < WAIT_CHECK_INTERVAL:
+            return []
+        self._checked_at = now
+        return [c for c in self.consumers() if c.deadline + WAIT_GRACE <= now]
 
     def _remove(self, consumer: Consumer, now: float) -> None:
         for channel in consumer.channels:
@@ -6352,6 +6489,7 @@ class State:
         self.timers = timers
         self.events = events
         self.patterns = PatternTree()  # to which channels are subscribed
+        self.retention: dict[str, tuple[Optional[int], Optional[int]]] = {}  # keep, keep_for
         self.flights = Flights()
         self.live = Live(committer, clock)
         self.queue_times = Histogram(LONG_SECONDS)
@@ -6598,6 +6736,7 @@ class Publication(NamedTuple):
     ids: dict[str, int]  # of the copies, by channel
     full: list[str]  # the channels left out since they are at their high-level mark
     duplicate: bool
+    id: int = 0  # if it is kept
 
 
 class Publish(Operation):
@@ -6612,9 +6751,14 @@ class Publish(Operation):
         if patterns:
             each = (FULL_MATCHING, PUBLISH_MATCHING, PUBLISHED)
             messages = [{**message, "patterns": patterns} for message in messages]
+        self._keeps = messages[0]["topic"] in state.retention
+        if self._keeps:
+            each = (KEEP_PUBLICATION, TRIM_PUBLICATIONS, *each)
+            messages = [{**message, "trim": TRIM_ROWS} for message in messages]
         self._keyed = any(message["dedup"] is not None for message in messages)
         if self._keyed:
             each = (FIND_DEDUP, *each, SAVE_TOPIC_DEDUP)
+        self._first = self._keyed + 2 * self._keeps  # the place of FULL_SUBSCRIBERS among `each`
         self._size = len(each)
         super().__init__(
             [statement for _ in messages for statement in each],
@@ -6649,14 +6793,21 @@ class Publish(Operation):
 
     def _report(self) -> None:
         """Adds the events of those publications that are not duplicates."""
-        for message, first in zip(self._messages, self.results[:: self._size]):
-            if not (self._keyed and first):
-                names = ("topic", "body", "type", "headers")
-                self._state.live.published(*(message[name] for name in names))
+        names = ("topic", "body", "type", "headers")
+        for n, message in enumerate(self._messages):
+            results = self.results[n * self._size : (n + 1) * self._size]
+            if not (self._keyed and results[0]):
+                id = self._kept_id(results)
+                self._state.live.published(id, *(message[name] for name in names))
+
+    def _kept_id(self, results: Sequence[Any]) -> int:
+        """The id of a publication, from its results; 0 if it is not kept."""
+        added, id = results[self._keyed] if self._keeps else (0, 0)
+        return id if added else 0
 
     def _copies(self) -> Iterator[dict[str, Any]]:
         names = ("channel", "id", "state", "due_at", "expires_at")
-        for rows in self.results[self._keyed + 2 :: self._size]:
+        for rows in self.results[self._first + 2 :: self._size]:
             yield from (dict(zip(names, row)) for row in rows)
 
     def result(self) -> list[Publication]:
@@ -6669,9 +6820,10 @@ class Publish(Operation):
                 ids = {channel: int(id) for id, _, channel in lines}
                 publications.append(Publication(ids, [], duplicate=True))
             else:
-                full, _, copies = results[i + self._keyed : i + self._keyed + 3]
+                full, _, copies = results[i + self._first : i + self._first + 3]
                 ids = {row[0]: row[1] for row in copies}
-                publications.append(Publication(ids, [channel for (channel,) in full], False))
+                id = self._kept_id(results[i : i + self._size])
+                publications.append(Publication(ids, [channel for (channel,) in full], False, id))
         return publications
 
 
@@ -8096,16 +8248,17 @@ def _check_no_keys(parameters: Mapping[str, object]) -> None:
 
 
 class LearnSettings(Operation):
-    """Reads the settings, pauses and patterns again, in the order of commits."""
+    """Reads what this server keeps copies of again, in the order of commits."""
 
     def __init__(self, state: State) -> None:
-        super().__init__((ALL_SETTINGS, ALL_PAUSES, ALL_PATTERNS))
+        super().__init__((ALL_SETTINGS, ALL_PAUSES, ALL_PATTERNS, ALL_RETENTION))
         self._state = state
 
     def on_commit(self) -> None:
         channels = self._state.channels
         channels.learn(*self.results[:2])
         self._state.patterns.learn(self.results[2])
+        self._state.retention = {topic: kept for topic, *kept in self.results[3]}
         for moment in channels.pauses.values():
             self._state.timers.schedule(ALL, moment)
 
@@ -8836,7 +8989,7 @@ class PostScheduled(Post):
 
 
 # ---------------------------------------------------------------------------------------------
-# Topics: subscriptions to patterns of topics.
+# Topics: subscriptions to patterns of topics, and publications that are kept for later readers.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -8899,6 +9052,198 @@ class PatternSubscriptions:
         else:
             (rows,) = self._read(PATTERNS_OF_CHANNEL, channel=check_name("channel", channel))
         return list(dict.fromkeys(row[0] for row in rows))
+
+
+def parse_since(text: str) -> tuple[int, float]:
+    """What `since` stands for: the id after which publications are meant, and their age."""
+    if text == "all":
+        return 0, NEVER
+    found = re.fullmatch("([0-9]{1,18})([smhd]?)", text)
+    if not found:
+        raise BadRequest("since must be the id of a publication, an age as 90s, 5m, 2h, 1d, or all")
+    if found[2]:
+        return 0, float(found[1]) * {"s": 1, "m": 60, "h": 3_600, "d": 86_400}[found[2]]
+    return int(found[1]), NEVER
+
+
+class Retention:
+    """The calls for publications that are kept; thread-safe.
+
+    `State.retention` follows the rows, after each commit: a publication finds there whether its
+    topic keeps any.
+    """
+
+    def __init__(self, state: State, store: Transactions, hlm: int) -> None:
+        self._state = state
+        self._store = store
+        self._hlm = hlm
+        self._read = state.committer.read
+        self._trimmed_at = 0.0
+        state.retention = {topic: kept for topic, *kept in store.read(ALL_RETENTION)[0]}
+        disown_in_children(self)
+
+    def disown(self) -> None:
+        """In a forked child: each call raises an error at once."""
+        object.__setattr__(self, "__class__", ForkedBroker)
+
+    def put(self, topic: str, keep: Optional[int] = None, keep_for: Optional[int] = None) -> None:
+        """Keeps the last `keep` publications of a topic, each for at most `keep_for` seconds, from
+        now on; what is beyond that already goes."""
+        check_name("topic", topic)
+        if keep is None and keep_for is None:
+            raise BadRequest("give keep, keep-for, or both")
+        if keep is not None:
+            parse_integer("keep", keep, 1, MAX_KEPT)
+        if keep_for is not None:
+            parse_integer("keep-for", keep_for, 1)
+        self._set(topic, keep, keep_for)
+
+    def clear(self, topic: str) -> None:
+        """Keeps no more publications of a topic, and deletes those that were kept; it is no error
+        if there are none."""
+        if check_name("topic", topic) in self._state.retention:
+            self._set(topic, 0, None)
+
+    def _set(self, topic: str, keep: Optional[int], keep_for: Optional[int]) -> None:
+        values = {
+            "topic": topic, "keep": keep, "keep_for": keep_for, "max_topics": MAX_KEEPING_TOPICS,
+        }  # fmt: skip
+
+        def effect(results: list[Any]) -> None:
+            if results[0][0]:
+                self._state.retention[topic] = keep, keep_for
+
+        ((changed, _),) = self._state.committer.run(Change((SET_RETENTION,), values, effect))
+        if not changed:
+            raise Full(f"{MAX_KEEPING_TOPICS} topics keep publications, and no more can")
+        self._trim(topic)
+
+    def _trim(self, topic: str) -> None:
+        """Deletes the publications of a topic that are beyond its settings, in pieces."""
+        deleted = PIECE_ROWS
+        while deleted == PIECE_ROWS:
+            values = {"topic": topic, "trim": PIECE_ROWS, "now": self._state.clock.now()}
+
+            def effect(results: list[Any]) -> None:
+                if results[1][0]:
+                    self._state.retention.pop(topic, None)
+
+            statements = (TRIM_PUBLICATIONS, FORGET_RETENTION)
+            ((deleted, _), _) = self._state.committer.run(Change(statements, values, effect))
+
+    def trim_due(self) -> None:
+        """Deletes what was kept for long enough; the ticker calls this again and again."""
+        now = self._state.clock.now()
+        if self._state.retention and now - self._trimmed_at >= TRIM_INTERVAL:
+            self._trimmed_at = now
+            for topic in list(self._state.retention):
+                self._trim(topic)
+
+    def settings(self, topic: str) -> dict[str, int]:
+        """What is set for a topic."""
+        keep, keep_for = self._state.retention.get(check_name("topic", topic), (None, None))
+        named = {"keep": keep, "keep-for": keep_for}
+        return {name: value for name, value in named.items() if value}
+
+    def kept(
+        self, topic: str, since: str = "all", n: int = 50, cut: int = PREVIEW_BYTES
+    ) -> list[Message]:
+        """Up to `n` publications that are kept, the oldest first, without a channel; with bodies
+        that are cut to one byte more than `cut`."""
+        values = self._since(topic, since)
+        (rows,) = self._read(KEPT_PUBLICATIONS, n=n, preview_bytes=cut, **values)
+        return [publication_of(*row) for row in rows]
+
+    def _since(self, topic: str, since: str) -> dict[str, Any]:
+        after, seconds = parse_since(since)
+        now = self._state.clock.now()
+        return {
+            "topic": check_name("topic", topic), "after": after, "seconds": seconds, "now": now,
+        }  # fmt: skip
+
+    def subscribe(
+        self, channel: str, topic: str, since: str, **parameters: Unpack[MessageFields]
+    ) -> None:
+        """Subscribes a channel to a topic, and copies to it what is kept, in one transaction."""
+        values = subscription_values(self._state, channel, parameters)
+        values.update(self._since(topic, since), max_subscribers=MAX_SUBSCRIBERS)
+        self._store.check_space()
+        self._state.channels.reserve(channel)
+        (((count, size),), counts) = self._read(KEPT_TOTALS, CHANNEL_COUNTS, **values)
+        if count > MAX_BATCH_COPIES or size > MAX_BATCH_COPY_BYTES:
+            raise TooLarge(
+                f"these are {count} publications with {size} bytes, and at most {MAX_BATCH_COPIES}"
+                f" with {MAX_BATCH_COPY_BYTES} are copied: give a later since"
+            )
+        hlm = self._state.channels.settings.get(channel, {}).get("hlm", self._hlm)
+        if hlm and count + sum(counts[0] if counts else ()) > hlm:
+            raise Full(f"the {count} publications do not fit below the high-level mark of {hlm}")
+        self._state.committer.run(Backfill(self._state, values))
+
+
+class Backfill(Operation):
+    """Subscribes a channel to a topic, and adds copies of the publications that are kept."""
+
+    def __init__(self, state: State, values: dict[str, Any]) -> None:
+        super().__init__((SUBSCRIBE, BACKFILL, PUBLISHED), values)
+        self.adds = MAX_BATCH_COPY_BYTES
+        self._state = state
+        self._now: float = values["now"]
+
+    def on_commit(self) -> None:
+        (subscribed, _), _, copies = self.results
+        self._state.counters["subscription-add"] += subscribed
+        for channel, _, copy_state, due_at, expires_at in copies:
+            names = ("channel", "state", "due_at", "expires_at")
+            copy = dict(zip(names, (channel, copy_state, due_at, expires_at)))
+            self._state.counters["publish"] += 1
+            self._state.message_added(copy, self._now, woken=False)
+
+    def result(self) -> None:
+        if not self.rows()[0][0]:
+            raise Full(f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made")
+
+
+class Replay:
+    """A reader that gets what a topic has kept, and then what is published, each once.
+
+    It listens before it reads the last of what is kept, so that it misses nothing, and passes over
+    the events of what it has read.
+    """
+
+    def __init__(
+        self, listen: Callable[[], Reader], kept: Callable[[str], list[Message]], since: str
+    ) -> None:
+        parse_since(since)
+        self._listen = listen
+        self._kept = kept  # since an id
+        self._since = since
+        self._last = 0  # the id of the last publication
+        self._reader: Optional[Reader] = None
+        self._is_behind = True  # whether there may be kept ones that it has not read
+
+    def events(self) -> Optional[list[Event]]:
+        """As `Reader.events`."""
+        while self._is_behind:
+            publications = self._kept(str(self._last) if self._last else self._since)
+            if self._reader is not None and not publications:
+                self._is_behind = False
+            elif self._reader is None and len(publications) < REPLAY_PAGE:
+                self._reader = self._listen()
+            if publications:
+                self._last = publications[-1].id
+                return [Event("", publication, MAX_EVENT_BODY) for publication in publications]
+        assert self._reader is not None
+        while events := self._reader.events():
+            news = [e for e in events if not 0 < e.message.id <= self._last]
+            if news:
+                return news
+        return events
+
+    def close(self) -> None:
+        """Ends it; may be repeated."""
+        if self._reader is not None:
+            self._reader.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9021,7 +9366,6 @@ class Broker(Administration):
         `max_channels`: those with messages, subscriptions, settings or a pause, and also those
         for which consumers wait; `metrics_channels`: those with counters of their own."""
         self.max_channels = max_channels
-        self._waits_checked_at = 0.0
         record, max_age = store.join(lambda: self._clock.now_or_latest())
         self._clock = BrokerClock(clock, record, max_age)
         committer = Committer(store, self._clock.record)
@@ -9039,6 +9383,7 @@ class Broker(Administration):
             self.schedules = Schedules(self._state, self._new_message)
             self.patterns = PatternSubscriptions(self._state, store)
             self.calls = Calls(self._state, self._new_message, store.read)
+            self.retention = Retention(self._state, store, hlm)
             timers.schedule_rows([*store.read(NEXT_BY_CHANNEL)[0], (ALL, self.now())])
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
@@ -9071,21 +9416,10 @@ class Broker(Administration):
         if record is not None:
             self._committer.submit(record)
         self.schedules.post_due()
-        self._end_overdue_waits()
+        self.retention.trim_due()
+        for consumer in self._waiting.overdue(SYSTEM_CLOCK.monotonic()):
+            self.cancel(consumer)
         self.statistics.sample()
-
-    def _end_overdue_waits(self) -> None:
-        """Ends waits that should have ended by themselves, after what is due was processed.
-
-        The sleeps of their threads stop while the machine is suspended, and some follow the wall
-        clock.
-        """
-        now = SYSTEM_CLOCK.monotonic()
-        if now - self._waits_checked_at >= WAIT_CHECK_INTERVAL:
-            self._waits_checked_at = now
-            for consumer in self._waiting.consumers():
-                if consumer.deadline + WAIT_GRACE <= now:
-                    self.cancel(consumer)
 
     # -- producing
 
@@ -9151,6 +9485,12 @@ class Broker(Administration):
         `keys` are those of `PUBLISH_PARAMETERS`.  Returns the copies' ids by channel, the channels
         left out since they are at their high-level mark, and whether it was a duplicate.
         """
+        return self.publication(topic, body, type, **keys)[:3]
+
+    def publication(
+        self, topic: str, body: bytes, type: str = DEFAULT_TYPE, **keys: Unpack[PublishKeys]
+    ) -> Publication:
+        """As `publish`; the result has also the `id` of a publication that is kept."""
         check_parameters(keys, SINGLE_PARAMETERS)
         (publication,) = self._publish(topic, [(body, type, keys)])
         return publication
@@ -9921,6 +10261,10 @@ ROUTES = (
         ADMIN,
         "end that",
     ),
+    Route("GET", "/topics/<topic>/settings", "get_topic_settings", True, READ, "what it keeps"),
+    Route("PUT", "/topics/<topic>/settings", "set_topic_settings", False, ADMIN, "replace that"),
+    Route("DELETE", "/topics/<topic>/settings", "clear_topic_settings", False, ADMIN, "keep none"),
+    Route("GET", "/topics/<topic>/messages", "list_publications", True, READ, "list those kept"),
     Route("GET", "/patterns", "list_patterns", True, READ, "list patterns"),
     Route("GET", "/patterns/<pattern>/live", "open_stream", True, READ, "stream publications"),
     Route("GET", "/topics", "list_topics", True, READ, "list topics"),
@@ -9966,7 +10310,10 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "redrive": ("n", "to"),
     "redrive_message": ("to",),
     "change_message": tuple(p.name for p in CHANGE_PARAMETERS),
-    "subscribe": MESSAGE_NAMES,
+    "subscribe": (*MESSAGE_NAMES, "since"),
+    "open_stream": ("since",),
+    "set_topic_settings": ("keep", "keep-for"),
+    "list_publications": ("since", "n", "whole"),
     "subscribe_pattern": MESSAGE_NAMES,
     "publish_message": ("msg", "keep", *SINGLE_NAMES),
     "publish_batch": ("keep", *SINGLE_NAMES),
@@ -10883,15 +11230,21 @@ HTTP_UNIX = "http+unix"  # scheme of the URL of a server on a Unix socket
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 
 
+def publication_object(publication: Message, cut: int) -> dict[str, object]:
+    """A publication as a JSON object, with an id if it is kept."""
+    value: dict[str, object] = {"id": publication.id} if publication.id else {}
+    value.update(topic=publication.topic, type=publication.type)
+    if publication.header_lines:
+        value["headers"] = publication.headers
+    return {**value, **cut_body(publication.body, cut)}
+
+
 def event_json(event: Event) -> bytes:
     """An event as a JSON object: the message, and what happened to it."""
     message = event.message
     if not event.name:
-        value: dict[str, object] = {"topic": message.topic, "type": message.type}
-        if message.header_lines:
-            value["headers"] = message.headers
-        return TO_JSON({**value, **cut_body(message.body, event.cut)}).encode()
-    value = {"event": event.name}
+        return TO_JSON(publication_object(message, event.cut)).encode()
+    value: dict[str, object] = {"event": event.name}
     if event.source:
         value["from"] = event.source
     value.update(message_object(message._replace(body=b"")))
@@ -10910,7 +11263,7 @@ class EventStream:
     def __init__(
         self,
         request: Request,
-        reader: Optional[Reader] = None,
+        reader: Union[Reader, Replay, None] = None,
         is_allowed: Callable[[], bool] = bool,
     ) -> None:
         """`reader`: None for a HEAD; `is_allowed()` is called before more is sent: when it says no,
@@ -10942,7 +11295,10 @@ class EventStream:
         data = event.data or event_json(event)
         if len(data) <= UNCOUNTED:
             event.data = data
-        return data + b"\n" if self._is_ndjson else b"data: %s\n\n" % data
+        if self._is_ndjson:
+            return data + b"\n"
+        id = b"id: %d\n" % event.message.id if event.message.id and not event.name else b""
+        return b"%sdata: %s\n\n" % (id, data)
 
     def _frame(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self.is_chunked else data
@@ -13297,6 +13653,10 @@ OTHER_PARAMETERS: Mapping[str, tuple[Schema, str]] = {
     "tz": (TEXT, "time zone of cron, UTC if not given"),
     "every": (_whole(1, MAX_EVERY), "seconds between two posts, in place of cron"),
     "catch-up": (SWITCH, "whether to post once for the times that were missed"),
+    "since": (TEXT, "only what is kept after this id, of this age as 5m, or all"),
+    "set_topic_settings keep": (_whole(1, MAX_KEPT), "publications to keep, the last ones"),
+    "keep-for": (_whole(1), "seconds to keep each publication"),
+    "list_publications n": (_whole(1, MAX_BATCH), "publications at most"),
     "for": (_whole(1), "seconds until the pause ends by itself"),
     "redrive n": (_whole(1), "messages at most"),
     "to": (NAME, "channel to move to, in place of where they came from"),
@@ -13380,6 +13740,10 @@ ANSWERS: Mapping[str, Answer] = {
     "subscribe_pattern": DONE,
     "unsubscribe_pattern": DONE,
     "list_patterns": Answer(200, _object({"patterns": NAMES})),
+    "get_topic_settings": Answer(200, {"type": "object"}),
+    "set_topic_settings": DONE,
+    "clear_topic_settings": DONE,
+    "list_publications": Answer(200, _array({"type": "object"})),
     "list_topics": Answer(200, _object({"topics": NAMES})),
     "publish_message": Answer(202, {"type": "object"}),
     "publish_batch": Answer(202, {"type": "object"}, (), ITEM),
@@ -13850,6 +14214,7 @@ class ManagementApi:
         n: int,
         cut: Optional[int],
         read: Callable[[], Iterable[tuple[Message, str]]],
+        to_object: Optional[Callable[[Message, str], Mapping[str, object]]] = None,
     ) -> Response:
         """The response with the up to `n` messages that `read` returns, with their states."""
         output, asked = request.connection.output, time.monotonic()
@@ -13858,7 +14223,7 @@ class ManagementApi:
                 raise Unavailable("the client has gone, or the server has too much to do")
             output.resize(self._most_of_listing(n, cut))
             listed = read()
-            array = JsonArray(listed, lambda message, state: listed_object(message, state, cut))
+            array = JsonArray(listed, to_object or functools.partial(listed_object, cut=cut))
             output.force(array.size)
         return Response(200, array=array)
 
@@ -13939,7 +14304,11 @@ class ManagementApi:
     def subscribe(self, request: Request, channel: str, topic: str) -> Response:
         parameters = request.parameters(ALL_PARAMETERS)
         self._check_dead_channel(request, parameters)
-        self._broker.subscribe(channel, topic, **parameters)
+        since = request.parameter("since")
+        if since is None:
+            self._broker.subscribe(channel, topic, **parameters)
+        else:
+            self._broker.retention.subscribe(channel, topic, since, **parameters)
         return NO_CONTENT
 
     def unsubscribe(self, _: Request, channel: str, topic: str) -> Response:
@@ -13959,6 +14328,28 @@ class ManagementApi:
     def unsubscribe_pattern(self, _: Request, channel: str, pattern: str) -> Response:
         self._broker.patterns.unsubscribe(channel, pattern)
         return NO_CONTENT
+
+    def get_topic_settings(self, _: Request, topic: str) -> Response:
+        return json_response(self._broker.retention.settings(topic))
+
+    def set_topic_settings(self, request: Request, topic: str) -> Response:
+        keep, keep_for = request.integer("keep", 1, MAX_KEPT), request.integer("keep-for", 1)
+        self._broker.retention.put(topic, keep, keep_for)
+        return NO_CONTENT
+
+    def clear_topic_settings(self, _: Request, topic: str) -> Response:
+        self._broker.retention.clear(topic)
+        return NO_CONTENT
+
+    def list_publications(self, request: Request, topic: str) -> Response:
+        since, n = request.parameter("since") or "all", request.integer("n", 1, MAX_BATCH) or 50
+        cut = MAX_EVENT_BODY if request.switch("whole") else PREVIEW_BYTES
+        n = min(n, MAX_BATCH_BYTES // cut)
+        kept = functools.partial(self._broker.retention.kept, topic, since, n, cut)
+        return self._listing(
+            request, n, cut, lambda: ((m, "") for m in kept()),
+            lambda message, _: publication_object(message, cut),
+        )  # fmt: skip
 
     def list_patterns(self, request: Request) -> Response:
         patterns = self._broker.patterns.names()
@@ -14251,22 +14642,24 @@ class Api(ManagementApi):
     def publish_message(self, request: Request, topic: str) -> Response:
         parameters = request.message_parameters(SINGLE_PARAMETERS)
         body, content_type = request.message()
-        ids, dropped, duplicate = self._broker.publish(topic, body, content_type, **parameters)
+        ids, dropped, duplicate, id = self._broker.publication(
+            topic, body, content_type, **parameters
+        )
         if duplicate:
             return json_response({**self._visible_ids(request, ids), "duplicate": True}, 202)
-        return self._published_response(request, ids, dropped)
+        return self._published_response(request, ids, dropped, id)
 
     def publish_batch(self, request: Request, topic: str) -> Response:
         messages = self._parse_batch(request, SINGLE_PARAMETERS)
         return self._published_response(request, *self._broker.publish_batch(topic, messages))
 
     def _published_response(
-        self, request: Request, ids: Mapping[str, object], dropped: Sequence[str]
+        self, request: Request, ids: Mapping[str, object], dropped: Sequence[str], id: int = 0
     ) -> Response:
         visible = request.grant.visible("channels", dropped)
-        header = ""
+        header = f"x-linger-publication: {id}\r\n" if id else ""
         if visible:
-            header = list_header("x-linger-dropped", visible, request.header_room())
+            header += list_header("x-linger-dropped", visible, request.header_room())
         return json_response(self._visible_ids(request, ids), 202, header)
 
     def _visible_ids(self, request: Request, ids: Mapping[str, object]) -> Mapping[str, object]:
@@ -14281,9 +14674,27 @@ class Api(ManagementApi):
         request.close_after = True
         request.connection.start_stream()
         kind, connection = request.segments[0], request.connection
-        reader = self._broker.listen(kind, name, connection, self._memory)
+        listen = functools.partial(self._broker.listen, kind, name, connection, self._memory)
+        reader = self._replay(request, listen) or listen()
         stream = EventStream(request, reader, lambda: self._is_allowed(request))
         return Response(200, headers=headers, undo=reader.close, stream=stream)
+
+    def _replay(self, request: Request, listen: Callable[[], Reader]) -> Optional[Replay]:
+        """A reader of what a topic has kept, if a browser connects again, or the request says so.
+
+        The id of the last event wins: a browser sends it with the URL that it was first given.
+        """
+        kind, since = request.segments[0], request.parameter("since")
+        last_id = request.headers.fields.get("last-event-id", "")
+        if kind == "topics" and re.fullmatch("[0-9]{1,18}", last_id):
+            since = last_id
+        if since is None:
+            return None
+        if kind != "topics":
+            raise BadRequest("since is for the streams of topics, which may keep publications")
+        topic = request.names[0]
+        kept = functools.partial(self._broker.retention.kept, topic, n=REPLAY_PAGE)
+        return Replay(listen, functools.partial(kept, cut=MAX_EVENT_BODY), since)
 
     def _is_allowed(self, request: Request) -> bool:
         """Whether a request may still be made, after tokens may have been read again."""
@@ -16643,14 +17054,40 @@ class ManagementClient:
         path = encode_path("topics", topic, "channels")
         return self._requests.send_json(lambda value: list(value["channels"]), "GET", path)
 
-    def subscribe(self, channel: str, topic: str, **parameters: Unpack[MessageFields]) -> None:
-        """Subscribes a channel to a topic, or changes a subscription: copies get `parameters`."""
+    def subscribe(
+        self, channel: str, topic: str, since: Optional[str] = None, **given: Unpack[MessageFields]
+    ) -> None:
+        """Subscribes a channel to a topic, or changes a subscription: copies get what is `given`.
+
+        `since`: copies also what the topic has kept: `all`, what came after an id, or as `5m`.
+        """
         path = encode_path("channels", channel, "topics", topic)
-        self._requests.send("PUT", path, encode_parameters(MESSAGE_PARAMETERS, parameters))
+        query = {**encode_parameters(MESSAGE_PARAMETERS, given), "since": since}
+        self._requests.send("PUT", path, query)
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; no error if there is none."""
         self._requests.send("DELETE", encode_path("channels", channel, "topics", topic))
+
+    def topic_settings(self, topic: str) -> dict[str, int]:
+        """Returns what is set for a topic: `keep`, `keep-for`."""
+        return self._requests.send_json(dict, "GET", encode_path("topics", topic, "settings"))
+
+    def set_topic_settings(
+        self, topic: str, keep: Optional[int] = None, keep_for: Optional[int] = None
+    ) -> None:
+        """Keeps the last `keep` publications of a topic, each for up to `keep_for` seconds."""
+        path = encode_path("topics", topic, "settings")
+        self._requests.send("PUT", path, {"keep": keep, "keep-for": keep_for})
+
+    def clear_topic_settings(self, topic: str) -> None:
+        """Keeps no publications any more, and deletes those that were kept."""
+        self._requests.send("DELETE", encode_path("topics", topic, "settings"))
+
+    def publications(self, topic: str, since: str = "all", n: int = 50) -> Infos:
+        """Returns what a topic has kept, as `GET /topics/<topic>/messages?whole` does."""
+        path, query = encode_path("topics", topic, "messages"), {"since": since, "n": n, "whole": 1}
+        return self._requests.send_json(list, "GET", path, query)
 
     def subscribe_pattern(
         self, channel: str, pattern: str, **parameters: Unpack[MessageFields]

@@ -4780,6 +4780,162 @@ class PatternTest(BrokerTest):
         self.assertFalse(self.broker._state.live.patterns or self.broker._state.live.pattern_tree)
 
 
+class RetentionTest(BrokerTest):
+    """Publications that are kept for later readers."""
+
+    def publish(self, *bodies, topic="t", **keys):
+        """The ids of the publications."""
+        return [self.broker.publication(topic, body, **keys).id for body in bodies]
+
+    def kept(self, since="all", topic="t", **options):
+        return [m.body for m in self.broker.retention.kept(topic, since, **options)]
+
+    def count(self):
+        """The rows that there are."""
+        return self.broker._store.read("select count(*) from publications")[0][0][0]
+
+    def test_the_last_ones_are_kept_and_have_ids(self):
+        self.assertEqual(self.publish(b"before"), [0])
+        self.broker.retention.put("t", keep=2)
+        self.publish(b"other", topic="u")
+        self.assertEqual(self.publish(b"1", b"2", b"3", headers={"A": "1"}), [1, 2, 3])
+        (second, third) = self.broker.retention.kept("t")
+        self.assertEqual((second.id, second.body, second.topic, second.headers),
+                         (2, b"2", "t", {"a": "1"}))  # fmt: skip
+        self.assertEqual((third.id, self.kept("2"), self.kept("3")), (3, [b"3"], []))
+        self.assertEqual((self.kept(n=1), self.count()), ([b"2"], 2))
+
+    def test_both_limits_hold_at_once(self):
+        self.broker.retention.put("t", keep=2, keep_for=10)
+        self.publish(b"1", b"2", b"3")
+        self.clock.now += 9
+        self.publish(b"4")
+        self.assertEqual(self.kept(), [b"3", b"4"])
+        self.clock.now += 1
+        self.assertEqual(self.kept(), [b"4"])
+        self.broker.retention.trim_due()
+        self.assertEqual(self.count(), 1)
+        self.assertEqual(self.broker.retention.settings("t"), {"keep": 2, "keep-for": 10})
+
+    def test_since_is_an_id_an_age_or_all(self):
+        self.broker.retention.put("t", keep_for=10**6)
+        for body in (b"1", b"2", b"3"):
+            self.publish(body)
+            self.clock.now += 60
+        for since, bodies in (("all", [b"1", b"2", b"3"]), ("0", [b"1", b"2", b"3"]),
+                              ("2", [b"3"]), ("99", []), ("150s", [b"2", b"3"]), ("2m", [b"3"]),
+                              ("1h", [b"1", b"2", b"3"]), ("0d", [])):  # fmt: skip
+            self.assertEqual(self.kept(since), bodies, since)
+        for since in ("", "x", "-1", "1w", "5 m", "all "):
+            self.assertRaises(linger.BadRequest, self.kept, since)
+
+    def test_fewer_are_kept_at_once_when_the_settings_say_so(self):
+        self.broker.retention.put("t", keep=9)
+        self.publish(*(b"%d" % n for n in range(9)))
+        self.broker.retention.put("t", keep=1)
+        self.assertEqual((self.kept(), self.count()), ([b"8"], 1))
+        self.publish(b"9")
+        self.assertEqual((self.kept(), self.count()), ([b"9"], 1))
+
+    def test_nothing_is_kept_after_it_was_cleared(self):
+        self.hasten(PIECE_ROWS=2)
+        self.broker.retention.put("t", keep=9)
+        self.publish(b"1", b"2", b"3")
+        self.broker.retention.clear("t")
+        self.broker.retention.clear("t")
+        self.assertEqual((self.publish(b"4"), self.kept(), self.count()), ([0], [], 0))
+        self.assertEqual(self.broker.retention.settings("t"), {})
+        self.assertEqual(self.broker._store.read(linger.ALL_RETENTION), [[]])
+
+    def test_ids_go_on_after_a_restart(self):
+        self.broker.retention.put("t", keep=1)
+        self.publish(b"1", b"2")
+        self.restart()
+        self.assertEqual((self.publish(b"3"), self.kept()), ([3], [b"3"]))
+
+    def test_a_duplicate_is_not_kept_again(self):
+        self.broker.retention.put("t", keep=9)
+        self.assertEqual(self.publish(b"1", b"1", dedup="k"), [1, 0])
+        self.assertEqual(self.kept(), [b"1"])
+
+    def test_subscribers_patterns_and_batches_go_on_as_before(self):
+        self.broker.retention.put("t", keep=9)
+        self.broker.subscribe("q", "t")
+        self.broker.patterns.subscribe("p", "#")
+        ids, _, _ = self.broker.publish("t", b"1", dedup="k")
+        self.assertEqual(sorted(ids), ["p", "q"])
+        self.assertEqual(self.broker.publish("t", b"1", dedup="k"), (ids, [], True))
+        self.broker.publish_batch("t", [(b"2", "", {}), (b"3", "", {})])
+        self.assertEqual(self.kept(), [b"1", b"2", b"3"])
+        self.assertEqual(self.bodies("q"), [b"1", b"2", b"3"])
+
+    def test_what_is_published_as_a_reader_begins_to_listen_is_read_once(self):
+        def listen():
+            self.publish(b"2")  # after the last one was read
+            listener = unittest.mock.Mock(**{"is_disconnected.return_value": False})
+            reader = self.broker.listen("topics", "t", listener, linger.MemoryBudget(10**7))
+            self.publish(b"3")  # which is kept, and an event
+            return reader
+
+        def kept(since):
+            publications = self.broker.retention.kept("t", since, linger.REPLAY_PAGE)
+            if not publications:
+                self.publish(b"4")  # after all that was kept has been read
+            return publications
+
+        self.broker.retention.put("t", keep=9)
+        self.publish(b"1")
+        replay = linger.Replay(listen, kept, "all")
+        read = [[e.message.body for e in replay.events()] for _ in range(3)]
+        replay.close()
+        self.assertEqual(read, [[b"1"], [b"2", b"3"], [b"4"]])
+
+    def test_a_channel_can_get_what_was_kept_when_it_subscribes(self):
+        self.broker.retention.put("t", keep=3)
+        self.publish(b"0", b"1", b"2", b"3", headers={"A": "1"})
+        waiting = self.park("q")
+        self.broker.retention.subscribe("q", "t", "all", priority=4)
+        self.publish(b"4")
+        message = waiting.result(PATIENCE)
+        self.assertEqual((message.body, message.priority, message.headers, message.topic),
+                         (b"1", 4, {"a": "1"}, "t"))  # fmt: skip
+        self.assertEqual(self.bodies("q"), [b"2", b"3", b"4"])
+        self.broker.retention.subscribe("p", "t", "3")
+        self.assertEqual(self.bodies("p"), [b"3", b"4"])
+
+    def test_copies_of_a_group_come_in_order_one_at_a_time(self):
+        self.broker.retention.put("t", keep=9)
+        self.publish(b"1", b"2", group="g")
+        self.publish(b"other")
+        self.broker.retention.subscribe("q", "t", "all")
+        first, other = self.broker.get("q"), self.broker.get("q")
+        self.assertEqual((first.body, other.body, self.broker.get("q")), (b"1", b"other", None))
+        self.broker.delete(first.id)
+        self.assertEqual(self.bodies("q"), [b"2"])
+
+    def test_copies_that_do_not_fit_are_refused_and_nothing_changes(self):
+        self.broker.retention.put("t", keep=9)
+        self.publish(b"1", b"2")
+        self.broker.set_settings("q", hlm=1)
+        with self.assertRaisesRegex(linger.Full, "mark of 1"):
+            self.broker.retention.subscribe("q", "t", "all")
+        self.hasten(MAX_BATCH_COPIES=1)
+        with self.assertRaises(linger.TooLarge):
+            self.broker.retention.subscribe("p", "t", "all")
+        self.assertEqual((self.broker.topics(), self.broker.publish("t", b"x")[0]), ([], {}))
+
+    def test_what_is_wrong_is_refused(self):
+        for options in ({}, {"keep": 0}, {"keep": linger.MAX_KEPT + 1}, {"keep_for": 0}):
+            with self.subTest(options), self.assertRaises(linger.BadRequest):
+                self.broker.retention.put("t", **options)
+        self.hasten(MAX_KEEPING_TOPICS=1)
+        self.broker.retention.put("t", keep=1)
+        self.broker.retention.put("t", keep=2)
+        with self.assertRaisesRegex(linger.Full, "1 topics"):
+            self.broker.retention.put("u", keep=1)
+        self.assertEqual(self.broker.retention.settings("u"), {})
+
+
 class CronTest(unittest.TestCase):
     """The due times of cron expressions."""
 
@@ -5878,6 +6034,7 @@ ScheduleOnClusterTest = on_cluster(
     ("test_a_database_that_fails_leaves_the_due_time",),  # its statement fails on SQLite only
 )
 PatternOnClusterTest = on_cluster(PatternTest)
+RetentionOnClusterTest = on_cluster(RetentionTest)
 SettingsOnClusterTest = on_cluster(SettingsTest)
 
 
@@ -6135,7 +6292,7 @@ class FeedTest(BrokerTest):
         self.assertEqual(changes - seen, {
             "LEASE_NEXT", "LEASE_IF_OPEN", "LEASE_BATCH", "LEASE_LIMITED",  # of takes
             "DELETE_BATCH", "DELETE_LIMITED",
-            "PUBLISH_MESSAGE", "PUBLISH_MATCHING",  # PUBLISHED follows
+            "PUBLISH_MESSAGE", "PUBLISH_MATCHING", "BACKFILL",  # PUBLISHED follows
             "BLOCK_LATER", "TOUCH_MESSAGE", "CHANGE_MESSAGE", "TAKE_OVER_TIMES",
         })  # fmt: skip
 
@@ -14428,6 +14585,77 @@ class PatternTokenTest(ServerTest):
             self.assertEqual(listed, (200, {"patterns": ["news-a.#"]}))
 
 
+class RetentionCallTest(CommandCase, ClientCase):
+    """Kept publications over HTTP."""
+
+    def stream(self, query="", last_id=None):
+        """A connection to the stream of the topic, as server-sent events, after its head."""
+        connection = self.connect()
+        header = "" if last_id is None else f"Last-Event-ID: {last_id}\r\n"
+        request = f"GET /topics/t/live{query} HTTP/1.0\r\nHost: x\r\n{header}\r\n"
+        connection.sendall(request.encode())
+        file = connection.makefile("rb")
+        self.addCleanup(file.close)
+        while file.readline() not in (b"\r\n", b""):
+            pass
+        return file
+
+    def read(self, stream, n):
+        """The ids and bodies of the next n events."""
+        events, id = [], 0
+        while len(events) < n:
+            line = stream.readline()
+            self.assertTrue(line, "the stream has ended")
+            if line.startswith(b"id: "):
+                id = int(line[4:])
+            elif line.startswith(b"data: "):
+                events.append((id, json.loads(line[6:])["body"]))
+        return events
+
+    def test_settings_and_kept_publications(self):
+        path = "/topics/t/settings"
+        self.assertEqual(self.call("PUT", path, "keep=2&keep-for=60", FORM)[0], 204)
+        self.assertEqual(self.json("GET", path), (200, {"keep": 2, "keep-for": 60}))
+        _, headers, _ = self.call("POST", "/topics/t", "1", {"x-linger-h-a": "1"})
+        self.assertEqual(headers["x-linger-publication"], "1")
+        self.client.publish("t", "x" * 2_000)
+        first, second = self.json("GET", "/topics/t/messages?since=0&n=5")[1]
+        self.assertEqual(first, {"id": 1, "topic": "t", "type": "text/plain", "headers": {"a": "1"},
+                                 "body": "1"})  # fmt: skip
+        self.assertEqual((len(second["body"]), second["cut"]), (1_024, True))
+        self.assertEqual(len(self.client.publications("t", since="1")[0]["body"]), 2_000)
+        self.client.subscribe("q", "t", since="all")
+        self.assertEqual(self.client.channel_stats("q")["ready"], 2)
+        self.assertEqual(self.call("DELETE", path)[0], 204)
+        self.assertEqual(self.client.publications("t"), [])
+        self.assertEqual(self.json("PUT", path)[0], 400)
+
+    def test_a_stream_begins_with_what_was_kept(self):
+        self.client.set_topic_settings("t", keep=100)
+        for n in range(40):
+            self.client.publish("t", str(n))
+        stream = self.stream("?since=all")
+        self.assertEqual(self.read(stream, 40), [(n + 1, str(n)) for n in range(40)])
+        self.client.publish("t", "new")
+        self.assertEqual(self.read(stream, 1), [(41, "new")])
+        self.assertEqual(self.read(self.stream("?since=all", last_id=40), 1), [(41, "new")])
+        self.assertEqual(self.json("GET", "/topics/t/live?since=x")[0], 400)
+        self.assertEqual(self.json("GET", "/channels/q/live?since=all")[0], 400)
+
+    def test_a_reader_that_connects_again_and_again_sees_each_publication_once(self):
+        self.client.set_topic_settings("t", keep=1_000)
+        chance, seen, last_id = random.Random(7), [], 0
+        publisher = self.thread(lambda: [self.broker.publish("t", b"%d" % n) for n in range(300)])
+        while len(seen) < 300:
+            stream = self.stream("?since=all", last_id or None)
+            events = self.read(stream, min(chance.randint(1, 5), 300 - len(seen)))
+            stream.close()
+            seen += events
+            last_id = events[-1][0]
+        publisher.result(PATIENCE)
+        self.assertEqual(seen, [(n + 1, str(n)) for n in range(300)])
+
+
 class ScheduleCallTest(CommandCase, ClientCase):
     """Schedules over HTTP, with the client and the commands."""
 
@@ -16268,9 +16496,11 @@ ONCE = (
 )  # constants with statements that run once in a file, and the pattern of EVENT_STATEMENTS
 MEANT_SCANS = {  # statements that read a whole table or index, which the call that uses them asks
     "ALL_PAUSES": {"pauses"},
+    "ALL_RETENTION": {"retention"},
     "ALL_SETTINGS": {"settings"},
     "LIST_SCHEDULES": {"schedules"},
     "SCHEDULE_TIMES": {"schedules"},
+    "SET_RETENTION": {"retention"},
     "SET_SCHEDULE": {"schedules"},
     "ALL_PATTERNS": {"patterns"},
     "CHANNEL_NAMES": {"channels", "patterns", "subscriptions"},
@@ -16290,6 +16520,8 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
         "dedups",
         "patterns",
         "pauses",
+        "publications",
+        "retention",
         "schedules",
         "settings",
         "subscriptions",
@@ -16301,7 +16533,13 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "MESSAGE_TOTALS": {"channels"},
     "LOOK_AROUND": {"sessions"},
     "READY_CHANNELS": {"json_each"},
-    "RECORD_TIME": {"channels", "dedups", "pauses", "schedules"},  # up to the first row
+    "RECORD_TIME": {
+        "channels",
+        "dedups",
+        "pauses",
+        "retention",
+        "schedules",
+    },  # up to the first row
     "NEXT_BY_CHANNEL": {"channels"},  # once, at the start
     "SUBSCRIPTION_TOTALS": {"subscriptions"},
     "SELECT_LIMITED": {"chosen"},  # of one row
