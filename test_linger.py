@@ -5889,6 +5889,19 @@ class ClusterTest(Folder):
             linger.open_store(url.replace(":se%40cret", "")).close()
         self.assertEqual(self.cluster.login, "Basic " + base64.b64encode(b"me:other").decode())
 
+    def test_https_needs_a_certificate_that_is_trusted(self):
+        path = self.folder / "cert.pem"
+        path.write_text(CERTIFICATE)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        self.cluster.socket = context.wrap_socket(self.cluster.socket, server_side=True)
+        url = f"https://localhost:{self.cluster.server_address[1]}"
+        self.hasten(CLUSTER_TIMEOUT=0)
+        with self.assertRaisesRegex(linger.Unavailable, "certificate"):
+            linger.open_store(url)
+        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=str(path)):
+            linger.open_store(url).close()
+
     def test_text_that_looks_like_a_blob_stays_a_text(self):
         broker = self.quiet()
         for text in ("x'41'", "X''", "x'4142'", "a'b\"c"):
@@ -13645,11 +13658,20 @@ if RQLITED:  # too slow for each run of the tests
         ),
     )
     BulkOnClusterTest = on_cluster(BulkTest)
+    ChangeOnClusterTest = on_cluster(ChangeTest)
+    ConcurrencyOnClusterTest = on_cluster(
+        ConcurrencyTest, ("test_a_usual_take_of_another_channel_runs_the_usual_statements",)
+    )
     DeadLetterOnClusterTest = on_cluster(DeadLetterTest)
     DeliveryOnClusterTest = on_cluster(DeliveryTest)
+    EventOnClusterTest = on_cluster(EventTest, ("test_what_is_rolled_back_is_not_counted",))
+    HolderOnClusterTest = on_cluster(HolderTest)
     LeaseAndReleaseOnClusterTest = on_cluster(LeaseAndReleaseTest)
     LookingOnClusterTest = on_cluster(LookingTest)
     ModelOnClusterTest = on_cluster(ModelTest)
+    ScheduleOnClusterTest = on_cluster(
+        ScheduleTest, ("test_a_database_that_fails_leaves_the_due_time",)
+    )
     StatsOnClusterTest = on_cluster(StatsTest)
     TopicOnClusterTest = on_cluster(TopicTest)
     WaitingOnClusterTest = on_cluster(
@@ -13666,6 +13688,7 @@ if RQLITED:  # too slow for each run of the tests
         LongPollTest,
         ("test_a_client_that_reads_too_slowly_is_disconnected_and_the_delivery_undone",),  # 20 MB
     )
+    LiveOnClusterTest = on_cluster(LiveTest)
     MarkOnClusterTest = on_cluster(MarkTest)
     TogetherOnClusterTest = on_cluster(TogetherTest)
 
