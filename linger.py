@@ -9136,8 +9136,9 @@ class Retention:
         now = self._state.clock.now()
         if self._state.retention and now - self._trimmed_at >= TRIM_INTERVAL:
             self._trimmed_at = now
-            for topic in list(self._state.retention):
-                self._trim(topic)
+            for topic, (keep, keep_for) in list(self._state.retention.items()):
+                if keep_for or keep == 0:
+                    self._trim(topic)
 
     def settings(self, topic: str) -> dict[str, int]:
         """What is set for a topic."""
@@ -16236,11 +16237,15 @@ class Transport:
         raise error_in_response(self.url, status, content)
 
     def stream(
-        self, path: str, timeout: float, stop: Optional[threading.Event] = None
+        self,
+        path: str,
+        timeout: float,
+        stop: Optional[threading.Event] = None,
+        query: Mapping[str, object] = types.MappingProxyType({}),
     ) -> Iterator[bytes]:
         """Yields the lines of a response that has no end, over a connection of its own, until the
         server ends it; raises as `request` does.  `stop` ends it too."""
-        request = self.encode("GET", path, headers=f"Accept: {NDJSON}\r\n")
+        request = self.encode("GET", path, query, headers=f"Accept: {NDJSON}\r\n")
         connection = self.new_connection()
         with self._lock:
             if self.closed:
@@ -17562,41 +17567,58 @@ class Client(ManagementClient):
         channel: Optional[str] = None,
         topic: Optional[str] = None,
         stop: Optional[threading.Event] = None,
+        *,
+        pattern: Optional[str] = None,
+        since: Optional[str] = None,
     ) -> Iterator[LiveEvent]:
-        """Yields what happens to the messages of a channel, or what is published on a topic.
+        """Yields what happens to the messages of a channel, or what is published on a topic, or on
+        those that match a pattern.
 
+        `since`: begins with what the topic has kept: `all`, what came after an id, or as `5m`.
+        Where a topic keeps its publications, those made while the connection was lost follow.
         Goes on for ever, across restarts of the server, or until `stop` is set, which takes a few
         seconds.  Takes no message.  The first event after the connection was lost has `gap` set:
         what happened meanwhile is not seen.  Raises the errors that no retry can repair.
         """
-        for item, gap in self._live_items(channel, topic, stop or threading.Event()):
+        items = self._live_items(channel, topic, stop or threading.Event(), pattern, since)
+        for item, gap in items:
             message = parse_message({**NO_MESSAGE_FIELDS, **item})
             yield LiveEvent(item.get("event", "published"), message, item.get("from", ""), gap)
 
     def _live_items(
-        self, channel: Optional[str], topic: Optional[str], stop: threading.Event
+        self,
+        channel: Optional[str],
+        topic: Optional[str],
+        stop: threading.Event,
+        pattern: Optional[str] = None,
+        since: Optional[str] = None,
     ) -> Iterator[tuple[dict[str, Any], bool]]:
         """Yields the events as JSON objects, each with its `gap`."""
-        if (channel is None) == (topic is None):
-            raise BadRequest("live needs either a channel or a topic")
-        kind, name = ("topics", topic) if channel is None else ("channels", channel)
-        path = encode_path(kind, name or "", "live")
+        given = {"channels": channel, "topics": topic, "patterns": pattern}
+        names = [(kind, name) for kind, name in given.items() if name is not None]
+        if len(names) != 1:
+            raise BadRequest("live needs either a channel, a topic or a pattern")
+        path = encode_path(*names[0], "live")
         outage = Outage(self._transport.warn, f"{SERVER_IS_BACK}: events may be missing")
         delays, gap = _retry_delays(), False
         while not stop.is_set():
             try:
-                for line in self._transport.stream(path, self.timeout + SILENCE_LIMIT, stop):
+                query = {} if since is None else {"since": since}
+                for line in self._transport.stream(path, self.timeout + SILENCE_LIMIT, stop, query):
                     outage.end()
                     delays = _retry_delays()
                     if line.strip():
-                        yield json.loads(line), gap
+                        item = json.loads(line)
+                        if topic is not None and "id" in item:
+                            since = str(item["id"])
+                        yield item, gap
                         gap = False
                 error: object = f"{self.url} has ended the stream"
             except LingerError as failure:
                 if failure.status < 500 or self._transport.closed:
                     raise
                 error = failure
-            gap = True
+            gap = since is None
             if not stop.is_set():
                 outage.begin(error)
                 stop.wait(next(delays))
@@ -18063,6 +18085,7 @@ TAIL_COLUMNS = ("event", "id", "delivered", "from", "body")
 LISTEN_COLUMNS = ("body",)
 MESSAGE_COLUMNS = ("id", "state", "priority", "delivered", "age", "error", "body")
 CHANNEL_COLUMNS = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
+PUBLICATION_COLUMNS = ("id", "type", "body")
 PAIR_COLUMNS = ("name", "value")
 SCHEDULE_COLUMNS_SHOWN = ("name", "channel", "times", "next", "last", "last-error")
 RATE_COLUMNS = ("name", "now", "per second")
@@ -18376,7 +18399,10 @@ def _write_message(
 def _tail(client: Client, options: argparse.Namespace) -> None:
     """Writes a line for each event, until it is interrupted."""
     channel, topic = getattr(options, "channel", None), getattr(options, "topic", None)
-    items = client._live_items(channel, topic, threading.Event())
+    pattern, since = None, getattr(options, "since", None)
+    if topic is not None and options.pattern:
+        topic, pattern = None, topic
+    items = client._live_items(channel, topic, threading.Event(), pattern, since)
     for item, _ in itertools.islice(items, options.count):
         if options.json:
             _write_lines([TO_JSON(item)])
@@ -18514,8 +18540,27 @@ def _redrive(client: Client, options: argparse.Namespace) -> int:
 
 
 def _subscribe(client: Client, options: argparse.Namespace) -> None:
-    subscribe = client.subscribe_pattern if options.pattern else client.subscribe
-    subscribe(options.channel, options.topic, **_given_parameters(options, MESSAGE_PARAMETERS))
+    given = _given_parameters(options, MESSAGE_PARAMETERS)
+    if options.pattern:
+        client.subscribe_pattern(options.channel, options.topic, **given)
+    else:
+        client.subscribe(options.channel, options.topic, options.since, **given)
+
+
+def _retention(client: Client, options: argparse.Namespace) -> int:
+    if options.clear:
+        client.clear_topic_settings(options.topic)
+    elif options.keep or options.keep_for:
+        client.set_topic_settings(options.topic, options.keep, options.keep_for)
+    else:
+        return _write_pairs(client.topic_settings(options.topic), options.json)
+    return 0
+
+
+def _publications(client: Client, options: argparse.Namespace) -> int:
+    kept = client.publications(options.topic, options.since or "all", options.count)
+    columns = [{name: item[name] for name in PUBLICATION_COLUMNS} for item in kept]
+    return _write_records(kept if options.json else columns, options.json)
 
 
 def _settings(client: Client, options: argparse.Namespace) -> int:
@@ -19327,6 +19372,9 @@ CHANNELS_IN_ORDER = _argument(
     "channel", metavar="CHANNEL[,...]", help="channels; the first one that has a message is used"
 )
 TOPIC = _argument("topic", metavar="TOPIC", help="name of the topic")
+SINCE = _argument(
+    "--since", metavar="SINCE", help="what is kept after this id, of this age as 5m, or all"
+)
 PATTERN = _flag("--pattern", "TOPIC is a pattern: words with dots between, * for one, # for any")
 BODY = _argument(
     "body", metavar="BODY", nargs="?", help="the message; `-` or omitted: standard input"
@@ -19422,7 +19470,8 @@ COMMANDS = (
             columns=COPY_COLUMNS, requires=(DEDUP_FOR_ALONE,)),
     Command("subscribe", "subscribe a channel to a topic, with parameters for its copies",
             "linger subscribe mail news --linger 3600",
-            _subscribe, (CHANNEL, TOPIC, PATTERN, *_parameters(MESSAGE_PARAMETERS))),
+            _subscribe, (CHANNEL, TOPIC, PATTERN, SINCE, *_parameters(MESSAGE_PARAMETERS)),
+            excludes=(("--pattern", "--since", "a topic keeps publications, not a pattern"),)),
     Command("unsubscribe", "end a subscription", "linger unsubscribe mail news",
             lambda client, options: (
                 client.unsubscribe_pattern if options.pattern else client.unsubscribe
@@ -19440,8 +19489,10 @@ COMMANDS = (
             columns=TAIL_COLUMNS),
     Command("listen", "write what is published on a topic, a line for each message",
             "linger listen news", _tail,
-            (TOPIC, _number("--count", "N", "stop after this number of messages"), JSON),
-            columns=LISTEN_COLUMNS),
+            (TOPIC, PATTERN, SINCE, _number("--count", "N", "stop after this number of messages"),
+             JSON),
+            columns=LISTEN_COLUMNS,
+            excludes=(("--pattern", "--since", "a topic keeps publications, not a pattern"),)),
     Command("show", "write a message without taking it", "linger show 1", _show, (ID, JSON),
             nothing=NO_MESSAGE),
     Command("delete", "delete messages that are done", "linger delete 1 --lease 1", _delete,
@@ -19496,6 +19547,19 @@ COMMANDS = (
     Command("topics", "list the topics, or those of a channel", "linger topics", _topics,
             (_argument("channel", metavar="CHANNEL", nargs="?", help="only its topics"), JSON),
             nothing="there are no topics", columns=("topic",)),
+    Command("retention", "let a topic keep publications, or show what it keeps",
+            "linger retention news --keep 100 --keep-for 86400", _retention,
+            (TOPIC, _number("--keep", "N", "keep the last ones", 1, MAX_KEPT),
+             _seconds("--keep-for", "time to keep each of them"),
+             _flag("--clear", "keep none any more, and delete those kept"), JSON),
+            nothing="it keeps none", columns=PAIR_COLUMNS,
+            excludes=[("--clear", option, "they are kept or deleted")
+                      for option in ("--keep", "--keep-for")]),
+    Command("publications", "list what a topic has kept", "linger publications news --since 1h",
+            _publications,
+            (TOPIC, SINCE, _number("--count", "N", "maximum number", 1, MAX_BATCH, default=50),
+             JSON),
+            nothing="there are none", columns=PUBLICATION_COLUMNS),
     Command("patterns", "list the patterns with subscriptions, or those of a channel",
             "linger patterns", _patterns,
             (_argument("channel", metavar="CHANNEL", nargs="?", help="only its patterns"), JSON),

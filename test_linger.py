@@ -13990,7 +13990,7 @@ class CommandTest(CommandCase):
         pairs = 0
         for command in linger.COMMANDS:
             names = {flags[0] for flags, _ in command.arguments}
-            first = ["1"] * bool(names & {"channel", "topic", "id"})
+            first = ["1"] * len(names & {"channel", "topic", "id"})
             for one, other, _ in command.excludes:
                 with self.subTest(command.name, one=one, other=other):
                     given = [*first, *usage(command, one), *usage(command, other)]
@@ -14652,6 +14652,46 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.assertEqual(self.call("DELETE", path)[0], 204)
         self.assertEqual(self.client.publications("t"), [])
         self.assertEqual(self.json("PUT", path)[0], 400)
+
+    def test_the_client_goes_on_where_it_was_after_an_outage(self):
+        self.client.set_topic_settings("t", keep=9)
+        self.client.publish("t", "1")
+        events = self.client.live(topic="t", since="all")
+        seen = [next(events)]
+        with unittest.mock.patch.object(linger, "MIN_RETRY_DELAY", 0.01):
+            for connection in list(self.client._transport._connections):
+                connection.shutdown()
+            self.client.publish("t", "2")
+            seen.append(next(events))
+        events.close()
+        read = [(event.message.id, event.message.text, event.gap) for event in seen]
+        self.assertEqual(read, [(1, "1", False), (2, "2", False)])
+
+    def test_a_client_reads_what_matches_a_pattern(self):
+        events = self.client.live(pattern="a.#")
+        publisher = self.thread(
+            lambda: (
+                until(lambda: self.broker._state.live.patterns) or self.client.publish("a.b", "x")
+            )
+        )
+        self.assertEqual(next(events).message.topic, "a.b")
+        publisher.result(PATIENCE)
+        events.close()
+        with self.assertRaises(linger.BadRequest):
+            next(self.client.live("q", pattern="a"))
+
+    def test_the_commands_keep_list_replay_and_clear(self):
+        self.linger("retention", "t", "--keep", 3, "--keep-for", 60)
+        self.assertEqual(self.linger("retention", "t"), "keep\t3\nkeep-for\t60\n")
+        self.client.publish("t", "1")
+        self.assertEqual(self.linger("publications", "t"), "1\ttext/plain; charset=utf-8\t1\n")
+        self.nothing("publications", "t", "--since", "1")
+        self.linger("subscribe", "q", "t", "--since", "all")
+        self.assertEqual(self.broker.get("q").body, b"1")
+        listened = self.linger("listen", "t", "--since", "all", "--count", 1, "--json")
+        self.assertEqual(json.loads(listened)["id"], 1)
+        self.linger("retention", "t", "--clear")
+        self.nothing("retention", "t")
 
     def test_a_stream_begins_with_what_was_kept(self):
         self.client.set_topic_settings("t", keep=100)
