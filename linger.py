@@ -3183,7 +3183,7 @@ class Committer:
         """Adds an operation to the transaction under way, or the next; only for `on_executed`."""
         assert self._batch is not None, "no transaction is under way"
         if self.observer is not None:
-            self.observer.prepare(operation)
+            _prepare([operation], self.observer)
         self._batch.append(operation)
 
     def read(self, *statements: str, **parameters: object) -> list[list[Any]]:
@@ -3216,8 +3216,7 @@ class Committer:
             if companion is not None:
                 batch.append(companion)
             if self.observer is not None:
-                for operation in batch:
-                    self.observer.prepare(operation)
+                _prepare(batch, self.observer)
             self._commit(batch)
             for _ in pending:
                 self._pending.popleft()
@@ -3291,15 +3290,26 @@ def _fail(batch: Iterable[Operation], error: Exception) -> None:
         operation.error = error
 
 
+def _prepare(batch: Iterable[Operation], observer: Observer) -> None:
+    """A bug in it must not end this thread."""
+    for operation in batch:
+        try:
+            observer.prepare(operation)
+        except Exception:
+            log(traceback.format_exc())
+
+
 def _run_commit_callbacks(batch: Iterable[Operation], observer: Optional[Observer]) -> None:
     """A bug in one must not stop the others."""
     for operation in batch:
         try:
             if operation.error is not None:
                 continue
-            if operation.looked_up and observer is not None:
-                observer.report(operation)
-            operation.on_commit()
+            try:
+                if operation.looked_up and observer is not None:
+                    observer.report(operation)
+            finally:
+                operation.on_commit()
         except Exception:
             log(traceback.format_exc())
 
@@ -5785,7 +5795,7 @@ class Live:
     Any thread may look whether `channels`, `topics` or `patterns` has any.
     """
 
-    def __init__(self, committer: Committer, clock: BrokerClock) -> None:
+    def __init__(self, committer: Committer, clock: BrokerClock, flights: Flights) -> None:
         self.channels: dict[str, Feed] = {}
         self.topics: dict[str, Feed] = {}
         self.patterns: dict[str, Feed] = {}
@@ -5794,6 +5804,7 @@ class Live:
         self.is_closed = False
         self._committer = committer
         self._clock = clock
+        self._flights = flights
         self._watched = ""  # the names of `channels`, as IS_WATCHED wants them
         self._with_news: set[Feed] = set()  # those with events for readers that wait
         self._alarm: Optional[Alarm] = None  # of the thread, which the first reader starts
@@ -5851,6 +5862,8 @@ class Live:
         if operation.look_ups or LOOK_UPS.keys().isdisjoint(operation.statements):
             return
         given: Any = operation.parameters
+        if type(given) is not list and not self._concerns_somebody(operation.statements, given):
+            return
         each, count = (given, len(given)) if type(given) is list else (itertools.repeat(given), 1)
         steps: list[tuple[str, Any]] = []
         look_ups: dict[int, LookUp] = {}
@@ -5867,6 +5880,17 @@ class Live:
             operation.parameters = [values for _, values in steps]
         else:
             operation.parameters = {**self._parameters(given, count), **given}
+
+    def _concerns_somebody(self, statements: Sequence[str], given: Mapping[str, Any]) -> bool:
+        """Whether somebody may listen to a channel whose messages change; if it is not known by
+        now, the look-ups find out."""
+        if not TARGETS.keys().isdisjoint(statements):
+            return True
+        channel = given.get("channel")
+        if "id" in given:
+            flight = self._flights.find(given["id"], self._clock.now_or_latest())
+            channel = None if flight is None else flight.channel
+        return channel is None or channel in self.channels
 
     def _parameters(self, values: Mapping[str, Any], count: int) -> dict[str, Any]:
         """The parameters of a look-up, beside those of its statement."""
@@ -6491,7 +6515,7 @@ class State:
         self.patterns = PatternTree()  # to which channels are subscribed
         self.retention: dict[str, tuple[Optional[int], Optional[int]]] = {}  # keep, keep_for
         self.flights = Flights()
-        self.live = Live(committer, clock)
+        self.live = Live(committer, clock, self.flights)
         self.queue_times = Histogram(LONG_SECONDS)
         self.flight_times = Histogram(LONG_SECONDS)
         self.counters = dict.fromkeys(COUNTERS, 0)  # each written by the committer thread only,

@@ -6294,6 +6294,26 @@ class FeedTest(BrokerTest):
         self.assertEqual(self.live.channels, {})
         self.broker.post("q", b"x")
 
+    def test_nothing_is_looked_up_for_calls_in_other_channels(self):
+        prepared = []
+        prepare = self.live.prepare
+        self.live.prepare = lambda operation: (prepare(operation), prepared.append(operation))
+        self.broker.post("other", b"x")
+        self.broker.post("other", b"x", unique="k")
+        message = self.broker.get("other")
+        self.broker.take(self.broker.consumer(["other"]), ack=message.id)
+        self.broker.delete(2)
+        self.broker.drain("other")
+        self.assertGreater(len(prepared), 5)
+        self.assertEqual([operation for operation in prepared if operation.look_ups], [])
+
+    def test_a_bug_in_the_events_stops_no_call(self):
+        self.live.prepare = self.live.report = unittest.mock.Mock(side_effect=ZeroDivisionError)
+        with unittest.mock.patch.object(linger, "log") as log:
+            self.broker.post("q", b"x")
+            self.assertTrue(self.broker.get("q"))
+        self.assertIn("ZeroDivisionError", log.call_args[0][0])
+
     def test_every_event_that_is_counted_can_be_seen(self):
         seen = {name for events, _, _ in linger.REPORTED for name in events}
         self.assertEqual(seen | {"delivered"}, set(linger.EVENTS))
