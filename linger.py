@@ -2668,6 +2668,8 @@ union all
 select 'publications' where exists (select 1 from publications)
     or exists (select 1 from retention)
 union all
+select 'replies' where exists (select 1 from replies)
+union all
 select 'dedup keys' where exists (select 1 from dedups)
 """
 

@@ -16605,6 +16605,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
         "pauses",
         "publications",
         "retention",
+        "replies",
         "schedules",
         "settings",
         "subscriptions",
