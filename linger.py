@@ -3489,7 +3489,7 @@ class DatabaseFile:
         self._root = 0  # the page of `config`
         self._known: Sectors = set()  # what may stand in the watched pages
         self._seen = (0, 0)  # time and size of the file when it was last looked at
-        self.marked = ""  # the last log that has its mark
+        self._marked = ""  # the last log that has its mark
         try:
             self._lock()
         except BaseException:
@@ -3610,7 +3610,7 @@ class DatabaseFile:
         now: the file is what the log was begun for, or has some of its pages already.
         """
         assert self._log is not None
-        if self._log.salts.hex() == self.marked and not self._log.has_begun_anew():
+        if self._log.salts.hex() == self._marked and not self._log.has_begun_anew():
             return ""
         with contextlib.suppress(Unavailable):
             self.check()  # while what the log before had is still known
@@ -3622,6 +3622,15 @@ class DatabaseFile:
             crcs = "".join(f"{crc:08x}" for _, _, crc in sorted(watched))
             return f"{self._log.salts.hex()}:{self._root}:{crcs}"
         return ""
+
+    def note_marked(self, log: str) -> None:
+        """After the mark has been recorded in the log with these salts.
+
+        With its frames most checks after a checkpoint need not read the others.
+        """
+        assert self._log is not None
+        self._marked = log
+        self._known |= self._log.sectors(1, self._root)
 
     def close(self, forget: bool = True) -> None:
         """After SQLite has closed the file; `forget=False` if it has not, and never will."""
@@ -4193,7 +4202,7 @@ class Store:
             except (sqlite3.Error, OSError) as error:
                 self._roll_back(error)
                 return
-            self._file.marked = mark.partition(":")[0]
+            self._file.note_marked(mark.partition(":")[0])
 
     def _translate(self, error: Exception) -> Exception:
         """The error that a client sees; one that says that the database is malformed stays."""
