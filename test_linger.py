@@ -3846,9 +3846,9 @@ class CallReplyTest(BrokerTest):
                 self.broker.calls.call("q", b"x", **{key: "k"})
 
     def test_a_reply_for_which_nobody_waits_is_not_kept(self):
-        call, message = self.call(lambda: True)
-        self.assertIsInstance(call.exception(PATIENCE), linger.OutcomeUnknown)
-        self.assertIsNone(message)
+        with self.assertRaises(linger.OutcomeUnknown):
+            self.broker.calls.call("q", b"x", "x", PATIENCE, is_disconnected=lambda: True)
+        self.assertIsNone(self.broker.get("q"))
         call, message = self.call(wait=0.1)
         call.exception(PATIENCE)
         self.restart()
@@ -11020,6 +11020,7 @@ class ClientTest(ClientCase):
         records = list(self.client.dump())
         self.assertEqual(json.loads(json.dumps(records)), records)
         before = [self.client.read_message(id)[0] for id in (1, 2, 3, 4)]
+        before[0] = before[0]._replace(hidden_for=0, holder="")
         for channel in self.client.channels():
             self.client.drain(channel)
         self.assertEqual(self.client.load(records), 4)
@@ -11063,7 +11064,7 @@ class ClientTest(ClientCase):
 
     def test_invalid_url_or_token_is_refused(self):
         for url in (
-            "127.0.0.1", "ftp://x", "http://", "http://u:p@x", "http://x/path", "http://x?q",
+            "127.0.0.1", "ftp://x", "http://", "http://u:p@x", "http://x?q",
             "http://x:port", "http://x\r\ny", "http://ä",
         ):  # fmt: skip
             with self.subTest(url), self.assertRaisesRegex(linger.BadRequest, "URL must be"):
