@@ -17003,6 +17003,12 @@ class ReadmeTest(Folder):
         first = next(n for n, (title, _) in enumerate(sections) if title == "Contents") + 1
         self.assertEqual(links, sections[first:])
 
+    def test_every_recipe_has_an_example_and_says_when_not_to_use_it(self):
+        for recipe in self.section("Recipes").split("\n### ")[1:]:
+            title = recipe.partition("\n")[0]
+            self.assertRegex(recipe, r"(?m)^```(console|pycon)$", title)
+            self.assertIn("\n**When not:** ", recipe, title)
+
     # -- completeness
 
     def test_every_route_parameter_and_counter_is_in_the_reference(self):
