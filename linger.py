@@ -14711,16 +14711,18 @@ class Api(ManagementApi):
         request.connection.start_stream()
         kind, connection = request.segments[0], request.connection
         listen = functools.partial(self._broker.listen, kind, name, connection, self._memory)
-        reader = self._replay(request, listen) or listen()
+        reader = self._replay(request, request.parameter("since"), listen) or listen()
         stream = EventStream(request, reader, lambda: self._is_allowed(request))
         return Response(200, headers=headers, undo=reader.close, stream=stream)
 
-    def _replay(self, request: Request, listen: Callable[[], Reader]) -> Optional[Replay]:
+    def _replay(
+        self, request: Request, since: Optional[str], listen: Callable[[], Reader]
+    ) -> Optional[Replay]:
         """A reader of what a topic has kept, if a browser connects again, or the request says so.
 
         The id of the last event wins: a browser sends it with the URL that it was first given.
         """
-        kind, since = request.segments[0], request.parameter("since")
+        kind = request.segments[0]
         last_id = request.headers.fields.get("last-event-id", "")
         if kind == "topics" and re.fullmatch("[0-9]{1,18}", last_id):
             since = last_id
