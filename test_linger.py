@@ -2167,7 +2167,7 @@ class Interrupt(BaseException):
     pass
 
 def interrupt(_, frame):
-    if frame.f_globals["__name__"] in ("linger", "threading"):
+    if not stop.is_set() and frame.f_globals["__name__"] in ("linger", "threading"):
         raise Interrupt
 
 broker = linger.Broker(linger.Store(sys.argv[1], "off"))
@@ -2197,8 +2197,8 @@ while time.monotonic() < end or interrupts < 6:
         interrupts += 1
     except linger.NotFound:
         pass
+stop.set()  # also for a signal that is on its way
 signal.setitimer(signal.ITIMER_REAL, 0)
-stop.set()
 worker.join()
 id = broker.post("last", b"x").id
 assert broker.get("last").id == id
