@@ -2167,11 +2167,12 @@ class Interrupt(BaseException):
     pass
 
 def interrupt(_, frame):
-    if not stop.is_set() and frame.f_globals["__name__"] in ("linger", "threading"):
+    if not is_over and frame.f_globals["__name__"] in ("linger", "threading"):
         raise Interrupt
 
 broker = linger.Broker(linger.Store(sys.argv[1], "off"))
 stop = threading.Event()
+is_over = False
 
 def work():
     while not stop.is_set():
@@ -2197,8 +2198,9 @@ while time.monotonic() < end or interrupts < 6:
         interrupts += 1
     except linger.NotFound:
         pass
-stop.set()  # also for a signal that is on its way
+is_over = True  # also for a signal that is on its way
 signal.setitimer(signal.ITIMER_REAL, 0)
+stop.set()
 worker.join()
 id = broker.post("last", b"x").id
 assert broker.get("last").id == id
