@@ -4012,6 +4012,7 @@ class Store:
         self.sync = sync
         self._lock = threading.RLock()  # guards the reading connection
         self._copying = threading.Lock()  # one copy is made at a time
+        self._noting = threading.Lock()  # guards `_damage`, so that it is logged once
         self._files: dict[str, tuple[int, int]] = {}  # the inodes of the open files
         self._directory = os.path.dirname(self.path)
         self._directory_changed = -1  # when an entry of it was last made, moved or deleted
@@ -4213,9 +4214,10 @@ class Store:
 
     def _note_damage(self, damage: str) -> None:
         """Refuses all transactions from now on: what was acknowledged would be lost."""
-        if not self._damage:
-            self._damage = damage
-            log(f"linger: {damage}")
+        with self._noting:
+            if not self._damage:
+                self._damage = damage
+                log(f"linger: {damage}")
 
     def _check_files(self) -> None:
         """`Unavailable` if a file was deleted, replaced or overwritten, or is malformed: what is

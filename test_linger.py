@@ -712,6 +712,21 @@ class LogTest(Folder):
         self.addCleanup(self.committer.close)
         self.copies = itertools.count()
 
+    def test_damage_that_several_threads_find_is_logged_once(self):
+        error = sqlite3.DatabaseError("database disk image is malformed")
+        noted, ready, logged = [""], threading.Barrier(4), []
+        slow = property(lambda _: (noted[-1], pause(0.01))[0], lambda _, text: noted.append(text))
+
+        def find():
+            ready.wait(PATIENCE)
+            self.store._translate(error)
+
+        damage = unittest.mock.patch.object(linger.Store, "_damage", slow)
+        with damage, unittest.mock.patch.object(linger, "log", logged.append):
+            for future in [self.thread(find) for _ in range(4)]:
+                future.result(PATIENCE)
+        self.assertEqual(len(logged), 1)
+
     def write(self, value):
         self.committer.run(linger.Operation((linger.SET_CONFIG,), {"key": "value", "value": value}))
 
