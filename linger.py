@@ -3990,6 +3990,7 @@ class Store:
     _skips_sync = False  # whether commits that are not durable need no sync
     _is_synced = True  # whether the next commit is
     _damage = ""  # why nothing can be written any more, until a restart
+    _noting = threading.Lock()  # guards `_damage` of all stores, so that it is logged once
     _is_disowned = False  # whether this is a forked child's copy
 
     _lock_file: Optional[int] = None  # open while the database is locked
@@ -4012,7 +4013,6 @@ class Store:
         self.sync = sync
         self._lock = threading.RLock()  # guards the reading connection
         self._copying = threading.Lock()  # one copy is made at a time
-        self._noting = threading.Lock()  # guards `_damage`, so that it is logged once
         self._files: dict[str, tuple[int, int]] = {}  # the inodes of the open files
         self._directory = os.path.dirname(self.path)
         self._directory_changed = -1  # when an entry of it was last made, moved or deleted
