@@ -13557,7 +13557,9 @@ class WorkerProcessTest(ProcessCase):
     """Real workers against real servers."""
 
     WORKER = """
-import linger, sys, threading
+import linger, signal, sys, threading
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored below nohup
 
 def do(message):
     print(message.text, message.delivered, flush=True)
