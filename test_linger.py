@@ -6321,8 +6321,9 @@ class FeedTest(BrokerTest):
         self.broker.take(self.broker.consumer(["other"]), ack=message.id)
         self.broker.delete(2)
         self.broker.drain("other")
-        self.assertGreater(len(prepared), 5)
-        self.assertEqual([operation for operation in prepared if operation.look_ups], [])
+        calls = [each for each in prepared if not isinstance(each, linger.ProcessDue)]  # ticker's
+        self.assertGreater(len(calls), 5)
+        self.assertEqual([operation for operation in calls if operation.look_ups], [])
 
     def test_a_bug_in_the_events_stops_no_call(self):
         self.live.prepare = self.live.report = unittest.mock.Mock(side_effect=ZeroDivisionError)
