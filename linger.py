@@ -13762,7 +13762,7 @@ ANSWERS: Mapping[str, Answer] = {
     "list_messages": Answer(200, _array(_named("Listed")), (404,)),
     "get_channel_stats": Answer(200, _object({"ready": COUNT, "hidden": COUNT})),
     "get_info": Answer(200, _named("Channel")),
-    "open_stream": Answer(200, ("text/event-stream", "application/x-ndjson")),
+    "open_stream": Answer(200, (SSE, NDJSON)),
     "get_settings": Answer(200, {"type": "object"}),
     "set_settings": DONE,
     "change_settings": DONE,
@@ -14010,7 +14010,7 @@ def check_count(items: list[Any]) -> list[Any]:
 def parse_batch(request: Request, table: Sequence[Parameter]) -> list[BatchItem]:
     """The messages of a batch, each with those parameters of a table that are given."""
     common = request.message_parameters(table)
-    if request.headers.media_type == "application/x-ndjson":
+    if request.headers.media_type == NDJSON:
         if request.body.count(b"\n") > MAX_BATCH_LINES:
             raise TooLarge(f"the batch has too many lines; the limit is {MAX_BATCH_LINES}")
         lines = check_count([line for line in map(bytes.strip, request.body.split(b"\n")) if line])
@@ -14021,7 +14021,7 @@ def parse_batch(request: Request, table: Sequence[Parameter]) -> list[BatchItem]
         given = set().union(*(item.keys() for item in items)) - ITEM_KEYS
         request.note_ignored(sorted(n for n in given if n.replace("_", "-") not in request.known))
         return messages
-    raise LingerError("a batch must be application/x-ndjson or application/json", 415)
+    raise LingerError(f"a batch must be {NDJSON} or {JSON_TYPE}", 415)
 
 
 def _item_parameters(index: int, common: dict[str, str]) -> dict[str, str]:
@@ -16011,7 +16011,6 @@ Delivery = tuple[int, Optional[int]]  # id of a message, and its lease or None f
 Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]  # of a batch
 
 TEXT_TYPE = f"{DEFAULT_TYPE}; charset=utf-8"
-JSON_TYPE = "application/json"
 INTEGER_FIELDS = {name for name, kind in get_type_hints(Message).items() if kind is int}
 
 
