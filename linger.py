@@ -13562,6 +13562,11 @@ def source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
+def entity_tag(body: bytes) -> str:
+    """The strong entity tag of a body (RFC 9110 8.8.3)."""
+    return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+
+
 def page_tables() -> str:
     """The tables that the script needs, as JSON that may stand in a document."""
     forms = {name: [p.name for p in table] for name, table in FORMS.items()}
@@ -13604,7 +13609,7 @@ def page() -> Page:
     ):
         document = document.replace(f"{{{name}}}", text)
     body = document.encode()
-    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    etag = entity_tag(body)
     policy = (
         "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
         f" form-action 'none'; frame-ancestors 'none'; style-src {source_hash(style)};"
@@ -13829,8 +13834,15 @@ REFUSED: Mapping[str, Sequence[str]] = {
     ),
     **dict.fromkeys(("publish_message", "publish_batch"), ("unique",)),
 }
+
+
+def delivery_header(field: str) -> str:
+    """The header that has a field of a message in the response with that message."""
+    return "x-linger-" + ("msg-id" if field == "id" else field.replace("_", "-"))
+
+
 DELIVERY_HEADERS = {
-    f"x-linger-{'msg-id' if name == 'id' else name.replace('_', '-')}": {"schema": schema}
+    delivery_header(name): {"schema": schema}
     for name, schema in MESSAGE_SCHEMA["properties"].items()
     if name in Message._fields and name not in ("type", "body")
 }
@@ -14091,7 +14103,7 @@ def own_source() -> tuple[bytes, str]:
             body = file.read()
     except OSError:
         raise NotFound("linger.py is not there any more") from None
-    return body, f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    return body, entity_tag(body)
 
 
 class TakeOptions(NamedTuple):
@@ -16106,7 +16118,7 @@ def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Messag
     """
     fields: dict[str, Any] = {"type": headers["content-type"], "body": body}
     for name in Message._fields:
-        value = headers.get("x-linger-" + ("msg-id" if name == "id" else name.replace("_", "-")))
+        value = headers.get(delivery_header(name))
         if value is not None:
             convert = int if name in INTEGER_FIELDS else urllib.parse.unquote
             fields[name] = convert(value)
