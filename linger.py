@@ -14164,6 +14164,12 @@ class ManagementApi:
         if isinstance(dead, str) and dead:
             request.grant.check_name("channels", dead)
 
+    def _checked_parameters(self, request: Request, table: Sequence[Parameter]) -> dict[str, Any]:
+        """The parameters of a table that are given; `AccessDenied` for a foreign dead channel."""
+        parameters = request.parameters(table)
+        self._check_dead_channel(request, parameters)
+        return parameters
+
     # -- the server
 
     def server_info(self, _: Request, *__: str) -> Response:
@@ -14299,14 +14305,12 @@ class ManagementApi:
         return json_response(self._broker.settings(channel))
 
     def set_settings(self, request: Request, channel: str) -> Response:
-        parameters = request.parameters(CHANNEL_PARAMETERS + SINGLE_PARAMETERS)
-        self._check_dead_channel(request, parameters)
+        parameters = self._checked_parameters(request, CHANNEL_PARAMETERS + SINGLE_PARAMETERS)
         self._broker.set_settings(channel, **parameters)
         return NO_CONTENT
 
     def change_settings(self, request: Request, channel: str) -> Response:
-        parameters = request.parameters(CHANNEL_PARAMETERS + SINGLE_PARAMETERS)
-        self._check_dead_channel(request, parameters)
+        parameters = self._checked_parameters(request, CHANNEL_PARAMETERS + SINGLE_PARAMETERS)
         self._broker.change_settings(channel, **parameters)
         return NO_CONTENT
 
@@ -14342,8 +14346,8 @@ class ManagementApi:
         return NO_CONTENT
 
     def change_message(self, request: Request, id: str) -> Response:
-        number, parameters = parse_integer("id", id), request.parameters(CHANGE_PARAMETERS)
-        self._check_dead_channel(request, parameters)
+        number = parse_integer("id", id)
+        parameters = self._checked_parameters(request, CHANGE_PARAMETERS)
         self._broker.change(number, *self._expected_channels(request, number), **parameters)
         return NO_CONTENT
 
@@ -14352,8 +14356,7 @@ class ManagementApi:
         return json_response({"topics": request.grant.visible("topics", topics)})
 
     def subscribe(self, request: Request, channel: str, topic: str) -> Response:
-        parameters = request.parameters(ALL_PARAMETERS)
-        self._check_dead_channel(request, parameters)
+        parameters = self._checked_parameters(request, ALL_PARAMETERS)
         since = request.parameter("since")
         if since is None:
             self._broker.subscribe(channel, topic, **parameters)
@@ -14370,8 +14373,7 @@ class ManagementApi:
         return json_response({"patterns": request.grant.visible("patterns", patterns)})
 
     def subscribe_pattern(self, request: Request, channel: str, pattern: str) -> Response:
-        parameters = request.parameters(ALL_PARAMETERS)
-        self._check_dead_channel(request, parameters)
+        parameters = self._checked_parameters(request, ALL_PARAMETERS)
         self._broker.patterns.subscribe(channel, pattern, **parameters)
         return NO_CONTENT
 
