@@ -14078,7 +14078,11 @@ def done_response(_: Request, operation: Operation) -> Response:
 
 def posted_response(_: Request, operation: Operation) -> Response:
     """The response for a post."""
-    posted = operation.result()
+    return post_result_response(operation.result())
+
+
+def post_result_response(posted: PostResult) -> Response:
+    """The response with the result of a post."""
     text = '{"id":%d,"duplicate":true}\n' if posted.duplicate else '{"id":%d}\n'
     return Response(202, (text % posted.id).encode())
 
@@ -14106,6 +14110,12 @@ def own_source() -> tuple[bytes, str]:
     return body, entity_tag(body)
 
 
+def parse_wait(request: Request, default: int) -> int:
+    """How many seconds a request may wait; `default` if it does not say."""
+    wait = request.integer("wait", 0, MAX_WAIT)
+    return default if wait is None else wait
+
+
 class TakeOptions(NamedTuple):
     """The options of `GET /channels/<channel>` that do not name a message."""
 
@@ -14120,11 +14130,9 @@ class TakeOptions(NamedTuple):
     @classmethod
     def parse(cls, request: Request) -> TakeOptions:
         """The options in a request."""
-        wait = request.integer("wait", 0, MAX_WAIT)
-        if request.switch("nowait"):
-            wait = 0
+        wait = parse_wait(request, DEFAULT_WAIT)
         return cls(
-            DEFAULT_WAIT if wait is None else wait,
+            0 if request.switch("nowait") else wait,
             request.integer("n", 1, MAX_BATCH),
             request.integer("timeout", 1),
             request.switch("auto"),
@@ -14461,9 +14469,8 @@ class ManagementApi:
         return NO_CONTENT
 
     def run_schedule(self, request: Request, name: str) -> Response:
-        posted = self._broker.schedules.post(name, self._visible_schedule(request, name).channel)
-        duplicate = {"duplicate": True} if posted.duplicate else {}
-        return json_response({"id": posted.id, **duplicate}, 202)
+        channel = self._visible_schedule(request, name).channel
+        return post_result_response(self._broker.schedules.post(name, channel))
 
 
 class Api(ManagementApi):
@@ -14649,9 +14656,8 @@ class Api(ManagementApi):
     def call(self, request: Request, channel: str) -> Response:
         body, content_type = request.message()
         parameters = request.message_parameters(ALL_PARAMETERS)
-        wait = request.integer("wait", 0, MAX_WAIT)
+        wait = parse_wait(request, CALL_WAIT)
         self._check_dead_channel(request, parameters)
-        wait = CALL_WAIT if wait is None else wait
         with self._waiting(request) as is_disconnected:
             reply, reply_type = self._broker.calls.call(
                 channel, body, content_type, wait, is_disconnected, **parameters
@@ -14666,8 +14672,7 @@ class Api(ManagementApi):
         return NO_CONTENT
 
     def await_end(self, request: Request, channel: str) -> Response:
-        wait = request.integer("wait", 0, MAX_WAIT)
-        wait = DEFAULT_WAIT if wait is None else wait
+        wait = parse_wait(request, DEFAULT_WAIT)
         with self._waiting(request) as is_disconnected:
             is_empty = self._broker.calls.drained(channel, wait, is_disconnected)
         if not is_empty:
