@@ -13740,7 +13740,7 @@ class Answer(NamedTuple):
     body: Optional[Schema] = None  # of the items of a request that has many
 
 
-DONE, DONE_WITH_LEASE = Answer(204), Answer(204, None, (409,))
+DONE, DONE_OR_CONFLICT = Answer(204), Answer(204, None, (409,))
 DELETION = {"anyOf": [_whole(), _object({"id": _whole()}, lease={"type": ["integer", "null"]})]}
 ANSWERS: Mapping[str, Answer] = {
     "server_info": Answer(
@@ -13761,7 +13761,7 @@ ANSWERS: Mapping[str, Answer] = {
     "post_message": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
     "drain_channel": DONE,
     "call": Answer(200, ("*/*",), (502, 504)),
-    "reply": Answer(204, None, (404, 409)),
+    "reply": DONE_OR_CONFLICT,
     "await_end": Answer(204, None, (408,)),
     "post_batch": Answer(202, _object({"ids": _array(COUNT)}), (), ITEM),
     "list_messages": Answer(200, _array(_named("Listed")), (404,)),
@@ -13793,22 +13793,22 @@ ANSWERS: Mapping[str, Answer] = {
     "list_subscribers": Answer(200, _object({"channels": NAMES})),
     "list_schedules": Answer(200, _object({"schedules": _array({"type": "object"})})),
     "read_schedule": Answer(200, {"type": "object"}),
-    "put_schedule": Answer(204, None, (409,)),
+    "put_schedule": DONE_OR_CONFLICT,
     "delete_schedule": DONE,
     "run_schedule": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
     "read_message": Answer(200, ("*/*",)),
-    "change_message": DONE_WITH_LEASE,
-    "delete_message": DONE_WITH_LEASE,
+    "change_message": DONE_OR_CONFLICT,
+    "delete_message": DONE_OR_CONFLICT,
     "delete_messages": Answer(
         200,
         _object(dict.fromkeys(("deleted", "conflict", "missing"), _array(_whole()))),
         (),
         DELETION,
     ),
-    "touch_message": DONE_WITH_LEASE,
-    "release_message": DONE_WITH_LEASE,
-    "reject_message": DONE_WITH_LEASE,
-    "redrive_message": DONE_WITH_LEASE,
+    "touch_message": DONE_OR_CONFLICT,
+    "release_message": DONE_OR_CONFLICT,
+    "reject_message": DONE_OR_CONFLICT,
+    "redrive_message": DONE_OR_CONFLICT,
 }
 
 # The parameters of other endpoints that an answer gives.
