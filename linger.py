@@ -15059,9 +15059,8 @@ class ReplySlot:
     def __init__(self) -> None:
         self._lock = _thread.allocate_lock()  # guards `pending`, once set, and `_waiting`
         self.pending = False  # may be read without the lock by the connection's thread
-        self._waiting: Optional[_thread.LockType] = (
-            None  # locked from the first wait until `complete`
-        )
+        # Locked from the first wait until `complete`.
+        self._waiting: Optional[_thread.LockType] = None
         self.consumer: Optional[Consumer] = None  # the waiting consumer, if the reply is for one
         self.deadline = 0.0  # when its wait ends
 
@@ -15550,13 +15549,13 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        self._conversation = Connection(self.request, self.client_address[0], self.server)
+        self._connection = Connection(self.request, self.client_address[0], self.server)
 
     def handle(self) -> None:
-        self._conversation.run()
+        self._connection.run()
 
     def finish(self) -> None:
-        self._conversation.finish()
+        self._connection.finish()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15862,9 +15861,10 @@ class Server(ThreadingHTTPServer):
         """Listens, and makes what accepting needs."""
         super().server_activate()
         self.timeval = timeval_format(self.socket)
-        self._alarm, self.wake = os.pipe()  # a byte written to `wake` ends the sleep of accepting
+        # A byte written to `wake_fd` ends the sleep of accepting.
+        self._alarm, self.wake_fd = os.pipe()
         os.set_blocking(self._alarm, False)
-        os.set_blocking(self.wake, False)
+        os.set_blocking(self.wake_fd, False)
 
     @property
     def url(self) -> str:
@@ -15991,7 +15991,7 @@ class Server(ThreadingHTTPServer):
         """Makes `serve_forever` return; safe in a signal handler."""
         self.stopping = True
         with contextlib.suppress(BlockingIOError):  # the pipe is full, so it will wake up anyway
-            os.write(self.wake, b"!")
+            os.write(self.wake_fd, b"!")
 
     def close(self) -> None:
         """Stops: waiting GETs get 204, requests under way finish, the database is closed."""
@@ -16013,7 +16013,7 @@ class Server(ThreadingHTTPServer):
     def _close_listener(self) -> None:
         self.server_close()
         os.close(self._alarm)
-        os.close(self.wake)
+        os.close(self.wake_fd)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -18117,7 +18117,7 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
     _handle_hang_up(server, manager, options["tokens"] is not None or options["cert"] is not None)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    signal.set_wakeup_fd(server.wake)  # the system may deliver a signal to any thread
+    signal.set_wakeup_fd(server.wake_fd)  # the system may deliver a signal to any thread
     line = _start_line(server, options)
     print(printable(line, sys.stdout), flush=True)
     with server:
