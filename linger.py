@@ -18865,10 +18865,9 @@ class Worker:
         self._shortage = Outage(warn_user, "commands can be started again")
         # A byte for each event: the number of a signal, or 0 for a thread's end.
         self._event_reader, self._event_writer = os.pipe()
-        self._lock = threading.Lock()  # guards the five attributes below
+        self._lock = threading.Lock()  # guards the four attributes below
         self._jobs: set[Job] = set()
-        self._asked_to_stop = False  # by SIGTERM or SIGINT
-        self._killing = False
+        self._stop_requests = 0  # SIGTERM and SIGINT so far; the second one kills
         self._worked = False
         self._error: Optional[LingerError] = None
 
@@ -18927,10 +18926,9 @@ class Worker:
         if number not in (signal.SIGTERM, signal.SIGINT):
             return
         with self._lock:
-            kill, self._killing = self._asked_to_stop, self._asked_to_stop
-            self._asked_to_stop = True
-            jobs = list(self._jobs)
-        for job in jobs if kill else ():
+            self._stop_requests += 1
+            to_kill = list(self._jobs) if self._stop_requests > 1 else []
+        for job in to_kill:
             job.kill(STOPPED)
 
     def _work(self) -> None:
@@ -19017,7 +19015,7 @@ class Worker:
         loop.on_lease_lost = kill_if_lost
         with self._lock:
             self._jobs.add(job)
-            killing = self._killing
+            killing = self._stop_requests > 1
         if killing:
             job.kill(STOPPED)
         job.wait()
