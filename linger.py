@@ -18633,6 +18633,35 @@ def _settings(client: Client, options: argparse.Namespace) -> int:
     return 0
 
 
+# -- schedules
+
+
+def _schedule(client: Client, options: argparse.Namespace) -> int:
+    if options.delete:
+        client.unschedule(options.name)
+    elif options.run:
+        _write_records([{"id": client.run_schedule(options.name).id}], options.json)
+    elif options.channel is None:
+        return _write_pairs(client.read_schedule(options.name), options.json)
+    else:
+        client.schedule(
+            options.name, options.channel, _read_body(options), options.type, cron=options.cron,
+            tz=options.tz, every=options.every, catch_up=not options.no_catch_up,
+            **_given_parameters(options, SCHEDULE_PARAMETERS),
+        )  # fmt: skip
+    return 0
+
+
+def _schedules(client: Client, options: argparse.Namespace) -> int:
+    schedules = client.schedules()
+    if options.json:
+        return _write_records(schedules, as_json=True)
+    for schedule in schedules:
+        every = f"every {schedule.get('every')}"
+        schedule["times"] = f"{schedule['cron']} {schedule['tz']}" if "cron" in schedule else every
+    return _write_records([{n: s[n] for n in SCHEDULE_COLUMNS_SHOWN} for s in schedules])
+
+
 # ---------------------------------------------------------------------------------------------
 # Worker: `linger work`, which runs a command as a process for each message.  Knows processes and
 # signals, but no requests: the client's consumer loop takes and settles the messages.
@@ -19337,32 +19366,6 @@ def _run_benchmark(
                   "processors": os.cpu_count(), "measurements": measured}  # fmt: skip
         return _write_records([record], as_json=True)
     return _write_records([{name: record[name] for name in BENCH_COLUMNS} for record in measured])
-
-
-def _schedule(client: Client, options: argparse.Namespace) -> int:
-    if options.delete:
-        client.unschedule(options.name)
-    elif options.run:
-        _write_records([{"id": client.run_schedule(options.name).id}], options.json)
-    elif options.channel is None:
-        return _write_pairs(client.read_schedule(options.name), options.json)
-    else:
-        client.schedule(
-            options.name, options.channel, _read_body(options), options.type, cron=options.cron,
-            tz=options.tz, every=options.every, catch_up=not options.no_catch_up,
-            **_given_parameters(options, SCHEDULE_PARAMETERS),
-        )  # fmt: skip
-    return 0
-
-
-def _schedules(client: Client, options: argparse.Namespace) -> int:
-    schedules = client.schedules()
-    if options.json:
-        return _write_records(schedules, as_json=True)
-    for schedule in schedules:
-        every = f"every {schedule.get('every')}"
-        schedule["times"] = f"{schedule['cron']} {schedule['tz']}" if "cron" in schedule else every
-    return _write_records([{n: s[n] for n in SCHEDULE_COLUMNS_SHOWN} for s in schedules])
 
 
 # ---------------------------------------------------------------------------------------------
