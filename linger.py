@@ -18157,6 +18157,11 @@ def _write(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
+def _write_body(body: bytes, end: bytes = b"") -> None:
+    """Writes a body as it is; without an `end`, a terminal gets a newline after it."""
+    _write(body + (end or b"\n" * sys.stdout.isatty()))
+
+
 def _write_lines(lines: Iterable[str]) -> None:
     _write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
@@ -18295,7 +18300,7 @@ def _call(client: Client, options: argparse.Namespace) -> int:
             raise
         log(f"linger: {error}")
         return 1
-    _write(reply.body + b"\n" * sys.stdout.isatty())
+    _write_body(reply.body)
     return 0
 
 
@@ -18445,7 +18450,7 @@ def _write_message(
         if options.json:
             _write_records([message_object(message)], as_json=True)
         else:
-            _write(message.body + (end or b"\n" * sys.stdout.isatty()))
+            _write_body(message.body, end)
     except BaseException:
         if options.ack:
             with contextlib.suppress(LingerError):
@@ -18478,7 +18483,7 @@ def _show(client: Client, options: argparse.Namespace) -> None:
     if options.json:
         _write_records([{**message_object(message), "state": state}], as_json=True)
     else:
-        _write(message.body + b"\n" * sys.stdout.isatty())
+        _write_body(message.body)
 
 
 def _peek(client: Client, options: argparse.Namespace) -> int:
