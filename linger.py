@@ -16118,6 +16118,11 @@ def parse_message(item: Mapping[str, Any]) -> Message:
     return Message(**{name: fields[name] for name in Message._fields if name in fields})
 
 
+def parse_listing(items: Iterable[Mapping[str, Any]]) -> list[tuple[Message, str]]:
+    """Returns the messages of a listing with their states."""
+    return [(parse_message(item), item["state"]) for item in items]
+
+
 def parse_headers(headers: http.client.HTTPMessage, body: bytes) -> tuple[Message, str]:
     """Returns the message, and its state, in a response with `x-linger-*` headers.
 
@@ -17259,8 +17264,7 @@ class ManagementClient:
         bytes, at a whole character.
         """
         return self._requests.send_json(
-            lambda value: [(parse_message(item), item["state"]) for item in value],
-            "GET", encode_path("channels", channel, "messages"),
+            parse_listing, "GET", encode_path("channels", channel, "messages"),
             {"state": state, "n": n, "after": after},
         )  # fmt: skip
 
@@ -17270,10 +17274,7 @@ class ManagementClient:
         """Returns up to `n` dead letters of all channels with their states, after the message
         `after`: `newest` (the default) or `oldest` first, of one `reason` or all."""
         query = {"n": n, "after": after, "reason": reason, "order": order}
-        return self._requests.send_json(
-            lambda value: [(parse_message(item), item["state"]) for item in value],
-            "GET", "/dead-letters", query,
-        )  # fmt: skip
+        return self._requests.send_json(parse_listing, "GET", "/dead-letters", query)
 
     def dump(self, channels: Optional[ChannelNames] = None) -> Iterator[dict[str, Any]]:
         """Yields the messages of some channels, or of all, as JSON records for `load`.
