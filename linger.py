@@ -17276,6 +17276,34 @@ class ManagementClient:
         query = {"n": n, "after": after, "reason": reason, "order": order}
         return self._requests.send_json(parse_listing, "GET", "/dead-letters", query)
 
+    # -- moving and changing messages
+
+    def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
+        """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
+        came from, or all to the channel `to`; returns how many."""
+        return self._requests.send_json(
+            lambda value: int(value["moved"]),
+            "POST", encode_path("channels", channel, "redrive"), {"n": n, "to": to},
+            repeatable=False, wait=BULK_WAIT,
+        )  # fmt: skip
+
+    def redrive_message(self, id: int, to: Optional[str] = None) -> None:
+        """Moves a dead letter back to where it came from, or a message to the channel `to`."""
+        path = f"/messages/{id}/redrive"
+        self._requests.send("POST", path, {"to": to}, repeatable=False)
+
+    def change(self, id: int, **parameters: Unpack[MessageFields]) -> None:
+        """Changes the priority, delay, timeout, dead channel or limit of deliveries of a message
+        that waits.  `NotFound`, or `Conflict` while it is in flight."""
+        query = encode_parameters(CHANGE_PARAMETERS, parameters)
+        self._requests.send("PATCH", f"/messages/{id}", query)
+
+    def drain(self, channel: str) -> None:
+        """Deletes all messages of a channel, in every state, and its dedup keys."""
+        self._requests.send("DELETE", encode_path("channels", channel), wait=BULK_WAIT)
+
+    # -- dumps
+
     def dump(self, channels: Optional[ChannelNames] = None) -> Iterator[dict[str, Any]]:
         """Yields the messages of some channels, or of all, as JSON records for `load`.
 
@@ -17381,6 +17409,26 @@ class Client(ManagementClient):
             retry, encode_parameters(SINGLE_PARAMETERS, keys),
         )  # fmt: skip
 
+    def call(
+        self,
+        channel: str,
+        body: object,
+        wait: int = CALL_WAIT,
+        type: Optional[str] = None,
+        **parameters: Unpack[PostFields],
+    ) -> CallReply:
+        """Posts a message and waits up to `wait` seconds for the reply to it.
+
+        `LingerError` with status 502 if it was given up, 504 if no reply came.
+        """
+        query = encode_parameters(ALL_PARAMETERS, parameters)
+        own = parse_own_headers("headers", query.pop("headers", {}))
+        headers, reply = self._requests.send(
+            "POST", encode_path("channels", channel, "call"), {**query, "wait": wait},
+            *encode_message(body, type), own, wait=wait, repeatable=False,
+        )  # fmt: skip
+        return CallReply(reply, headers["content-type"])
+
     # -- consuming
 
     def get(
@@ -17466,26 +17514,6 @@ class Client(ManagementClient):
                 self._unsettled.discard(id, lease)
         return result
 
-    def call(
-        self,
-        channel: str,
-        body: object,
-        wait: int = CALL_WAIT,
-        type: Optional[str] = None,
-        **parameters: Unpack[PostFields],
-    ) -> CallReply:
-        """Posts a message and waits up to `wait` seconds for the reply to it.
-
-        `LingerError` with status 502 if it was given up, 504 if no reply came.
-        """
-        query = encode_parameters(ALL_PARAMETERS, parameters)
-        own = parse_own_headers("headers", query.pop("headers", {}))
-        headers, reply = self._requests.send(
-            "POST", encode_path("channels", channel, "call"), {**query, "wait": wait},
-            *encode_message(body, type), own, wait=wait, repeatable=False,
-        )  # fmt: skip
-        return CallReply(reply, headers["content-type"])
-
     def reply(
         self,
         message: MessageOrId,
@@ -17532,30 +17560,6 @@ class Client(ManagementClient):
     def reject(self, message: MessageOrId, reason: str = "", lease: Optional[int] = None) -> None:
         """Moves a message in flight to its dead channel, or deletes it.  Errors as for `touch`."""
         self._settle("reject", delivery_of(message, lease), reason)
-
-    def redrive(self, channel: str, n: Optional[int] = None, to: Optional[str] = None) -> int:
-        """Moves up to `n` (None: all) ready messages of a dead channel, in order, to where they
-        came from, or all to the channel `to`; returns how many."""
-        return self._requests.send_json(
-            lambda value: int(value["moved"]),
-            "POST", encode_path("channels", channel, "redrive"), {"n": n, "to": to},
-            repeatable=False, wait=BULK_WAIT,
-        )  # fmt: skip
-
-    def redrive_message(self, id: int, to: Optional[str] = None) -> None:
-        """Moves a dead letter back to where it came from, or a message to the channel `to`."""
-        path = f"/messages/{id}/redrive"
-        self._requests.send("POST", path, {"to": to}, repeatable=False)
-
-    def change(self, id: int, **parameters: Unpack[MessageFields]) -> None:
-        """Changes the priority, delay, timeout, dead channel or limit of deliveries of a message
-        that waits.  `NotFound`, or `Conflict` while it is in flight."""
-        query = encode_parameters(CHANGE_PARAMETERS, parameters)
-        self._requests.send("PATCH", f"/messages/{id}", query)
-
-    def drain(self, channel: str) -> None:
-        """Deletes all messages of a channel, in every state, and its dedup keys."""
-        self._requests.send("DELETE", encode_path("channels", channel), wait=BULK_WAIT)
 
     # -- workers
 
