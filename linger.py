@@ -16394,10 +16394,7 @@ class _HTTPConnection:
         sock = self.open()
         response = None
         try:
-            sock.settimeout(timeout)
-            sock.sendall(request)
-            source: Any = sock if stop is None else _StoppableReader(sock, timeout, stop)
-            response = http.client.HTTPResponse(source)
+            response = self._send(sock, request, timeout, stop)
             response.begin()
             body = _read_response(response, into)
         except BaseException:  # also Ctrl-C: the rest would be taken for the next response
@@ -16415,17 +16412,22 @@ class _HTTPConnection:
         self, request: bytes, timeout: float, stop: Optional[threading.Event]
     ) -> Iterator[bytes]:
         """Sends a request, and yields the lines of the response as they come."""
-        sock = self.open()
-        sock.settimeout(timeout)
-        sock.sendall(request)
-        source: Any = sock if stop is None else _StoppableReader(sock, timeout, stop)
-        with contextlib.closing(http.client.HTTPResponse(source)) as response:
+        with contextlib.closing(self._send(self.open(), request, timeout, stop)) as response:
             response.begin()
             if response.status != 200:
                 content = _read_response(response, None)
                 raise error_in_response(self.url, response.status, content)
             while line := response.readline():
                 yield line
+
+    def _send(
+        self, sock: socket.socket, request: bytes, timeout: float, stop: Optional[threading.Event]
+    ) -> http.client.HTTPResponse:
+        """Sends a request; returns the response, of which nothing has been read yet."""
+        sock.settimeout(timeout)
+        sock.sendall(request)
+        source: Any = sock if stop is None else _StoppableReader(sock, timeout, stop)
+        return http.client.HTTPResponse(source)
 
     def open(self) -> socket.socket:
         """Returns the socket, of a new connection if the server has closed the last one."""
