@@ -13038,7 +13038,7 @@ function askSubscribe(known, changed) {
         fields: [
             {name: "_name", label: isKnown ? "Channel" : "Topic", required: true},
             !isKnown && {name: "_pattern", type: "checkbox", label: "It is a pattern",
-                help: "Of words with dots between: * is one word, # any number of words."},
+                help: "Words with dots between: * is one word, # any number of words."},
         ].filter(Boolean),
         more: parameterFields("subscribe"), action: "Subscribe",
         send: async ({_name, _pattern, ...parameters}) => {
@@ -16031,17 +16031,7 @@ Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]  # of a
 
 TEXT_TYPE = f"{DEFAULT_TYPE}; charset=utf-8"
 INTEGER_FIELDS = {name for name, kind in get_type_hints(Message).items() if kind is int}
-
-
-class LiveEvent(NamedTuple):
-    """What has happened to a message."""
-
-    name: str  # posted, delivered, ...; of a topic: published
-    message: Message  # of a publication, only its topic, type, headers and body
-    source: str  # the channel where a message was that has `moved`
-    gap: bool  # whether events before this one may be missing
-
-
+# What an event leaves out of its message.
 NO_MESSAGE_FIELDS = dict.fromkeys(INTEGER_FIELDS & set(MESSAGE_KEYS), 0) | {"channel": ""}
 
 
@@ -16116,6 +16106,11 @@ def parse_message(item: Mapping[str, Any]) -> Message:
     if "reply_to" in fields:
         fields["header_lines"] += REPLY_LINE
     return Message(**{name: fields[name] for name in Message._fields if name in fields})
+
+
+def parse_event(item: Mapping[str, Any]) -> Message:
+    """Returns the message in the JSON object of an event, which leaves some fields out."""
+    return parse_message({**NO_MESSAGE_FIELDS, **item})
 
 
 def parse_listing(items: Iterable[Mapping[str, Any]]) -> list[tuple[Message, str]]:
@@ -16992,8 +16987,7 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 # Client: the HTTP API as methods.  Blocking and thread-safe.  Knows no sockets.
 # ---------------------------------------------------------------------------------------------
 
-
-Infos = list[dict[str, Any]]
+JsonObjects = list[dict[str, Any]]
 
 
 class CallReply(NamedTuple):
@@ -17010,6 +17004,15 @@ class CallReply(NamedTuple):
     def json(self) -> Any:
         """The body parsed as JSON; raises ValueError."""
         return json.loads(self.body)
+
+
+class LiveEvent(NamedTuple):
+    """What has happened to a message."""
+
+    name: str  # posted, delivered, ...; of a topic: published
+    message: Message  # of a publication, only its topic, type, headers and body
+    source: str  # the channel where a message was that has `moved`
+    gap: bool  # whether events before this one may be missing
 
 
 class ManagementClient:
@@ -17087,7 +17090,9 @@ class ManagementClient:
         """Returns the sorted names of channels with messages, subscriptions or consumers."""
         return self._requests.send_json(lambda value: list(value["channels"]), "GET", "/channels")
 
-    def channel_infos(self, n: int = 0, after: str = "", like: str = "", order: str = "") -> Infos:
+    def channel_infos(
+        self, n: int = 0, after: str = "", like: str = "", order: str = ""
+    ) -> JsonObjects:
         """Returns the `info` of each channel, or of some, as `GET /channels?info` does."""
         query = {"info": 1, **({"n": n} if n else {}), "after": after, "like": like, "order": order}
         return self._requests.send_json(
@@ -17153,7 +17158,7 @@ class ManagementClient:
         """Keeps no publications any more, and deletes those that were kept."""
         self._requests.send("DELETE", encode_path("topics", topic, "settings"))
 
-    def publications(self, topic: str, since: str = "all", n: int = 50) -> Infos:
+    def publications(self, topic: str, since: str = "all", n: int = 50) -> JsonObjects:
         """Returns what a topic has kept, as `GET /topics/<topic>/messages?whole` does."""
         path, query = encode_path("topics", topic, "messages"), {"since": since, "n": n, "whole": 1}
         return self._requests.send_json(list, "GET", path, query)
@@ -17230,7 +17235,7 @@ class ManagementClient:
         path = encode_path("schedules", name)
         self._requests.send("PUT", path, query, *encode_message(body, type), headers)
 
-    def schedules(self) -> Infos:
+    def schedules(self) -> JsonObjects:
         """Returns all schedules, by name, as `GET /schedules` does."""
         return self._requests.send_json(lambda value: list(value["schedules"]), "GET", "/schedules")
 
@@ -17646,7 +17651,7 @@ class Client(ManagementClient):
         """
         items = self._live_items(channel, topic, stop or threading.Event(), pattern, since)
         for item, gap in items:
-            message = parse_message({**NO_MESSAGE_FIELDS, **item})
+            message = parse_event(item)
             yield LiveEvent(item.get("event", "published"), message, item.get("from", ""), gap)
 
     def _live_items(
@@ -18476,7 +18481,7 @@ def _tail(client: Client, options: argparse.Namespace) -> None:
         if options.json:
             _write_lines([TO_JSON(item)])
             continue
-        body = parse_message({**NO_MESSAGE_FIELDS, **item}).body.decode(errors="replace")
+        body = parse_event(item).body.decode(errors="replace")
         names = TAIL_COLUMNS if channel else LISTEN_COLUMNS
         row = [{**item, "body": body}.get(name) for name in names]
         _write_lines(["\t".join(map(_format_value, row))])
