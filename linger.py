@@ -6903,12 +6903,12 @@ class Deletion:
         self._state.message_deleted(self._id, self._channel, self._now)
         return True
 
-    def check(self, operation: Operation) -> None:
-        """Raises why the message was not deleted, if it was not."""
+    def check(self, operation: Operation, otherwise: str = "") -> None:
+        """Raises why the message was not deleted, if it was not; `otherwise` as for
+        `refuse_lease`."""
         if not self.is_done(operation):
-            parameters: Any = operation.parameters
             lease_state = self._reason.rows()[0] if self._reason else ()
-            refuse_lease(self._id, parameters["lease"], lease_state, "deleted")
+            refuse_lease(operation, lease_state, "deleted", otherwise)
 
 
 # For all but the usual take; the second of each while a channel is limited, or may be.
@@ -7246,7 +7246,7 @@ class Touch(Operation):
     def result(self) -> None:
         lease_state, (changed, _), _ = self.rows()
         if not changed:
-            _refuse(self, lease_state, "touched")
+            refuse_lease(self, lease_state, "touched")
 
 
 class Release(Operation):
@@ -7294,7 +7294,7 @@ class Release(Operation):
     def result(self) -> None:
         lease_state, (changed, _), (exhausted, _), *_ = self.rows()
         if not (changed or exhausted):
-            _refuse(self, lease_state, "released")
+            refuse_lease(self, lease_state, "released")
 
 
 class Reject(Operation):
@@ -7322,7 +7322,7 @@ class Reject(Operation):
     def result(self) -> None:
         lease_state, (changed, _), *_ = self.rows()
         if not changed:
-            _refuse(self, lease_state, "rejected")
+            refuse_lease(self, lease_state, "rejected")
 
 
 def _end_group(state: State, lease_state: Sequence[Sequence[Any]], now: float) -> None:
@@ -7331,20 +7331,23 @@ def _end_group(state: State, lease_state: Sequence[Sequence[Any]], now: float) -
         state.group_ended(group, channel, now)
 
 
-def _refuse(operation: Operation, lease_state: Sequence[Any], done: str) -> NoReturn:
-    parameters: Any = operation.parameters
-    refuse_lease(parameters["id"], parameters["lease"], lease_state, done)
-
-
 def refuse_lease(
-    id: int, lease: Optional[int], lease_state: Sequence[Sequence[Any]], done: str
+    operation: Operation, lease_state: Sequence[Sequence[Any]], done: str, otherwise: str = ""
 ) -> NoReturn:
-    """Says why a message could not be `done` with, from its row of LEASE_STATE, if any."""
+    """Raises why a message could not be `done` with, from its row of LEASE_STATE, if any.
+
+    `otherwise`: the reason if there is such a message and its lease was not overtaken; without
+    it, that the message is not in flight.
+    """
+    parameters: Any = operation.parameters
+    id, lease = parameters["id"], parameters["lease"]
     if not lease_state:
         raise NotFound(f"there is no message {id}")
     if lease is not None and lease_state[0][0] != lease:
         raise Conflict(f"lease {lease} of message {id} has been overtaken: it was delivered again")
-    raise Conflict(f"message {id} is not in flight: only what was delivered can be {done}")
+    raise Conflict(
+        otherwise or f"message {id} is not in flight: only what was delivered can be {done}"
+    )
 
 
 # -- timers
@@ -8483,13 +8486,7 @@ class Reply(Operation):
             id = self._values["id"]
             if self._known is not None and self._known.rows()[0]:
                 raise Conflict(f"message {id} was replied to already")
-            check = self._deletion.check
-            try:
-                check(self)
-            except Conflict as error:
-                if "overtaken" in str(error):
-                    raise
-                raise Conflict(f"nobody waits for a reply to message {id}: delete it") from None
+            self._deletion.check(self, f"nobody waits for a reply to message {id}: delete it")
 
 
 class Calls:
