@@ -7822,11 +7822,30 @@ def listed_message(flights: Flights, row: Sequence[Any]) -> tuple[Message, str]:
     return message, state
 
 
+class ForkedBroker:
+    """A child's copy of a broker, which has no threads, and whose locks may be held for ever."""
+
+    def close(self) -> None:
+        """Nothing: it is the parent's."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Unavailable(FORKED)
+
+
+def refuse_calls(owner: object) -> None:
+    """The `disown` of what has public calls: in a forked child each raises an error at once."""
+    object.__setattr__(owner, "__class__", ForkedBroker)
+
+
 class Administration:
     """The calls that neither produce nor consume: they set up channels and topics, and read.
 
     What they read is as of the last commit.
     """
+
+    disown = refuse_calls
 
     def __init__(self, store: Transactions, state: State, max_message: int) -> None:
         self.max_message = max_message
@@ -7843,10 +7862,6 @@ class Administration:
         ((row,),) = store.read(GET_CONFIG, key="server_id")
         self.id: str = row[0]
         disown_in_children(self)
-
-    def disown(self) -> None:
-        """In a forked child: each call raises an error at once."""
-        object.__setattr__(self, "__class__", ForkedBroker)
 
     def now(self) -> float:
         """Broker time, in seconds."""
@@ -8263,18 +8278,6 @@ def subscription_values(
     return {**unset, **given, "channel": channel, "now": state.clock.now()}
 
 
-class ForkedBroker:
-    """A child's copy of a broker, which has no threads, and whose locks may be held for ever."""
-
-    def close(self) -> None:
-        """Nothing: it is the parent's."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise Unavailable(FORKED)
-
-
 def _check_no_keys(parameters: Mapping[str, object]) -> None:
     for name in ("dedup", "unique", "headers", "group"):
         if parameters.get(name) is not None:
@@ -8492,6 +8495,8 @@ class Reply(Operation):
 class Calls:
     """The calls that wait for rows: request and reply, and the end of a channel; thread-safe."""
 
+    disown = refuse_calls
+
     def __init__(
         self,
         state: State,
@@ -8504,10 +8509,6 @@ class Calls:
         self._new_message = new_message
         self._waits = Waits(state.timers.is_stopping)
         disown_in_children(self)
-
-    def disown(self) -> None:
-        """In a forked child: each call raises an error at once."""
-        object.__setattr__(self, "__class__", ForkedBroker)
 
     def drained(
         self, channel: str, wait: float, is_disconnected: Callable[[], bool] = bool
@@ -8828,6 +8829,8 @@ class Schedule(NamedTuple):
 class Schedules:
     """The calls for schedules; thread-safe.  The ticker posts what is due."""
 
+    disown = refuse_calls
+
     def __init__(self, state: State, new_message: Callable[..., dict[str, Any]]) -> None:
         """`new_message(channel, body, type, given)` checks a message that is to be posted, and
         returns the parameters of its statement."""
@@ -8839,10 +8842,6 @@ class Schedules:
         self._ahead = 0.0  # by how much the wall clock was ahead of broker time, seconds
         self._lock = threading.Lock()  # held while what is due is posted
         disown_in_children(self)
-
-    def disown(self) -> None:
-        """In a forked child: each call raises an error at once."""
-        object.__setattr__(self, "__class__", ForkedBroker)
 
     def _clocks(self) -> tuple[float, float]:
         """Broker time and Unix time."""
@@ -9034,16 +9033,14 @@ class PatternSubscriptions:
     match its topic, and in the rows which channels are subscribed to them.
     """
 
+    disown = refuse_calls
+
     def __init__(self, state: State, store: Transactions) -> None:
         self._state = state
         self._store = store
         self._read = state.committer.read
         state.patterns.learn(store.read(ALL_PATTERNS)[0])
         disown_in_children(self)
-
-    def disown(self) -> None:
-        """In a forked child: each call raises an error at once."""
-        object.__setattr__(self, "__class__", ForkedBroker)
 
     def subscribe(self, channel: str, pattern: str, **parameters: Unpack[MessageFields]) -> None:
         """Subscribes a channel to all topics that match a pattern: copies get `parameters`;
@@ -9107,6 +9104,8 @@ class Retention:
     topic keeps any.
     """
 
+    disown = refuse_calls
+
     def __init__(self, state: State, store: Transactions, hlm: int) -> None:
         self._state = state
         self._store = store
@@ -9115,10 +9114,6 @@ class Retention:
         self._trimmed_at = 0.0
         state.retention = {topic: kept for topic, *kept in store.read(ALL_RETENTION)[0]}
         disown_in_children(self)
-
-    def disown(self) -> None:
-        """In a forked child: each call raises an error at once."""
-        object.__setattr__(self, "__class__", ForkedBroker)
 
     def put(self, topic: str, keep: Optional[int] = None, keep_for: Optional[int] = None) -> None:
         """Keeps the last `keep` publications of a topic, each for at most `keep_for` seconds, from
