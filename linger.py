@@ -6776,6 +6776,12 @@ class Publication(NamedTuple):
     id: int = 0  # if it is kept
 
 
+def copies_of(rows: Iterable[Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The copies in rows of PUBLISHED, as `State.message_added` takes a message."""
+    names = ("channel", "id", "state", "due_at", "expires_at")
+    return (dict(zip(names, row)) for row in rows)
+
+
 class Publish(Operation):
     """Adds copies of messages to each channel subscribed to a topic; their `Publication`s."""
 
@@ -6843,9 +6849,8 @@ class Publish(Operation):
         return id if added else 0
 
     def _copies(self) -> Iterator[dict[str, Any]]:
-        names = ("channel", "id", "state", "due_at", "expires_at")
         for rows in self.results[self._first + 2 :: self._size]:
-            yield from (dict(zip(names, row)) for row in rows)
+            yield from copies_of(rows)
 
     def result(self) -> list[Publication]:
         results = self.rows()
@@ -9214,18 +9219,17 @@ class Retention:
 class Backfill(Operation):
     """Subscribes a channel to a topic, and adds copies of the publications that are kept."""
 
+    adds = MAX_BATCH_COPY_BYTES  # at most
+
     def __init__(self, state: State, values: dict[str, Any]) -> None:
         super().__init__((SUBSCRIBE, BACKFILL, PUBLISHED), values)
-        self.adds = MAX_BATCH_COPY_BYTES
         self._state = state
         self._now: float = values["now"]
 
     def on_commit(self) -> None:
         (subscribed, _), _, copies = self.results
         self._state.counters["subscription-add"] += subscribed
-        for channel, _, copy_state, due_at, expires_at in copies:
-            names = ("channel", "state", "due_at", "expires_at")
-            copy = dict(zip(names, (channel, copy_state, due_at, expires_at)))
+        for copy in copies_of(copies):
             self._state.counters["publish"] += 1
             self._state.message_added(copy, self._now, woken=False)
 
