@@ -6653,6 +6653,11 @@ class Change(Operation):
 POST_KEYED = (FIND_DEDUP, FIND_UNIQUE, POST_MESSAGE, SAVE_DEDUP)
 
 
+def at_high_level_mark(hlm: int) -> str:
+    """The error of a message that a channel has no room for."""
+    return f"the channel is at its high-level mark of {hlm} messages"
+
+
 class Post(Operation):
     """Adds a message to a channel."""
 
@@ -6663,8 +6668,8 @@ class Post(Operation):
         if message["dedup"] is not None or message["unique"] is not None:
             statements = POST_KEYED
         super().__init__(statements, message)
-        self.adds = len(message["body"]) + MESSAGE_OVERHEAD
         self.size = len(message["body"])
+        self.adds = self.size + MESSAGE_OVERHEAD
         self._state = state
         self._message = message
         self._woken = 0
@@ -6685,8 +6690,7 @@ class Post(Operation):
     def result(self) -> PostResult:
         result = _post_result(self.rows())
         if result is None:
-            hlm = self._message["hlm"]
-            raise Full(f"the channel is at its high-level mark of {hlm} messages")
+            raise Full(at_high_level_mark(self._message["hlm"]))
         return result
 
 
@@ -6708,8 +6712,8 @@ class PostBatch(Operation):
         fits = {"channel": first["channel"], "hlm": self._hlm, "count": len(messages)}
         super().__init__((CHECK_BATCH_FITS, *statements, CLEAR_BATCH_FITS), [fits, *parameters, {}])
         self.size = sum(len(message["body"]) for message in messages)
+        self.adds = self.size + len(messages) * MESSAGE_OVERHEAD
         self._state = state
-        self.adds = sum(len(m["body"]) + MESSAGE_OVERHEAD for m in messages)
         self._messages = messages
         self._channel: str = first["channel"]
         self._now: float = first["now"]
@@ -7666,6 +7670,9 @@ def list_dead(
     return [(message_of(row[:-1]), STATES[row[-1]]) for row in itertools.islice(rows, n)]
 
 
+TOPIC_IS_FULL = f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made"
+
+
 class BulkWork:
     """The calls that touch many rows.  Each runs a piece at a time, and those of all calls at the
     same time are together as large as that of one."""
@@ -7963,7 +7970,7 @@ class Administration:
             Change((SUBSCRIBE,), values, lambda r: self._count("subscription-add", r[0][0]))
         )
         if not changed:
-            raise Full(f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made")
+            raise Full(TOPIC_IS_FULL)
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; it is no error if there is none."""
@@ -9021,8 +9028,8 @@ class PostScheduled(Post):
     def __init__(
         self, state: State, message: Mapping[str, Any], schedule: Mapping[str, Any]
     ) -> None:
-        full = f"the channel is at its high-level mark of {message['hlm']} messages"
-        super().__init__(state, {**message, **schedule, "error": full})
+        error = at_high_level_mark(message["hlm"])
+        super().__init__(state, {**message, **schedule, "error": error})
         self.statements = (*POST_KEYED[:2], POST_SCHEDULED, SCHEDULE_POSTED)
 
 
@@ -9235,7 +9242,7 @@ class Backfill(Operation):
 
     def result(self) -> None:
         if not self.rows()[0][0]:
-            raise Full(f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made")
+            raise Full(TOPIC_IS_FULL)
 
 
 class Replay:
