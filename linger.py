@@ -11582,7 +11582,6 @@ def schedule_object(
         None if t is None else datetime.datetime.fromtimestamp(t, zone).isoformat("T", "seconds")
         for t in (next_due, schedule.last_at)
     )
-    is_cut = cut is not None and len(schedule.body) > cut
     return {
         "name": schedule.name,
         "channel": schedule.channel,
@@ -11596,8 +11595,7 @@ def schedule_object(
         "last-error": schedule.last_error or None,
         **json.loads(schedule.parameters),
         "type": schedule.type,
-        **({"cut": True} if is_cut else {}),
-        **body_object(schedule.body[:cut], is_cut),
+        **cut_body(schedule.body, cut),
     }
 
 
