@@ -6526,18 +6526,23 @@ class State:
         self.timers = timers
         self.events = events
         self.patterns = PatternTree()  # to which channels are subscribed
-        self.retention: dict[str, tuple[Optional[int], Optional[int]]] = {}  # keep, keep_for
+        self.retention: dict[str, tuple[Optional[int], Optional[int]]] = {}  # keep and keep_for
         self.flights = Flights()
         self.live = Live(committer, clock, self.flights)
         self.queue_times = Histogram(LONG_SECONDS)
         self.flight_times = Histogram(LONG_SECONDS)
-        self.counters = dict.fromkeys(COUNTERS, 0)  # each written by the committer thread only,
-        self.waiting = WaitingList(self.counters)  # but those of channels, which this guards
+        # Each is written by the committer thread only, but those of channels by the waiting list.
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.waiting = WaitingList(self.counters)
         self.due_piece = PieceSize(PIECE_ROWS)
         self.processing: dict[str, ProcessDue] = {}  # the pieces submitted and not done, by channel
         self.backlogs: set[str] = set()  # channels of which the last piece has not done all
-        self.taking: Optional[collections.Counter[str]] = None  # takes of woken consumers that are
-        # not done, by channel; only on a cluster
+        # Takes of woken consumers that are not done, by channel; only on a cluster.
+        self.taking: Optional[collections.Counter[str]] = None
+
+    def learn_retention(self, rows: Sequence[tuple[str, Optional[int], Optional[int]]]) -> None:
+        """Takes over the rows of ALL_RETENTION."""
+        self.retention = {topic: (keep, keep_for) for topic, keep, keep_for in rows}
 
     def process_due(self, channel: str, now: float) -> ProcessDue:
         """Submits a piece of what is due in a channel, unless one is submitted already.
@@ -8313,7 +8318,7 @@ class LearnSettings(Operation):
         channels = self._state.channels
         channels.learn(*self.results[:2])
         self._state.patterns.learn(self.results[2])
-        self._state.retention = {topic: kept for topic, *kept in self.results[3]}
+        self._state.learn_retention(self.results[3])
         for moment in channels.pauses.values():
             self._state.timers.schedule(ALL, moment)
 
@@ -9124,7 +9129,7 @@ class Retention:
         self._hlm = hlm
         self._read = state.committer.read
         self._trimmed_at = 0.0
-        state.retention = {topic: kept for topic, *kept in store.read(ALL_RETENTION)[0]}
+        state.learn_retention(store.read(ALL_RETENTION)[0])
         disown_in_children(self)
 
     def put(self, topic: str, keep: Optional[int] = None, keep_for: Optional[int] = None) -> None:
