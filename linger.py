@@ -6588,6 +6588,11 @@ class State:
                 woken += 1
         return woken
 
+    def wake_for_all(self, channel: str, counts: Sequence[Sequence[int]], now: float) -> None:
+        """Wakes consumers for all ready messages of a channel, from its row of CHANNEL_COUNTS."""
+        if counts:
+            self.wake(channel, counts[0][0], now)
+
     def message_added(self, message: Mapping[str, Any], now: float, woken: bool) -> None:
         """After a message was added; wakes a consumer for it unless that was done before."""
         self.counters["msg-add"] += 1
@@ -7053,9 +7058,8 @@ class Take(Operation):
             counters["msg-hide"] += count
             for row in rows:
                 flight = (channel, now, now + row[3], row[9], consumer.holder, row[GROUP_COLUMN])
-                state.flights.add(
-                    row[0], tuple.__new__(Flight, flight)
-                )  # twice as fast as Flight()
+                # Twice as fast as Flight().
+                state.flights.add(row[0], tuple.__new__(Flight, flight))
             timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
             state.timers.schedule(channel, now + timeout)
         if self._woken_by and self._woken_by != channel:
@@ -7498,10 +7502,11 @@ class RedriveMessage(Operation):
     def on_commit(self) -> None:
         before, (moved, _) = self.results
         if moved:
+            channel, _, _, dead_from, _ = before[0]
+            target, now = self._values["to"] or dead_from, self._values["now"]
             self._state.counters["msg-redrive"] += 1
-            self._state.events[before[0][0]]["redriven"] += 1
-            self._state.timers.schedule(before[0][0], self._values["now"])  # of its group
-            target, now = self._values["to"] or before[0][3], self._values["now"]
+            self._state.events[channel]["redriven"] += 1
+            self._state.timers.schedule(channel, now)  # the next of its group
             self._state.messages_ready(target, 1, now)
             self._state.timers.schedule(target, now)  # its lingering may end
 
@@ -8009,7 +8014,7 @@ class Administration:
         def effect(results: list[Any]) -> None:
             values = {**unset, **(all_settings.get(channel, {}) if changes else {}), **settings}
             all_settings[channel] = {n: value for n, value in values.items() if value is not None}
-            self._state.wake(channel, sum(row[0] for row in results[1]), now)
+            self._state.wake_for_all(channel, results[1], now)
 
         unset = dict.fromkeys(p.name for p in CHANNEL_PARAMETERS)
         values = {name.replace("-", "_"): v for name, v in {**unset, **settings}.items()}
@@ -8021,7 +8026,7 @@ class Administration:
 
         def effect(results: list[Any]) -> None:
             self._state.channels.settings.pop(channel, None)
-            self._state.wake(channel, sum(row[0] for row in results[1]), now)
+            self._state.wake_for_all(channel, results[1], now)
 
         parameters = {"channel": check_name("channel", channel)}
         self._run(Change((CLEAR_SETTINGS, CHANNEL_COUNTS), parameters, effect))
@@ -8044,7 +8049,7 @@ class Administration:
 
         def effect(results: list[Any]) -> None:
             self._state.channels.pauses.pop(channel, None)
-            self._state.wake(channel, sum(row[0] for row in results[1]), now)
+            self._state.wake_for_all(channel, results[1], now)
 
         parameters = {"channel": check_name("channel", channel)}
         self._run(Change((RESUME, CHANNEL_COUNTS), parameters, effect))
@@ -9166,15 +9171,14 @@ class Retention:
 
     def _trim(self, topic: str) -> None:
         """Deletes the publications of a topic that are beyond its settings, in pieces."""
-        deleted = PIECE_ROWS
+
+        def effect(results: list[Any]) -> None:
+            if results[1][0]:
+                self._state.retention.pop(topic, None)
+
+        statements, deleted = (TRIM_PUBLICATIONS, FORGET_RETENTION), PIECE_ROWS
         while deleted == PIECE_ROWS:
             values = {"topic": topic, "trim": PIECE_ROWS, "now": self._state.clock.now()}
-
-            def effect(results: list[Any]) -> None:
-                if results[1][0]:
-                    self._state.retention.pop(topic, None)
-
-            statements = (TRIM_PUBLICATIONS, FORGET_RETENTION)
             ((deleted, _), _) = self._state.committer.run(Change(statements, values, effect))
 
     def trim_due(self) -> None:
@@ -10040,6 +10044,7 @@ def load_certificate(cert: str, key: Optional[str]) -> ssl.SSLContext:
 
 
 UNIX = "unix:"  # before the path of a Unix socket; before the user of a client that uses it
+HTTP_UNIX = "http+unix"  # scheme of the URL of a server on a Unix socket
 
 
 def client_key(address: str) -> str:
@@ -11272,7 +11277,6 @@ def json_length(body: bytes) -> int:
     return len(body) + short + 5 * (len(body) - short - len(body.translate(None, ALL_ESCAPES)))
 
 
-HTTP_UNIX = "http+unix"  # scheme of the URL of a server on a Unix socket
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 
 
@@ -11621,6 +11625,7 @@ def body_object(body: bytes, is_cut: bool = False) -> dict[str, object]:
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Sample = tuple[str, float]  # the rest of the name with its labels, and the value
+LABEL_ESCAPES = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
 # By method and path of the route, and status
 Answered = collections.defaultdict[tuple[tuple[str, str], int], int]
 
@@ -11669,9 +11674,6 @@ def labels(**values: str) -> str:
     """Labels as they stand behind a name."""
     escaped = ((name, text.translate(LABEL_ESCAPES)) for name, text in values.items())
     return "{" + ",".join(f'{name}="{text}"' for name, text in escaped) + "}"
-
-
-LABEL_ESCAPES = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
 
 
 class Snapshot:
