@@ -6124,7 +6124,7 @@ class WaitingList:
         self._tickets = itertools.count(1)
         self._counters = counters
         self._closed = False
-        self._checked_at = 0.0  # when it was last looked for overdue waits
+        self._checked_at = 0.0  # when overdue waits were last looked for
         self.on_first: Callable[[], None] = lambda: None  # called when a consumer waits alone
 
     @locked
@@ -6360,7 +6360,7 @@ class Timers:
         self._thread.start()
 
     def stop(self) -> None:
-        """Lets the ticker end."""
+        """Tells the ticker to end."""
         with self._lock:
             self._stopping = True
             if self._alarm is not None:
@@ -6383,7 +6383,7 @@ class Timers:
         return time.monotonic() - self._ticked_at < seconds
 
     def is_stopping(self) -> bool:
-        """Whether the ticker is to end."""
+        """Whether the ticker was told to end."""
         return self._stopping
 
     def schedule(self, channel: str, moment: float) -> None:
@@ -7457,7 +7457,7 @@ class EndPausesAndKeys(ProcessDue):
 
 
 # ---------------------------------------------------------------------------------------------
-# Changes: the operations of second thoughts, which change, move or delete messages that wait.
+# Changes: the operations that change or move messages that wait, and that drain a channel.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -8356,8 +8356,8 @@ class Watch:
         self._alarm = Alarm()
         self._stopping = False
         self._changes: Optional[str] = None  # how often settings and pauses had changed
-        self._joined: set[str] = set()  # new sessions that were told the broker time
-        self._swept_at = -NEVER  # when it was last read what is due
+        self._joined: set[str] = set()  # new sessions for which broker time was recorded
+        self._swept_at = -NEVER  # when what is due was last read
         self._thread = threading.Thread(target=self._work, name="linger-watch", daemon=True)
 
     def start(self) -> None:
@@ -8367,7 +8367,7 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Lets the thread end."""
+        """Tells the thread to end."""
         if not self._stopping:
             self._stopping = True
             self._alarm.ring()
@@ -8421,21 +8421,21 @@ class Watch:
 
 
 # ---------------------------------------------------------------------------------------------
-# Calls: those who wait for something in the rows, for a reply to a message or the end of a channel.
-# Whatever server of a cluster writes it: each looks again and again, at least every LONGEST_PAUSE.
+# Calls: the calls that wait for a change of the rows: a reply to a message, the end of a channel.
+# Any server of a cluster may write it, so each looks again and again, at least every LONGEST_PAUSE.
 # ---------------------------------------------------------------------------------------------
 
 
 class Waits:
-    """Threads that each wait until a look at the rows finds something; by a key.
+    """Threads that wait, each for a key, until a look at the rows finds something.
 
-    Who finds it tells the others of the key.
+    The thread that finds it wakes the others that wait for its key.
     """
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
         self._is_stopping = is_stopping
         self._lock = threading.Lock()  # guards all below
-        self._events: dict[str, set[threading.Event]] = {}  # of those who wait, by key
+        self._events: dict[str, set[threading.Event]] = {}  # of the waiting threads, by key
         self._count = 0
 
     def wait(
@@ -8475,7 +8475,7 @@ class Waits:
                 del self._events[key]
 
     def notify(self, key: str) -> None:
-        """Lets those who wait for a key look at once."""
+        """Wakes the threads that wait for a key: they look at once."""
         if key in self._events:
             with self._lock:
                 for event in self._events.get(key, ()):
@@ -9366,7 +9366,7 @@ class NewMessages:
         message["body"] = body
         message["type"] = type
         message["now"] = now = self._broker.now()
-        message["state"] = 2 if delay else 0
+        message["state"] = 2 if delay else 0  # an index of STATES
         message["due_at"] = now + delay
         message["expires_at"] = now + linger if linger else 0
         return message
@@ -11755,7 +11755,7 @@ def _event(event: str, help: str) -> Metric:
 # fmt: off
 METRICS = (
     Metric("linger_build_info", "gauge", "The versions in use; always 1.", Snapshot.versions),
-    Metric("linger_messages", "gauge", "Messages that there are.", Snapshot.messages),
+    Metric("linger_messages", "gauge", "Messages stored.", Snapshot.messages),
     Metric("linger_oldest_ready_seconds", "gauge",
            "Time since the oldest ready message was posted, 0 without one.", lambda s: s.column(4)),
     Metric("linger_waiting_consumers", "gauge", "Consumers that wait.", lambda s: s.column(5)),
