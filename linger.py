@@ -14654,8 +14654,8 @@ class Api(ManagementApi):
 
     @contextlib.contextmanager
     def _waiting(self, request: Request) -> Iterator[Callable[[], bool]]:
-        """Counts a request as a waiting consumer; tells whether its client has gone."""
-        request.connection.start_stream()
+        """Counts a request as a waiting consumer; yields the check that its client has gone."""
+        request.connection.start_waiting()
         try:
             yield request.connection.is_disconnected
         finally:
@@ -14737,7 +14737,7 @@ class Api(ManagementApi):
         if request.method == "HEAD":
             return Response(200, headers=headers, stream=EventStream(request))
         request.close_after = True
-        request.connection.start_stream()
+        request.connection.start_waiting()
         kind, connection = request.segments[0], request.connection
         listen = functools.partial(self._broker.listen, kind, name, connection, self._memory)
         reader = self._replay(request, request.parameter("since"), listen) or listen()
@@ -15360,8 +15360,7 @@ class Connection:
         """
         if wait:
             self.input.resize(min(self.input.size, MAX_REQUEST_HEAD))  # the body is not kept
-            self._server.first_requests.end(self._socket)
-            self._server.admit_consumer(self)
+            self.start_waiting()
             self._slot.expect(consumer, time.monotonic() + wait)
         else:
             self._slot.expect()
@@ -15377,9 +15376,9 @@ class Connection:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
-    def start_stream(self) -> None:
-        """Before the response is a stream, which counts as a waiting consumer: `Unavailable` if
-        too many do."""
+    def start_waiting(self) -> None:
+        """Counts this connection as a waiting consumer: before the wait of a take, a call or
+        /drained, and before a stream.  `Unavailable` if too many wait."""
         self._server.first_requests.end(self._socket)
         self._server.admit_consumer(self)
 
