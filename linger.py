@@ -16087,6 +16087,11 @@ def encode_parameters(
     return named
 
 
+def pop_own_headers(query: dict[str, object]) -> str:
+    """Removes a message's own headers from the parameters of a query; returns their lines."""
+    return parse_own_headers("headers", query.pop("headers", {}))
+
+
 def encode_path(*segments: str) -> str:
     """Returns the path with these segments; a comma in a name is encoded as well."""
     return "".join("/" + urllib.parse.quote(encode_text(s), safe="") for s in segments)
@@ -16627,7 +16632,7 @@ class _Requests:
         """Posts `content`, a body and its type; a dedup key makes the request repeatable."""
         if retry:
             query.setdefault("dedup", os.urandom(16).hex())
-        headers = parse_own_headers("headers", query.pop("headers", {}))
+        headers = pop_own_headers(query)
         request = functools.partial(
             self.send_json, convert, "POST", path, query, *content, headers,
             repeatable="dedup" in query,
@@ -17236,7 +17241,7 @@ class ManagementClient:
         none.
         """
         query = encode_parameters(SCHEDULE_PARAMETERS, parameters)
-        headers = parse_own_headers("headers", query.pop("headers", {}))
+        headers = pop_own_headers(query)
         query.update(channel=channel, cron=cron, tz=tz, every=every)
         query["catch-up"] = "yes" if catch_up else "no"
         path = encode_path("schedules", name)
@@ -17436,7 +17441,7 @@ class Client(ManagementClient):
         `LingerError` with status 502 if it was given up, 504 if no reply came.
         """
         query = encode_parameters(ALL_PARAMETERS, parameters)
-        own = parse_own_headers("headers", query.pop("headers", {}))
+        own = pop_own_headers(query)
         headers, reply = self._requests.send(
             "POST", encode_path("channels", channel, "call"), {**query, "wait": wait},
             *encode_message(body, type), own, wait=wait, repeatable=False,
