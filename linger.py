@@ -1570,7 +1570,9 @@ delete from config
 where key = 'batch fits'
 """
 
+# MESSAGE_PARAMETERS in `subscriptions`, `patterns` and `settings`
 PARAMETER_COLUMNS = "priority, timeout, deliver, linger, delay, dead, backoff"
+PARAMETER_VALUES = ":priority, :timeout, :deliver, :linger, :delay, :dead, :backoff"
 
 # The subscriptions for a publication while patterns match its topic, which :patterns lists in
 # JSON: one for each channel, to the topic itself or else to the first pattern by name.  (A column
@@ -1629,7 +1631,7 @@ COPIED_VALUES = f"""subscriptions.channel,
     coalesce(subscriptions.priority, settings.priority, 0),
     case when {COPY_DELAY} > 0 or {COPY_BLOCKED} then 2 else 0 end,
     :now + {COPY_DELAY} + {COPY_BLOCKED} * 1e12,
-    coalesce(subscriptions.timeout, settings.timeout, 30),
+    coalesce(subscriptions.timeout, settings.timeout, {DEFAULTS["timeout"]}),
     coalesce(subscriptions.deliver, settings.deliver, 0),
     :now,
     {COPY_LINGER},
@@ -2025,9 +2027,9 @@ delete from messages
 where id = :id and channel = :channel and delivered = 0 and dead_from = ''
 """
 
-# The n-th step of a backoff is in its n-th 10 characters; the last one repeats.
-BACKOFF_STEP = """cast(substr(backoff, 10 * min(max(delivered, 1),
-        length(backoff) / 10) - 9, 10) as integer)"""
+# The n-th step of a backoff is in its n-th BACKOFF_WIDTH characters; the last one repeats.
+BACKOFF_STEP = f"""cast(substr(backoff, 1 + {BACKOFF_WIDTH} * (min(max(delivered, 1),
+        length(backoff) / {BACKOFF_WIDTH}) - 1), {BACKOFF_WIDTH}) as integer)"""
 
 RELEASE_MESSAGE = f"""
 update messages
@@ -2341,30 +2343,31 @@ from pauses
 # same rules hold.
 # ---------------------------------------------------------------------------------------------
 
-REPLACE_SUBSCRIPTION = """
+REPLACE_PARAMETERS = """
     priority = excluded.priority,
     timeout = excluded.timeout,
     deliver = excluded.deliver,
     linger = excluded.linger,
     delay = excluded.delay,
     dead = excluded.dead,
-    backoff = excluded.backoff,
-    created = excluded.created"""
+    backoff = excluded.backoff"""
 
 SUBSCRIBE = f"""
 insert into subscriptions (topic, channel, {PARAMETER_COLUMNS}, created)
-select :topic, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :now
+select :topic, :channel, {PARAMETER_VALUES}, :now
 where exists (select 1 from subscriptions where topic = :topic and channel = :channel)
     or (select count(*) from subscriptions where topic = :topic) < :max_subscribers
-on conflict (topic, channel) do update set {REPLACE_SUBSCRIPTION}
+on conflict (topic, channel) do update set {REPLACE_PARAMETERS},
+    created = excluded.created
 """
 
 SUBSCRIBE_PATTERN = f"""
 insert into patterns (pattern, channel, {PARAMETER_COLUMNS}, created)
-select :pattern, :channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :now
+select :pattern, :channel, {PARAMETER_VALUES}, :now
 where exists (select 1 from patterns where pattern = :pattern and channel = :channel)
     or (select count(*) from patterns) < :max_patterns
-on conflict (pattern, channel) do update set {REPLACE_SUBSCRIPTION}
+on conflict (pattern, channel) do update set {REPLACE_PARAMETERS},
+    created = excluded.created
 """
 
 UNSUBSCRIBE = """
@@ -2409,28 +2412,17 @@ where channel = :channel
 order by pattern
 """
 
-SET_SETTINGS = """
-insert into settings (channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm,
-    max_in_flight)
-values (:channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :hlm,
-    :max_in_flight)
-on conflict (channel) do update set
-    priority = excluded.priority,
-    timeout = excluded.timeout,
-    deliver = excluded.deliver,
-    linger = excluded.linger,
-    delay = excluded.delay,
-    dead = excluded.dead,
-    backoff = excluded.backoff,
+SET_SETTINGS = f"""
+insert into settings (channel, {PARAMETER_COLUMNS}, hlm, max_in_flight)
+values (:channel, {PARAMETER_VALUES}, :hlm, :max_in_flight)
+on conflict (channel) do update set {REPLACE_PARAMETERS},
     hlm = excluded.hlm,
     max_in_flight = excluded.max_in_flight
 """
 
-CHANGE_SETTINGS = """
-insert into settings (channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm,
-    max_in_flight)
-values (:channel, :priority, :timeout, :deliver, :linger, :delay, :dead, :backoff, :hlm,
-    :max_in_flight)
+CHANGE_SETTINGS = f"""
+insert into settings (channel, {PARAMETER_COLUMNS}, hlm, max_in_flight)
+values (:channel, {PARAMETER_VALUES}, :hlm, :max_in_flight)
 on conflict (channel) do update set
     priority = coalesce(excluded.priority, priority),
     timeout = coalesce(excluded.timeout, timeout),
@@ -2448,8 +2440,8 @@ delete from settings
 where channel = :channel
 """
 
-ALL_SETTINGS = """
-select channel, priority, timeout, deliver, linger, delay, dead, backoff, hlm, max_in_flight
+ALL_SETTINGS = f"""
+select channel, {PARAMETER_COLUMNS}, hlm, max_in_flight
 from settings
 """
 
@@ -2561,15 +2553,17 @@ AFTER_BODY = """dead_from, dead_reason, error, backoff, dead_delivered, headers,
     case when state = 1 then max(cast(due_at - :now + 0.999 as integer), 0) else 0 end,
     state + blocked"""
 
+# One byte more than :preview_bytes shows that a body is longer.
+PREVIEW_COLUMNS = f"""{BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}"""
+
 READ_MESSAGE = f"""
 select {BEFORE_BODY}, body, {AFTER_BODY}
 from messages
 where id = :id
 """
 
-# One byte more than :preview_bytes shows that a body is longer.
 LIST_READY = f"""
-select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
+select {PREVIEW_COLUMNS}
 from messages
 where channel = :channel and state = 0
     and (:after is null or (priority, id) > (select priority, id from messages where id = :after))
@@ -2578,7 +2572,7 @@ limit :n
 """
 
 LIST_HIDDEN = f"""
-select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
+select {PREVIEW_COLUMNS}
 from messages
 where channel = :channel and state + blocked = :state and id > coalesce(:after, 0)
 order by id
@@ -2586,7 +2580,7 @@ limit :n
 """
 
 LIST_ALL = f"""
-select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
+select {PREVIEW_COLUMNS}
 from messages
 where channel = :channel and id > coalesce(:after, 0)
 order by id
@@ -2605,7 +2599,7 @@ IS_WATCHED = "instr(:watched, char(10) || {} || char(10)) > 0"
 
 # Dead letters of one reason; ids are in the order of the posts.
 OLDEST_DEAD = f"""
-select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
+select {PREVIEW_COLUMNS}
 from messages
 where dead_reason = :reason and dead_reason <> '' and id > :after
 order by id
@@ -2613,7 +2607,7 @@ limit :n
 """
 
 NEWEST_DEAD = f"""
-select {BEFORE_BODY}, substr(body, 1, :preview_bytes + 1), {AFTER_BODY}
+select {PREVIEW_COLUMNS}
 from messages
 where dead_reason = :reason and dead_reason <> '' and id < :after
 order by id desc
