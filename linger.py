@@ -6733,10 +6733,11 @@ class PostBatch(Operation):
             self._state.message_added(message, self._now, left > 0)
             left -= not message["state"]
 
-    def _added(self) -> Iterator[dict[str, Any]]:
-        for message, result in zip(self._messages, self._outcome()):
-            if result and not result.duplicate:
-                yield message
+    def _added(self) -> list[dict[str, Any]]:
+        if not self._keyed:  # all or none
+            return self._messages if self.rows()[1][0] else []
+        outcome = zip(self._messages, self._outcome())
+        return [message for message, result in outcome if result and not result.duplicate]
 
     def _outcome(self) -> list[Optional[PostResult]]:
         """The result of each message; None if the batch does not fit."""
