@@ -3650,6 +3650,19 @@ MEMORY = ":memory:"
 SYNC_LEVELS = ("full", "normal", "off")
 OLDEST_SQLITE = (3, 31)
 IS_DURABLE = operator.attrgetter("durable")
+NOTHING_CHANGED = ", nothing was changed"  # in errors; not in those of a call that works in pieces
+SQLITE_IOERR = 10  # primary result codes, sqlite.org/rescode.html
+SQLITE_CORRUPT = 11
+SQLITE_FULL = 13
+SQLITE_NOTADB = 26
+ERROR_MESSAGES = {
+    SQLITE_IOERR: "disk I/O error",
+    SQLITE_CORRUPT: "database disk image is malformed",
+    SQLITE_FULL: "database or disk is full",
+    SQLITE_NOTADB: "file is not a database",
+}
+OTHER_DATABASE = "choose another --dbfile"
+BACKUP_HINT = "stop the server and restore a backup as README, Backup, says"
 
 
 class Reserve:
@@ -3986,7 +3999,6 @@ class Store:
     _damage = ""  # why nothing can be written any more, until a restart
     _noting = threading.Lock()  # guards `_damage` of all stores, so that it is logged once
     _is_disowned = False  # whether this is a forked child's copy
-
     _lock_file: Optional[int] = None  # open while the database is locked
 
     def __init__(self, path: str = MEMORY, sync: str = "full", max_size: int = 0) -> None:
@@ -4186,10 +4198,12 @@ class Store:
     def _mark_log(self) -> None:
         """Lets a log that has begun anew say to which file it belongs, before its first commit is
         acknowledged.  It may begin anew with just that."""
-        for _ in range(MARK_TRIES if self._file else 0):
+        if self._file is None:
+            return
+        for _ in range(MARK_TRIES):
             try:
-                mark = self._file.next_mark() if self._file else ""
-                if not mark or self._file is None:
+                mark = self._file.next_mark()
+                if not mark:
                     return
                 self._writer.execute("begin immediate")
                 self._writer.execute(SET_CONFIG, {"key": "log", "value": mark})
@@ -4341,7 +4355,7 @@ class Store:
 
             source.backup(copy, pages=BACKUP_PAGES, progress=check)
 
-    def _check_open(self, *_: int) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise Unavailable("the server stops")
 
@@ -4421,21 +4435,6 @@ class Store:
             self._writer.close()
         self._space.close()
         self._close_file()
-
-
-NOTHING_CHANGED = ", nothing was changed"  # in errors; not in those of a call that works in pieces
-SQLITE_IOERR = 10  # primary result codes, sqlite.org/rescode.html
-SQLITE_CORRUPT = 11
-SQLITE_FULL = 13
-SQLITE_NOTADB = 26
-ERROR_MESSAGES = {
-    SQLITE_IOERR: "disk I/O error",
-    SQLITE_CORRUPT: "database disk image is malformed",
-    SQLITE_FULL: "database or disk is full",
-    SQLITE_NOTADB: "file is not a database",
-}
-OTHER_DATABASE = "choose another --dbfile"
-BACKUP_HINT = "stop the server and restore a backup as README, Backup, says"
 
 
 def is_caused_by(error: BaseException, *codes: int) -> bool:
