@@ -4962,7 +4962,8 @@ class Cluster:
         A look-up that `on_executed` adds runs at once.
         """
         for operation in batch:
-            operation.on_begin()
+            if operation.begins:
+                operation.on_begin()
         runs = [list(_runs_of(operation)) for operation in batch]
         if any(runs):
             results = iter(self._execute([run for each in runs for group in each for run in group]))
