@@ -26,7 +26,7 @@ The file reads downwards: a section uses only what stands above it.
     Cluster       rqlite in place of SQLite: one database for several servers
     Time          broker time, which never steps; sleeps that follow it
     Patterns      topics by their words
-    Live          what happens to messages, as it happens, for whoever listens
+    Live          events: what happens to messages, as it happens, for clients that listen
     State         what is in memory: waiting consumers, channels, timers
     Operations    a class for each kind of call: statements, effects, result
     Changes       operations that change, move or drain messages
@@ -239,8 +239,8 @@ MAX_WAIT = 3_600  # longest wait of a GET, a call or for the end of a channel, s
 CALL_WAIT = 30  # wait of a call without `wait`, seconds
 REPLY_TTL = 60  # time for which a reply is kept, seconds: its caller takes it at once
 KEPT_REPLY = 1_024  # longest body of a reply that is kept when its caller has it, bytes
-LOOK_PAUSE = 0.05  # seconds between two looks of those who wait for rows, of all together
-LOOKS_AT_ONCE = 20  # 20 times as often; longer for each if they are more
+LOOK_PAUSE = 0.05  # seconds between two looks of a call that waits for rows, such as a reply,
+LOOKS_AT_ONCE = 20  # while so many calls wait or fewer; with more of them, each looks less often
 LONGEST_PAUSE = 0.5  # longest time between two looks of one, seconds: it must notice a stop
 DEFAULT_WAIT = 120  # wait of a GET without `wait`, seconds; as Linger 1.0.1
 CHANNEL_TTL = 180.0  # time that a channel stays listed without consumers, seconds; as 1.0.1
@@ -339,8 +339,8 @@ MIN_TRIM = 16_000_000  # when half of so much is free again, it goes back to the
 M_MMAP_THRESHOLD = -3  # of mallopt, from glibc's malloc.h
 PIECE_BYTES = 262_144  # JSON that is built at a time for a long response, bytes
 WORK_TIME = 0.005  # time that a long response is worked on without a pause, seconds,
-GONE_AFTER = 1.0  # time after which a listing is not made for a client that half-closed, seconds
 YIELD_TIME = 0.0001  # and the pause, so that other threads get the interpreter
+GONE_AFTER = 1.0  # time after which a listing is not made for a client that half-closed, seconds
 
 # Access
 MAX_TOKEN = 1_024  # longest token, characters
@@ -2339,8 +2339,8 @@ from pauses
 """
 
 # ---------------------------------------------------------------------------------------------
-# Directory: the SQL statements of channels and topics, of those who look, and of clusters.  The
-# same rules hold.
+# Directory: the SQL statements of channels and topics, of inspection, and of clusters.  The same
+# rules hold.
 # ---------------------------------------------------------------------------------------------
 
 REPLACE_PARAMETERS = """
@@ -2639,7 +2639,7 @@ from messages
 
 # -- several servers on one cluster
 
-# Whose database it is.
+# The version of SQLite in the nodes, and how many tables and other objects the database has.
 IDENTIFY = """
 select sqlite_version(), (select count(*) from sqlite_master where name not glob 'sqlite_*')
 """
@@ -2722,7 +2722,8 @@ from sessions
 where turn > 0
 """
 
-# Whether settings or pauses have changed, how far broker time is, and who asks for it.
+# How often settings, pauses, patterns or retention have changed, how far broker time is, and which
+# new sessions wait for it.
 LOOK_AROUND = """
 select (select value from config where key = 'changes'), max(at),
     group_concat(case when turn = 0 then name end, ' ')
@@ -2863,8 +2864,8 @@ class Flight(NamedTuple):
 
 
 class Flights:
-    """The latest of them by id, so that most deletes need no look-up of the channel.  The committer
-    thread writes; any may read.
+    """The latest flights by message id, so that most deletes need no look-up of the channel.  The
+    committer thread writes; any may read.
 
     A flight that ends with its timeout stays until there are too many: then the older half goes.
     """
@@ -3012,8 +3013,8 @@ class Operation:
     size = 0  # bytes that it reads or writes, if they may be many
     owner: Any = None  # for the done callback: whose operation it is
     is_large = False  # whether the reply is large: then a thread of its own renders it
-    look_ups: Mapping[int, Any] = types.MappingProxyType({})  # what an `Observer` wants to know, by
-    looked_up: Sequence[tuple[Any, list[Any]]] = ()  # the position of the statement; and the rows
+    look_ups: Mapping[int, Any] = types.MappingProxyType({})  # of an `Observer`, by position
+    looked_up: Sequence[tuple[Any, list[Any]]] = ()  # each of them with its rows
 
     def __init__(self, statements: Sequence[str] = (), parameters: Parameters = parameters) -> None:
         self.statements = statements
@@ -3287,7 +3288,7 @@ def _fail(batch: Iterable[Operation], error: Exception) -> None:
 
 
 def _prepare(batch: Iterable[Operation], observer: Observer) -> None:
-    """A bug in it must not end this thread."""
+    """Lets an observer prepare operations; a bug in it must not end this thread."""
     for operation in batch:
         try:
             observer.prepare(operation)
@@ -3719,7 +3720,7 @@ class Reserve:
 
 
 class SpaceGuard:
-    """Keeps so much of the disk, and of `max_size`, that takes and deletes always work.
+    """Keeps enough of the disk, and of `max_size`, free: takes and deletes always work.
 
     - The file grows before a commit, not when SQLite writes the log back into it: so that can
       always be done, and then the log is used again from its start.
@@ -4004,7 +4005,7 @@ class Store:
     def __init__(self, path: str = MEMORY, sync: str = "full", max_size: int = 0) -> None:
         """Opens, creates or migrates the database at `path`; `LingerError` says why it cannot.
 
-        `sync` is how hard a commit promises: `full` is on disk, `normal` may lose the last
+        `sync` is what a commit promises: `full` is on disk, `normal` may lose the last
         commits at a power failure, `off` leaves all to the system; none loses anything when only
         the process dies.  `max_size`: bytes that the database may have, 0 for any number.
         """
@@ -5556,7 +5557,8 @@ def _with_any_words(places: dict[int, tuple[Any, bool]]) -> dict[int, tuple[Any,
 
 
 # ---------------------------------------------------------------------------------------------
-# Live: what happens to messages, as it happens, for whoever listens.  Knows no sockets and no JSON.
+# Live: what happens to messages, as it happens, for clients that listen.  Knows no sockets and no
+# JSON.
 #
 # Each channel or topic with a listener has a `Feed`: its latest events, which all its readers
 # share, each at its own place.  The committer adds events in the order of commits, which costs the
@@ -5909,9 +5911,7 @@ class Live:
         """Adds the events of an operation to the feeds."""
         for look_up, rows in operation.looked_up:
             for row in rows:
-                *fields, _, _, cut, to = (
-                    row  # without the time that it is still hidden, and its state
-                )
+                *fields, _hidden_for, _state, cut, to = row
                 message, source = message_of(fields), ""
                 if look_up.statement in TARGETS:
                     message, source = _after_move(look_up.statement, message, to), message.channel
@@ -6096,11 +6096,11 @@ class Consumer:
         self.auto = auto
         self.is_disconnected = is_disconnected
         self.memory = memory  # for what it takes; None: no limit
-        self.holder = holder  # what those who look at the messages see of it
+        self.holder = holder  # its name in listings of messages in flight
         self.deleted_rows: list[tuple[Any, ...]] = []  # what was taken with `auto`, for an undo
         self.ticket = 0  # its place in the order of arrival; 0 before it waits
         self.waiting = False  # whether it is in the waiting list
-        self.closed = False  # whether it must not wait, or no more
+        self.closed = False  # whether it must not wait, or not any longer
         self.deadline = NEVER  # when its wait ends, by the system's clock of elapsed time
 
 
@@ -6441,7 +6441,7 @@ class Timers:
             try:
                 alarm.sleep(self._time_to_sleep())
                 if not self._stopping:
-                    self._on_tick(self._is_due())
+                    self._on_tick(self._begin_sweep())
             except Exception as error:  # of the database, or of the clock
                 log(f"linger: messages that are due are processed later: {error!r}")
                 if not self._stopping:
@@ -6455,8 +6455,9 @@ class Timers:
             self._sleeps_until = max(tick, now)
             return 0.0 if self._stopping else self._sleeps_until - now
 
-    def _is_due(self) -> bool:
-        """Whether something is due, or messages have not been looked at for CHANNEL_TTL."""
+    def _begin_sweep(self) -> bool:
+        """Notes that messages are processed now, if something is due or they have not been looked
+        at for CHANNEL_TTL; returns whether that is so."""
         now = self._clock.now()
         if now < min(self.next_due, self._swept_at + CHANNEL_TTL):
             return False
