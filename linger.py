@@ -1411,7 +1411,9 @@ AFTER_MIGRATION = (
 #
 # A statement sees time only as :now (broker time, in seconds), decides by itself, and fits SQLite
 # 3.31: no RETURNING, no clock or random function, no PRAGMA.  Lists of columns and expressions
-# that several statements share stand once, and are put in when the file is loaded.
+# that several statements share stand once, and are put in when the file is loaded.  A condition
+# that seems needless, as in `state = 3 and state > 2`, is that of a partial index: SQLite uses the
+# index only for a statement that repeats it (sqlite.org/partialindex.html 3).
 # ---------------------------------------------------------------------------------------------
 
 GET_CONFIG = """
@@ -1793,13 +1795,16 @@ where id = (
 )
 """
 
-# The same while the channel may be paused or limited.
-IS_OPEN = """not exists (select 1 from pauses where channel = :channel)
-        and not exists (
-            select 1
-            from settings
-            where channel = :channel and max_in_flight > 0 and max_in_flight <= (
-                select in_flight from channels where name = :channel))"""
+# Whether as many messages of the channel {name} are in flight as may be.
+IS_AT_LIMIT = """exists (
+        select 1
+        from settings
+        where channel = {name} and max_in_flight > 0 and max_in_flight <= (
+            select in_flight from channels where name = {name}))"""
+
+# NEXT_MESSAGE and LEASE_NEXT while the channel may be paused or limited.
+IS_OPEN = f"""not exists (select 1 from pauses where channel = :channel)
+    and not {IS_AT_LIMIT.format(name=":channel")}"""
 NEXT_IF_OPEN, LEASE_IF_OPEN = (
     statement.replace(IS_ALIVE, f"{IS_ALIVE} and {IS_OPEN}")
     for statement in (NEXT_MESSAGE, LEASE_NEXT)
@@ -1964,16 +1969,12 @@ where id = :id
 """
 
 # One that has timed out is in flight again, if there is room.
-TOUCH_MESSAGE = """
+TOUCH_MESSAGE = f"""
 update messages
 set state = 1, due_at = :now + coalesce(:timeout, timeout)
 where id = :id and leased = 1 and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel)
-    and (state = 1 or not exists (
-        select 1
-        from settings
-        where channel = messages.channel and max_in_flight > 0 and max_in_flight <= (
-            select in_flight from channels where name = messages.channel)))
+    and (state = 1 or not {IS_AT_LIMIT.format(name="messages.channel")})
 """
 
 DELETE_MESSAGE = """
