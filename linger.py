@@ -6245,7 +6245,7 @@ class WaitingList:
         return {*self._queues, *self._idle}
 
     @locked
-    def has_place(self, channels: Sequence[str], max_channels: int) -> bool:
+    def has_room(self, channels: Sequence[str], max_channels: int) -> bool:
         """Whether a consumer of these channels may wait, if so many channels are the limit."""
         new = sum(channel not in self._queues for channel in channels)
         return not new or len(self._queues) + new <= max_channels
@@ -9412,7 +9412,6 @@ class Broker(Administration):
         """`hlm`: messages that a channel may hold, 0 for any number; `max_message`: in bytes;
         `max_channels`: those with messages, subscriptions, settings or a pause, and also those
         for which consumers wait; `metrics_channels`: those with counters of their own."""
-        self.max_channels = max_channels
         record, max_age = store.join(lambda: self._clock.now_or_latest())
         self._clock = BrokerClock(clock, record, max_age)
         committer = Committer(store, self._clock.record)
@@ -9682,10 +9681,9 @@ class Broker(Administration):
         consumer.on_done = on_done
         consumer.closed = wait <= 0
         if wait > 0:
-            if not self._waiting.has_place(consumer.channels, self.max_channels):
-                raise Unavailable(
-                    f"consumers wait at {self.max_channels} channels, and none is free"
-                )
+            limit = self._channels.max_channels
+            if not self._waiting.has_room(consumer.channels, limit):
+                raise Unavailable(f"consumers wait at {limit} channels, and none is free")
             consumer.deadline = SYSTEM_CLOCK.monotonic() + wait
         now = self.now()
         if self._state.timers.next_due <= now:
