@@ -7677,7 +7677,9 @@ def list_dead(
     return [(message_of(row[:-1]), STATES[row[-1]]) for row in itertools.islice(rows, n)]
 
 
-TOPIC_IS_FULL = f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made"
+def topic_is_full() -> str:
+    """The error of a subscription that a topic has no room for."""
+    return f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made"
 
 
 class BulkWork:
@@ -7977,7 +7979,7 @@ class Administration:
             Change((SUBSCRIBE,), values, lambda r: self._count("subscription-add", r[0][0]))
         )
         if not changed:
-            raise Full(TOPIC_IS_FULL)
+            raise Full(topic_is_full())
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; it is no error if there is none."""
@@ -9248,7 +9250,7 @@ class Backfill(Operation):
 
     def result(self) -> None:
         if not self.rows()[0][0]:
-            raise Full(TOPIC_IS_FULL)
+            raise Full(topic_is_full())
 
 
 class Replay:
