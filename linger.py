@@ -18169,6 +18169,16 @@ SCHEDULE_COLUMNS_SHOWN = ("name", "channel", "times", "next", "last", "last-erro
 RATE_COLUMNS = ("name", "now", "per second")
 BENCH_COLUMNS = ("measurement", "per-second", "p50-ms", "p99-ms")
 
+
+def open_client(url: Optional[str], options: argparse.Namespace) -> Client:
+    """Returns a client with the connection options of a command."""
+    client = Client(url, options.token, cafile=options.cafile)
+    if options.cafile and not client.url.startswith("https:"):
+        raise BadRequest(f"--cafile is for https, and the server's URL is {client.url}")
+    client._transport.warn = warn_user
+    return client
+
+
 # -- output: bytes and lines for pipes, tables for people
 
 
@@ -18644,6 +18654,10 @@ def _publications(client: Client, options: argparse.Namespace) -> int:
     kept = client.publications(options.topic, options.since or "all", options.count)
     columns = [{name: item[name] for name in PUBLICATION_COLUMNS} for item in kept]
     return _write_records(kept if options.json else columns, options.json)
+
+
+def _copy(options: argparse.Namespace) -> int:
+    return _write_records([{"copied": copy_database(options.source, options.target)}])
 
 
 def _settings(client: Client, options: argparse.Namespace) -> int:
@@ -19357,7 +19371,7 @@ def _temporary_server(directory: str, sync: str) -> Iterator[str]:
             process.kill()
 
 
-def _bench(_: Client, options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace) -> int:
     """Measures the server at a URL, or a temporary one.
 
     LINGER_URL is ignored: a server in production is measured only when it is named.
@@ -19380,7 +19394,7 @@ def _bench(_: Client, options: argparse.Namespace) -> int:
 def _run_benchmark(
     url: str, sync: Optional[str], measured: list[dict[str, Any]], options: argparse.Namespace
 ) -> int:
-    with Client(url, options.token, cafile=options.cafile) as client:
+    with open_client(url, options) as client:
         version = client.server_info()["version"]
         benchmark = Benchmark(client, options.connections, options.seconds, options.bytes)
         with contextlib.closing(benchmark):
@@ -19499,13 +19513,14 @@ class Command(NamedTuple):
     name: str
     summary: str
     example: str
-    run: Optional[Callable[[Client, argparse.Namespace], Optional[int]]]  # None: needs no client
+    run: Optional[Callable[[Client, argparse.Namespace], Optional[int]]]  # None: see `local`
     arguments: Sequence[_Argument] = ()
     nothing: str = ""  # meaning of the exit status 1; empty: there is none
     columns: Sequence[str] = ()  # of the lines that it writes
     excludes: Sequence[tuple[str, str, str]] = ()  # two arguments, and why not both
     requires: Sequence[tuple[str, str, str]] = ()  # an argument, the one it needs, and why
     notes: str = ""  # more for --help
+    local: Optional[Callable[[argparse.Namespace], int]] = None  # in place of `run`: no client
 
 
 # fmt: off
@@ -19710,9 +19725,9 @@ COMMANDS = (
             (_argument("source", metavar="FROM", help="path of a file, or URL of a cluster"),
              _argument("target", metavar="TO",
                        help="path of a new file, or URL of a cluster in which nothing is stored")),
-            columns=("copied",)),
+            columns=("copied",), local=_copy),
     Command("bench", "measure a temporary server on this machine, or the one at a URL",
-            "linger bench --connections 64", _bench,
+            "linger bench --connections 64", None,
             (_argument("server", metavar="URL", nargs="?",
                        help="server to measure (default: a temporary one with an empty database)"),
              _number("--connections", "N", "number of connections, each with a request at a time",
@@ -19723,7 +19738,9 @@ COMMANDS = (
              _argument("--sync", choices=SYNC_LEVELS,
                        help="sync level of the temporary server (default: full)"),
              _argument("--folder", help="directory for its database (default: the current one)"),
-             JSON), columns=BENCH_COLUMNS,
+             JSON, *CONNECTION), columns=BENCH_COLUMNS, local=_bench,
+            notes="LINGER_TOKEN is used, but LINGER_URL is not: only a server that is named is"
+                  " measured.\n",
             excludes=[("URL", "--url", "one server is measured"),
                       *((url, option, f"{option} is for the temporary server")
                         for url in ("URL", "--url") for option in ("--sync", "--folder"))]),
@@ -19750,14 +19767,20 @@ def _epilog(command: Command) -> str:
     if command.nothing:
         lines.append(f"  1  {command.nothing}")
     lines.append("  2  wrong use, or it cannot be done: a line on standard error says why")
-    if command.run:
+    if command.run or command.local:
         lines.append("  128 + n  ended by signal n; SIGPIPE if the reader of the output is gone")
-        lines += ["", "environment:", "  LINGER_URL, LINGER_TOKEN  in place of --url and --token"]
     if command.columns:
         lines[:0] = ["columns of the output, with tabs between:",
                      f"  {', '.join(command.columns)}", ""]  # fmt: skip
+    variables = []
+    if command.run:
+        variables.append("  LINGER_URL, LINGER_TOKEN  in place of --url and --token")
     if len(command.columns) > 1:
-        lines.append("  NO_COLOR  write the headings of a table at a terminal without bold type")
+        variables.append(
+            "  NO_COLOR  write the headings of a table at a terminal without bold type"
+        )
+    if variables:
+        lines += ["", "environment:", *variables]
     notes = [command.notes] if command.notes else []
     return "\n".join([*notes, *lines, "", "example:", f"  {command.example}"])
 
@@ -19853,15 +19876,10 @@ def _run(arguments: Sequence[str]) -> int:
     options = _parse(command, rest)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
-    if command.name == "copy":
-        copied = copy_database(options.source, options.target)
-        return _write_records([{"copied": copied}], False)
-    with Client(options.url, options.token, cafile=options.cafile) as client:
-        url = getattr(options, "server", None) or client.url
-        if options.cafile and not url.startswith("https:"):
-            raise BadRequest(f"--cafile is for https, and the server's URL is {url}")
-        client._transport.warn = warn_user
-        return command.run(client, options) or 0 if command.run else 0
+    if command.run is None:
+        return command.local(options) if command.local else 0
+    with open_client(options.url, options) as client:
+        return command.run(client, options) or 0
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -15321,6 +15321,11 @@ class BenchTest(CommandCase):
         self.assertEqual(self.client.stats()["current-messages"], 1)
         self.assertEqual(self.client.channel_stats("jobs")["ready"], 1)
 
+    def test_bench_ignores_the_url_in_the_environment(self):
+        arguments = ("bench", self.server.url, "--seconds", "0.02")
+        self.assertEqual(run_command("not a URL", *arguments)[::2], (0, ""))
+        self.assertIn("LINGER_URL is not", self.linger("help", "bench"))
+
     def test_terminal_shows_a_table_and_the_progress(self):
         arguments = ("bench", self.server.url, "--seconds", "0.02")
         _, output, errors = self.run_command(*arguments, terminal=True)
