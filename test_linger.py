@@ -1973,6 +1973,7 @@ class WaitingTest(BrokerTest):
         second = self.park("q")
         consumer.n = 2**64  # more than SQLite can take
         self.broker.post("q", b"x")  # the shared transaction fails, then the take's own
+        until(lambda: done)
         with self.assertRaises(OverflowError):
             done[0].result()
         self.assertEqual(second.result(PATIENCE).body, b"x")
