@@ -7684,6 +7684,8 @@ class IgnoredTest(ServerTest):
                         read.add("msg")
                     if node.func.attr in ("message_parameters", "_parse_batch"):
                         read.add("keep")
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse_wait":
+                    read.add("wait")
             if method.name == "take_message":
                 read |= {*linger.TakeOptions._fields, "nowait", "as"} - {"has_ack", "holder"}
             known = set(linger.PARAMETERS_OF.get(method.name, ()))
