@@ -6112,7 +6112,8 @@ class WaitingList:
     by any.  No foreign code runs under the lock.
     """
 
-    def __init__(self, counters: dict[str, int]) -> None:
+    def __init__(self, counters: dict[str, int], max_channels: int) -> None:
+        self._max_channels = max_channels
         self._lock = threading.RLock()  # guards all below, and the two counters of channels
         self._queues: dict[str, collections.OrderedDict[int, Consumer]] = {}  # none is empty
         self._idle: collections.OrderedDict[str, float] = collections.OrderedDict()  # since when
@@ -6126,12 +6127,13 @@ class WaitingList:
     def add(self, consumer: Consumer) -> bool:
         """Lets a consumer that found nothing wait, in its old place if it had one.
 
-        False if it must not wait.  Called in the order of commits, so that a message added after
-        the take that found nothing wakes it.
+        False if it must not wait; `Unavailable` as `check_room`.  Called in the order of commits,
+        so that a message added after the take that found nothing wakes it.
         """
         if consumer.closed or self._closed:
             consumer.closed = True
             return False
+        self._check_room(consumer)
         returning = consumer.ticket
         if not returning:
             consumer.ticket = next(self._tickets)
@@ -6245,10 +6247,14 @@ class WaitingList:
         return {*self._queues, *self._idle}
 
     @locked
-    def has_room(self, channels: Sequence[str], max_channels: int) -> bool:
-        """Whether a consumer of these channels may wait, if so many channels are the limit."""
-        new = sum(channel not in self._queues for channel in channels)
-        return not new or len(self._queues) + new <= max_channels
+    def check_room(self, consumer: Consumer) -> None:
+        """`Unavailable` if consumers would wait at too many channels with this one."""
+        self._check_room(consumer)
+
+    def _check_room(self, consumer: Consumer) -> None:
+        new, limit = sum(c not in self._queues for c in consumer.channels), self._max_channels
+        if new and len(self._queues) + new > limit:
+            raise Unavailable(f"consumers wait at {limit} channels, and none is free")
 
 
 class Channels:
@@ -6529,7 +6535,7 @@ class State:
         self.flight_times = Histogram(LONG_SECONDS)
         # Each is written by the committer thread only, but those of channels by the waiting list.
         self.counters = dict.fromkeys(COUNTERS, 0)
-        self.waiting = WaitingList(self.counters)
+        self.waiting = WaitingList(self.counters, channels.max_channels)
         self.due_piece = PieceSize(PIECE_ROWS)
         self.processing: dict[str, ProcessDue] = {}  # the pieces submitted and not done, by channel
         self.backlogs: set[str] = set()  # channels of which the last piece has not done all
@@ -6944,7 +6950,7 @@ class Take(Operation):
 
     deletion: Optional[Deletion] = None  # of the message of `ack`
     _waits = False
-    _declined: Optional[Unavailable] = None  # there was no memory for the messages
+    _declined: Optional[Unavailable] = None  # no memory for the messages, or no room to wait
 
     def __init__(
         self,
@@ -7036,7 +7042,10 @@ class Take(Operation):
             return
         rows = self.results[-2]  # in each kind of take
         if not rows:
-            self._waits = self._state.waiting.add(consumer) or self._try_again()
+            try:
+                self._waits = self._state.waiting.add(consumer) or self._try_again()
+            except Unavailable as error:
+                self._declined = error
             return
         count, channel, state, now = len(rows), rows[0][1], self._state, self._now
         for row in rows:
@@ -9683,9 +9692,7 @@ class Broker(Administration):
         consumer.on_done = on_done
         consumer.closed = wait <= 0
         if wait > 0:
-            limit = self._channels.max_channels
-            if not self._waiting.has_room(consumer.channels, limit):
-                raise Unavailable(f"consumers wait at {limit} channels, and none is free")
+            self._waiting.check_room(consumer)  # before anything is done; `add` checks again
             consumer.deadline = SYSTEM_CLOCK.monotonic() + wait
         now = self.now()
         if self._state.timers.next_due <= now:

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import py_compile
+import queue
 import random
 import re
 import resource
@@ -4545,6 +4546,23 @@ class BoundsTest(BrokerTest):
         with self.assertRaisesRegex(linger.Unavailable, "consumers wait at 2 channels"):
             broker.take(broker.consumer(["a", "c"]), 1)
         self.assertIsNone(broker.get("c"))
+
+    def test_of_consumers_that_begin_to_wait_at_once_only_those_for_which_there_is_room_do(self):
+        broker = self.restart(max_channels=2)
+        self.addCleanup(broker.cancel_all)
+        outcomes = [queue.SimpleQueue() for _ in range(5)]
+        broker.post("q", b"x")
+        with busy(broker._committer):
+            for outcome, channels in zip(outcomes, ("a", "b", "c", "ab", "bd")):
+                ack = {"ack": 1} if channels == "bd" else {}
+                consumer = broker.consumer([*channels])
+                broker.take_async(outcome.put, consumer, PATIENCE, **ack)
+        self.assertEqual(broker._read(), [])  # what was submitted is done
+        with self.assertRaisesRegex(linger.Unavailable, "consumers wait at 2 channels"):
+            outcomes[2].get_nowait().result()
+        self.assertEqual(outcomes[4].get_nowait().result(), [])  # message 1 is deleted
+        self.assertTrue(all(outcome.empty() for outcome in outcomes))
+        self.assertEqual((count_waiting(broker, "a"), count_waiting(broker, "b")), (2, 2))
 
     def test_the_channels_remembered_after_their_last_consumer_are_bounded(self):
         broker = self.broker
