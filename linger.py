@@ -1707,6 +1707,18 @@ from publications
 where {IS_KEPT.format("")}
 """
 
+# Before the copies of what is kept, which fit into the channel all or not at all.
+CHECK_BACKFILL_FITS = f"""
+insert into config (key, value)
+select 'batch fits', 'yes'
+from (select coalesce((select hlm from settings where channel = :channel), :hlm) as hlm)
+where hlm = 0 or hlm >= coalesce(
+        (select ready + in_flight + delayed from channels where name = :channel), 0)
+    + (select count(*) from publications where {IS_KEPT.format("")})
+"""
+
+IT_FITS = "exists (select 1 from config where key = 'batch fits')"
+
 # Of the copies in one statement that are of a group, the first may be ready.
 BACKFILL_BLOCKED = f"""({IS_BLOCKED.format(channel="subscriptions.channel", group="kept.group_key")}
         or kept.group_key <> '' and kept.id not in (
@@ -1724,7 +1736,7 @@ select {
 from publications as kept
     cross join subscriptions on subscriptions.topic = :topic and subscriptions.channel = :channel
     left join settings on settings.channel = :channel
-where {IS_KEPT.format("kept.")}
+where {IS_KEPT.format("kept.")} and {IT_FITS}
 order by kept.id
 """
 
@@ -2356,11 +2368,13 @@ REPLACE_PARAMETERS = """
 SUBSCRIBE = f"""
 insert into subscriptions (topic, channel, {PARAMETER_COLUMNS}, created)
 select :topic, :channel, {PARAMETER_VALUES}, :now
-where exists (select 1 from subscriptions where topic = :topic and channel = :channel)
-    or (select count(*) from subscriptions where topic = :topic) < :max_subscribers
+where (exists (select 1 from subscriptions where topic = :topic and channel = :channel)
+    or (select count(*) from subscriptions where topic = :topic) < :max_subscribers)
 on conflict (topic, channel) do update set {REPLACE_PARAMETERS},
     created = excluded.created
 """
+
+SUBSCRIBE_IF_IT_FITS = SUBSCRIBE.replace("\non conflict", f"\n    and {IT_FITS}\non conflict")
 
 SUBSCRIBE_PATTERN = f"""
 insert into patterns (pattern, channel, {PARAMETER_COLUMNS}, created)
@@ -5825,10 +5839,12 @@ class Live:
         of the `topics`, or on those that match one of the `patterns` (`kind`)."""
         feeds: dict[str, Feed] = getattr(self, kind)
         with self.lock:
-            feed = feeds.get(name) or feeds.setdefault(name, Feed(feeds, name, memory))
+            feed = feeds.get(name)
+            if feed is None:
+                feed = feeds[name] = Feed(feeds, name, memory)
+                self._observe(feed)
             reader = Reader(self, feed, listener)
             feed.readers.add(reader)
-            self._observe()
             if self._alarm is None:
                 self._alarm = Alarm()
                 threading.Thread(target=self._run, name="linger-live", daemon=True).start()
@@ -5839,15 +5855,20 @@ class Live:
         """Forgets a reader."""
         with self.lock:
             feed.remove(reader)
-            self._observe()
+            if not feed.readers:
+                self._observe(feed)
 
     def _feeds(self) -> list[Feed]:
         return [*self.channels.values(), *self.topics.values(), *self.patterns.values()]
 
-    def _observe(self) -> None:
-        self._watched = "".join(f"\n{name}" for name in self.channels) + "\n"
-        self._committer.observer = self if self.channels else None
-        self.pattern_tree.learn((pattern, "") for pattern in self.patterns)
+    def _observe(self, feed: Feed) -> None:
+        """After a feed was made or forgotten; perhaps there is another one of its name."""
+        if feed.feeds is self.patterns:
+            change = self.pattern_tree.add if feed.name in feed.feeds else self.pattern_tree.discard
+            change(feed.name, "")
+        elif feed.feeds is self.channels:
+            self._watched = "".join(f"\n{name}" for name in self.channels) + "\n"
+            self._committer.observer = self if self.channels else None
 
     def close(self) -> None:
         """Ends all streams."""
@@ -9225,18 +9246,15 @@ class Retention:
     ) -> None:
         """Subscribes a channel to a topic, and copies to it what is kept, in one transaction."""
         values = subscription_values(self._state, channel, parameters)
-        values.update(self._since(topic, since), max_subscribers=MAX_SUBSCRIBERS)
+        values.update(self._since(topic, since), max_subscribers=MAX_SUBSCRIBERS, hlm=self._hlm)
         self._store.check_space()
         self._state.channels.reserve(channel)
-        (((count, size),), counts) = self._read(KEPT_TOTALS, CHANNEL_COUNTS, **values)
+        (((count, size),),) = self._read(KEPT_TOTALS, **values)
         if count > MAX_BATCH_COPIES or size > MAX_BATCH_COPY_BYTES:
             raise TooLarge(
                 f"these are {count} publications with {size} bytes, and at most {MAX_BATCH_COPIES}"
                 f" with {MAX_BATCH_COPY_BYTES} are copied: give a later since"
             )
-        hlm = self._state.channels.settings.get(channel, {}).get("hlm", self._hlm)
-        if hlm and count + sum(counts[0] if counts else ()) > hlm:
-            raise Full(f"the {count} publications do not fit below the high-level mark of {hlm}")
         self._state.committer.run(Backfill(self._state, values))
 
 
@@ -9246,19 +9264,26 @@ class Backfill(Operation):
     adds = MAX_BATCH_COPY_BYTES  # at most
 
     def __init__(self, state: State, values: dict[str, Any]) -> None:
-        super().__init__((SUBSCRIBE, BACKFILL, PUBLISHED), values)
+        statements = (CHECK_BACKFILL_FITS, SUBSCRIBE_IF_IT_FITS, BACKFILL, PUBLISHED)
+        super().__init__((*statements, CLEAR_BATCH_FITS), values)
         self._state = state
+        self._channel: str = values["channel"]
+        self._hlm: int = values["hlm"]
         self._now: float = values["now"]
 
     def on_commit(self) -> None:
-        (subscribed, _), _, copies = self.results
+        _, (subscribed, _), _, copies, _ = self.results
         self._state.counters["subscription-add"] += subscribed
         for copy in copies_of(copies):
             self._state.counters["publish"] += 1
             self._state.message_added(copy, self._now, woken=False)
 
     def result(self) -> None:
-        if not self.rows()[0][0]:
+        (fits, _), (subscribed, _), *_ = self.rows()
+        if not fits:
+            hlm = self._state.channels.settings.get(self._channel, {}).get("hlm", self._hlm)
+            raise Full(f"the publications do not fit below the channel's high-level mark of {hlm}")
+        if not subscribed:
             raise Full(topic_is_full())
 
 

@@ -4815,6 +4815,26 @@ class PatternTest(BrokerTest):
             reader.close()
         self.assertFalse(self.broker._state.live.patterns or self.broker._state.live.pattern_tree)
 
+    def test_readers_come_and_go_without_a_look_at_the_other_patterns(self):
+        live = self.broker._state.live
+        listener = unittest.mock.Mock(**{"is_disconnected.return_value": False})
+
+        def listen(pattern):
+            return self.broker.listen("patterns", pattern, listener, linger.MemoryBudget(10**7))
+
+        readers = [listen(pattern) for pattern in ("a.#", "b.#", "b.#")]
+        with unittest.mock.patch.object(linger.PatternTree, "learn", side_effect=AssertionError):
+            for reader in readers[:2]:
+                reader.close()
+                reader.close()
+        self.assertEqual(live.pattern_tree.match("b.c"), ["b.#"])
+        live.patterns["b.#"].remove(readers[2])  # as one that was too slow, which closes later
+        again = listen("b.#")
+        readers[2].close()
+        self.assertEqual(live.pattern_tree.match("b.c"), ["b.#"])
+        again.close()
+        self.assertEqual(live.pattern_tree.match("b.c"), [])
+
 
 class RetentionTest(BrokerTest):
     """Publications that are kept for later readers."""
@@ -4959,6 +4979,26 @@ class RetentionTest(BrokerTest):
         with self.assertRaises(linger.TooLarge):
             self.broker.retention.subscribe("p", "t", "all")
         self.assertEqual((self.broker.topics(), self.broker.publish("t", b"x")[0]), ([], {}))
+
+    def test_a_post_that_comes_first_leaves_no_room_for_the_copies(self):
+        def backfill(*arguments):
+            self.broker.post("q", b"first")  # after all that was checked before the transaction
+            return operation(*arguments)
+
+        operation = linger.Backfill
+        self.broker.retention.put("t", keep=9)
+        self.publish(b"1", b"2")
+        self.broker.set_settings("q", hlm=2)
+        patch = unittest.mock.patch.object(linger, "Backfill", backfill)
+        with patch, self.assertRaisesRegex(linger.Full, "mark of 2"):
+            self.broker.retention.subscribe("q", "t", "all")
+        self.assertEqual((self.broker.topics(), self.bodies("q")), ([], [b"first"]))
+        self.broker.subscribe("p", "t", priority=1)
+        self.broker.set_settings("p", hlm=1)
+        with self.assertRaises(linger.Full):  # and a subscription stays as it was
+            self.broker.retention.subscribe("p", "t", "all", priority=2)
+        self.broker.publish("t", b"3")
+        self.assertEqual(self.broker.get("p").priority, 1)
 
     def test_what_is_wrong_is_refused(self):
         for options in ({}, {"keep": 0}, {"keep": linger.MAX_KEPT + 1}, {"keep_for": 0}):
