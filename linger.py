@@ -265,7 +265,8 @@ MAX_KEPT = 10_000  # publications that a topic with `keep` keeps
 MAX_KEEPING_TOPICS = 1_000  # topics that keep publications: all are looked at once a minute
 TRIM_ROWS = 10  # publications that one more may remove: it is one more usually
 TRIM_INTERVAL = 60.0  # longest time between two looks for publications kept for long enough, s
-REPLAY_PAGE = 16  # kept publications that a stream reads at a time: each may have MAX_EVENT_BODY
+REPLAY_PAGE = 16  # kept publications that a stream reads at a time: each may have MAX_EVENT_BODY;
+# what it does not send at once it reads again
 MAX_TOPIC_PATTERNS = 10_000  # subscriptions to patterns, whose patterns are kept in memory
 JSON_EXPANSION = 6  # bytes of JSON for a byte of a body: control characters
 MAX_BATCH_COPIES = 100_000  # copies that one published batch may create,
@@ -1692,13 +1693,35 @@ where id in (
 )
 """
 
+# Those of several topics, which :topics lists in JSON.  The next :n of all of them are of the :n
+# topics whose next one comes first.
 KEPT_PUBLICATIONS = f"""
 select id, topic, max(cast(:now - at as integer), 0), type, headers,
     substr(body, 1, :preview_bytes + 1)
 from publications
-where {IS_KEPT.format("")}
+where id in (
+    select id
+    from (
+        select value as topic
+        from json_each(:topics)
+        order by coalesce((
+            select id
+            from publications
+            where {IS_KEPT.format("").replace(":topic", "value")}
+            order by id
+            limit 1), {MAX_INTEGER})
+        limit :n
+    ) as nearest
+        cross join publications on id in (
+            select id
+            from publications
+            where {IS_KEPT.format("").replace(":topic", "nearest.topic")}
+            order by id
+            limit :n)
+    order by id
+    limit :n
+)
 order by id
-limit :n
 """
 
 KEPT_TOTALS = f"""
@@ -9230,23 +9253,43 @@ class Retention:
     ) -> list[Message]:
         """Up to `n` publications that are kept, the oldest first, without a channel; with bodies
         that are cut to one byte more than `cut`."""
-        values = self._since(topic, since)
-        (rows,) = self._read(KEPT_PUBLICATIONS, n=n, preview_bytes=cut, **values)
+        return self._kept([check_name("topic", topic)], since, n, cut)
+
+    def _kept(
+        self, topics: Sequence[str], since: str, n: int, cut: int = MAX_EVENT_BODY
+    ) -> list[Message]:
+        values = self._since(since)
+        (rows,) = self._read(
+            KEPT_PUBLICATIONS, topics=json.dumps(topics), n=n, preview_bytes=cut, **values
+        )
         return [publication_of(*row) for row in rows]
 
-    def _since(self, topic: str, since: str) -> dict[str, Any]:
+    def _since(self, since: str) -> dict[str, Any]:
         after, seconds = parse_since(since)
-        now = self._state.clock.now()
-        return {
-            "topic": check_name("topic", topic), "after": after, "seconds": seconds, "now": now,
-        }  # fmt: skip
+        return {"after": after, "seconds": seconds, "now": self._state.clock.now()}
+
+    def replay(self, kind: str, name: str, since: str, listen: Callable[[], Reader]) -> Replay:
+        """A reader of what is kept of one of the `topics`, or of those that match one of the
+        `patterns` (`kind`), and then of what `listen` gives."""
+        check_name(kind[:-1], name)
+        tree = PatternTree()
+        tree.add(name, "")
+        matches = functools.cache(lambda topic: bool(tree.match(topic)))
+
+        def topics() -> list[str]:
+            if kind == "topics":
+                return [name]
+            return [topic for topic, *_ in self._read(ALL_RETENTION)[0] if matches(topic)]
+
+        return Replay(listen, lambda since, n: self._kept(topics(), since, n), since)
 
     def subscribe(
         self, channel: str, topic: str, since: str, **parameters: Unpack[MessageFields]
     ) -> None:
         """Subscribes a channel to a topic, and copies to it what is kept, in one transaction."""
         values = subscription_values(self._state, channel, parameters)
-        values.update(self._since(topic, since), max_subscribers=MAX_SUBSCRIBERS, hlm=self._hlm)
+        values.update(self._since(since), topic=check_name("topic", topic), hlm=self._hlm)
+        values["max_subscribers"] = MAX_SUBSCRIBERS
         self._store.check_space()
         self._state.channels.reserve(channel)
         (((count, size),),) = self._read(KEPT_TOTALS, **values)
@@ -9288,19 +9331,21 @@ class Backfill(Operation):
 
 
 class Replay:
-    """A reader that gets what a topic has kept, and then what is published, each once.
+    """A reader that gets what is kept, and then what is published, each once.
 
     It listens before it reads the last of what is kept, so that it misses nothing, and passes over
-    the events of what it has read.
+    the events of what it has read.  Ids are in the order of the commits, also of several topics.
     """
 
     def __init__(
-        self, listen: Callable[[], Reader], kept: Callable[[str], list[Message]], since: str
+        self, listen: Callable[[], Reader], kept: Callable[[str, int], list[Message]], since: str
     ) -> None:
+        """`kept(since, n)` returns up to `n` publications."""
         parse_since(since)
         self._listen = listen
-        self._kept = kept  # since an id
+        self._kept = kept
         self._since = since
+        self._page = REPLAY_PAGE
         self._last = 0  # the id of the last publication
         self._reader: Optional[Reader] = None
         self._is_behind = True  # whether there may be kept ones that it has not read
@@ -9308,20 +9353,35 @@ class Replay:
     def events(self) -> Optional[list[Event]]:
         """As `Reader.events`."""
         while self._is_behind:
-            publications = self._kept(str(self._last) if self._last else self._since)
-            if self._reader is not None and not publications:
-                self._is_behind = False
-            elif self._reader is None and len(publications) < REPLAY_PAGE:
+            kept, has_more = self._next()
+            if self._reader is None and not has_more:
                 self._reader = self._listen()
-            if publications:
-                self._last = publications[-1].id
-                return [Event("", publication, MAX_EVENT_BODY) for publication in publications]
+            elif not kept:
+                self._is_behind = False
+            if kept:
+                return kept
         assert self._reader is not None
         while events := self._reader.events():
             news = [e for e in events if not 0 < e.message.id <= self._last]
             if news:
                 return news
         return events
+
+    def _next(self) -> tuple[list[Event], bool]:
+        """The events of what is kept, but not many bytes at once, since its reader may be slow;
+        and whether there are more."""
+        n = self._page
+        page = self._kept(str(self._last) if self._last else self._since, n)
+        events: list[Event] = []
+        size = 0
+        for event in (Event("", publication, MAX_EVENT_BODY) for publication in page):
+            size += event.size
+            if size > SMALL_AMOUNT and events:
+                break
+            events.append(event)
+            self._last = event.message.id
+        self._page = min(2 * max(len(events), 1), REPLAY_PAGE)
+        return events, len(page) == n or len(events) < len(page)
 
     def close(self) -> None:
         """Ends it; may be repeated."""
@@ -14776,21 +14836,19 @@ class Api(ManagementApi):
     def _replay(
         self, request: Request, since: Optional[str], listen: Callable[[], Reader]
     ) -> Optional[Replay]:
-        """A reader of what a topic has kept, if a browser connects again, or the request says so.
+        """A reader of what is kept, if a browser connects again, or the request says so.
 
         The id of the last event wins: a browser sends it with the URL that it was first given.
         """
         kind = request.segments[0]
         last_id = request.headers.fields.get("last-event-id", "")
-        if kind == "topics" and re.fullmatch("[0-9]{1,18}", last_id):
+        if kind != "channels" and re.fullmatch("[0-9]{1,18}", last_id):
             since = last_id
         if since is None:
             return None
-        if kind != "topics":
+        if kind == "channels":
             raise BadRequest("since is for the streams of topics, which may keep publications")
-        topic = request.names[0]
-        kept = functools.partial(self._broker.retention.kept, topic, n=REPLAY_PAGE)
-        return Replay(listen, functools.partial(kept, cut=MAX_EVENT_BODY), since)
+        return self._broker.retention.replay(kind, request.names[0], since, listen)
 
     def _is_allowed(self, request: Request) -> bool:
         """Whether a request may still be made, after tokens may have been read again."""
@@ -17684,11 +17742,11 @@ class Client(ManagementClient):
         """Yields what happens to the messages of a channel, or what is published on a topic, or on
         those that match a pattern.
 
-        `since`: begins with what the topic has kept: `all`, what came after an id, or as `5m`.
+        `since`: begins with what the topics have kept: `all`, what came after an id, or as `5m`.
         Where a topic keeps its publications, those made while the connection was lost follow.
         Goes on for ever, across restarts of the server, or until `stop` is set, which takes a few
         seconds.  Takes no message.  The first event after the connection was lost has `gap` set:
-        what happened meanwhile is not seen.  Raises the errors that no retry can repair.
+        what happened meanwhile may not be seen.  Raises the errors that no retry can repair.
         """
         items = self._live_items(channel, topic, stop or threading.Event(), pattern, since)
         for item, gap in items:
@@ -17710,7 +17768,7 @@ class Client(ManagementClient):
             raise BadRequest("live needs either a channel, a topic or a pattern")
         path = encode_path(*names[0], "live")
         outage = Outage(self._transport.warn, f"{SERVER_IS_BACK}: events may be missing")
-        delays, gap = _retry_delays(), False
+        delays, gap, is_kept = _retry_delays(), False, False
         while not stop.is_set():
             try:
                 query = {} if since is None else {"since": since}
@@ -17719,7 +17777,8 @@ class Client(ManagementClient):
                     delays = _retry_delays()
                     if line.strip():
                         item = json.loads(line)
-                        if topic is not None and "id" in item:
+                        is_kept = channel is None and "id" in item
+                        if is_kept:
                             since = str(item["id"])
                         yield item, gap
                         gap = False
@@ -17728,7 +17787,7 @@ class Client(ManagementClient):
                 if failure.status < 500 or self._transport.closed:
                     raise
                 error = failure
-            gap = since is None
+            gap = not is_kept or pattern is not None  # of which other topics may keep none
             if not stop.is_set():
                 outage.begin(error)
                 stop.wait(next(delays))
@@ -19622,8 +19681,7 @@ COMMANDS = (
             "linger listen news", _tail,
             (TOPIC, PATTERN, SINCE, _number("--count", "N", "stop after this number of messages"),
              JSON),
-            columns=LISTEN_COLUMNS,
-            excludes=(("--pattern", "--since", "a topic keeps publications, not a pattern"),)),
+            columns=LISTEN_COLUMNS),
     Command("show", "write a message without taking it", "linger show 1", _show, (ID, JSON),
             nothing=NO_MESSAGE),
     Command("delete", "delete messages that are done", "linger delete 1 --lease 1", _delete,

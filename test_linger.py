@@ -4933,8 +4933,8 @@ class RetentionTest(BrokerTest):
             self.publish(b"3")  # which is kept, and an event
             return reader
 
-        def kept(since):
-            publications = self.broker.retention.kept("t", since, linger.REPLAY_PAGE)
+        def kept(since, n):
+            publications = self.broker.retention.kept("t", since, n)
             if not publications:
                 self.publish(b"4")  # after all that was kept has been read
             return publications
@@ -4945,6 +4945,32 @@ class RetentionTest(BrokerTest):
         read = [[e.message.body for e in replay.events()] for _ in range(3)]
         replay.close()
         self.assertEqual(read, [[b"1"], [b"2", b"3"], [b"4"]])
+
+    def test_a_replay_of_a_pattern_has_what_each_topic_keeps_in_order(self):
+        chance, keep = random.Random(3), {f"a.{n}": n for n in range(1, 7)}
+        for topic, number in {**keep, "b": 9}.items():
+            self.broker.retention.put(topic, keep=number)
+        self.broker.retention.put("a.old", keep_for=5)
+        self.publish(b"too old", topic="a.old")
+        self.clock.now += 5
+        topics = chance.choices([*keep, "b", "a.none"], k=99)
+        ids = [(topic, *self.publish(b"x", topic=topic)) for topic in topics]
+        kept = [[id for t, id in ids if t == topic][-number:] for topic, number in keep.items()]
+        kept = sorted(itertools.chain(*kept))
+        self.hasten(REPLAY_PAGE=4)
+        for since, expected in (("all", kept), ("1h", kept), (str(kept[5]), kept[6:])):
+            replay = self.broker.retention.replay("patterns", "a.*", since, self.fail)
+            read = []
+            while len(read) < len(expected) - 3:  # before the last page, so it does not listen
+                read += [event.message.id for event in replay.events()]
+            self.assertEqual(read, expected[: len(read)])
+
+    def test_a_replay_gives_a_slow_reader_few_bytes_at_once(self):
+        self.broker.retention.put("t", keep=9)
+        ids = self.publish(b"1", *[b"x" * 60_000] * 3, b"2")
+        replay = self.broker.retention.replay("topics", "t", "all", self.fail)
+        read = [[event.message.id for event in replay.events()] for _ in range(2)]
+        self.assertEqual(read, [ids[:2], ids[2:3]])
 
     def test_a_channel_can_get_what_was_kept_when_it_subscribes(self):
         self.broker.retention.put("t", keep=3)
@@ -14714,11 +14740,11 @@ class PatternTokenTest(ServerTest):
 class RetentionCallTest(CommandCase, ClientCase):
     """Kept publications over HTTP."""
 
-    def stream(self, query="", last_id=None):
+    def stream(self, query="", last_id=None, path="/topics/t"):
         """A connection to the stream of the topic, as server-sent events, after its head."""
         connection = self.connect()
         header = "" if last_id is None else f"Last-Event-ID: {last_id}\r\n"
-        request = f"GET /topics/t/live{query} HTTP/1.0\r\nHost: x\r\n{header}\r\n"
+        request = f"GET {path}/live{query} HTTP/1.0\r\nHost: x\r\n{header}\r\n"
         connection.sendall(request.encode())
         file = connection.makefile("rb")
         self.addCleanup(file.close)
@@ -14770,6 +14796,27 @@ class RetentionCallTest(CommandCase, ClientCase):
         read = [(event.message.id, event.message.text, event.gap) for event in seen]
         self.assertEqual(read, [(1, "1", False), (2, "2", False)])
 
+    def test_the_client_says_that_events_may_be_missing_unless_all_are_kept(self):
+        event, outage = {"topic": "t", "type": "x/y", "body": "x"}, linger.Unavailable("gone")
+        for given, first, query, gap in (
+            ({"topic": "t"}, {}, {}, True),
+            ({"topic": "t", "since": "all"}, {}, {"since": "all"}, True),
+            ({"topic": "t", "since": "5m"}, {"id": 7}, {"since": "7"}, False),
+            ({"topic": "t"}, {"id": 7}, {"since": "7"}, False),
+            ({"pattern": "#"}, {"id": 7}, {"since": "7"}, True),
+            ({"channel": "q"}, {"id": 7}, {}, True),
+        ):
+            first, second = json.dumps({**event, **first}), json.dumps(event)
+            streams = [iter([first.encode()]), outage, iter([second.encode()])]
+            transport = unittest.mock.patch.object(
+                self.client._transport, "stream", side_effect=streams
+            )
+            with transport as stream, self.subTest(given):
+                delays = unittest.mock.patch.object(linger, "MIN_RETRY_DELAY", 0.001)
+                with delays, contextlib.closing(self.client.live(**given)) as events:
+                    self.assertEqual([next(events).gap, next(events).gap], [False, gap])
+                self.assertEqual(stream.call_args.args[-1], query)
+
     def test_a_client_reads_what_matches_a_pattern(self):
         events = self.client.live(pattern="a.#")
         publisher = self.thread(
@@ -14791,8 +14838,9 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.nothing("publications", "t", "--since", "1")
         self.linger("subscribe", "q", "t", "--since", "all")
         self.assertEqual(self.broker.get("q").body, b"1")
-        listened = self.linger("listen", "t", "--since", "all", "--count", 1, "--json")
-        self.assertEqual(json.loads(listened)["id"], 1)
+        for arguments in (("t",), ("#", "--pattern")):
+            listened = self.linger("listen", *arguments, "--since", "all", "--count", 1, "--json")
+            self.assertEqual(json.loads(listened)["id"], 1)
         self.linger("retention", "t", "--clear")
         self.nothing("retention", "t")
 
@@ -14807,19 +14855,36 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.assertEqual(self.read(self.stream("?since=all", last_id=40), 1), [(41, "new")])
         self.assertEqual(self.json("GET", "/topics/t/live?since=x")[0], 400)
         self.assertEqual(self.json("GET", "/channels/q/live?since=all")[0], 400)
+        self.assertEqual(self.json("GET", "/patterns/%23/live?since=x")[0], 400)
 
-    def test_a_reader_that_connects_again_and_again_sees_each_publication_once(self):
-        self.client.set_topic_settings("t", keep=1_000)
+    def read_in_parts(self, path, n):
+        """The next n events, by a reader that connects again and again."""
         chance, seen, last_id = random.Random(7), [], 0
-        publisher = self.thread(lambda: [self.broker.publish("t", b"%d" % n) for n in range(300)])
-        while len(seen) < 300:
-            stream = self.stream("?since=all", last_id or None)
-            events = self.read(stream, min(chance.randint(1, 5), 300 - len(seen)))
+        while len(seen) < n:
+            stream = self.stream("?since=all", last_id or None, path)
+            events = self.read(stream, min(chance.randint(1, 5), n - len(seen)))
             stream.close()
             seen += events
             last_id = events[-1][0]
+        return seen
+
+    def test_a_reader_that_connects_again_and_again_sees_each_publication_once(self):
+        self.client.set_topic_settings("t", keep=1_000)
+        publisher = self.thread(lambda: [self.broker.publish("t", b"%d" % n) for n in range(300)])
+        seen = self.read_in_parts("/topics/t", 300)
         publisher.result(PATIENCE)
         self.assertEqual(seen, [(n + 1, str(n)) for n in range(300)])
+
+    def test_so_does_one_of_a_pattern(self):
+        chance, topics = random.Random(8), ["a", "a.b", "a.b.c", "a.d", "b.a"]
+        for topic in topics:
+            self.client.set_topic_settings(topic, keep=1_000)
+        topics = [chance.choice(topics) for _ in range(400)]
+        publisher = self.thread(lambda: [self.broker.publish(topic, b"x") for topic in topics])
+        expected = [(n + 1, "x") for n, topic in enumerate(topics) if topic != "b.a"]
+        seen = self.read_in_parts("/patterns/a.%23", len(expected))
+        publisher.result(PATIENCE)
+        self.assertEqual(seen, expected)
 
 
 class ScheduleCallTest(CommandCase, ClientCase):
@@ -16676,6 +16741,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "ALL_PATTERNS": {"patterns"},
     "CHANNEL_NAMES": {"channels", "patterns", "subscriptions"},
     "FULL_MATCHING": {"json_each", "subscriptions"},
+    "KEPT_PUBLICATIONS": {"json_each", "nearest"},
     "MATCHING_CHANNELS": {"json_each", "subscriptions"},
     "PUBLISH_MATCHING": {"json_each", "subscriptions"},
     "SUBSCRIBE_PATTERN": {"patterns"},
