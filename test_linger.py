@@ -3931,15 +3931,18 @@ class GroupTest(BrokerTest):
 
     def check(self):
         """What must be so after every call."""
-        rows, counts = self.broker._committer.read(
+        rows, counts, wrong = self.broker._committer.read(
             "select channel, group_key, count(*) - sum(blocked), count(*), min(state) from messages"
             " where group_key <> '' and dead_from = '' group by channel, group_key",
             "select name, (select count(*) from messages where channel = name and blocked),"
             " blocked, (select count(*) from messages where channel = name and state = 2), delayed"
             " from channels",
+            "select * from messages where blocked <> (due_at > 5e11) or due_at > 15e11"
+            " or blocked and (state <> 2 or leased or group_key = '' or dead_from <> '')",
         )
         self.assertEqual([row for row in rows if row[2] != 1], [])
         self.assertEqual([row for row in counts if row[1:5:2] != row[2:5:2]], [])
+        self.assertEqual(wrong, [])
 
     def test_the_first_of_each_group_is_ready_and_the_others_are_blocked(self):
         self.assertEqual(self.states(), ["ready"] * 2 + ["blocked"] * 4)
@@ -3948,8 +3951,40 @@ class GroupTest(BrokerTest):
         self.assertEqual((info["ready"], info["delayed"], info["blocked"]), (2, 0, 4))
         self.assertEqual(len(self.broker.list_messages("q", "blocked")), 4)
         self.assertEqual(self.broker.list_messages("q", "delayed"), [])
+        self.assertEqual(self.broker.counters["msg-show"], 0)  # blocked ones are not shown
         self.assertEqual(self.take(), [1, 2])
         self.assertEqual(self.take(), [])
+
+    def test_one_that_is_posted_as_a_consumer_begins_to_wait_is_handed_to_it(self):
+        with busy(self.broker._committer):
+            taken = queue.SimpleQueue()
+            self.broker.take_async(taken.put, self.broker.consumer(["r"]), PATIENCE)
+            self.broker.post_async(bool, "r", b"x", group="a")
+        self.assertEqual(taken.get(timeout=PATIENCE).result()[0].group, "a")
+
+    def test_the_last_release_lets_the_next_one_come(self):
+        self.broker.change(1, deliver=1)
+        self.take()
+        waiting = self.park("q")
+        self.broker.release(1)
+        self.assertEqual(waiting.result(PATIENCE).id, 3)
+
+    def test_a_drain_lets_come_what_was_posted_after_it_began(self):
+        self.take()
+        waiting = self.park("q")
+        values = {"channel": "q", "scope": "", "batch_scope": "", "newest_key": 0, "n": 9}
+        drain = linger.Drain(self.broker._state, {**values, "newest": 2, "now": self.clock.now})
+        self.assertEqual(self.broker._committer.run(drain), 2)
+        self.assertEqual(waiting.result(PATIENCE).id, 3)
+
+    def test_the_end_of_a_plain_message_runs_nothing_for_groups(self):
+        for _ in range(4):
+            self.broker.post("r", b"x", deliver=1)
+        with unittest.mock.patch.object(self.broker._committer, "join_transaction") as join:
+            for end in (self.broker.delete, self.broker.release, self.broker.reject):
+                end(self.broker.get("r").id)
+            self.broker.get("r", auto=True)
+        join.assert_not_called()
 
     def ends(self):
         """The ways in which message 1, which is in flight, can leave its group."""
@@ -4058,6 +4093,18 @@ class GroupTest(BrokerTest):
         self.assertEqual(self.take(), [1])
         self.check()
 
+    def test_a_dead_letter_neither_blocks_nor_is_blocked(self):
+        self.broker.reject(1)
+        self.broker.reject(5)
+        self.broker.post("d", b"7", group="a")
+        self.assertEqual(self.states("d"), ["ready"] * 3)
+        self.broker.redrive_message(3, "d")
+        for _ in range(2):
+            self.assertEqual(self.states("d"), ["ready"] * 3 + ["blocked"])
+            consumer = self.broker.consumer(["d"], 3, auto=True)
+            self.broker.undo_take(consumer, self.broker.take(consumer))
+            self.check()
+
     def test_one_that_comes_back_goes_before_what_waits(self):
         self.take()
         self.broker.reject(1)
@@ -4099,8 +4146,20 @@ class GroupTest(BrokerTest):
         self.assertEqual(self.states(), ["blocked", "hidden", "hidden"] + ["blocked"] * 3)
         self.check()
 
+    def test_what_waits_for_an_undone_take_has_lost_its_delivery(self):
+        consumer = self.broker.consumer(["q"], auto=True)
+        taken = self.broker.take(consumer)
+        late = [self.broker.get("q") for _ in range(2)][1]
+        self.clock.now += 10
+        self.broker.process_due()
+        self.broker.undo_take(consumer, taken)
+        with self.assertRaises(linger.Conflict):
+            self.broker.touch(late.id, lease=late.lease)
+        self.check()
+
     def test_a_change_keeps_the_order(self):
         self.broker.change(3, delay=0, priority=-5)
+        self.assertEqual(self.broker.counters["msg-show"], 0)  # it is still blocked
         self.broker.change(5, delay=50)
         self.assertEqual(self.take(), [1, 2])
         self.broker.change(3, priority=-9, delay=20)
@@ -4134,8 +4193,10 @@ class GroupTest(BrokerTest):
     def test_a_batch_a_mark_and_a_publication_block_as_well(self):
         items = [(b"x", "text/plain", {"group": group}) for group in ("a", "a", "c", "c")]
         self.broker.set_settings("r", hlm=5)
-        self.broker.post_batch("r", items)
-        self.assertEqual(self.states("r"), ["ready", "blocked"] * 2)
+        for channel in "rs":
+            self.broker.post_batch(channel, items)
+            self.assertEqual(self.states(channel), ["ready", "blocked"] * 2)
+        self.broker.drain("s")
         self.broker.subscribe("r", "t")
         self.broker.subscribe("s", "t", delay=5)
         for _ in range(2):
@@ -4166,12 +4227,18 @@ class GroupTest(BrokerTest):
     def test_whatever_happens_each_group_has_one_that_is_not_blocked(self):
         chance = random.Random(5)
         for step in range(600):
+            ids = self.broker._committer.read("select id from messages")[0]
             with contextlib.suppress(linger.LingerError):
-                self.step(chance, chance.randrange(1, 30 + step // 3), chance.choice("qrd"))
+                self.step(chance, chance.choice([*ids, (1,)])[0], chance.choice("qrd"))
             if step % 5 == 0:
                 self.check()
         self.broker.drain("q")
         self.check()
+        self.clock.now += 1_000
+        for channel in "rd":
+            while taken := self.broker.take(self.broker.consumer([channel], 50)):
+                self.broker.delete_batch([(message.id, None) for message in taken])
+        self.assertEqual(self.broker.channels(), [])
 
     def step(self, chance, id, channel):
         chance.choice((
@@ -4989,11 +5056,14 @@ class RetentionTest(BrokerTest):
         self.broker.retention.put("t", keep=9)
         self.publish(b"1", b"2", group="g")
         self.publish(b"other")
+        self.publish(b"3", group="h")
+        self.publish(b"4", group="i")
+        self.broker.post("q", b"first", group="h")
         self.broker.retention.subscribe("q", "t", "all")
-        first, other = self.broker.get("q"), self.broker.get("q")
-        self.assertEqual((first.body, other.body, self.broker.get("q")), (b"1", b"other", None))
-        self.broker.delete(first.id)
-        self.assertEqual(self.bodies("q"), [b"2"])
+        self.assertEqual(self.bodies("q"), [b"first", b"1", b"other", b"4"])
+        for id in (1, 2):
+            self.broker.delete(id)
+        self.assertEqual(self.bodies("q"), [b"2", b"3"])
 
     def test_copies_that_do_not_fit_are_refused_and_nothing_changes(self):
         self.broker.retention.put("t", keep=9)
@@ -12954,74 +13024,116 @@ class CrashTest(ProcessCase):
 class GroupCrashTest(ProcessCase):
     """kill -9 while many consumers work on groups: their order holds, one message at a time."""
 
-    kills, groups, length, consumers = 2, 4, 30, 8
+    kills, groups, length, consumers = 2, 4, 20, 8
 
     def setUp(self):
         super().setUp()
-        self.deliveries, self.deletions = [], {}  # (moment, body); the first moment by body
+        self.posted = {}  # ids by body, which is (group, number)
+        self.deliveries = []  # (moment, when it was asked for, body)
+        self.ended = {}  # when a call was made that may have ended it, by body
+        self.released = collections.defaultdict(list)  # the same of those that may have released it
         self.is_over = False
         self.chance = random.Random(3)
 
-    def consume(self, server):
-        """Takes, and mostly deletes, until the server is gone or all is done."""
+    @contextlib.contextmanager
+    def caller(self, server):
+        """A function for calls, until the server is gone."""
         client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+
+        def call(method, path, body=None):
+            client.request(method, path, body)
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
+
         with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
+            yield call
+
+    def produce(self, server, group):
+        """Posts what is left of a group, in its order."""
+        with self.caller(server) as call:
+            for n in range(sum(g == group for g, _ in self.posted), self.length):
+                body, parameters = f"{group}:{n}", "timeout=1&deliver=4&dead=failed"
+                path = f"/channels/q?group={group}&dedup={body}&{parameters}"
+                self.posted[group, n] = json.loads(call("POST", path, body)[2])["id"]
+
+    def consume(self, server):
+        """Takes, and ends most of what it has, until the server is gone or all is done."""
+        with self.caller(server) as call:
             while not self.is_over:
-                client.request("GET", "/channels/q?wait=1")
-                answer = client.getresponse()
-                body, fields = answer.read().decode(), answer.headers
-                if answer.status != 200:
-                    continue
-                self.deliveries.append((time.monotonic(), body))
-                path = f"/messages/{fields['x-linger-msg-id']}"
-                fate = self.chance.random()
-                if fate < 0.02:
-                    continue  # its timeout passes
-                if fate < 0.3:
-                    client.request("POST", path + "/release?delay=0")
-                    client.getresponse().read()
-                    continue
-                self.deletions.setdefault(body, time.monotonic())
-                client.request("DELETE", f"{path}?lease={fields['x-linger-lease']}")
-                client.getresponse().read()
+                asked_at = time.monotonic()
+                status, fields, answer = call("GET", "/channels/q?wait=1")
+                if status == 200:
+                    body = tuple(map(int, answer.split(b":")))
+                    self.deliveries.append((time.monotonic(), asked_at, body))
+                    self.go_on(call, body, fields)
+
+    def go_on(self, call, body, fields):
+        path, lease = f"/messages/{fields['x-linger-msg-id']}", f"lease={fields['x-linger-lease']}"
+        fate, now = self.chance.random(), time.monotonic()
+        if fields["x-linger-delivered"] == fields["x-linger-deliver"]:
+            self.ended.setdefault(body, now)
+        if fate < 0.01:
+            return  # its timeout passes
+        if fate < 0.3:
+            self.released[body].append(now)
+            call("POST", f"{path}/release?delay={int(fate < 0.02)}&{lease}")
+            return
+        later = body[0], body[1] + self.chance.randint(2, 9)
+        if fate < 0.4 and later in self.posted:  # it is blocked
+            self.ended.setdefault(later, now)
+            call("DELETE", f"/messages/{self.posted[later]}")
+        self.ended.setdefault(body, now)
+        if fate < 0.5:
+            call("POST", f"{path}/reject?{lease}")
+        else:
+            call("DELETE", f"{path}?{lease}")
 
     def test_each_group_stays_in_order_one_at_a_time(self):
-        items = [
-            {"body": f"{group}:{n:03}", "group": str(group), "timeout": 1}
-            for n in range(self.length)
-            for group in range(self.groups)
-        ]
-        empty = b'{"ready":0,"hidden":0}\n'
         for number in range(self.kills + 1):
             server = self.start("--max-connections=50")
-            if not number:
-                server.call(
-                    "POST",
-                    "/channels/q/batch",
-                    json.dumps(items),
-                    {"Content-Type": "application/json"},
-                )
-            with ThreadPoolExecutor(self.consumers) as pool:
+            with ThreadPoolExecutor(self.groups + self.consumers) as pool:
+                for group in range(self.groups):
+                    pool.submit(self.produce, server, group)
                 for _ in range(self.consumers):
                     pool.submit(self.consume, server)
                 share = self.groups * self.length * (number + 1) // (self.kills + 1)
                 try:
-                    until(lambda n=share: len(self.deletions) >= n)
+                    until(lambda n=share: len(self.ended) >= n)
                     if number == self.kills:
-                        until(lambda s=server: s.call("GET", "/channels/q/stats")[2] == empty)
+                        drained = "/channels/q/drained?wait=20"
+                        self.assertEqual(server.call("GET", drained)[0], 204)
                         self.is_over = True
                 finally:  # its consumers end with it
                     server.end(signal.SIGKILL)
-        latest = {}
-        for moment, body in sorted(self.deliveries):
-            group = body[0]
-            before = latest.get(group, f"{group}:000")
-            self.assertGreaterEqual(body, before, "a group went back")
-            if body != before:
-                self.assertLess(self.deletions[before], moment, "two of a group at a time")
-                self.assertEqual(int(body[2:]), int(before[2:]) + 1, "one was passed over")
-            latest[group] = body
-        self.assertEqual(len(set(latest.values())), self.groups)
+            self.check_rows()
+        self.check_deliveries()
+
+    def check_rows(self):
+        """What must be so in the database after each kill."""
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(self.folder, copy, dirs_exist_ok=True)
+            with contextlib.closing(sqlite3.connect(Path(copy, "linger.db"))) as connection:
+                groups = connection.execute(
+                    "select group_key, sum(state = 1), count(*) - sum(blocked) from messages"
+                    " where dead_from = '' group by group_key"
+                ).fetchall()
+                rows = connection.execute("select cast(body as text), dead_from from messages")
+                left = {tuple(map(int, body.split(":"))): dead for body, dead in rows}
+        self.assertEqual([group for group in groups if group[1] > 1 or group[2] != 1], [])
+        self.assertEqual(self.posted.keys() - self.ended.keys() - left.keys(), set(), "lost")
+        self.ended.update((body, 0) for body in left if left[body] and body not in self.ended)
+
+    def check_deliveries(self):
+        latest = dict.fromkeys(range(self.groups), (0, 0, -1))
+        for moment, asked_at, (group, n) in sorted(self.deliveries):
+            before, asked_before, last = latest[group]
+            self.assertGreaterEqual(n, last, "a group went back")
+            if n == last and moment - asked_before < 1:  # its timeout
+                released = any(before <= at <= moment for at in self.released[group, n])
+                self.assertTrue(released, "two have one message")
+            for passed in range(max(last, 0), n):
+                self.assertLess(self.ended[group, passed], moment, "two of a group at a time")
+            latest[group] = moment, asked_at, n
 
 
 DONE = (200, 202, 204)
