@@ -3163,13 +3163,46 @@ class Transactions(Protocol):
         """Closes the database; calls after this fail."""
 
 
+class Alarm:
+    """Lets one thread sleep until another one wakes it, or for some seconds.
+
+    Not a Condition: until Python 3.10, and on macOS, its timeout follows the wall clock, and a
+    sleep of a second becomes one of an hour when that clock is set back by an hour.  Nor a lock or
+    a SimpleQueue: a thread that is woken by one would have to wait for the interpreter, which
+    `ring` gives up while it writes.
+    """
+
+    def __init__(self) -> None:
+        self._receiver, self._sender = os.pipe()
+        os.set_blocking(self._sender, False)
+        self._poller = select.poll()
+        self._poller.register(self._receiver, select.POLLIN)
+
+    def __del__(self) -> None:
+        os.close(self._receiver)  # not before, since any thread may still ring
+        os.close(self._sender)
+
+    def sleep(self, seconds: Optional[float] = None) -> None:
+        """Sleeps; returns at once if `ring` was called since the last sleep."""
+        if seconds is None or self._poller.poll(seconds * 1000):
+            os.read(self._receiver, 4_096)
+
+    def ring(self) -> None:
+        """Ends the sleep of the other thread."""
+        try:
+            os.write(self._sender, b"!")
+        except BlockingIOError:
+            return  # it has been rung thousands of times
+
+
 class Committer:
     """Group commit: one thread that runs the operations of all others.
 
     No thread that waits here holds a lock, and none is shared with the committer thread: pending
-    operations and results travel through `deque.append` and `SimpleQueue.put`, each of which
+    operations travel through `deque.append` and results through `SimpleQueue.put`, each of which
     happens whole or not at all.  (A Condition would not do: its lock is taken in Python code, and
-    an exception raised there by a signal handler leaves it locked for ever.)
+    an exception raised there by a signal handler leaves it locked for ever.)  The committer thread
+    says that it sleeps before it looks for the last time whether something is pending.
     """
 
     def __init__(
@@ -3182,7 +3215,8 @@ class Committer:
         self._store = store
         self._companion = companion
         self._pending: collections.deque[Operation] = collections.deque()  # until they are done
-        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each operation
+        self._alarm = Alarm()
+        self._sleeps = False
         self._batch: Optional[list[Operation]] = None  # the transaction under way
         self.commit_times = Histogram(SHORT_SECONDS)
         self.commit_sizes = Histogram(AMOUNTS)
@@ -3194,7 +3228,8 @@ class Committer:
     def submit(self, operation: Operation) -> None:
         """Puts an operation on the list and returns; its `on_done` tells when it is done."""
         self._pending.append(operation)
-        self._wakeups.put(None)
+        if self._sleeps:
+            self._alarm.ring()
         if self._closed:
             self._refuse_pending()
 
@@ -3235,16 +3270,16 @@ class Committer:
         """Finishes what is pending and ends the thread; operations after this fail."""
         self.check_thread()
         self._closing = True
-        self._wakeups.put(None)
+        self._alarm.ring()
         self._thread.join()
 
     def _work(self) -> None:
         while not self._closing or self._pending:
-            self._wakeups.get()
             pending = self._pending.copy()
-            batch = _first_of(pending)
-            if not batch:  # an operation before took this one along
+            if not pending:
+                self._sleep()
                 continue
+            batch = _first_of(pending)
             left = len(pending) - len(batch)
             taken = set(batch) if left else ()
             companion = self._companion()
@@ -3258,10 +3293,16 @@ class Committer:
             if left:
                 later = [operation for operation in pending if operation not in taken]
                 self._pending.extendleft(reversed(later))
-                self._wakeups.put(None)
             _run_done_callbacks(batch)
         self._closed = True
         self._refuse_pending()
+
+    def _sleep(self) -> None:
+        """Sleeps until an operation is submitted, or this closes."""
+        self._sleeps = True
+        if not self._pending and not self._closing:
+            self._alarm.sleep()
+        self._sleeps = False
 
     def _refuse_pending(self) -> None:
         """Fails what was submitted too late."""
@@ -5465,36 +5506,6 @@ class RecordTime(Operation):
             self._clock.recorded(self._now, self._wall)
 
 
-class Alarm:
-    """Lets one thread sleep until another one wakes it, or for some seconds.
-
-    Not a Condition: until Python 3.10, and on macOS, its timeout follows the wall clock, and a
-    sleep of a second becomes one of an hour when that clock is set back by an hour.
-    """
-
-    def __init__(self) -> None:
-        self._receiver, self._sender = os.pipe()
-        os.set_blocking(self._receiver, False)
-        os.set_blocking(self._sender, False)
-        self._poller = select.poll()
-        self._poller.register(self._receiver, select.POLLIN)
-
-    def sleep(self, seconds: float) -> None:
-        """Sleeps; returns at once if `ring` was called since the last sleep."""
-        if self._poller.poll(seconds * 1000):
-            os.read(self._receiver, 4_096)
-
-    def ring(self) -> None:
-        """Ends the sleep of the other thread."""
-        with contextlib.suppress(BlockingIOError):  # it has been rung thousands of times
-            os.write(self._sender, b"!")
-
-    def close(self) -> None:
-        """Gives back its file descriptors."""
-        os.close(self._receiver)
-        os.close(self._sender)
-
-
 # ---------------------------------------------------------------------------------------------
 # Patterns: topics by their words, which stand between dots.  In a pattern `*` stands for exactly
 # one word and `#` for any number of words, as in AMQP's topic exchanges.
@@ -6016,9 +6027,6 @@ class Live:
             for reader in readers:
                 reader.wake()
             time.sleep(min(len(readers) * STREAM_PACE, BEHIND_TIME / 2))
-        with self.lock:
-            self._alarm = None
-        alarm.close()
 
     def _readers_with_news(self) -> list[Reader]:
         with self.lock:
@@ -6392,7 +6400,7 @@ class Timers:
         self._lock = threading.Lock()  # guards the moments, `_sleeps_until` and the alarm
         self._moments: dict[str, float] = {}  # of each channel
         self._heap: list[tuple[float, str]] = []  # the same, in order, and some that are outdated
-        self._alarm: Optional[Alarm] = None  # while the ticker runs
+        self._alarm = Alarm()
         self._sleeps_until = NEVER  # when the ticker wakes by itself, in broker time
         self._swept_at = clock.now_or_latest()  # when messages were last processed, due or not
         self._ticked_at = time.monotonic()
@@ -6401,23 +6409,17 @@ class Timers:
 
     def start(self) -> None:
         """Starts the ticker."""
-        self._alarm = Alarm()
         self._thread.start()
 
     def stop(self) -> None:
         """Tells the ticker to end."""
         with self._lock:
             self._stopping = True
-            if self._alarm is not None:
-                self._alarm.ring()
+            self._alarm.ring()
 
     def join(self) -> None:
         """Waits until the ticker has ended."""
         self._thread.join()
-        with self._lock:
-            alarm, self._alarm = self._alarm, None
-        if alarm is not None:
-            alarm.close()
 
     def is_alive(self) -> bool:
         """Whether the ticker runs."""
@@ -6455,7 +6457,7 @@ class Timers:
                 self._heap = [(moment, channel) for channel, moment in self._moments.items()]
                 heapq.heapify(self._heap)
             self.next_due = moment = self._earliest()
-            if moment < self._sleeps_until and self._alarm is not None:
+            if moment < self._sleeps_until:
                 self._sleeps_until = moment  # it need not be woken again for a later one
                 self._alarm.ring()
 
@@ -6485,18 +6487,16 @@ class Timers:
             return list(found)
 
     def _tick(self) -> None:
-        alarm = self._alarm
-        assert alarm is not None
         while not self._stopping:
             self._ticked_at = time.monotonic()
             try:
-                alarm.sleep(self._time_to_sleep())
+                self._alarm.sleep(self._time_to_sleep())
                 if not self._stopping:
                     self._on_tick(self._begin_sweep())
             except Exception as error:  # of the database, or of the clock
                 log(f"linger: messages that are due are processed later: {error!r}")
                 if not self._stopping:
-                    alarm.sleep(TICKER_RETRY_DELAY)
+                    self._alarm.sleep(TICKER_RETRY_DELAY)
 
     def _time_to_sleep(self) -> float:
         """Seconds until something is due, or the clocks are to be looked at."""
@@ -8429,7 +8429,6 @@ class Watch:
         self._state.waiting.on_first = lambda: None
         if self._thread.is_alive():
             self._thread.join()
-            self._alarm.close()
 
     def _work(self) -> None:
         seconds = 0.0

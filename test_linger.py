@@ -296,6 +296,29 @@ class StoreTest(StoreCase):
         kinds = ("executed", "commit", "done")
         self.assertEqual(calls, [(kind, n) for kind in kinds for n in range(3)])
 
+    def test_what_is_submitted_while_the_committer_falls_asleep_is_done(self):
+        late, done = linger.Operation(), queue.SimpleQueue()
+        late.done_callback = done.put
+
+        class Drowsy(linger.Committer):
+            asleep, submitted = False, False
+
+            @property
+            def _sleeps(self):
+                return self.asleep
+
+            @_sleeps.setter
+            def _sleeps(self, value):
+                if value and not self.submitted:
+                    self.submitted = True
+                    self.submit(late)  # which rings nobody, for nobody sleeps yet
+                self.asleep = value
+
+        store = linger.Store()
+        self.addCleanup(store.close)
+        self.addCleanup(Drowsy(store).close)
+        self.assertIs(done.get(timeout=PATIENCE), late)
+
     def test_an_operation_that_joins_is_in_the_same_transaction(self):
         committer, joined = self.open(), linger.Operation((linger.GET_CONFIG,), {"key": "k"})
 
