@@ -2803,12 +2803,34 @@ EVENTS = {
     "dead_lettered": "Messages moved from this channel to its dead channel.",
     "redriven": "Dead letters moved from this channel back to where they came from.",
 }
+Method = TypeVar("Method", bound=Callable[..., Any])
 # Upper bounds of histograms
 SHORT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 LONG_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3_600.0, 86_400.0)
 AMOUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_024)
 FAILURES = ("released", "rejected", "timed_out")  # of deliveries
 SAMPLED = ("posted", "delivered", "deleted", "failed", "published", "ready", "in-flight")
+
+
+def locked(method: Method) -> Method:
+    """Lets a method run under the `_lock` of its object, an RLock that is never nested.
+
+    For locks that callers of a broker or a client share with other threads: in a caller's thread
+    signal handlers may raise.  Until Python 3.10 they may do so after the last step of a `with`
+    and before its release; then this releases the lock.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            with self._lock:
+                return method(self, *arguments, **options)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # released already, as it should be
+                self._lock.release()
+            raise
+
+    return cast(Method, run)
 
 
 class EventCounts(dict[str, dict[str, int]]):
@@ -2822,7 +2844,7 @@ class EventCounts(dict[str, dict[str, int]]):
     def __init__(self, max_channels: int) -> None:
         super().__init__({"": dict.fromkeys(EVENTS, 0)})
         self._max_channels = max_channels
-        self._lock = threading.Lock()  # guards what was shown
+        self._lock = threading.RLock()  # guards what was shown
         self._shown: dict[str, dict[str, int]] = {}
 
     def __missing__(self, channel: str) -> dict[str, int]:
@@ -2845,18 +2867,18 @@ class EventCounts(dict[str, dict[str, int]]):
         failed = sum(counts[event] for event in FAILURES)
         return {**{name: counts[name] for name in SAMPLED[:3]}, SAMPLED[3]: failed}
 
+    @locked
     def by_channel(self) -> dict[str, dict[str, int]]:
         """The counts of each channel, for any thread.
 
         They never decrease: after an undo each stays until it has been reached again.
         """
-        with self._lock:
-            for channel, counts in self.copy().items():
-                shown = self._shown.setdefault(channel, counts.copy())
-                for event, count in counts.items():
-                    if count > shown[event]:
-                        shown[event] = count
-            return {channel: shown.copy() for channel, shown in self._shown.items()}
+        for channel, counts in self.copy().items():
+            shown = self._shown.setdefault(channel, counts.copy())
+            for event, count in counts.items():
+                if count > shown[event]:
+                    shown[event] = count
+        return {channel: shown.copy() for channel, shown in self._shown.items()}
 
 
 class Histogram:
@@ -2872,22 +2894,22 @@ class Histogram:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)  # not cumulative; the last is of larger values
         self.sum = 0.0
-        self._lock = threading.Lock()  # guards both
+        self._lock = threading.RLock()  # guards both
         self._noted: collections.deque[float] = collections.deque(maxlen=MAX_NOTED)
         self.observe = self._noted.append
 
+    @locked
     def fold(self) -> None:
         """Counts the values noted since the last time."""
-        with self._lock:
-            first = itertools.islice(iter(self._noted.popleft, None), len(self._noted))
-            values = sorted(first)
-            counted = 0
-            for position, bound in enumerate(self.bounds):
-                end = bisect.bisect_right(values, bound)
-                self.counts[position] += end - counted
-                counted = end
-            self.counts[-1] += len(values) - counted
-            self.sum += sum(values)
+        first = itertools.islice(iter(self._noted.popleft, None), len(self._noted))
+        values = sorted(first)
+        counted = 0
+        for position, bound in enumerate(self.bounds):
+            end = bisect.bisect_right(values, bound)
+            self.counts[position] += end - counted
+            counted = end
+        self.counts[-1] += len(values) - counted
+        self.sum += sum(values)
 
 
 class Flight(NamedTuple):
@@ -2938,7 +2960,7 @@ class History:
     point before, and of the messages that there were."""
 
     def __init__(self, now: float) -> None:
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.RLock()  # guards all below
         self._points: collections.deque[tuple[float, Sequence[int]]] = collections.deque(
             maxlen=HISTORY_SECONDS // SAMPLE_INTERVAL
         )
@@ -2949,23 +2971,23 @@ class History:
         """Whether it is time for the next point."""
         return now >= self._due
 
+    @locked
     def add(self, now: float, totals: Sequence[int], ready: int, in_flight: int) -> None:
         """Adds the next point, if it is due; `totals` since the start, of the others of SAMPLED.
 
         After a suspend there is one point for all that time.
         """
-        with self._lock:
-            if not self.is_due(now):
-                return
-            self._due += (now - self._due) // SAMPLE_INTERVAL * SAMPLE_INTERVAL + SAMPLE_INTERVAL
-            amounts = [total - before for total, before in zip(totals, self._totals)]
-            self._points.append((now, (*amounts, ready, in_flight)))
-            self._totals = list(totals)
+        if not self.is_due(now):
+            return
+        self._due += (now - self._due) // SAMPLE_INTERVAL * SAMPLE_INTERVAL + SAMPLE_INTERVAL
+        amounts = [total - before for total, before in zip(totals, self._totals)]
+        self._points.append((now, (*amounts, ready, in_flight)))
+        self._totals = list(totals)
 
+    @locked
     def since(self, moment: float) -> list[tuple[float, Sequence[int]]]:
         """The points after a moment: when each was added, and the values of SAMPLED."""
-        with self._lock:
-            return [point for point in self._points if point[0] > moment]
+        return [point for point in self._points if point[0] > moment]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2979,28 +3001,6 @@ class History:
 
 Parameters = Union[Mapping[str, object], Sequence[Any]]
 T = TypeVar("T")
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def locked(method: Method) -> Method:
-    """Lets a method run under the `_lock` of its object, an RLock that is never nested.
-
-    For locks that a thread may hold in which signal handlers raise.  Until Python 3.10 they may
-    do so after the last step of a `with` and before its release; then this releases the lock.
-    """
-
-    @functools.wraps(method)
-    def run(self: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            with self._lock:
-                return method(self, *arguments, **options)
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # released already, as it should be
-                self._lock.release()
-            raise
-
-    return cast(Method, run)
-
 
 FORKED = "this process was forked from the one that has the server: use a Client here"
 _owners: weakref.WeakSet[Any] = weakref.WeakSet()  # of what a forked child must not use
@@ -6209,7 +6209,7 @@ class WaitingList:
     def pop(self, channel: str, now: float) -> Optional[Consumer]:
         """Removes and returns the first consumer of a channel, or None if there is none."""
         queue = self._queues.get(channel)
-        if queue is None:
+        if not queue:
             return None
         consumer = next(iter(queue.values()))
         self._remove(consumer, now)
@@ -6248,11 +6248,14 @@ class WaitingList:
         return [c for c in self.consumers() if c.deadline + WAIT_GRACE <= now]
 
     def _remove(self, consumer: Consumer, now: float) -> None:
+        """May be repeated, by another thread, after a signal handler has raised anywhere in it."""
         for channel in consumer.channels:
             queue = self._queues.get(channel)
-            if queue and queue.pop(consumer.ticket, None) and not queue:
-                del self._queues[channel]
-                self._idle[channel] = now
+            if queue is not None:
+                queue.pop(consumer.ticket, None)
+                if not queue:
+                    self._idle[channel] = now
+                    del self._queues[channel]
         consumer.waiting = False
         self._forget_idle(now)
 
@@ -6397,7 +6400,7 @@ class Timers:
         self.tick_at = NEVER  # when the ticker is to tick for another reason; it alone writes this
         self._on_tick = on_tick
         self._clock = clock
-        self._lock = threading.Lock()  # guards the moments, `_sleeps_until` and the alarm
+        self._lock = threading.RLock()  # guards the moments, `_sleeps_until` and the alarm
         self._moments: dict[str, float] = {}  # of each channel
         self._heap: list[tuple[float, str]] = []  # the same, in order, and some that are outdated
         self._alarm = Alarm()
@@ -6411,11 +6414,11 @@ class Timers:
         """Starts the ticker."""
         self._thread.start()
 
+    @locked
     def stop(self) -> None:
         """Tells the ticker to end."""
-        with self._lock:
-            self._stopping = True
-            self._alarm.ring()
+        self._stopping = True
+        self._alarm.ring()
 
     def join(self) -> None:
         """Waits until the ticker has ended."""
@@ -6445,21 +6448,21 @@ class Timers:
                 if moment is not None:
                     self.schedule(channel, moment)
 
+    @locked
     def set_next(self, channel: str, moment: float) -> None:
         """Sets the moment when something is due next in a channel; NEVER for none."""
-        with self._lock:
-            if moment == NEVER:
-                self._moments.pop(channel, None)
-            else:
-                self._moments[channel] = moment
-                heapq.heappush(self._heap, (moment, channel))
-            if len(self._heap) > 2 * len(self._moments) + OUTDATED_MOMENTS:
-                self._heap = [(moment, channel) for channel, moment in self._moments.items()]
-                heapq.heapify(self._heap)
-            self.next_due = moment = self._earliest()
-            if moment < self._sleeps_until:
-                self._sleeps_until = moment  # it need not be woken again for a later one
-                self._alarm.ring()
+        if moment == NEVER:
+            self._moments.pop(channel, None)
+        else:
+            heapq.heappush(self._heap, (moment, channel))
+            self._moments[channel] = moment
+        if len(self._heap) > 2 * len(self._moments) + OUTDATED_MOMENTS:
+            self._heap = [(moment, channel) for channel, moment in self._moments.items()]
+            heapq.heapify(self._heap)
+        self.next_due = moment = self._earliest()
+        if moment < self._sleeps_until:
+            self._sleeps_until = moment  # it need not be woken again for a later one
+            self._alarm.ring()
 
     def _earliest(self) -> float:
         while self._heap:
@@ -6473,18 +6476,21 @@ class Timers:
         """Whether something may be due in a channel."""
         return self._moments.get(channel, NEVER) <= now
 
+    @locked
     def due_channels(self, now: float, count: int) -> list[str]:
-        """Up to `count` channels in which something may be due, the earliest first."""
-        with self._lock:
-            found: dict[str, float] = {}
-            while len(found) < count and self._earliest() <= now:
-                moment, channel = heapq.heappop(self._heap)
-                found[channel] = moment
-                while self._heap and self._heap[0] == (moment, channel):
-                    heapq.heappop(self._heap)
-            for channel, moment in found.items():
-                heapq.heappush(self._heap, (moment, channel))
-            return list(found)
+        """Up to `count` channels in which something may be due, the earliest first.
+
+        Takes nothing off the heap: a signal handler that raises would lose it.
+        """
+        found: dict[str, None] = {}
+        heap, ahead = self._heap, [(moment, 0) for moment in self._heap[:1]]
+        while ahead and ahead[0][0][0] <= now and len(found) < count:
+            (moment, channel), place = heapq.heappop(ahead)
+            if self._moments.get(channel) == moment:
+                found[channel] = None
+            for child in range(2 * place + 1, min(2 * place + 3, len(heap))):
+                heapq.heappush(ahead, (heap[child], child))
+        return list(found)
 
     def _tick(self) -> None:
         while not self._stopping:
@@ -8480,13 +8486,14 @@ class Watch:
 class Waits:
     """Threads that wait, each for a key, until a look at the rows finds something.
 
-    The thread that finds it wakes the others that wait for its key.
+    The thread that finds it wakes the others that wait for its key; not by an Event, whose lock
+    an exception of a signal handler may leave locked.
     """
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
         self._is_stopping = is_stopping
-        self._lock = threading.Lock()  # guards all below
-        self._events: dict[str, set[threading.Event]] = {}  # of the waiting threads, by key
+        self._lock = threading.RLock()  # guards all below
+        self._wakeups: dict[str, set[queue.SimpleQueue[None]]] = {}  # of waiting threads, by key
         self._count = 0
 
     def wait(
@@ -8498,11 +8505,11 @@ class Waits:
     ) -> Optional[T]:
         """What a look finds within some seconds; None if it finds nothing, or the client has
         gone.  `Unavailable` when the server stops."""
-        event, deadline = threading.Event(), time.monotonic() + seconds
-        self._add(key, event, 1)
+        wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
+        deadline = time.monotonic() + seconds
+        self._add(key, wakeups, 1)
         try:
             while True:
-                event.clear()
                 found = look()
                 if found is not None:
                     self.notify(key)
@@ -8513,24 +8520,24 @@ class Waits:
                 if self._is_stopping():
                     raise Unavailable("the server stops")
                 share = LOOK_PAUSE * max(self._count / LOOKS_AT_ONCE, 1)
-                event.wait(min(left, share, LONGEST_PAUSE))
+                with contextlib.suppress(queue.Empty):
+                    wakeups.get(timeout=min(left, share, LONGEST_PAUSE))
         finally:
-            self._add(key, event, -1)
+            self._add(key, wakeups, -1)
 
-    def _add(self, key: str, event: threading.Event, count: int) -> None:
-        with self._lock:
-            self._count += count
-            events = self._events.setdefault(key, set())
-            (events.add if count > 0 else events.discard)(event)
-            if not events:
-                del self._events[key]
+    @locked
+    def _add(self, key: str, wakeups: queue.SimpleQueue[None], count: int) -> None:
+        self._count += count
+        waiting = self._wakeups.setdefault(key, set())
+        (waiting.add if count > 0 else waiting.discard)(wakeups)
+        if not waiting:
+            del self._wakeups[key]
 
+    @locked
     def notify(self, key: str) -> None:
         """Wakes the threads that wait for a key: they look at once."""
-        if key in self._events:
-            with self._lock:
-                for event in self._events.get(key, ()):
-                    event.set()
+        for wakeups in self._wakeups.get(key, ()):
+            wakeups.put(None)
 
 
 class Reply(Operation):
@@ -16312,19 +16319,28 @@ class Transport:
         address = (host,) if scheme == HTTP_UNIX else (host, port)
         self._connect = functools.partial(kind, *address, **options)
         self.warn: Callable[[str], None] = lambda text: client_logger().warning("%s", text)
-        self._lock = threading.Lock()  # guards `closed` and `_connections`
+        self._lock = threading.RLock()  # guards `closed` and `_connections`
         self.closed = False
         self._connections: weakref.WeakSet[_HTTPConnection] = weakref.WeakSet()
         self._thread = threading.local()  # .connection: of the calling thread
 
     def close(self) -> None:
         """Shuts all connections down; later requests, and those that wait, fail."""
-        with self._lock:
-            self.closed = True
-            connections = list(self._connections)
-        for connection in connections:
+        for connection in self._end():
             connection.shutdown()
         self._thread.__dict__.clear()
+
+    @locked
+    def _end(self) -> list[_HTTPConnection]:
+        self.closed = True
+        return list(self._connections)
+
+    @locked
+    def _register(self, connection: _HTTPConnection) -> None:
+        """Lets `close` shut a connection down."""
+        if self.closed:
+            raise Unavailable("the client is closed")
+        self._connections.add(connection)
 
     def encode(
         self,
@@ -16402,10 +16418,7 @@ class Transport:
         server ends it; raises as `request` does.  `stop` ends it too."""
         request = self.encode("GET", path, query, headers=f"Accept: {NDJSON}\r\n")
         connection = self.new_connection()
-        with self._lock:
-            if self.closed:
-                raise Unavailable("the client is closed")
-            self._connections.add(connection)
+        self._register(connection)
         try:
             yield from connection.lines(request, timeout, stop)
         except (OSError, http.client.HTTPException) as error:
@@ -16439,10 +16452,7 @@ class Transport:
         connection: Optional[_HTTPConnection] = getattr(self._thread, "connection", None)
         if connection is None or connection.process != os.getpid():
             connection = self._thread.connection = self.new_connection()
-        with self._lock:
-            if self.closed:
-                raise Unavailable("the client is closed")
-            self._connections.add(connection)
+        self._register(connection)
         return connection
 
     def new_connection(self) -> _HTTPConnection:
@@ -16782,32 +16792,31 @@ class _Deliveries:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards `_deadlines`
+        self._lock = threading.RLock()  # guards `_deadlines`
         self._deadlines: dict[Delivery, float] = {}  # monotonic time until which each is touched
 
+    @locked
     def add(self, message: Message, deadline: float) -> None:
         """Adds the delivery of a message."""
-        with self._lock:
-            self._deadlines[delivery_of(message)] = deadline
+        self._deadlines[delivery_of(message)] = deadline
 
+    @locked
     def discard(self, id: int, lease: Optional[int]) -> None:
         """Removes a delivery; without a lease, each delivery of that message."""
-        with self._lock:
-            for settled in [d for d in self._deadlines if d[0] == id and lease in (None, d[1])]:
-                del self._deadlines[settled]
+        for settled in [d for d in self._deadlines if d[0] == id and lease in (None, d[1])]:
+            del self._deadlines[settled]
 
+    @locked
     def check_deadline(self, id: int, lease: Optional[int]) -> None:
         """`Conflict` if a delivery may not be touched any more."""
-        with self._lock:
-            deadline = self._deadlines.get((id, lease), NEVER)
-        if time.monotonic() > deadline:
+        if time.monotonic() > self._deadlines.get((id, lease), NEVER):
             raise Conflict(
                 f"message {id} has been processed for its `max_time`: it is kept no more"
             )
 
+    @locked
     def __contains__(self, message: Message) -> bool:
-        with self._lock:
-            return delivery_of(message) in self._deadlines
+        return delivery_of(message) in self._deadlines
 
 
 class Outage:
@@ -16817,22 +16826,23 @@ class Outage:
         """`end` is what is reported at the end."""
         self._warn = warn
         self._end = end
-        self._lock = threading.Lock()  # guards `_begun`
+        self._lock = threading.RLock()  # guards `_begun`
         self._begun = False
 
     def begin(self, error: object) -> None:
         """It fails, and another try follows."""
-        with self._lock:
-            known, self._begun = self._begun, True
-        if not known:
+        if not self._note(True):
             self._warn(f"{error}; trying again")
 
     def end(self) -> None:
         """It works."""
-        with self._lock:
-            known, self._begun = self._begun, False
-        if known:
+        if self._note(False):
             self._warn(self._end)
+
+    @locked
+    def _note(self, begun: bool) -> bool:
+        known, self._begun = self._begun, begun
+        return known
 
 
 class _ConsumerLoop:
