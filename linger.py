@@ -8614,7 +8614,7 @@ class Calls:
         """Posts a message and waits for the reply to it: its body and type.
 
         `LingerError` with status 502 if the message was given up, 504 if no reply came in `wait`
-        seconds; then it is deleted, if it was not yet delivered.
+        seconds, or before the server stopped; then it is deleted, if it was not yet delivered.
         """
         for name in ("dedup", "unique"):
             if parameters.get(name) is not None:
@@ -8623,19 +8623,35 @@ class Calls:
         message["headers"] += REPLY_LINE
         state = self._state
         id = state.committer.run(Post(state, message)).id
-        wait_for = functools.partial(self._look_for_reply, id)
-        found = self._waits.wait(f"reply {id}", wait_for, wait, is_disconnected)
-        if found is None:
-            self._withdraw(id, channel)
-            found = self._look_for_reply(id, was_given_up=False)
-        if found is None:
-            raise OutcomeUnknown(f"no reply to message {id} came in {wait:g} seconds")
+        found = self._await_reply(id, channel, wait, is_disconnected)
         if len(found[0]) > KEPT_REPLY:
             state.committer.submit(Change((CLAIM_REPLY,), {"id": id, "body": b""}, lambda _: None))
         return found
 
-    def _withdraw(self, id: int, channel: str) -> None:
-        """Deletes a message that was called, unless it was delivered."""
+    def _await_reply(
+        self, id: int, channel: str, wait: float, is_disconnected: Callable[[], bool]
+    ) -> tuple[bytes, str]:
+        """The reply to a message.  `Unavailable` only if the message was deleted: else something
+        has changed, and who repeats the call may have it done twice."""
+        look = functools.partial(self._look_for_reply, id)
+        try:
+            found = self._waits.wait(f"reply {id}", look, wait, is_disconnected)
+            if found is None and not self._withdraw(id, channel):
+                found = look(was_given_up=False)
+        except Unavailable as error:  # the server stops, or the database fails
+            withdrawn = False
+            with contextlib.suppress(LingerError):
+                withdrawn = self._withdraw(id, channel)
+            if withdrawn:
+                raise
+            reason = str(error).replace(NOTHING_CHANGED, "")
+            raise OutcomeUnknown(f"no reply to message {id} has come: {reason}") from error
+        if found is None:
+            raise OutcomeUnknown(f"no reply to message {id} came in {wait:g} seconds")
+        return found
+
+    def _withdraw(self, id: int, channel: str) -> bool:
+        """Deletes a message that was called, unless it was delivered; whether it did."""
         state, now = self._state, self._state.clock.now()
 
         def effect(results: list[Any]) -> None:
@@ -8643,7 +8659,9 @@ class Calls:
                 state.message_deleted(id, channel, now)
                 state.timers.schedule(channel, now)  # the next of its group
 
-        state.committer.run(Change((DELETE_CALLED,), {"id": id, "channel": channel}, effect))
+        change = Change((DELETE_CALLED,), {"id": id, "channel": channel}, effect)
+        ((deleted, _),) = state.committer.run(change)
+        return bool(deleted)
 
     def _look_for_reply(self, id: int, was_given_up: bool = True) -> Optional[tuple[bytes, str]]:
         """The reply to a message; an error with status 502 if it is gone, or a dead letter."""

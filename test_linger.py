@@ -4029,10 +4029,48 @@ class CallReplyTest(BrokerTest):
     def test_a_stop_ends_those_who_wait(self):
         self.broker.post("r", b"x")
         waiting = self.thread(self.broker.calls.drained, "r", PATIENCE)
-        call, _ = self.call()
+        delivered, message = self.call()
+        call = self.thread(self.broker.calls.call, "q", b"x")
+        until(lambda: self.broker.channel_stats("q")["ready"])
         self.broker.cancel_all()
-        for future in (waiting, call):
+        for future in (waiting, call):  # that message is deleted: nothing has changed
             self.assertIsInstance(future.exception(PATIENCE), linger.Unavailable)
+        error = delivered.exception(PATIENCE)
+        self.assertIsInstance(error, linger.OutcomeUnknown)
+        self.assertIn("to message 2 has come: the server stops", str(error))
+        self.restart()
+        self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 1})
+        self.broker.calls.reply(message.id, b"5", lease=message.lease)
+
+    def test_a_call_whose_database_fails_does_not_say_that_nothing_changed(self):
+        with (
+            unittest.mock.patch.object(
+                self.broker.calls, "_withdraw", side_effect=linger.Unavailable("full")
+            ),
+            self.assertRaisesRegex(linger.OutcomeUnknown, "message 1 has come: full"),
+        ):
+            self.broker.calls.call("q", b"x", wait=0)
+
+    def test_a_call_outlives_a_worker_that_dies(self):
+        for options in ({"timeout": 5}, {"timeout": 5, "deliver": 1, "dead": "d"}):
+            call, message = self.call(**options)
+            self.clock.now += 5
+            self.broker.process_due()
+            if again := self.broker.get("q"):
+                self.assertEqual((again.id, again.delivered), (message.id, 2))
+                self.broker.calls.reply(again.id, b"5", lease=again.lease)
+                self.assertEqual(call.result(PATIENCE)[0], b"5")
+        self.assertIn("given up (deliver)", str(call.exception(PATIENCE)))
+
+    def test_a_group_takes_its_turn_with_each_reply(self):
+        calls = [self.call(group="g")]
+        calls.append((self.thread(lambda: self.broker.calls.call("q", b"x", group="g")), None))
+        until(lambda: self.broker.info("q")["blocked"])
+        for call, message in calls:
+            message = message or self.broker.get("q")
+            self.assertIsNone(self.broker.get("q"))
+            self.broker.calls.reply(message.id, b"5")
+            self.assertEqual(call.result(PATIENCE)[0], b"5")
 
 
 class GroupTest(BrokerTest):
