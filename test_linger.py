@@ -3789,6 +3789,16 @@ class ConcurrencyTest(BrokerTest):
         self.broker.delete_batch([(1, None), (2, None)])
         self.assertEqual(len(self.broker.take(self.broker.consumer(["q"], n=1000))), 2)
 
+    def test_a_batch_from_several_channels_is_as_large_as_what_is_left_in_its_channel(self):
+        self.broker.post_batch("r", [(b"x", "text/plain", {})] * 4)
+        self.broker.set_settings("r", max_in_flight=3)
+        self.broker.get("q")
+        for ids in ([2], [7, 8, 9], []):
+            taken = self.broker.take(self.broker.consumer(["none", "q", "r"], n=5))
+            self.assertEqual([message.id for message in taken], ids)
+        self.broker.set_settings("r", max_in_flight=0)
+        self.assertEqual(len(self.broker.take(self.broker.consumer(["q", "r"], n=5))), 1)
+
     def test_what_is_deleted_on_delivery_is_held_back_as_well(self):
         self.broker.get("q")
         consumer = self.broker.consumer(["q"], n=5, auto=True)
@@ -3890,7 +3900,17 @@ class ConcurrencyTest(BrokerTest):
         self.fill()
         self.assertIsNone(self.broker.get("q"))
         self.broker.set_settings("q", max_in_flight=0)
+        self.broker.pause("other")
         self.assertEqual(len(self.bodies("q")), 4)
+
+    def test_a_change_of_a_message_passes_no_limit(self):
+        self.fill()
+        waiting = self.park("q")
+        self.broker.change(3, delay=5)
+        self.broker.change(3, delay=0, priority=-1)
+        self.assertEqual((self.in_flight(), count_waiting(self.broker)), (2, 1))
+        self.broker.delete(1)
+        self.assertEqual(waiting.result(PATIENCE).id, 3)
 
     def test_of_consumers_that_race_only_so_many_get_one(self):
         with busy(self.broker._committer):
@@ -4316,6 +4336,15 @@ class GroupTest(BrokerTest):
             self.broker.touch(late.id, lease=late.lease)
         self.check()
 
+    def test_an_undone_take_waits_for_one_that_came_back_meanwhile(self):
+        self.broker.reject(1)
+        consumer = self.broker.consumer(["q"], 2, auto=True)
+        taken = self.broker.take(consumer)
+        self.broker.redrive_message(1)
+        self.broker.undo_take(consumer, taken)
+        self.assertEqual(self.states()[:3], ["ready", "ready", "blocked"])
+        self.check()
+
     def test_a_change_keeps_the_order(self):
         self.broker.change(3, delay=0, priority=-5)
         self.assertEqual(self.broker.counters["msg-show"], 0)  # it is still blocked
@@ -4498,6 +4527,12 @@ class ChangeTest(BrokerTest):
         self.clock.now += 5
         self.broker.change(1, delay=10)
         self.broker.delete(1, lease=1)
+
+    def test_a_changed_message_keeps_its_unique_key(self):
+        self.broker.post("q", b"x", unique="k")
+        for options in ({"priority": 2}, {"delay": 5}, {"delay": 0, "dead": "d"}):
+            self.broker.change(1, **options)
+            self.assertEqual(self.broker.post("q", b"y", unique="k"), (1, True))
 
     def test_what_would_never_be_delivered_is_refused(self):
         self.broker.post("q", b"x", linger=20)
@@ -4851,6 +4886,15 @@ class BoundsTest(BrokerTest):
             broker.publish("t", b"x" * 100_000)
         self.assertEqual(broker.stats()["current-messages"], 0)
         broker.post("q", b"x")
+
+    def test_publications_that_are_kept_count_in_the_bound(self):
+        broker = self.restart(max_size=1_000_000)
+        broker.retention.put("t", keep=1_000)
+        with self.assertRaisesRegex(linger.Full, "near its limit of 1000000 bytes"):
+            for _ in range(100):
+                broker.publish("t", b"x" * 10_000)
+        broker.retention.put("t", keep=50)
+        broker.publish("t", b"x" * 10_000)
 
     def test_a_database_that_is_larger_than_its_bound_still_gives_and_deletes(self):
         ids = [self.broker.post("q", b"x" * 10_000).id for _ in range(100)]
@@ -6405,6 +6449,21 @@ class TwoServersTest(OnCluster, BrokerTest):
         waiting = self.park("q")
         self.other.delete(1)
         self.assertEqual(waiting.result(PATIENCE).id, 3)
+
+    def test_the_next_of_a_group_comes_whichever_server_the_one_before_was_taken_at(self):
+        for n in range(3):
+            self.broker.post("q", b"%d" % n, group="a", timeout=5)
+        self.assertEqual(self.other.get("q").id, 1)
+        waiting = self.park("q")
+        self.other.delete(1)
+        second = waiting.result(PATIENCE)
+        self.clock.now += 5  # its consumer has died
+        self.assertEqual((second.id, self.other.get("q", PATIENCE).id), (2, 2))
+        with self.assertRaises(linger.Conflict):
+            self.broker.delete(2, lease=second.lease)
+        self.assertIsNone(self.broker.get("q"))
+        self.other.delete(2)
+        self.assertEqual(self.broker.get("q", PATIENCE).id, 3)
 
     def test_a_pattern_is_known_to_the_other_server_too(self):
         self.broker.patterns.subscribe("q", "a.#")
