@@ -3229,9 +3229,18 @@ class Committer:
         """Puts an operation on the list and returns; its `on_done` tells when it is done."""
         self._pending.append(operation)
         if self._sleeps:
-            self._alarm.ring()
+            self._wake()
         if self._closed:
             self._refuse_pending()
+
+    def _wake(self) -> None:
+        """Wakes the committer thread; whoever submits meanwhile need not."""
+        try:
+            self._sleeps = False
+            self._alarm.ring()
+        except BaseException:  # of a signal handler: the next one that submits tries again
+            self._sleeps = True
+            raise
 
     def run(self, operation: Operation) -> Any:
         """Runs an operation and returns its result; by then it is committed.

@@ -319,6 +319,13 @@ class StoreTest(StoreCase):
         self.addCleanup(Drowsy(store).close)
         self.assertIs(done.get(timeout=PATIENCE), late)
 
+    def test_an_interrupt_as_the_committer_is_woken_delays_only_that_operation(self):
+        committer = self.open()
+        until(lambda: committer._sleeps)
+        with unittest.mock.patch.object(committer._alarm, "ring", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, committer.submit, linger.Operation())
+        self.thread(committer.run, linger.Operation()).result(PATIENCE)
+
     def test_an_operation_that_joins_is_in_the_same_transaction(self):
         committer, joined = self.open(), linger.Operation((linger.GET_CONFIG,), {"key": "k"})
 
