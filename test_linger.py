@@ -16104,6 +16104,16 @@ class Browser:
         self.driver.communicate(timeout=PATIENCE)
 
 
+@functools.lru_cache(None)
+def shared_browser():
+    """The browser of all tests, which is started for the first that needs it."""
+    folder = tempfile.mkdtemp(prefix="linger-test-")
+    unittest.addModuleCleanup(shutil.rmtree, folder, ignore_errors=True)
+    browser = Browser(folder)
+    unittest.addModuleCleanup(browser.close)
+    return browser
+
+
 class Pages(http.server.BaseHTTPRequestHandler):
     """Answers with an empty page, and with the header that its query names."""
 
@@ -16183,10 +16193,7 @@ class BrowserTest(ProcessCase):
 
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.mkdtemp(prefix="linger-test-")
-        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
-        cls.browser = Browser(folder)
-        cls.addClassCleanup(cls.browser.close)
+        cls.browser = shared_browser()
         pages = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
         cls.addClassCleanup(pages.server_close)
         cls.pages = pages.server_port
@@ -16431,7 +16438,7 @@ class DocumentTokenTest(ServerTest):
             self.assertEqual(self.call("GET", "/dead-letters", None, bearer(token))[0], status)
 
 
-# What a user does with the page, and what is seen on it.
+# What a user does with the page, and what is seen on it: returned at once, or when it is expected.
 HANDS = """
 const scope = () => document.querySelector("dialog[open]") || document.body;
 const seen = element => element.checkVisibility();
@@ -16464,6 +16471,7 @@ const hands = {
         return [...rows].map(row => [...row.cells].map(
             cell => cell.innerText.trim().replace(/\\s+/g, " ")));
     },
+    column: (label, number) => hands.rows(label).map(row => row[number]),
     value(name) {
         const terms = [...document.querySelectorAll("dt")];
         return terms.find(term => term.textContent === name)?.nextSibling.textContent;
@@ -16478,7 +16486,36 @@ const hands = {
     light: () => document.getElementById("light").textContent,
     wrong: () => document.querySelector("dialog[open] .wrong, form .wrong")?.textContent,
 };
-return hands[arguments[0]](...[...arguments].slice(1));
+const [expected, patience, what, ...given] = arguments;
+const isExpected = seen => expected === true ? seen
+    : expected?.pattern ? new RegExp(expected.pattern).test(seen ?? "")
+    : JSON.stringify(seen) === JSON.stringify(expected);
+return new Promise(done => {
+    let seen = null;
+    const look = () => {
+        seen = hands[what](...given) ?? null;
+        if (!patience || isExpected(seen)) {
+            end();
+        }
+    };
+    const observer = new MutationObserver(look);
+    const timer = setTimeout(() => end(), 1000 * patience);
+    const end = () => {
+        observer.disconnect();
+        clearTimeout(timer);
+        done(seen);
+    };
+    observer.observe(document, {
+        subtree: true, childList: true, attributes: true, characterData: true,
+    });
+    look();
+});
+"""
+
+# Lets the pauses between two looks of the page at the server be shorter than they are.
+HURRY = """
+const wait = window.setTimeout;
+window.setTimeout = (work, time) => wait(work, time > 5000 ? time : time / 10);
 """
 
 
@@ -16496,10 +16533,10 @@ class DashboardCase(Folder):
 
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.mkdtemp(prefix="linger-test-")
-        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
-        cls.browser = Browser(folder)
-        cls.addClassCleanup(cls.browser.close)
+        cls.browser = shared_browser()
+        added = cls.browser.command("Page.addScriptToEvaluateOnNewDocument", source=HURRY)
+        remove = "Page.removeScriptToEvaluateOnNewDocument"
+        cls.addClassCleanup(cls.browser.command, remove, **added)
 
     def tearDown(self):
         """The page has failed nowhere, and kept to its policy."""
@@ -16525,15 +16562,31 @@ class DashboardCase(Folder):
         until(lambda: claim() or select.select([], [], [], 0.01)[0])
 
     def see(self, what, *arguments):
-        return self.browser.run(HANDS, what, *arguments)
+        return self.browser.run(HANDS, None, 0, what, *arguments)
+
+    def await_seen(self, expected, what, *arguments):
+        """Waits until what is seen is what is expected, or matches it, or is true."""
+        wanted = expected
+        if isinstance(expected, re.Pattern):
+            wanted = {"pattern": expected.pattern}
+        seen, deadline = None, time.monotonic() + PATIENCE
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                seen = self.browser.run(HANDS, wanted, left, what, *arguments)
+            except AssertionError as error:  # the page is loaded anew
+                if "unload" not in str(error):
+                    raise
+                continue
+            if seen == expected or (isinstance(expected, re.Pattern) and expected.search(seen)):
+                return
+        self.fail(f"{what} {arguments}: expected {expected}, but saw {seen}")
 
     def click(self, text):
-        self.until(lambda: self.see("click", text))
+        self.await_seen(True, "click", text)
 
     def fill(self, **values):
         for name, value in values.items():
-            fill = functools.partial(self.see, "fill", name.replace("_", " "), value)
-            self.until(fill)
+            self.await_seen(True, "fill", name.replace("_", " "), value)
 
     def go(self, path):
         self.browser.run("location.hash = `#/${arguments[0]}`", path)
@@ -16541,37 +16594,11 @@ class DashboardCase(Folder):
     def await_value(self, name, value):
         self.await_seen(value, "value", name)
 
-    def await_seen(self, expected, what, *arguments):
-        """Waits until what is seen is what is expected, or matches it."""
-        last = None
-
-        def is_seen():
-            nonlocal last
-            last = self.see(what, *arguments)
-            if isinstance(expected, re.Pattern):
-                return isinstance(last, str) and expected.search(last)
-            return last == expected
-
-        try:
-            self.until(is_seen)
-        except AssertionError:
-            self.fail(f"{what} {arguments}: expected {expected}, but saw {last}")
-
     def column(self, table, number=0):
-        return [row[number] for row in self.see("rows", table)]
+        return self.see("column", table, number)
 
     def await_column(self, expected, table, number=0):
-        last = None
-
-        def is_seen():
-            nonlocal last
-            last = self.column(table, number)
-            return last == expected
-
-        try:
-            self.until(is_seen)
-        except AssertionError:
-            self.fail(f"{table}: expected {expected}, but saw {last}")
+        self.await_seen(expected, "column", table, number)
 
 
 class DashboardTest(DashboardCase):
