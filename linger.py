@@ -905,6 +905,16 @@ CHANNEL_PARAMETERS = (
         "max-in-flight", None, _integer_from(0), "limit of messages in flight, 0 = unlimited"
     ),
 )
+# For a topic.
+RETENTION_PARAMETERS = (
+    Parameter(
+        "keep",
+        None,
+        functools.partial(parse_integer, minimum=1, maximum=MAX_KEPT),
+        "publications to keep, the last ones",
+    ),
+    Parameter("keep-for", None, _integer_from(1), "seconds to keep each publication"),
+)
 ALL_PARAMETERS = MESSAGE_PARAMETERS + SINGLE_PARAMETERS
 CALL_PARAMETERS = tuple(p for p in ALL_PARAMETERS if p.name not in ("dedup", "dedup-for", "unique"))
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
@@ -9228,10 +9238,7 @@ class Retention:
         check_name("topic", topic)
         if keep is None and keep_for is None:
             raise BadRequest("give keep, keep-for, or both")
-        if keep is not None:
-            parse_integer("keep", keep, 1, MAX_KEPT)
-        if keep_for is not None:
-            parse_integer("keep-for", keep_for, 1)
+        parse_parameters({"keep": keep, "keep-for": keep_for}, RETENTION_PARAMETERS)
         self._set(topic, keep, keep_for)
 
     def clear(self, topic: str) -> None:
@@ -10485,7 +10492,7 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "change_message": tuple(p.name for p in CHANGE_PARAMETERS),
     "subscribe": (*MESSAGE_NAMES, "since"),
     "open_stream": ("since",),
-    "set_topic_settings": ("keep", "keep-for"),
+    "set_topic_settings": tuple(p.name for p in RETENTION_PARAMETERS),
     "list_publications": ("since", "n", "whole"),
     "subscribe_pattern": MESSAGE_NAMES,
     "publish_message": ("msg", "keep", *SINGLE_NAMES),
@@ -11958,7 +11965,7 @@ PAGE_STYLE = r"""
 [hidden] { display: none !important; }
 html { color-scheme: light dark; scrollbar-gutter: stable; }
 body {
-    margin: 0; background: var(--back); color: var(--text); line-height: 1.45;
+    margin: 0; background: var(--back); color: var(--text);
     font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
     font-variant-numeric: tabular-nums;
 }
@@ -11969,18 +11976,27 @@ main:focus, h1:focus { outline: none; }
 h1 { font-size: 1.4rem; font-weight: 650; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1rem; font-weight: 600; margin: 0; }
 pre, .mono { font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+th, dt, summary, small, ::placeholder, .server, .crumbs, .zero, .none, .pages, .mark, .legend,
+.hint, .bar nav a, .tabs button { color: var(--muted); }
 
-.bar {
-    display: flex; flex-wrap: wrap; align-items: center; gap: 4px 24px; padding: 10px 24px;
-    min-height: 55px; background: var(--card); border-bottom: 1px solid var(--line);
+.bar, .bar .server, .brand, .head, .actions, .card > header, .pages {
+    display: flex; align-items: center; gap: 8px;
 }
-.brand { display: flex; align-items: center; gap: 10px; font-weight: 650; color: var(--text); }
+.bar, .head, .actions, .card > header { flex-wrap: wrap; }
+.bar {
+    gap: 4px 24px; padding: 10px 24px; min-height: 55px; background: var(--card);
+    border-bottom: 1px solid var(--line);
+}
+.brand { font-weight: 650; color: var(--text); }
 .brand svg { width: 22px; height: 22px; color: var(--accent); }
 .bar nav { display: flex; gap: 4px; }
-.bar nav a { padding: 6px 12px; border-radius: 6px; color: var(--muted); }
-.bar nav a:hover { background: var(--hover); text-decoration: none; }
-.bar nav a[aria-current] { color: var(--text); background: var(--hover); font-weight: 600; }
-.server { margin-left: auto; display: flex; align-items: center; gap: 16px; color: var(--muted); }
+.bar nav a { padding: 6px 12px; border-radius: 6px; }
+.bar nav a:hover { text-decoration: none; }
+.bar nav [aria-current="page"], .tabs [aria-pressed="true"] {
+    color: var(--text); background: var(--hover); font-weight: 600;
+}
+.bar .server { gap: 16px; }
+.server, .head .actions, header .actions { margin-left: auto; }
 .light::before {
     content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%;
     margin-right: 7px; background: var(--strong-line);
@@ -11994,112 +12010,95 @@ main { max-width: 1240px; margin: 0 auto; padding: 20px 24px 64px; }
 }
 .stale main { opacity: 0.6; }
 
-.head { display: flex; flex-wrap: wrap; align-items: center; gap: 10px 12px; margin-bottom: 16px; }
-.head .actions { margin-left: auto; }
-.actions { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.head { gap: 10px 12px; margin-bottom: 16px; }
 .actions:empty { display: none; }
-.crumbs { margin-bottom: 2px; color: var(--muted); }
+.crumbs { margin-bottom: 2px; }
 .card {
     background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-    margin-bottom: 20px; min-width: 0;
+    margin: 0 0 20px; min-width: 0;
 }
-.card > header {
-    display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px; padding: 12px 16px;
-}
-.card > header .actions { margin-left: auto; }
-.card > .inside { padding: 4px 16px 16px; }
+.card > header { gap: 8px 16px; padding: 12px 16px; }
+.inside { padding: 4px 16px 16px; }
+.inside ul { margin: 0; padding-left: 18px; }
+.inside .actions { margin-top: 12px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 0 20px; }
 
 .facts {
-    display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr));
-    margin: 0 0 20px; background: var(--card); border: 1px solid var(--line);
-    border-radius: 10px; overflow: hidden;
+    display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); overflow: hidden;
 }
 .facts div { padding: 10px 16px; box-shadow: -1px -1px 0 var(--line); }
-.facts dt { color: var(--muted); font-size: 13px; }
 .facts dd { margin: 0; font-size: 1.15rem; font-weight: 600; white-space: nowrap; }
 .list { display: grid; grid-template-columns: max-content 1fr; gap: 6px 24px; margin: 0; }
-.list dt { color: var(--muted); }
-.inside ul { margin: 0; padding-left: 18px; }
-.inside .actions { margin-top: 12px; }
 .list dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 
 .scroll { overflow-x: auto; }
 .live .scroll { max-height: 40vh; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: 8px 16px; text-align: left; white-space: nowrap; vertical-align: middle; }
-th { color: var(--muted); font-size: 13px; font-weight: 500; border-bottom: 1px solid var(--line); }
-td { border-bottom: 1px solid var(--line); }
+th, td {
+    padding: 8px 16px; text-align: left; white-space: nowrap; vertical-align: middle;
+    border-bottom: 1px solid var(--line);
+}
+th, .facts dt, .legend, .tip, button.small { font-size: 13px; }
+th { font-weight: 500; }
 tbody tr:last-child td { border-bottom: 0; }
-tbody tr:hover { background: var(--hover); }
 .number { text-align: right; }
-.zero { color: var(--muted); }
 th.action { font-size: 0; }
 .wide { width: 100%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
 .tick { width: 1px; padding-right: 0; }
-th button { color: inherit; background: none; border: 0; padding: 0; font: inherit; }
-th button:hover { color: var(--text); }
-th[aria-sort] { color: var(--text); font-weight: 600; }
-th[aria-sort="ascending"] button::after { content: " ↑"; }
-th[aria-sort="descending"] button::after { content: " ↓"; }
-.none { padding: 28px 16px; color: var(--muted); text-align: center; }
-.pages { display: flex; gap: 8px; align-items: center; padding: 10px 16px; color: var(--muted); }
+th button { color: inherit; background: none; border: 0; padding: 0; }
+[aria-sort$="ending"] { color: var(--text); font-weight: 600; }
+[aria-sort="ascending"] button::after { content: " ↑"; }
+[aria-sort="descending"] button::after { content: " ↓"; }
+.none { padding: 28px 16px; text-align: center; }
+.pages { padding: 10px 16px; }
 .pages span { margin-right: auto; }
 .mark {
     display: inline-block; font-size: 12px; padding: 1px 8px; border-radius: 9px; font-weight: 400;
-    border: 1px solid var(--strong-line); color: var(--muted); max-width: 16em; overflow: hidden;
+    border: 1px solid var(--strong-line); max-width: 16em; overflow: hidden;
     text-overflow: ellipsis; vertical-align: bottom;
 }
 .mark.warn { border-color: var(--warn); color: var(--warn); }
-.spark { width: 96px; height: 22px; display: block; }
-.spark polyline { fill: none; stroke: var(--blue); stroke-width: 1.5; }
 
-button, .button, input, select, textarea { font: inherit; color: inherit; border-radius: 6px; }
-button {
-    padding: 5px 13px; background: var(--card); border: 1px solid var(--strong-line);
-    cursor: pointer; white-space: nowrap;
+button, input, select, textarea {
+    font: inherit; color: inherit; border-radius: 6px; padding: 6px 10px;
+    background: var(--card); border: 1px solid var(--strong-line);
 }
-button:hover { background: var(--hover); }
+button { padding: 5px 13px; cursor: pointer; white-space: nowrap; }
+button:hover, .bar nav a:hover, tbody tr:hover { background: var(--hover); }
 button:disabled { opacity: 0.5; cursor: default; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 button.main:hover { filter: brightness(1.1); }
 button.danger { border-color: var(--bad); color: var(--bad); }
-button.small { padding: 2px 10px; font-size: 13px; }
-input, select, textarea {
-    padding: 6px 10px; background: var(--card); border: 1px solid var(--strong-line); width: 100%;
-}
-select { width: auto; }
+button.small { padding: 2px 10px; }
+input, textarea { width: 100%; }
 input[type="checkbox"] { width: auto; accent-color: var(--accent); vertical-align: middle; }
 input[type="search"] { width: 220px; max-width: 100%; }
-::placeholder { color: var(--muted); opacity: 1; }
+::placeholder { opacity: 1; }
 .tabs { display: flex; flex-wrap: wrap; gap: 4px; }
-.tabs button { border-color: transparent; background: none; color: var(--muted); }
+.tabs button { border-color: transparent; }
 .tabs button::first-letter { text-transform: uppercase; }
-.tabs button:hover { background: var(--hover); }
-.tabs [aria-pressed="true"] { background: var(--hover); color: var(--text); font-weight: 600; }
 
 dialog {
     border: 1px solid var(--line); border-radius: 12px; padding: 0; background: var(--card);
     color: var(--text); width: min(560px, calc(100vw - 24px)); max-height: calc(100vh - 24px);
-    overflow: hidden;
-    box-shadow: 0 16px 48px rgb(0 0 0 / 30%);
+    overflow: hidden; box-shadow: 0 16px 48px rgb(0 0 0 / 30%);
 }
 dialog::backdrop { background: rgb(0 0 0 / 45%); }
 dialog[open], form { display: flex; flex-direction: column; min-height: 0; }
-form h2 { padding: 20px 24px 12px; }
+form h2 { padding: 20px 24px 12px; overflow-wrap: anywhere; }
 .fields { display: grid; gap: 14px; padding: 2px 24px; overflow-y: auto; }
 .fields .grid {
     display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px;
 }
-form label { display: grid; gap: 4px; font-weight: 500; align-content: start; }
-form label.checkbox { grid-template-columns: auto 1fr; gap: 4px 8px; }
+label { display: grid; gap: 4px; font-weight: 500; align-content: start; }
+label.checkbox { grid-template-columns: auto 1fr; gap: 4px 8px; }
 .checkbox input { order: -1; }
 .checkbox small { grid-column: 1 / -1; }
-form small { color: var(--muted); font-weight: 400; }
-form textarea { min-height: 120px; resize: vertical; }
+small { font-weight: 400; }
+textarea { min-height: 120px; resize: vertical; }
 form > .actions { justify-content: flex-end; padding: 14px 24px 20px; }
 .wrong { color: var(--bad); margin: 0; }
-details > summary { cursor: pointer; color: var(--muted); margin-bottom: 12px; }
+summary { cursor: pointer; margin-bottom: 12px; }
 .narrow { max-width: 460px; margin: 48px auto; }
 
 .chart { position: relative; padding: 0 16px 12px; }
@@ -12107,22 +12106,18 @@ details > summary { cursor: pointer; color: var(--muted); margin-bottom: 12px; }
 .chart text { fill: var(--muted); font-size: 11px; }
 .chart .grid { stroke: var(--line); }
 .chart .cross { stroke: var(--strong-line); }
-.chart polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-.legend {
-    display: flex; flex-wrap: wrap; gap: 2px 18px; width: 100%;
-    font-size: 13px; color: var(--muted);
-}
+polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke: var(--blue); }
+.spark { width: 96px; height: 22px; display: block; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; width: 100%; }
 .legend b { color: var(--text); font-weight: 600; }
 .legend i { display: inline-block; width: 10px; height: 3px; margin: 0 6px 3px 0; }
 .tip {
-    position: absolute; top: 0; pointer-events: none; background: var(--card); font-size: 13px;
-    border: 1px solid var(--strong-line); border-radius: 8px; padding: 6px 10px; z-index: 1;
+    position: absolute; top: 0; pointer-events: none; background: var(--card); z-index: 1;
+    border: 1px solid var(--strong-line); border-radius: 8px; padding: 6px 10px;
     white-space: nowrap;
 }
-.tip table { width: auto; }
 .tip td { padding: 0 0 0 12px; border: 0; }
 .tip td:first-child { padding: 0; }
-.tip tr:hover { background: none; }
 
 pre.body {
     margin: 0; padding: 12px 16px; overflow: auto; max-height: 60vh; white-space: pre-wrap;
@@ -12135,13 +12130,14 @@ pre.hex { white-space: pre; overflow-wrap: normal; }
 }
 .toast.wrong { background: var(--bad-back); color: var(--bad); border: 1px solid var(--bad); }
 .toast:empty { display: none; }
-.skip { position: absolute; left: -9999px; }
-.skip:focus { left: 8px; top: 8px; background: var(--card); padding: 6px 12px; z-index: 3; }
-.hint { color: var(--muted); margin: 0; }
+.skip { position: absolute; left: -9999px; z-index: 3; }
+.skip:focus { left: 8px; top: 8px; }
+.hint { margin: 0; }
 
 @media (max-width: 720px) {
     .bar { padding: 8px 14px; }
-    .bar nav { order: 1; width: 100%; margin-left: -10px; }
+    .bar nav { order: 1; width: 100%; margin-left: -8px; gap: 0; flex-wrap: wrap; }
+    .bar nav a { padding: 6px 8px; }
     .server { gap: 12px; }
     main { padding: 14px 12px 56px; }
     .alert { padding: 10px 14px; }
@@ -12151,10 +12147,10 @@ pre.hex { white-space: pre; overflow-wrap: normal; }
     .tabs button { padding: 5px 7px; font-size: 14px; }
     .facts { grid-template-columns: repeat(auto-fit, minmax(100px, 1fr)); }
     .facts div { padding: 8px 12px; }
-    .pair { grid-template-columns: minmax(0, 1fr); }
+    .pair, .list { grid-template-columns: minmax(0, 1fr); }
     .head .actions { margin-left: 0; width: 100%; }
     input[type="search"] { width: 180px; }
-    .list { grid-template-columns: minmax(0, 1fr); gap: 0; }
+    .list { gap: 0; }
     .list dd { margin-bottom: 8px; }
 }
 """
@@ -12234,10 +12230,25 @@ async function get(target, signal) {
     return response.json().catch(() => { throw new Failure(0, OFFLINE); });
 }
 
+// What a button or the values of a form do: a call.  The values are its parameters, but for those
+// whose names begin with `_`.  `target` is its path or makes it of the values, as `said` makes the
+// sentence of the JSON of the response, the response and the values.
+const doing = (method, target, said) => async (values = {}) => {
+    const parameters = Object.entries(values).filter(([name]) => name[0] !== "_");
+    const place = typeof target === "string" ? target : target(values);
+    const response = await call(method, place + query(Object.fromEntries(parameters)),
+        values._body && {body: values._body, type: values._type || "text/plain"});
+    return typeof said === "string" ? said
+        : said(await response.json().catch(() => ({})), response, values);
+};
+
 const can = right => access.rights.includes(right);
 const canServer = () => can("admin") && !access.restricted;
 
-// Repeats some work while the view is there and the page is seen; returns what hastens it.
+const polls = new Set();
+const refresh = () => polls.forEach(hasten => hasten());
+
+// Repeats some work while the view is there and the page is seen, at once after a `refresh`.
 function poll(period, work, signal, load = LOAD) {
     let wake = null, again = false;
     const hasten = () => {
@@ -12252,26 +12263,21 @@ function poll(period, work, signal, load = LOAD) {
         while (!signal.aborted) {
             again = false;
             const started = performance.now();
-            try {
-                await work();
-                problem(work, "");
-            } catch (error) {
-                if (!signal.aborted) {
-                    problem(work, describe(error));
-                }
-            }
+            problem(work, await work().then(() => "",
+                error => signal.aborted ? "" : describe(error)));
             const took = load * (performance.now() - started);
             do {
-                if (!again && !signal.aborted) {
+                if (!again) {
                     await pause(Math.max(period, Math.min(took, LONGEST_PAUSE)));
                 }
-            } while (document.hidden && !again && !signal.aborted);
+            } while (document.hidden && !again);
         }
+        polls.delete(hasten);
         problem(work, "");
     };
+    polls.add(hasten);
     signal.addEventListener("abort", hasten);
     loop();
-    return hasten;
 }
 
 function describe(error) {
@@ -12304,27 +12310,33 @@ async function stream(target, onOpen, onEvent, signal) {
 const $ = id => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 
-function fill(element, properties, children) {
-    for (const [name, value] of Object.entries(properties)) {
+// An element: its tag and classes with dots between, its properties if it has any, its children.
+function h(name, ...children) {
+    const [tag, ...classes] = name.split(".");
+    const isShape = ["svg", "line", "polyline", "text"].includes(tag);
+    const element = isShape ? document.createElementNS(SVG, tag) : document.createElement(tag);
+    const given = children[0]?.constructor === Object ? children.shift() : {};
+    for (const [key, value] of Object.entries({class: classes.join(" ") || null, ...given})) {
         if (typeof value === "function") {
-            element.addEventListener(name.slice(2), value);
+            element.addEventListener(key.slice(2), value);
         } else if (value !== false && value != null) {
-            element.setAttribute(name, value === true ? "" : value);
+            element.setAttribute(key, value === true ? "" : value);
         }
     }
     element.append(...children.flat(Infinity).filter(child => child != null && child !== false));
     return element;
 }
 
-const h = (tag, properties = {}, ...children) =>
-    fill(document.createElement(tag), properties, children);
-const svg = (tag, properties = {}, ...children) =>
-    fill(document.createElementNS(SVG, tag), properties, children);
-const actions = (...items) => h("div", {class: "actions"}, items);
-const card = (title, head, ...content) => h("section", {class: "card"},
-    h("header", {}, typeof title === "string" ? h("h2", {}, title) : title, head), content);
+const bdi = text => h("bdi", text);
+const actions = (...items) => h("div.actions", items);
+const card = (title, head, ...content) => h("section.card",
+    h("header", typeof title === "string" ? h("h2", title) : title, head), content);
 const button = (text, onclick, look = "") =>
     h("button", {type: "button", class: look, onclick}, text);
+const linkTo = (kind, name, text = name) =>
+    h("a", {href: `#/${kind}/${encodeURIComponent(name)}`}, bdi(text));
+const heading = (above, title, ...tools) =>
+    h("div.head", h("div", h("div.crumbs", above), h("h1", title)), actions(tools));
 
 function put(element, text) {
     if (element.textContent !== String(text)) {
@@ -12343,17 +12355,13 @@ function renew(element, key, make) {
 const problems = new Map();  // what is wrong now, by what found it
 
 function problem(source, text) {
-    const wasGone = document.body.classList.contains("stale");
-    if (text) {
-        problems.set(source, text);
-    } else {
-        problems.delete(source);
-    }
-    const texts = [...new Set(problems.values())];
+    problems.set(source, text);
+    const texts = [...new Set(problems.values())].filter(Boolean);
     put($("problem"), texts.join(" "));
     $("problem").hidden = !texts.length;
+    const wasGone = document.body.classList.contains("stale");
     if (document.body.classList.toggle("stale", texts.includes(OFFLINE)) !== wasGone) {
-        lookAgain();
+        refresh();
     }
 }
 
@@ -12363,7 +12371,7 @@ function toast(text, look = "") {
     put($("toast"), text);
     $("toast").className = `toast ${look}`;
     clearTimeout(toastTimer);
-    toastTimer = setTimeout(() => put($("toast"), ""), look ? 15_000 : 5000);
+    toastTimer = setTimeout(() => put($("toast"), ""), look ? 15_000 : 6000);
 }
 
 // Does what a button is for; says what came of it.
@@ -12373,6 +12381,7 @@ async function act(work) {
     } catch (error) {
         toast(describe(error), "wrong");
     }
+    refresh();
 }
 
 // -- Numbers
@@ -12380,6 +12389,7 @@ async function act(work) {
 const NONE = "\u2013";
 const number = value => value.toLocaleString("en");
 const plural = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
+const short = value => value.toLocaleString("en", {notation: "compact"});
 
 function rate(value) {
     return value >= 100 ? number(Math.round(value)) : value.toLocaleString("en", {
@@ -12389,7 +12399,7 @@ function rate(value) {
 
 function duration(seconds) {
     const units = [["d", 86_400], ["h", 3_600], ["min", 60], ["s", 1]];
-    const first = Math.max(units.findIndex(([, size]) => seconds >= size), 0);
+    const first = units.findIndex(([, size]) => seconds >= size);
     if (seconds < 60) {
         return `${Math.floor(seconds)} s`;
     }
@@ -12408,50 +12418,47 @@ function bytes(size) {
 
 // -- Tables
 
-// A table that is updated in place, so that the focus stays where it is.  A column has a `title`,
-// and `text(item)` for its cells, or `make(item)`, called once for each row, or `draw(cell, item)`.
+// A table that is updated in place, so that the focus stays where it is.  A column has a `title`
+// or `head`, and `make(item)`, called once for each row, or `draw(cell, item)`.
 function table(label, columns, key, none) {
     let rows = new Map();
     const body = h("tbody");
-    const heads = columns.map(column =>
-        h("th", {scope: "col", class: column.class}, column.head || column.title || null));
-    const list = h("div", {class: "scroll"}, h("table", {"aria-label": label},
-        h("thead", {}, h("tr", {}, heads)), body));
-    const empty = h("div", {class: "none"}, none);
-    function make(item) {
-        const cells = columns.map(column =>
-            h("td", {class: column.class}, column.make ? column.make(item) : null));
-        return {cells, element: h("tr", {}, cells)};
-    }
+    const heads = columns.map(({title, look, by, head}) =>
+        h("th", {scope: "col", class: look, "data-by": by}, head || title));
+    const list = h("div.scroll", {hidden: true},
+        h("table", {"aria-label": label}, h("thead", h("tr", heads)), body));
+    const empty = h("div.none", {hidden: true}, none);  // until it is known
+    const make = item =>
+        h("tr", columns.map(column => h("td", {class: column.look}, column.make?.(item))));
     function update(items) {
-        const kept = new Map(items.map(item => [key(item), rows.get(key(item)) || make(item)]));
+        rows = new Map(items.map(item => [key(item), rows.get(key(item)) || make(item)]));
         for (const item of items) {
-            columns.forEach((column, n) => {
-                const cell = kept.get(key(item)).cells[n];
-                if (column.text) {
-                    put(cell, column.text(item));
-                }
-                column.draw?.(cell, item);
-            });
+            const {cells} = rows.get(key(item));
+            columns.forEach((column, n) => column.draw?.(cells[n], item));
         }
-        rows = kept;
-        const elements = [...kept.values()].map(row => row.element);
+        const elements = [...rows.values()];
         if (elements.length !== body.children.length
                 || elements.some((element, n) => element !== body.children[n])) {
             body.replaceChildren(...elements);
         }
         list.hidden = !items.length;
-        empty.hidden = items.length > 0;
+        empty.hidden = !list.hidden;
+        return [...rows.keys()];
     }
-    update([]);
-    empty.hidden = true;  // until it is known
-    return {element: h("div", {}, list, empty), heads, update};
+    return {element: h("div", list, empty), heads, update};
 }
 
-// A column of numbers, in which a zero does not catch the eye.
+const column = (title, make, look = "") => ({title, make, look});
+const action = make => column("Action", make, "number action");
+
+// A column of texts that change,
+const texts = (title, text, look = "") =>
+    ({title, look, draw: (cell, item) => put(cell, text(item) ?? NONE)});
+
+// and one of numbers, in which a zero does not catch the eye.
 function count(title, value, look = "", show = number) {
     return {
-        title, class: `number ${look}`,
+        title, look: `number ${look}`,
         draw(cell, item) {
             const n = value(item);
             put(cell, n == null ? NONE : show(n));
@@ -12460,82 +12467,83 @@ function count(title, value, look = "", show = number) {
     };
 }
 
-const ACTION = {title: "Action", class: "number action"};
+const PAGE = 50;  // items that a page of a list shows
 
-const linkTo = (kind, name, text = name) =>
-    h("a", {href: `#/${kind}/${encodeURIComponent(name)}`}, h("bdi", {}, text));
-
-// Pages of a list of which each is known by the last item of the one before.
-function pager(size, onturn) {
+// The pages of a list, each known by the last item of the one before.  `load(after)` returns the
+// items of a page.  What comes after another page was turned to is dropped.
+function paged(signal, period, list, load, onturn = () => {}) {
     const starts = [null];
-    let last = null;
-    const note = h("span");
-    const turn = start => {
-        start();
+    let keys = [], turns = 0;
+    const turn = change => {
+        change();
+        turns++;
         onturn();
+        refresh();
     };
+    const reset = () => turn(() => { starts.length = 1; });
+    const note = h("span");
     const back = button("Previous", () => turn(() => starts.pop()), "small");
-    const next = button("Next", () => turn(() => starts.push(last)), "small");
-    return {
-        element: h("div", {class: "pages"}, note, back, next),
-        get after() { return starts[starts.length - 1]; },
-        reset() { starts.length = 1; },
-        update(keys) {
-            last = keys[keys.length - 1];
-            back.disabled = starts.length === 1;
-            next.disabled = keys.length < size;
-            put(note, starts.length > 1 ? `Page ${starts.length}` : "");
-            this.element.hidden = back.disabled && next.disabled;
-        },
-    };
-}
-
-// Repeats the listing of a page.  `target()` is its path; `show(listed)` returns the keys of what
-// was listed.  What comes after another page was turned to is dropped.
-function pollList(period, pages, target, show, signal) {
-    return poll(period, async () => {
-        const asked = target();
-        const listed = await get(asked, signal).catch(error => {
-            if (error.status === 404) {  // that after which the page begins has gone
-                pages.reset();
+    const next = button("Next", () => turn(() => starts.push(keys.at(-1))), "small");
+    const pages = h("div.pages", {hidden: true}, note, back, next);
+    poll(period, async () => {
+        const asked = turns, after = starts.at(-1);
+        const items = await load(after).catch(error => {
+            if (error.status !== 404 || after == null) {
+                throw error;
             }
-            throw error;
         });
-        if (asked === target()) {
-            pages.update(show(listed));
+        if (!items) {
+            reset();  // that after which the page begins has gone
+        } else if (asked === turns) {
+            keys = list.update(items);
+            back.disabled = starts.length === 1;
+            next.disabled = keys.length < PAGE;
+            put(note, starts.length > 1 ? `Page ${starts.length}` : "");
+            pages.hidden = back.disabled && next.disabled;
         }
     }, signal);
+    return {element: h("div", list.element, pages), reset};
+}
+
+// The same for a list of which the server tells all at once.
+async function pageOf(items, key, after) {
+    const start = after == null ? 0 : items.findIndex(item => key(item) === after) + 1;
+    if (after != null && !start) {
+        throw new Failure(404, "");
+    }
+    return items.slice(start, start + PAGE);
+}
+
+function search(label, onchange) {
+    let timer = 0;
+    return h("input", {type: "search", placeholder: label, "aria-label": label, oninput: event => {
+        clearTimeout(timer);
+        timer = setTimeout(() => onchange(event.target.value.toLowerCase()), 200);
+    }});
 }
 
 // -- Forms
 
 // A field: name, label, help, value, placeholder, type of an input or `kind` area; `must`: the text
 // that has to be typed before anything can be sent.
-function control(field) {
-    const properties = {
-        name: field.name, placeholder: field.placeholder, required: Boolean(field.required),
-        autocomplete: "off", spellcheck: "false", list: field.list, type: field.type,
-    };
-    const input = h(field.kind === "area" ? "textarea" : "input", properties);
-    if (field.type !== "checkbox") {
-        input.value = field.value ?? "";
-    }
-    return h("label", {class: field.type}, h("span", {}, field.label), input,
-        field.help ? h("small", {}, field.help) : null);
+function control({label, help, kind = "input", must, ...field}) {
+    return h("label", {class: field.type}, h("span", label),
+        h(kind, {autocomplete: "off", spellcheck: "false", ...field}), help && h("small", help));
 }
 
-// A form; `send(values)` returns what to say when it is done.  If that fails, the form stays.
+// A form: `some` fields side by side, others below each other, and `more` to be unfolded.
+// `send(values)` returns what to say when it is done.  If that fails, the form stays.
 function form(title, options, done) {
-    const {text, fields = [], settings, more, action, look = "main", send, extra = []} = options;
-    const wrong = h("p", {class: "wrong", role: "alert", hidden: true});
+    const {text, some, fields = [], more, action, look = "main", send, extra} = options;
+    const wrong = h("p.wrong", {role: "alert", hidden: true});
     const submit = h("button", {class: look}, action);
-    const grid = list => h("div", {class: "grid"}, list.map(control));
-    const element = h("form", {}, h("h2", {id: "dialog-title"}, title),
-        h("div", {class: "fields"}, text && h("p", {class: "hint"}, text), fields.map(control),
-            settings && grid(settings),
-            more && h("details", {}, h("summary", {}, "More parameters"), grid(more)), wrong),
+    const grid = list => h("div.grid", list.map(control));
+    const shown = fields.filter(Boolean);
+    const element = h("form", h("h2", {id: "dialog-title"}, title),
+        h("div.fields", text && h("p.hint", text), some && grid(some), shown.map(control),
+            more && h("details", h("summary", "More parameters"), grid(more)), wrong),
         actions(extra, submit));
-    const must = fields.filter(field => field.must);
+    const must = shown.filter(field => field.must);
     const check = () => {
         submit.disabled = must.some(field => element.elements[field.name].value !== field.must);
     };
@@ -12555,15 +12563,16 @@ function form(title, options, done) {
     return element;
 }
 
-function ask(title, options) {
+// A form in a dialog; `clear` is what its second button does.
+function ask(title, {clear, ...options}) {
     const dialog = $("dialog");
-    const done = text => {
-        dialog.close();
-        toast(text);
-    };
-    const cancel = button("Cancel", () => dialog.close());
-    const extra = [...(options.extra?.(done) || []), cancel];
-    dialog.replaceChildren(form(title, {...options, extra}, done));
+    const close = () => dialog.close();
+    const extra = [clear && button("Clear all", () => act(clear).then(close)),
+        button("Cancel", close)];
+    dialog.replaceChildren(form(title, {...options, extra}, said => {
+        close();
+        act(() => said);
+    }));
     dialog.showModal();
     dialog.querySelector("input, textarea")?.focus();
 }
@@ -12573,6 +12582,12 @@ const parameterFields = (kind, values = {}) => FORMS[kind].map(name => {
     return {name, label: name, help, value: values[name], placeholder};
 });
 
+const contentFields = named => [
+    named && {name: "_name", label: named, required: true},
+    {name: "_body", label: "Message", kind: "textarea", required: true},
+    {name: "_type", label: "Content type", value: "text/plain", list: "types"},
+];
+
 // -- Charts
 
 const SPARK = 60;  // values of a sparkline
@@ -12581,13 +12596,10 @@ function spark(cell, values) {
     const top = Math.max(...values, 1);
     const points = values.map((value, n) =>
         `${96 - (values.length - 1 - n) * 96 / (SPARK - 1)},${20.5 - 19 * value / top}`).join(" ");
-    let line = cell.querySelector("polyline");
-    if (!line) {
-        line = svg("polyline");
-        const box = {class: "spark", viewBox: "0 0 96 22", "aria-hidden": "true"};
-        cell.append(svg("svg", box, line));
+    if (!cell.firstChild) {
+        cell.append(h("svg.spark", {viewBox: "0 0 96 22", "aria-hidden": "true"}, h("polyline")));
     }
-    line.setAttribute("points", points);
+    cell.querySelector("polyline").setAttribute("points", points);
 }
 
 function roundUp(value) {
@@ -12606,21 +12618,20 @@ class Chart {
         this.show = show;
         this.points = [];
         this.at = null;  // the index of the point whose values are shown
-        this.drawing = svg("svg", {"aria-hidden": "true"});
-        this.tip = h("div", {class: "tip", role: "status", hidden: true});
-        this.values = series.map(() => h("b", {}, NONE));
-        const legend = h("div", {class: "legend"}, series.map(({name, color}, n) => {
+        this.drawing = h("svg", {"aria-hidden": "true"});
+        this.tip = h("div.tip", {role: "status", hidden: true});
+        this.values = series.map(() => h("b", NONE));
+        const legend = h("div.legend", series.map(({name, color}, n) => {
             const sign = h("i");
             sign.style.background = `var(--${color})`;
-            return h("span", {}, sign, `${name} `, this.values[n]);
+            return h("span", sign, `${name} `, this.values[n]);
         }));
-        this.plot = h("div", {
-            class: "chart", tabindex: "0", role: "group",
+        const leave = () => this.select(null);
+        this.plot = h("div.chart", {
+            tabindex: "0", role: "group",
             "aria-label": `${title}, last hour: the left and right keys show values`,
-            onpointermove: event => this.point(event.offsetX),
-            onpointerleave: () => this.select(null),
-            onblur: () => this.select(null),
-            onkeydown: event => this.step(event),
+            onpointermove: event => this.point(event.offsetX), onpointerleave: leave,
+            onblur: leave, onkeydown: event => this.step(event),
         }, this.drawing, this.tip);
         this.element = card(title, legend, this.plot);
         new ResizeObserver(() => this.draw()).observe(this.plot);
@@ -12629,7 +12640,7 @@ class Chart {
     update(points) {
         this.points = points;
         this.series.forEach(({value}, n) => {
-            put(this.values[n], points.length ? this.show(value(points[points.length - 1])) : NONE);
+            put(this.values[n], points.length ? this.show(value(points.at(-1))) : NONE);
         });
         this.draw();
     }
@@ -12642,34 +12653,30 @@ class Chart {
         return 8 + (HEIGHT - BOTTOM - 8) * (1 - value / this.top);
     }
 
-    line(look, x1, y1, x2, y2) {
-        return svg("line", {class: look, x1, y1, x2, y2});
-    }
-
     draw() {
         this.width = Math.max(this.plot.clientWidth - 32, 100);
         const highest = this.points.flatMap(point => this.series.map(({value}) => value(point)));
         this.top = roundUp(highest.reduce((a, b) => Math.max(a, b), 0));
+        const line = (look, x1, y1, x2, y2) => h("line", {class: look, x1, y1, x2, y2});
+        const label = (x, y, anchor, text) => h("text", {x, y, "text-anchor": anchor}, text);
         const parts = [0, this.top / 2, this.top].flatMap(value => [
-            this.line("grid", LEFT, this.y(value), this.width, this.y(value)),
-            svg("text", {x: LEFT - 8, y: this.y(value) + 4, "text-anchor": "end"}, short(value)),
+            line("grid", LEFT, this.y(value), this.width, this.y(value)),
+            label(LEFT - 8, this.y(value) + 4, "end", short(value)),
         ]);
         for (const minutes of this.width > 420 ? [60, 45, 30, 15, 0] : [60, 30, 0]) {
-            parts.push(svg("text", {
-                x: this.x({age: 60 * minutes}), y: HEIGHT - 4,
-                "text-anchor": minutes === 60 ? "start" : minutes ? "middle" : "end",
-            }, minutes ? `${minutes} min ago` : "now"));
+            parts.push(label(this.x({age: 60 * minutes}), HEIGHT - 4,
+                minutes === 60 ? "start" : minutes ? "middle" : "end",
+                minutes ? `${minutes} min ago` : "now"));
         }
         for (const {color, value} of this.series) {
             const points = this.points.map(point => `${this.x(point)},${this.y(value(point))}`);
-            const line = svg("polyline", {points: points.join(" ")});
-            line.style.stroke = `var(--${color})`;
-            parts.push(line);
+            const curve = h("polyline", {points: points.join(" ")});
+            curve.style.stroke = `var(--${color})`;
+            parts.push(curve);
         }
         const point = this.points[this.at];
         if (point) {
-            const x = this.x(point);
-            parts.push(this.line("cross", x, 8, x, HEIGHT - BOTTOM));
+            parts.push(line("cross", this.x(point), 8, this.x(point), HEIGHT - BOTTOM));
         }
         this.drawing.replaceChildren(...parts);
     }
@@ -12694,9 +12701,9 @@ class Chart {
         this.tip.hidden = !point;
         if (point) {
             const ago = point.age < 1 ? "now" : `${duration(point.age)} ago`;
-            const row = ({name, value}) => h("tr", {}, h("td", {}, name),
-                h("td", {class: "number"}, this.show(value(point))));
-            this.tip.replaceChildren(ago, h("table", {}, this.series.map(row)));
+            const row = ({name, value}) =>
+                h("tr", h("td", name), h("td.number", this.show(value(point))));
+            this.tip.replaceChildren(ago, h("table", this.series.map(row)));
             const x = this.x(point);
             const isRight = x > this.width / 2;
             this.tip.style.left = isRight ? "" : `${x + 28}px`;
@@ -12705,8 +12712,6 @@ class Chart {
         this.draw();
     }
 }
-
-const short = value => value.toLocaleString("en", {notation: "compact"});
 """
 
 
@@ -12718,13 +12723,10 @@ PAGE_VIEWS = r"""
 
 // -- Overview: the server, its last hour, and its channels
 
-const PAGE = 50;  // channels, messages or topics that a page of a list shows
-
 function facts(items) {
-    const values = items.map(() => h("dd", {}, NONE));
+    const values = items.map(() => h("dd", NONE));
     return {
-        element: h("dl", {class: "facts"},
-            items.map(([name], n) => h("div", {}, h("dt", {}, name), values[n]))),
+        element: h("dl.card.facts", items.map(([name], n) => h("div", h("dt", name), values[n]))),
         update: data => items.forEach(([, show], n) => put(values[n], show(data) ?? NONE)),
     };
 }
@@ -12742,17 +12744,13 @@ function overview(signal) {
             ["Uptime", s => duration(s["current-uptime"])],
             ["Version", s => s.version],
         ]);
-        const rates = new Chart("Messages per second", [
-            {name: "posted", color: "blue", value: p => p.posted},
-            {name: "delivered", color: "green", value: p => p.delivered},
-            {name: "deleted", color: "violet", value: p => p.deleted},
-            {name: "failed", color: "red", value: p => p.failed},
+        const series = (name, color) => ({name, color, value: point => point[name]});
+        const rates = new Chart("Messages per second", [series("posted", "blue"),
+            series("delivered", "green"), series("deleted", "violet"), series("failed", "red"),
         ], rate);
-        const backlog = new Chart("Backlog", [
-            {name: "ready", color: "blue", value: p => p.ready},
-            {name: "in flight", color: "green", value: p => p["in-flight"]},
-        ], number);
-        parts.push(strip.element, h("div", {class: "pair"}, rates.element, backlog.element));
+        const backlog = new Chart("Backlog",
+            [series("ready", "blue"), series("in flight", "green")], number);
+        parts.push(strip.element, h("div.pair", rates.element, backlog.element));
         poll(1000, async () => strip.update(await get("stats", signal)), signal);
         poll(5000, async () => {
             const points = chartPoints(await get("stats/history?seconds=3600", signal));
@@ -12760,7 +12758,9 @@ function overview(signal) {
             backlog.update(points);
         }, signal);
     }
-    return [...parts, can("read") ? channelList(signal) : onlyWriting()];
+    return [...parts, can("read") ? channelList(signal)
+        : card(h("h1", "Channels"), can("write") && actions(postButton(), publishButton()),
+            h("div.none", "This token may not read channels."))];
 }
 
 const SMOOTH = 6;  // points of the history that make one of a chart, so that a trend is seen
@@ -12771,20 +12771,15 @@ function chartPoints({interval, time, ...arrays}) {
     for (let end = time.length - 1; end >= 0; end -= SMOOTH) {
         const start = Math.max(end - SMOOTH, -1);
         const seconds = start < 0 ? interval * (end + 1) : time[end] - time[start];
-        const rate = name => arrays[name].slice(start + 1, end + 1)
-            .reduce((sum, amount) => sum + amount, 0) / seconds;
-        points.unshift({
-            age: time[time.length - 1] - time[end], posted: rate("posted"),
-            delivered: rate("delivered"), deleted: rate("deleted"), failed: rate("failed"),
-            ready: arrays.ready[end], "in-flight": arrays["in-flight"][end],
-        });
+        const point = {age: time.at(-1) - time[end],
+            ready: arrays.ready[end], "in flight": arrays["in-flight"][end]};
+        for (const name of ["posted", "delivered", "deleted", "failed"]) {
+            point[name] = arrays[name].slice(start + 1, end + 1)
+                .reduce((sum, amount) => sum + amount, 0) / seconds;
+        }
+        points.unshift(point);
     }
     return points;
-}
-
-function onlyWriting() {
-    return card(h("h1", {}, "Channels"), can("write") && actions(postButton(), publishButton()),
-        h("div", {class: "none"}, "This token may not read channels."));
 }
 
 // The looks at each channel since the page was opened: of the last minute, for the sparklines.
@@ -12802,7 +12797,7 @@ function addLook(info) {
 
 function rateOf(channel, event) {
     const past = looks.get(channel).slice(-RATE_LOOKS);
-    const first = past[0], last = past[past.length - 1];
+    const first = past[0], last = past.at(-1);
     if (!first.events || !last.events || first === last) {
         return null;
     }
@@ -12811,188 +12806,131 @@ function rateOf(channel, event) {
 
 function channelList(signal) {
     let order = "name", like = "";
-    const sortable = (title, by) => h("button", {type: "button", onclick: () => {
+    const sortable = (by, column) => ({...column, by, head: button(column.title, () => {
         order = by;
-        pages.reset();
         mark();
-        refresh();
-    }}, title);
-    const columns = [
-        {title: "Channel", head: sortable("Channel", "name"), class: "wide", make: channelCell,
-            draw: drawMarks},
-        {...count("Ready", c => c.ready), head: sortable("Ready", "ready")},
+        pages.reset();
+    })});
+    const rates = (title, event) => count(title, c => rateOf(c.channel, event), "rare", rate);
+    const list = table("Channels", [
+        sortable("name", {title: "Channel", look: "wide", make: channelCell, draw: drawMarks}),
+        sortable("ready", count("Ready", c => c.ready)),
         count("In flight", c => c["in-flight"]),
         count("Delayed", c => c.delayed, "rare"),
-        {...count("Oldest", c => c.oldest, "", duration), head: sortable("Oldest", "oldest")},
+        sortable("oldest", count("Oldest", c => c.oldest, "", duration)),
         count("Consumers", c => c.waiting, "rare"),
-        count("Posted/s", c => rateOf(c.channel, "posted"), "rare", rate),
-        count("Deleted/s", c => rateOf(c.channel, "deleted"), "rare", rate),
-        {title: "Backlog", class: "rare",
-            draw: (cell, c) => spark(cell, looks.get(c.channel).map(
-                look => look.ready + look["in-flight"]))},
-    ];
-    const list = table("Channels", columns, info => info.channel,
+        rates("Posted/s", "posted"),
+        rates("Deleted/s", "deleted"),
+        {title: "Backlog", look: "rare", draw: (cell, c) => spark(cell, looks.get(c.channel).map(
+            look => look.ready + look["in-flight"]))},
+    ], info => info.channel,
         "No channels. One appears when a message is posted or a consumer waits.");
-    const orders = {name: 0, ready: 1, oldest: 4};
-    const mark = () => Object.entries(orders).forEach(([name, n]) => {
-        if (name === order) {
-            list.heads[n].setAttribute("aria-sort", name === "name" ? "ascending" : "descending");
-        } else {
-            list.heads[n].removeAttribute("aria-sort");
-        }
+    const mark = () => list.heads.forEach(head => head.setAttribute("aria-sort",
+        head.dataset.by !== order ? "none" : order === "name" ? "ascending" : "descending"));
+    const pages = paged(signal, 1000, list, async after => {
+        const target = "channels" + query({info: 1, n: PAGE, order, like, after});
+        const {channels} = await get(target, signal);
+        channels.forEach(addLook);
+        return channels;
     });
-    const pages = pager(PAGE, () => refresh());
     const filter = search("Filter channels", text => {
         like = text;
         pages.reset();
-        refresh();
     });
-    const target = () => "channels" + query({info: 1, n: PAGE, order, like, after: pages.after});
-    const refresh = pollList(1000, pages, target, ({channels}) => {
-        channels.forEach(addLook);
-        list.update(channels);
-        return channels.map(info => info.channel);
-    }, signal);
     mark();
-    return card(h("h1", {}, "Channels"), actions(filter, can("write") && postButton()),
-        list.element, pages.element);
+    return card(h("h1", "Channels"), actions(filter, can("write") && postButton()), pages.element);
 }
 
-function search(label, onchange) {
-    let timer = 0;
-    return h("input", {type: "search", placeholder: label, "aria-label": label, oninput: event => {
-        clearTimeout(timer);
-        timer = setTimeout(() => onchange(event.target.value), 200);
-    }});
-}
+const channelCell = ({channel}) => [linkTo("channels", channel), " ", h("span")];
 
-function channelCell({channel}) {
-    return [linkTo("channels", channel), " ", h("span")];
-}
-
-function drawMarks(cell, info) {
-    const marks = [];
-    if (info.paused) {
-        marks.push(["mark warn", "paused"]);
-    }
-    if (info.settings.dead) {
-        marks.push(["mark", `dead letters: ${info.settings.dead}`]);
-    }
-    renew(cell.lastChild, JSON.stringify(marks), () => marks.map(([look, text]) =>
-        h("span", {class: look}, h("bdi", {}, text))));
+function drawMarks(cell, {paused, blocked, settings}) {
+    const marks = [
+        paused && ["mark.warn", "paused"],
+        blocked && ["mark", `${number(blocked)} blocked`],
+        settings.dead && ["mark", `dead letters: ${settings.dead}`],
+    ].filter(Boolean);
+    renew(cell.lastChild, JSON.stringify(marks), () =>
+        marks.flatMap(([look, text]) => [h(`span.${look}`, bdi(text)), " "]));
 }
 
 // -- Posting and publishing
 
-function bodyForm(title, action, named, kind, send) {
-    ask(title, {
-        fields: [
-            named,
-            {name: "_body", label: "Message", kind: "area", required: true},
-            {name: "_type", label: "Content type", value: "text/plain", list: "types"},
-        ].filter(Boolean),
-        more: parameterFields(kind), action,
-        send: ({_name, _body, _type, ...parameters}) =>
-            send(_name, query(parameters), {body: _body, type: _type || "text/plain"}),
-    });
-}
-
-function postButton(channel, done = () => {}) {
-    const named = channel == null && {name: "_name", label: "Channel", required: true};
-    const title = channel == null ? "Post a message" : `Post to ${channel}`;
-    return button("Post", () => bodyForm(title, "Post", named, "post", async (name, rest, body) => {
-        const posted = await call("POST", path("channels", channel ?? name, rest), body);
-        const {id, duplicate} = await posted.json();
-        done();
-        return duplicate ? `A duplicate of message ${id}` : `Posted as message ${id}`;
+function postButton(channel) {
+    return button("Post", () => ask(channel == null ? "Post a message" : `Post to ${channel}`, {
+        fields: contentFields(channel == null && "Channel"), more: parameterFields("post"),
+        action: "Post",
+        send: doing("POST", ({_name = channel}) => path("channels", _name),
+            ({id, duplicate}) => `${duplicate ? "A duplicate of" : "Posted as"} message ${id}`),
     }), "main");
 }
 
 function publishButton(topic) {
-    const named = topic == null && {name: "_name", label: "Topic", required: true};
     const title = topic == null ? "Publish a message" : `Publish on ${topic}`;
-    const action = async (name, rest, body) => {
-        const response = await call("POST", path("topics", topic ?? name, rest), body);
-        const {duplicate, ...copies} = await response.json();
-        const dropped = response.headers.get("x-linger-dropped");
-        return `${duplicate ? "A duplicate of a publication" : "Published"} to `
-            + plural(Object.keys(copies).length, "channel")
-            + (dropped ? `; not to ${decodeURIComponent(dropped)}: full` : "");
-    };
-    return button("Publish", () => bodyForm(title, "Publish", named, "publish", action), "main");
+    return button("Publish", () => ask(title, {
+        fields: contentFields(topic == null && "Topic"), more: parameterFields("publish"),
+        action: "Publish",
+        send: doing("POST", ({_name = topic}) => path("topics", _name),
+            ({duplicate, ...copies}, {headers}) => {
+                const dropped = headers.get("x-linger-dropped");
+                return `${duplicate ? "A duplicate of a publication" : "Published"} to `
+                    + plural(Object.keys(copies).length, "channel")
+                    + (dropped ? `; not to ${decodeURIComponent(dropped)}: full` : "");
+            }),
+    }), "main");
 }
 
 // -- A channel
 
-const crumbs = (text, href, ...more) => h("div", {class: "crumbs"}, h("a", {href}, text),
-    more.flatMap(part => [" / ", part]));
-
 const STATE_NAMES = {"": "all", hidden: "in flight"};
 const stateName = state => STATE_NAMES[state] || state;
+const crumb = (text, href) => h("a", {href}, text);
 
 function channelView(signal, channel) {
     const strip = facts([
         ["Ready", i => number(i.ready)],
-        ["In flight", i => number(i["in-flight"])],
+        ["In flight", i => number(i["in-flight"])
+            + (i.settings["max-in-flight"] ? ` of ${number(i.settings["max-in-flight"])}` : "")],
         ["Delayed", i => number(i.delayed)],
         ["Blocked", i => number(i.blocked)],
         ["Oldest ready", i => i.oldest == null ? NONE : duration(i.oldest)],
         ["Consumers", i => number(i.waiting)],
     ]);
-    let info = null;
-    const paused = h("span", {class: "mark warn", hidden: true}, "paused");
-    const pause = button("Pause", () => info?.paused ? resume() : askPause(channel, refresh));
-    const resume = () => act(async () => {
-        await call("DELETE", path("channels", channel, "/pause"));
-        refresh();
-        return "Resumed";
-    });
-    const topics = subscriptions(signal, channel, () => refresh());
-    const settings = settingsCard(channel, () => refresh());
-    const refresh = poll(1000, async () => {
-        info = await get(path("channels", channel, "/info"), signal);
+    const paused = h("span.mark.warn", {hidden: true}, "paused");
+    const pause = button("Pause", () => paused.hidden ? askPause(channel)
+        : act(doing("DELETE", path("channels", channel, "/pause"), "Resumed")));
+    poll(1000, async () => {
+        const info = await get(path("channels", channel, "/info"), signal);
         strip.update(info);
         paused.hidden = !info.paused;
         put(pause, info.paused ? "Resume" : "Pause");
-        topics.update(info.topics);
-        settings.update(info.settings);
     }, signal);
-    const messages = messageList(signal, channel);
-    const changed = () => {
-        refresh();
-        messages.refresh();
-    };
     return [
-        h("div", {class: "head"},
-            h("div", {}, crumbs("Channels", "#/"), h("h1", {}, h("bdi", {}, channel), " ", paused)),
-            actions(
-                can("admin") && [
-                    pause,
-                    button("Redrive", () => askRedrive(channel, changed)),
-                    button("Drain", () => askDrain(channel, changed), "danger"),
-                ],
-                can("write") && postButton(channel, changed))),
+        heading(crumb("Channels", "#/"), [bdi(channel), " ", paused],
+            can("admin") && [
+                pause,
+                button("Redrive", () => askRedrive(channel)),
+                button("Drain", () => askDrain(channel), "danger"),
+            ],
+            can("write") && postButton(channel)),
         strip.element,
         liveCard(signal, path("channels", channel, "/live"), "Every change, as it happens"),
-        messages.element,
-        h("div", {class: "pair"}, topics.element, settings.element),
+        messageList(signal, channel),
+        h("div.pair", subscriptions(signal, channel), settingsCard(signal,
+            path("channels", channel, "/settings"), "settings", `Settings of ${channel}`,
+            "They hold for messages that do not say otherwise.")),
     ];
 }
 
-function askPause(channel, done) {
+function askPause(channel) {
     ask(`Pause ${channel}`, {
         text: "Consumers get nothing while it is paused; messages can still be posted.",
         fields: [{name: "for", label: "Seconds", placeholder: "until it is resumed"}],
         action: "Pause",
-        send: async values => {
-            await call("PUT", path("channels", channel, `/pause${query(values)}`));
-            done();
-            return "Paused";
-        },
+        send: doing("PUT", path("channels", channel, "/pause"), "Paused"),
     });
 }
 
-function askRedrive(channel, done) {
+function askRedrive(channel) {
     ask(`Redrive ${channel}`, {
         text: "Moves its ready dead letters back to where they came from, in their order.",
         fields: [
@@ -13001,91 +12939,65 @@ function askRedrive(channel, done) {
                 required: access.restricted},
         ],
         action: "Redrive",
-        send: async values => {
-            const target = path("channels", channel, `/redrive${query(values)}`);
-            const {moved} = await (await call("POST", target)).json();
-            done();
-            return `Moved ${plural(moved, "message")}`;
-        },
+        send: doing("POST", path("channels", channel, "/redrive"),
+            ({moved}) => `Moved ${plural(moved, "message")}`),
     });
 }
 
-function askDrain(channel, done) {
+function askDrain(channel) {
     ask(`Drain ${channel}`, {
         text: "Deletes all its messages, those in flight and delayed too. This cannot be undone.",
-        fields: [{name: "name", label: "Type the channel's name to confirm", must: channel}],
+        fields: [{name: "_name", label: "Type the channel's name to confirm", must: channel}],
         action: "Delete all messages", look: "danger",
-        send: async () => {
-            await call("DELETE", path("channels", channel));
-            done();
-            return "Drained";
-        },
+        send: doing("DELETE", path("channels", channel), "Drained"),
     });
 }
 
 function messageList(signal, channel) {
-    let state = "";
-    const chosen = new Map();  // messages by id
-    const shown = new Map();
-    const tick = (label, onchange) => h("input", {type: "checkbox", "aria-label": label, onchange});
-    const all = tick("Choose all on this page", event => {
-        shown.forEach((message, id) => choose(id, event.target.checked));
-        list.element.querySelectorAll("td input").forEach(input => {
-            input.checked = event.target.checked;
-        });
-    });
-    function choose(id, wanted) {
-        if (wanted) {
-            chosen.set(id, shown.get(id));
-        } else {
-            chosen.delete(id);
-        }
-        chosenActions();
-    }
+    let state = "", messages = [];
+    const tick = (label, onchange, value) =>
+        h("input", {type: "checkbox", "aria-label": label, onchange, value});
+    const all = tick("Choose all on this page", () => choose(all.checked));
     const list = table("Messages", [
-        {class: "tick", head: all, make: ({id}) =>
-            tick(`Choose message ${id}`, event => choose(id, event.target.checked))},
-        {title: "Message", make: ({id}) => linkTo("messages", id)},
-        {title: "Body", class: "wide mono", make: message => h("bdi", {}, preview(message))},
-        {title: "State", class: "rare", text: m => stateName(m.state)},
+        {look: "tick", head: all, make: ({id}) =>
+            tick(`Choose message ${id}`, () => drawBulk(), id)},
+        column("Message", ({id}) => linkTo("messages", id)),
+        column("Body", message => bdi(preview(message)), "wide mono"),
+        texts("State", m => stateName(m.state), "rare"),
         count("Priority", m => m.priority, "rare"),
-        {...count("Delivered", m => m.delivered), title: "Delivered"},
+        count("Delivered", m => m.delivered),
         count("Age", m => m.received, "", duration),
     ], message => message.id, "No messages in this state.");
-    const pages = pager(PAGE, () => clear());
     const bulk = actions();
-    const clear = () => {
-        chosen.clear();
-        all.checked = false;
-        list.update([]);
-        chosenActions();
-        refresh();
+    const ticks = () => [...list.element.querySelectorAll("td input")];
+    const chosen = () => {
+        const ids = ticks().filter(input => input.checked).map(input => input.value);
+        return messages.filter(({id}) => ids.includes(String(id)));
     };
-    function chosenActions() {
-        bulk.replaceChildren(...chosen.size ? [`${number(chosen.size)} chosen`,
-            ...messageActions(() => [...chosen.values()], () => clear())] : []);
-    }
-    const tabs = h("div", {class: "tabs", role: "group", "aria-label": "State"},
+    const choose = wanted => {
+        [all, ...ticks()].forEach(input => { input.checked = wanted; });
+        drawBulk();
+    };
+    const drawBulk = () => renew(bulk, JSON.stringify(chosen().map(m => [m.id, m.state])), () =>
+        chosen().length ? [`${number(chosen().length)} chosen`,
+            ...messageActions(chosen, () => choose(false))] : []);
+    const pages = paged(signal, 2000, list, async after => {
+        const target = "/messages" + query({state, n: PAGE, after});
+        messages = await get(path("channels", channel, target), signal);
+        drawBulk();
+        return messages;
+    }, () => choose(false));
+    const tabs = h("div.tabs", {role: "group", "aria-label": "State"},
         ["", ...STATES].map(value => h("button", {
             type: "button", "aria-pressed": String(value === state), onclick: event => {
                 state = value;
                 for (const tab of tabs.children) {
-                    tab.setAttribute("aria-pressed", String(tab === event.currentTarget));
+                    tab.setAttribute("aria-pressed", tab === event.currentTarget);
                 }
                 pages.reset();
-                clear();
             },
         }, stateName(value))));
-    const target = () => path("channels", channel,
-        "/messages" + query({state, n: PAGE, after: pages.after}));
-    const refresh = pollList(2000, pages, target, messages => {
-        shown.clear();
-        messages.forEach(message => shown.set(message.id, message));
-        list.update(messages);
-        return [...shown.keys()];
-    }, signal);
-    const element = card("Messages", [tabs, bulk], list.element, pages.element);
-    return {element, refresh: clear};
+    return card("Messages", [tabs, bulk], pages.element);
 }
 
 function preview({body, encoding, cut}) {
@@ -13094,132 +13006,103 @@ function preview({body, encoding, cut}) {
 }
 
 // What can be done to messages, one or many: each gets what the call says, and they are counted.
-function messageActions(chosen, done) {
-    const each = (title, verb, past, look) => button(title, () => act(async () => {
+function messageActions(chosen, done = () => {}) {
+    const each = (method, rest, past) => async (values = {}) => {
         const messages = chosen();
-        for (const message of messages) {
-            await call("POST", `messages/${message.id}/${verb}`);
+        for (const {id} of messages) {
+            await call(method, `messages/${id}${rest}${query(values)}`);
         }
         done();
         return `${past} ${plural(messages.length, "message")}`;
-    }), look);
+    };
+    const post = (title, rest, past) => button(title, () => act(each("POST", rest, past)), "small");
+    const change = button("Change", () => ask("Change what waits", {
+        text: "What is left empty stays as it is.",
+        some: parameterFields("change").map(field => ({...field, placeholder: "unchanged"})),
+        action: "Save", send: each("PATCH", "", "Changed"),
+    }), "small");
     const remove = button("Delete", () => act(async () => {
-        const messages = chosen();
         const response = await call("POST", "messages/delete", {
-            body: JSON.stringify(messages.map(message => message.id)), type: "application/json",
+            body: JSON.stringify(chosen().map(message => message.id)), type: "application/json",
         });
-        const {deleted} = await response.json();
         done();
-        return `Deleted ${plural(deleted.length, "message")}`;
+        return `Deleted ${plural((await response.json()).deleted.length, "message")}`;
     }), "small danger");
-    const states = new Set(chosen().map(message => message.state));
+    const inFlight = chosen().filter(message => message.state === "hidden").length;
     return [
-        can("read") && states.size === 1 && states.has("hidden")
-            && each("Release", "release", "Released", "small"),
-        can("read") && each("Reject", "reject", "Rejected", "small"),
+        can("read") && inFlight === chosen().length && post("Release", "/release", "Released"),
+        can("write") && !inFlight && change,
+        can("read") && post("Reject", "/reject", "Rejected"),
         can("admin") && chosen().every(message => message["dead-from"])
-            && each("Redrive", "redrive", "Moved", "small"),
+            && post("Redrive", "/redrive", "Moved"),
         can("read") && remove,
     ].filter(Boolean);
 }
 
 // Topics and patterns in one list, each with what it is.
-const asKind = (kind, names) => names.map(name => ({kind, name}));
+const both = (topics, patterns) => [...topics.map(name => ({kind: "topics", name})),
+    ...patterns.map(name => ({kind: "patterns", name}))];
 const kindKey = ({kind, name}) => `${kind} ${name}`;
-const kindLink = ({kind, name}) =>
-    [linkTo(kind, name), kind === "patterns" && [" ", h("span", {class: "mark"}, "pattern")]];
+const kindCell = ({kind, name}) =>
+    [linkTo(kind, name), kind === "patterns" && [" ", h("span.mark", "pattern")]];
 
-function subscriptions(signal, channel, changed) {
-    let topics = [], patterns = [];
+function subscriptions(signal, channel) {
     const list = table("Subscriptions", [
-        {title: "Topic", class: "wide", make: kindLink},
-        {...ACTION, make: one => can("admin") && unsubscribeButton(channel, one, done)},
+        column("Topic", kindCell, "wide"),
+        action(one => can("admin") && unsubscribeButton(channel, one)),
     ], kindKey, "Not subscribed to any topic.");
-    const show = () => list.update([...asKind("topics", topics), ...asKind("patterns", patterns)]);
-    const refresh = poll(5000, async () => {
-        ({patterns} = await get(path("channels", channel, "/patterns"), signal));
-        show();
+    poll(5000, async () => {
+        const [{topics}, {patterns}] = await Promise.all(["/topics", "/patterns"].map(
+            rest => get(path("channels", channel, rest), signal)));
+        list.update(both(topics, patterns));
     }, signal);
-    const done = () => {
-        changed();
-        refresh();
-    };
-    const subscribe = button("Subscribe", () => askSubscribe({channel}, done), "small");
-    const update = names => {
-        topics = names;
-        show();
-    };
-    const element = card("Subscriptions", can("admin") && actions(subscribe), list.element);
-    return {element, update};
+    const subscribe = button("Subscribe", () => askSubscribe({channel}), "small");
+    return card("Subscriptions", can("admin") && actions(subscribe), list.element);
 }
 
-function unsubscribeButton(channel, {kind, name}, changed) {
-    return button("Unsubscribe", () => act(async () => {
-        await call("DELETE", path("channels", channel, path(`/${kind}`, name)));
-        changed();
-        return `${channel} is no longer subscribed to ${name}`;
-    }), "small");
-}
+const unsubscribeButton = (channel, {kind, name}) => button("Unsubscribe", () => act(doing(
+    "DELETE", () => path("channels", channel, path(`/${kind}`, name)),
+    `${channel} is no longer subscribed to ${name}`)), "small");
 
 // Subscribes a channel or to a topic, whichever is not given.
-function askSubscribe(known, changed) {
-    const isKnown = known.topic != null;
-    ask(isKnown ? `Subscribe a channel to ${known.topic}` : "Subscribe to a topic", {
+function askSubscribe({channel, topic}) {
+    const names = ({_name}) => [channel ?? _name, topic ?? _name];
+    ask(topic == null ? "Subscribe to a topic" : `Subscribe a channel to ${topic}`, {
         fields: [
-            {name: "_name", label: isKnown ? "Channel" : "Topic", required: true},
-            !isKnown && {name: "_pattern", type: "checkbox", label: "It is a pattern",
+            {name: "_name", label: topic == null ? "Topic" : "Channel", required: true},
+            topic == null && {name: "_pattern", type: "checkbox", label: "It is a pattern",
                 help: "Words with dots between: * is one word, # any number of words."},
-        ].filter(Boolean),
+            topic != null && {name: "since", label: "Copy what is kept since",
+                placeholder: "nothing", help: "all, an age as 5m, or the id of a publication"},
+        ],
         more: parameterFields("subscribe"), action: "Subscribe",
-        send: async ({_name, _pattern, ...parameters}) => {
-            const {channel, topic} = {channel: _name, topic: _name, ...known};
-            const rest = path(_pattern ? "/patterns" : "/topics", topic, query(parameters));
-            await call("PUT", path("channels", channel, rest));
-            changed();
-            return `${channel} is subscribed to ${topic}`;
-        },
+        send: doing("PUT", values => {
+            const [to, name] = names(values);
+            return path("channels", to, path(values._pattern ? "/patterns" : "/topics", name));
+        }, (_, __, values) => names(values).join(" is subscribed to ")),
     });
 }
 
-function settingsCard(channel, changed) {
-    const values = h("dl", {class: "list"});
+// The settings of a channel or topic: those of a form, at a path of their own.
+function settingsCard(signal, target, kind, title, text) {
+    const values = h("dl.list");
     let settings = {};
-    const edit = button("Change", () => ask(`Settings of ${channel}`, {
-        text: "They hold for messages that do not say otherwise.",
-        action: "Save", ...settingsForm(channel, settings, changed),
+    const edit = button("Change", () => ask(title, {
+        text, some: parameterFields(kind, settings), action: "Save",
+        send: doing("PUT", target, "Settings saved"),
+        clear: doing("DELETE", target, "Settings cleared"),
     }), "small");
-    const update = given => {
-        settings = given;
-        const rows = FORMS.settings.map(name => [name, given[name], PARAMETERS[name][1]]);
-        renew(values, JSON.stringify(rows), () => rows.flatMap(([name, value, preset]) => [
-            h("dt", {}, name),
-            h("dd", {}, value == null || value === ""
-                ? h("span", {class: "zero"}, preset === "" ? "none" : preset, " (default)")
-                : h("bdi", {}, String(value))),
+    poll(5000, async () => {
+        settings = await get(target, signal);
+        renew(values, JSON.stringify(settings), () => FORMS[kind].flatMap(name => [
+            h("dt", name),
+            h("dd", settings[name] == null || settings[name] === ""
+                ? h("span.zero", PARAMETERS[name][1] === "" ? "none" : PARAMETERS[name][1],
+                    " (default)")
+                : bdi(settings[name])),
         ]));
-    };
-    const element = card("Settings", can("admin") && actions(edit),
-        h("div", {class: "inside"}, values));
-    return {element, update};
-}
-
-function settingsForm(channel, settings, changed) {
-    const target = path("channels", channel, "/settings");
-    const clear = done => button("Clear all", () => act(async () => {
-        await call("DELETE", target);
-        changed();
-        done("Settings cleared");
-        return "Settings cleared";
-    }));
-    return {
-        settings: parameterFields("settings", settings),
-        extra: done => [clear(done)],
-        send: async values => {
-            await call("PUT", target + query(values));
-            changed();
-            return "Settings saved";
-        },
-    };
+    }, signal);
+    return card("Settings", can("admin") && actions(edit), h("div.inside", values));
 }
 
 // -- A message
@@ -13229,12 +13112,12 @@ const SHOWN_HEX = 16_384;  // and in hexadecimal
 const KNOWN = ["body", "encoding", "cut", "id", "channel", "state"];
 
 function messageView(signal, id) {
-    const facts = h("dl", {class: "list"});
+    const facts = h("dl.list");
     const history = h("ul");
-    const mark = h("span", {class: "mark"});
-    const place = h("div");
+    const mark = h("span.mark");
+    const place = h("span");
     const tools = actions();
-    const body = h("div", {class: "inside"}, "Loading…");
+    const body = h("div.inside", "Loading…");
     let loaded = false;
     const gone = error => {
         if (error.status !== 404) {
@@ -13244,41 +13127,39 @@ function messageView(signal, id) {
         renew(tools, "", () => []);
     };
     const load = async () => {
-        const head = await call("HEAD", path("messages", id), {signal});
-        const channel = decodeURIComponent(head.headers.get("x-linger-channel"));
+        const {headers} = await call("HEAD", path("messages", id), {signal});
+        const channel = decodeURIComponent(headers.get("x-linger-channel"));
         const [message] = await get(path("channels", channel,
             `/messages?n=1&after=${BigInt(id) - 1n}`), signal);
         if (String(message?.id) !== id) {
             return gone({status: 404});
         }
         put(mark, stateName(message.state));
-        renew(place, channel, () => [crumbs("Channels", "#/", linkTo("channels", channel))]);
-        facts.replaceChildren(...messageFacts(message, head.headers.get("content-length")));
-        history.replaceChildren(...messageHistory(message).map(text => h("li", {}, text)));
-        renew(tools, message.state + message["dead-from"],
-            () => messageActions(() => [message], () => refresh()));
+        renew(place, channel, () => [crumb("Channels", "#/"), " / ", linkTo("channels", channel)]);
+        facts.replaceChildren(...messageFacts(message, headers.get("content-length")));
+        history.replaceChildren(...messageHistory(message).map(text => h("li", text)));
+        renew(tools, message.state + message["dead-from"], () => messageActions(() => [message]));
         if (!loaded) {
             body.replaceChildren(...await bodyParts(id, message.type, signal));
             loaded = true;
         }
     };
-    const refresh = poll(2000, () => load().catch(gone), signal);
+    poll(2000, () => load().catch(gone), signal);
     return [
-        h("div", {class: "head"},
-            h("div", {}, place, h("h1", {}, `Message ${id} `, mark)), tools),
+        heading(place, [`Message ${id} `, mark], tools),
         card("Body", null, body),
-        h("div", {class: "pair"},
-            card("Parameters", null, h("div", {class: "inside"}, facts)),
-            card("History", null, h("div", {class: "inside"}, history))),
+        h("div.pair",
+            card("Parameters", null, h("div.inside", facts)),
+            card("History", null, h("div.inside", history))),
     ];
 }
 
 function messageFacts(message, size) {
     const rows = [["size", bytes(Number(size))], ...Object.entries(message)];
     return rows.filter(([name]) => !KNOWN.includes(name)).flatMap(([name, value]) => [
-        h("dt", {}, name),
-        h("dd", {}, h("bdi", {}, value === "" ? NONE
-            : typeof value === "object" ? JSON.stringify(value, null, 1) : String(value))),
+        h("dt", name),
+        h("dd", bdi(value === "" ? NONE : typeof value !== "object" ? value
+            : Object.entries(value).map(pair => pair.join(": ")).join("\n"))),
     ]);
 }
 
@@ -13287,6 +13168,7 @@ function messageHistory(message) {
     return [
         `Posted ${duration(message.received)} ago`
             + (message.topic ? ` on the topic ${message.topic}` : ""),
+        message["reply-to"] && "Its sender waits for a reply",
         from && `Given up in ${from} after ${plural(message["dead-delivered"], "delivery")
             .replace("deliverys", "deliveries")}: ${REASONS[message["dead-reason"]]}`,
         (message.delivered ? `Delivered ${plural(message.delivered, "time")}` : "Not delivered")
@@ -13295,6 +13177,7 @@ function messageHistory(message) {
         message.error && `Last error: ${message.error}`,
         message.holder && `In flight with ${message.holder}`,
         message["hidden-for"] != null && `Hidden for ${duration(message["hidden-for"])} more`,
+        message.state === "blocked" && `Waits for an earlier message of the group ${message.group}`,
         message.delay && `Ready in ${duration(message.delay)}`,
         message.linger && `Kept for ${duration(message.linger)} after its post`,
     ].filter(Boolean);
@@ -13309,32 +13192,24 @@ async function bodyParts(id, type, signal) {
     const response = await call("GET", path("messages", id), {signal});
     const size = Number(response.headers.get("content-length"));
     const data = await beginning(response.body.getReader(), SHOWN_BODY);
-    const pre = h("pre", {class: "body", dir: "auto", tabindex: "0", "aria-label": "Body"});
-    const parts = [pre];
+    const pre = h("pre.body", {dir: "auto", tabindex: "0", "aria-label": "Body"});
     let text = null;
     try {
         text = new TextDecoder("utf-8", {fatal: true}).decode(data, {stream: data.length < size});
     } catch {
         pre.classList.add("hex");
     }
-    put(pre, text ?? hexadecimal(data.subarray(0, SHOWN_HEX)));
-    const tools = actions();
     const formatted = text != null && data.length === size && formatJson(text, type);
-    if (formatted) {
-        put(pre, formatted);
-        const raw = button("Show as sent", () => {
-            const isRaw = pre.textContent === text;
-            put(pre, isRaw ? formatted : text);
-            put(raw, isRaw ? "Show as sent" : "Show formatted");
-        }, "small");
-        tools.append(raw);
-    }
-    tools.append(button("Download", () => act(() => download(id)), "small"));
+    put(pre, formatted || (text ?? hexadecimal(data.subarray(0, SHOWN_HEX))));
+    const raw = button("Show as sent", () => {
+        const isRaw = pre.textContent === text;
+        put(pre, isRaw ? formatted : text);
+        put(raw, isRaw ? "Show as sent" : "Show formatted");
+    }, "small");
     const shown = text == null ? Math.min(data.length, SHOWN_HEX) : data.length;
-    if (shown < size) {
-        tools.append(h("span", {class: "hint"}, `The first ${bytes(shown)} of ${bytes(size)}`));
-    }
-    return [...parts, tools];
+    return [pre, actions(formatted && raw,
+        button("Download", () => act(() => download(id)), "small"),
+        shown < size && h("span.hint", `The first ${bytes(shown)} of ${bytes(size)}`))];
 }
 
 async function beginning(reader, limit) {
@@ -13388,12 +13263,12 @@ async function download(id) {
 const TAIL = 100;  // events shown
 
 function liveCard(signal, target, what) {
-    let stop = null, events = [], number = 0;
+    let stop = null, events = [], total = 0, timer = 0;
     const list = table("Events", [
-        {title: "Time", class: "mono", make: event => event.time},
-        {title: "Event", make: event => event.event || "published"},
-        {title: "Message", make: event => event.id != null && linkTo("messages", event.id)},
-        {title: "Body", class: "wide mono", make: event => h("bdi", {}, preview(event))},
+        column("Time", event => event.time, "mono"),
+        column("Event", event => event.event || "published"),
+        column("Message", ({event, id}) => event && linkTo("messages", id)),
+        column("Body", event => bdi(preview(event)), "wide mono"),
     ], event => event.number, "Nothing has happened yet.");
     const toggle = button("Start", () => {
         if (stop) {
@@ -13401,132 +13276,172 @@ function liveCard(signal, target, what) {
             stop = null;
         } else {
             stop = new AbortController();
-            signal.addEventListener("abort", () => stop?.abort());
             const started = stop.signal;
+            signal.addEventListener("abort", () => stop?.abort());
             poll(1000, () => stream(target, show, add, started), started, 0);
         }
         put(toggle, stop ? "Stop" : "Start");
     }, "small");
     function add(event) {
-        if (!events.length || !events[0].isNew) {
-            setTimeout(show, 200);
-        }
         const time = new Date().toLocaleTimeString("en-GB");
-        events = [{...event, time, number: number++, isNew: true}, ...events].slice(0, TAIL);
+        events = [{...event, time, number: total++}, ...events].slice(0, TAIL);
+        timer ||= setTimeout(show, 200);
     }
     function show() {
-        events.forEach(event => { event.isNew = false; });
+        timer = 0;
         list.update(events);
     }
-    return card("Live", [h("span", {class: "hint"}, what), actions(toggle)],
-        h("div", {class: "live"}, list.element));
+    return card("Live", [h("span.hint", what), actions(toggle)], h("div.live", list.element));
 }
 
 // -- Topics
 
 function topicList(signal) {
-    let names = [], like = "", page = 0;
-    const list = table("Topics", [{title: "Topic", class: "wide", make: kindLink}], kindKey,
+    let like = "";
+    const list = table("Topics", [column("Topic", kindCell, "wide")], kindKey,
         "No topics. One appears when a channel subscribes to it.");
-    const note = h("span");
-    const back = button("Previous", () => turn(-1), "small");
-    const next = button("Next", () => turn(1), "small");
-    const turn = way => {
-        page += way;
-        show();
-    };
-    const show = () => {
-        const found = names.filter(({name}) => name.toLowerCase().includes(like.toLowerCase()));
-        const last = Math.max(Math.ceil(found.length / PAGE) - 1, 0);
-        page = Math.min(page, last);
-        list.update(found.slice(page * PAGE, (page + 1) * PAGE));
-        put(note, `${number(found.length)} in all`);
-        back.disabled = page === 0;
-        next.disabled = page === last;
-    };
-    poll(5000, async () => {
+    const open = button("Open a topic", () => ask("Open a topic", {
+        text: "It need not have subscribers: it may keep what is published.",
+        fields: [{name: "name", label: "Topic", required: true}], action: "Open",
+        send: async ({name}) => {
+            location.hash = `#/topics/${encodeURIComponent(name)}`;
+            return "";
+        },
+    }));
+    const pages = paged(signal, 5000, list, async after => {
         const [{topics}, {patterns}] = await Promise.all(
-            [get("topics", signal), get("patterns", signal)]);
-        names = [...asKind("topics", topics), ...asKind("patterns", patterns)];
-        show();
-    }, signal);
+            ["topics", "patterns"].map(target => get(target, signal)));
+        const found = both(topics, patterns).filter(({name}) => name.toLowerCase().includes(like));
+        return pageOf(found, kindKey, after);
+    });
     const filter = search("Filter topics", text => {
         like = text;
-        show();
+        pages.reset();
     });
-    return card(h("h1", {}, "Topics"), actions(filter, can("write") && publishButton()),
-        list.element, h("div", {class: "pages"}, note, back, next));
+    return card(h("h1", "Topics"),
+        actions(filter, can("admin") && open, can("write") && publishButton()), pages.element);
 }
+
+const topicHead = (name, ...tools) => heading(crumb("Topics", "#/topics"), bdi(name), tools);
 
 function topicView(signal, topic) {
     const list = table("Subscribers", [
-        {title: "Channel", class: "wide", make: channel => linkTo("channels", channel)},
-        {...ACTION, make: channel =>
-            can("admin") && unsubscribeButton(channel, {kind: "topics", name: topic},
-                () => refresh())},
+        column("Channel", channel => linkTo("channels", channel), "wide"),
+        action(channel =>
+            can("admin") && unsubscribeButton(channel, {kind: "topics", name: topic})),
     ], channel => channel, "No subscribers: what is published is dropped.");
-    const subscribe = button("Subscribe a channel", () => askSubscribe({topic}, () => refresh()));
-    const refresh = poll(2000, async () =>
+    poll(2000, async () =>
         list.update((await get(path("topics", topic, "/channels"), signal)).channels), signal);
+    const kept = table("Kept publications", [
+        column("Publication", ({id}) => id),
+        column("Type", ({type}) => bdi(type), "rare"),
+        column("Body", one => bdi(preview(one)), "wide mono"),
+    ], ({id}) => id, "Nothing is kept for readers that come later.");
+    const pages = paged(signal, 5000, kept, after =>
+        get(path("topics", topic, "/messages" + query({n: PAGE, since: after})), signal));
     return [
-        h("div", {class: "head"},
-            h("div", {}, crumbs("Topics", "#/topics"), h("h1", {}, h("bdi", {}, topic))),
-            actions(can("admin") && subscribe, can("write") && publishButton(topic))),
+        topicHead(topic,
+            can("admin") && button("Subscribe a channel", () => askSubscribe({topic})),
+            can("write") && publishButton(topic)),
         card("Subscribers", null, list.element),
         liveCard(signal, path("topics", topic, "/live"), "Every publication, as it happens"),
+        card("Kept publications", null, pages.element),
+        settingsCard(signal, path("topics", topic, "/settings"), "topic",
+            `Settings of ${topic}`, "What is published is kept for readers that come later."),
     ];
 }
 
-function patternView(signal, pattern) {
-    return [
-        h("div", {class: "head"},
-            h("div", {}, crumbs("Topics", "#/topics"), h("h1", {}, h("bdi", {}, pattern)))),
-        liveCard(signal, path("patterns", pattern, "/live"), "Publications on topics that match"),
-    ];
+const patternView = (signal, pattern) => [
+    topicHead(pattern),
+    liveCard(signal, path("patterns", pattern, "/live"), "Publications on topics that match"),
+];
+
+// -- Schedules
+
+function scheduleList(signal) {
+    let like = "";
+    const moment = text => text?.replace("T", " ");
+    const run = name => button("Run", () => act(doing("POST",
+        () => path("schedules", name, "/run"), ({id}) => `Posted as message ${id}`)), "small");
+    const remove = name => button("Delete", () => ask(`Delete the schedule ${name}`, {
+        text: "What it has posted stays.", action: "Delete", look: "danger",
+        send: doing("DELETE", () => path("schedules", name), "Schedule deleted"),
+    }), "small danger");
+    const list = table("Schedules", [
+        column("Schedule", ({name}) => bdi(name)),
+        {title: "Channel", draw: (cell, s) =>
+            renew(cell, s.channel, () => [linkTo("channels", s.channel)])},
+        texts("Times", s => s.every ? `every ${duration(s.every)}` : `${s.cron} (${s.tz})`, "rare"),
+        texts("Next", s => moment(s.next)),
+        texts("Last", s => moment(s.last), "rare"),
+        texts("Last error", s => s["last-error"], "wide"),
+        action(({name}) => [can("write") && run(name), " ", can("admin") && remove(name)]),
+    ], ({name}) => name, "No schedules. They post messages at certain times.");
+    const pages = paged(signal, 5000, list, async after => {
+        const {schedules} = await get("schedules", signal);
+        return pageOf(schedules.filter(({name, channel}) =>
+            `${name} ${channel}`.toLowerCase().includes(like)), ({name}) => name, after);
+    });
+    const filter = search("Filter schedules", text => {
+        like = text;
+        pages.reset();
+    });
+    const create = button("New schedule", () => ask("New schedule", {
+        text: "It replaces one that has the same name.",
+        some: [
+            {name: "_name", label: "Name", required: true},
+            {name: "channel", label: "Channel", required: true},
+            {name: "cron", label: "Times",
+                help: "minute, hour, day, month, weekday, as 0 3 * * mon-fri; or @daily"},
+            {name: "tz", label: "Time zone of these", placeholder: "UTC"},
+            {name: "every", label: "Or every", placeholder: "seconds"},
+            {name: "catch-up", type: "checkbox", value: "no", label: "Skip missed times",
+                help: "else there is one post for them"},
+        ],
+        fields: contentFields(),
+        more: parameterFields("schedule"), action: "Save",
+        send: doing("PUT", ({_name}) => path("schedules", _name), "Schedule saved"),
+    }), "main");
+    return card(h("h1", "Schedules"), actions(filter, can("admin") && create), pages.element);
 }
 
 // -- Dead letters
 
 function deadList(signal) {
     let reason = "", order = "newest";
-    const redrive = message => button("Redrive", () => act(async () => {
-        await call("POST", `messages/${message.id}/redrive`);
-        refresh();
-        return `Message ${message.id} is back in ${message["dead-from"]}`;
-    }), "small");
+    const redrive = message => button("Redrive", () => act(doing("POST",
+        `messages/${message.id}/redrive`, `Message ${message.id} is back in ${message["dead-from"]}`
+    )), "small");
     const list = table("Dead letters", [
-        {title: "Message", make: ({id}) => linkTo("messages", id)},
-        {title: "From", make: message => linkTo("channels", message["dead-from"])},
-        {title: "Reason", text: message => message["dead-reason"]},
-        {title: "Error", class: "wide rare", make: m => h("bdi", {}, m.error || preview(m))},
-        count("Deliveries", m => m["dead-delivered"], "rare"),
-        count("Age", m => m.received, "", duration),
-        {title: "Now in", class: "rare", make: message => linkTo("channels", message.channel)},
-        {...ACTION, make: redrive},
+        column("Message", ({id}) => linkTo("messages", id)),
+        column("From", message => linkTo("channels", message["dead-from"])),
+        texts("Reason", message => message["dead-reason"]),
+        column("Error", message => bdi(message.error || preview(message)), "wide rare"),
+        count("Deliveries", message => message["dead-delivered"], "rare"),
+        count("Age", message => message.received, "", duration),
+        column("Now in", message => linkTo("channels", message.channel), "rare"),
+        action(redrive),
     ], message => message.id, "No dead letters.");
-    const pages = pager(PAGE, () => refresh());
+    const pages = paged(signal, 2000, list, after =>
+        get("dead-letters" + query({n: PAGE, reason, order, after}), signal));
     const choose = (label, values, pick) => h("select", {
         "aria-label": label, onchange: event => {
             pick(event.target.value);
             pages.reset();
-            refresh();
         },
     }, values.map(([value, text]) => h("option", {value}, text)));
-    const target = () => "dead-letters" + query({n: PAGE, reason, order, after: pages.after});
-    const refresh = pollList(2000, pages, target, messages => {
-        list.update(messages);
-        return messages.map(message => message.id);
-    }, signal);
     const reasons = choose("Reason", [["", "All reasons"], ["deliver", "Deliveries used up"],
         ["linger", "Lifetime over"], ["reject", "Rejected"]], value => { reason = value; });
     const orders = choose("Order", [["newest", "Newest first"], ["oldest", "Oldest first"]],
         value => { order = value; });
-    return card(h("h1", {}, "Dead letters"), actions(reasons, orders),
-        list.element, pages.element);
+    return card(h("h1", "Dead letters"), actions(reasons, orders), pages.element);
 }
 
 // -- Which view is shown
 
+const LISTS = {topics: topicList, schedules: scheduleList, dead: deadList};
+const VIEWS = {channels: channelView, messages: messageView, topics: topicView,
+    patterns: patternView};
 let view = new AbortController();
 
 function show(...parts) {
@@ -13544,23 +13459,15 @@ function route() {
     let name = "";
     try {
         name = decodeURIComponent(text);
-        const views = {channels: channelView, messages: messageView, topics: topicView,
-            patterns: patternView};
-        const lists = {topics: topicList, dead: deadList};
-        show(name && views[kind] ? views[kind](view.signal, name)
-            : (lists[kind] || overview)(view.signal));
+        show(name && VIEWS[kind] ? VIEWS[kind](view.signal, name)
+            : (LISTS[kind] || overview)(view.signal));
     } catch (error) {
-        show(card("This cannot be shown", null, h("div", {class: "none"}, describe(error))));
+        show(card("This cannot be shown", null, h("div.none", describe(error))));
     }
     document.title = name ? `${name} | Linger` : "Linger";
+    const place = kind === "patterns" ? "topics" : LISTS[kind] ? kind : "";
     for (const link of $("views").children) {
-        const place = {topics: "topics", patterns: "topics", dead: "dead"}[kind] || "";
-        const isCurrent = link.hash === `#/${place}`;
-        if (isCurrent) {
-            link.setAttribute("aria-current", "page");
-        } else {
-            link.removeAttribute("aria-current");
-        }
+        link.setAttribute("aria-current", link.hash === `#/${place}` ? "page" : "false");
     }
     $("main").focus();
 }
@@ -13584,7 +13491,7 @@ function signOut(why) {
             await start();
         },
     }, () => {});
-    show(h("section", {class: "card narrow"}, enter));
+    show(h("section.card.narrow", enter));
     enter.querySelector("input").focus();
 }
 
@@ -13597,7 +13504,8 @@ async function start() {
     put($("host"), hostname);
     $("host").title = `Linger ${version}`;
     $("views").hidden = false;
-    $("views").lastElementChild.hidden = !canServer();
+    $("topics").hidden = $("schedules").hidden = !can("read");
+    $("dead").hidden = !canServer();
     $("sign").hidden = !token;
     route();
 }
@@ -13622,12 +13530,12 @@ async function look() {
     }
 }
 
-document.body.append(h("datalist", {id: "types"}, ["text/plain", "application/json"].map(
-    value => h("option", {value}))));
+document.body.append(h("datalist", {id: "types"},
+    ["text/plain", "application/json"].map(value => h("option", {value}))));
 $("sign").addEventListener("click", () => signOut(ASK));
 $("skip").addEventListener("click", () => $("main").focus());
 addEventListener("hashchange", route);
-const lookAgain = poll(5000, look, new AbortController().signal);
+poll(5000, look, new AbortController().signal);
 """
 
 
@@ -13651,8 +13559,9 @@ PAGE_DOCUMENT = """
     <a class="brand" href="#/">{logo} Linger</a>
     <nav aria-label="Views" id="views" hidden>
         <a href="#/">Channels</a>
-        <a href="#/topics">Topics</a>
-        <a href="#/dead">Dead letters</a>
+        <a href="#/topics" id="topics">Topics</a>
+        <a href="#/schedules" id="schedules">Schedules</a>
+        <a href="#/dead" id="dead">Dead letters</a>
     </nav>
     <div class="server">
         <span id="host"></span>
@@ -13679,10 +13588,13 @@ LOGO = (
 
 # Which calls take a parameter: the script makes their forms of it.
 FORMS = {
-    "post": tuple(p for p in ALL_PARAMETERS if p.name != "headers"),
-    "publish": tuple(p for p in PUBLISH_PARAMETERS if p.name != "headers"),
+    "post": ALL_PARAMETERS,
+    "publish": PUBLISH_PARAMETERS,
+    "schedule": SCHEDULE_PARAMETERS,
     "subscribe": MESSAGE_PARAMETERS,
+    "change": CHANGE_PARAMETERS,
     "settings": CHANNEL_PARAMETERS,
+    "topic": RETENTION_PARAMETERS,
 }
 
 
@@ -13699,7 +13611,7 @@ def entity_tag(body: bytes) -> str:
 
 def page_tables() -> str:
     """The tables that the script needs, as JSON that may stand in a document."""
-    forms = {name: [p.name for p in table] for name, table in FORMS.items()}
+    forms = {name: [p.name for p in table if p.name != "headers"] for name, table in FORMS.items()}
     parameters = {
         p.name: (p.help, "" if p.default is None else p.default)
         for table in FORMS.values()
@@ -13725,7 +13637,7 @@ def page() -> Page:
     browser knows trusted types, nothing that makes markup of a text.
     """
     style, script = (
-        "\n".join(re.findall(r"(?m)^ *(?!//)(\S.*)", source))
+        "\n".join(re.findall(r"(?m)^ *(?!//)(\S.*?)(?:  //.*)?$", source))
         for source in (PAGE_STYLE, PAGE_SCRIPT + PAGE_VIEWS)
     )
     style = re.sub(r"\s*([{};:,])\s*", r"\1", style)
