@@ -224,6 +224,7 @@ MAX_NAME = 255  # longest name of a channel or topic, bytes of UTF-8
 MAX_MESSAGE = 256_000  # default of --max-message, bytes; as Linger 1.0.1
 MAX_MESSAGE_OPTION = 100_000_000  # largest --max-message, bytes
 MAX_BATCH = 1_000  # messages per batch
+LISTED = 50  # messages of a listing that does not say how many
 MAX_BATCH_BYTES = 8_000_000  # size of a batch request, bytes
 MAX_BATCH_LINES = 4_000  # lines of a batch in NDJSON, empty lines included
 MAX_JSON_COMMAS = 32_000  # commas in a JSON batch: 32 fields per message
@@ -516,6 +517,9 @@ class Full(LingerError):
     """The channel is at its high-level mark, or the disk is full."""
 
     status = 507
+
+
+ERRORS_BY_STATUS = {kind.status: kind for kind in LingerError.__subclasses__()}
 
 
 def require_posix(program: str) -> None:
@@ -8205,7 +8209,7 @@ class Administration:
         self,
         channel: str,
         state: Optional[str] = None,
-        n: int = 50,
+        n: int = LISTED,
         after: Optional[int] = None,
         cut: int = PREVIEW_BYTES,
     ) -> list[tuple[Message, str]]:
@@ -8227,7 +8231,7 @@ class Administration:
         return [listed_message(self._state.flights, row) for row in rows]
 
     def list_whole(
-        self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
+        self, channel: str, state: Optional[str], n: int, after: Optional[int]
     ) -> list[tuple[Message, str]]:
         """The same with whole bodies, of no more messages than reach MAX_BATCH_BYTES together."""
         listed: list[tuple[Message, str]] = []
@@ -8246,7 +8250,7 @@ class Administration:
             after = page[-1][0].id
 
     def dead_letters(
-        self, n: int = 50, after: Optional[int] = None, reason: str = "", order: str = "newest"
+        self, n: int = LISTED, after: Optional[int] = None, reason: str = "", order: str = "newest"
     ) -> list[tuple[Message, str]]:
         """Dead letters of all channels and their states: see `list_dead`."""
         self._submit_due()
@@ -9289,7 +9293,7 @@ class Retention:
         return {name: value for name, value in named.items() if value}
 
     def kept(
-        self, topic: str, since: str = "all", n: int = 50, cut: int = PREVIEW_BYTES
+        self, topic: str, since: str = "all", n: int = LISTED, cut: int = PREVIEW_BYTES
     ) -> list[Message]:
         """Up to `n` publications that are kept, the oldest first, without a channel; with bodies
         that are cut to one byte more than `cut`."""
@@ -13889,9 +13893,9 @@ DELIVERY_HEADERS = {
     if name in Message._fields and name not in ("type", "body")
 }
 
-# What each status of an error means; those of the classes of errors, and others.
+# What each status of an error means.
 ERRORS: Mapping[int, str] = {
-    **{kind.status: kind.__doc__ or "" for kind in LingerError.__subclasses__()},
+    **{status: kind.__doc__ or "" for status, kind in ERRORS_BY_STATUS.items()},
     401: "The token is missing or wrong.",
     405: "The path does not have this method.",
     408: "The request took too long to arrive.",
@@ -14208,6 +14212,10 @@ class ManagementApi:
         names = (channels.get(id, "") for id in ids)
         return [name if name and grant.covers("channels", name) else "" for name in names]
 
+    def _visible_names(self, request: Request, kind: str, names: Iterable[str]) -> Response:
+        """The response with those of the channels, topics or patterns that a token covers."""
+        return json_response({kind: request.grant.visible(kind, names)})
+
     def _check_dead_channel(self, request: Request, parameters: Mapping[str, object]) -> None:
         """`AccessDenied` if a message could reach a channel to which it may not be posted."""
         dead = parameters.get("dead")
@@ -14277,8 +14285,7 @@ class ManagementApi:
 
     def list_channels(self, request: Request) -> Response:
         if not request.switch("info"):
-            channels = request.grant.visible("channels", self._broker.channels())
-            return json_response({"channels": channels})
+            return self._visible_names(request, "channels", self._broker.channels())
         channels = self._broker.list_channels(
             request.integer("n", 1, MAX_LISTED_CHANNELS),
             request.parameter("after") or "",
@@ -14303,13 +14310,13 @@ class ManagementApi:
         state, after = request.parameter("state") or None, request.integer("after")
         if state == "ready" and after is not None and "" in self._expected_channels(request, after):
             raise NotFound(f"there is no message {after}")  # the listing would reveal its place
-        n = request.integer("n", 1, MAX_BATCH) or 50
+        n = request.integer("n", 1, MAX_BATCH) or LISTED
         cut = None if whole else PREVIEW_BYTES
         read = self._broker.list_whole if whole else self._broker.list_messages
         return self._listing(request, n, cut, lambda: read(channel, state, n, after))
 
     def list_dead_letters(self, request: Request) -> Response:
-        n, after = request.integer("n", 1, MAX_BATCH) or 50, request.integer("after")
+        n, after = request.integer("n", 1, MAX_BATCH) or LISTED, request.integer("after")
         reason, order = request.parameter("reason") or "", request.parameter("order") or "newest"
         read = functools.partial(self._broker.dead_letters, n, after, reason, order)
         return self._listing(request, n, PREVIEW_BYTES, read)
@@ -14402,8 +14409,7 @@ class ManagementApi:
         return NO_CONTENT
 
     def list_channel_topics(self, request: Request, channel: str) -> Response:
-        topics = self._broker.topics(channel)
-        return json_response({"topics": request.grant.visible("topics", topics)})
+        return self._visible_names(request, "topics", self._broker.topics(channel))
 
     def subscribe(self, request: Request, channel: str, topic: str) -> Response:
         parameters = self._checked_parameters(request, ALL_PARAMETERS)
@@ -14419,8 +14425,7 @@ class ManagementApi:
         return NO_CONTENT
 
     def list_channel_patterns(self, request: Request, channel: str) -> Response:
-        patterns = self._broker.patterns.names(channel)
-        return json_response({"patterns": request.grant.visible("patterns", patterns)})
+        return self._visible_names(request, "patterns", self._broker.patterns.names(channel))
 
     def subscribe_pattern(self, request: Request, channel: str, pattern: str) -> Response:
         parameters = self._checked_parameters(request, ALL_PARAMETERS)
@@ -14444,9 +14449,9 @@ class ManagementApi:
         return NO_CONTENT
 
     def list_publications(self, request: Request, topic: str) -> Response:
-        since, n = request.parameter("since") or "all", request.integer("n", 1, MAX_BATCH) or 50
+        since = request.parameter("since") or "all"
         cut = MAX_EVENT_BODY if request.switch("whole") else PREVIEW_BYTES
-        n = min(n, MAX_BATCH_BYTES // cut)
+        n = min(request.integer("n", 1, MAX_BATCH) or LISTED, MAX_BATCH_BYTES // cut)
         kept = functools.partial(self._broker.retention.kept, topic, since, n, cut)
         return self._listing(
             request, n, cut, lambda: ((m, "") for m in kept()),
@@ -14454,15 +14459,13 @@ class ManagementApi:
         )  # fmt: skip
 
     def list_patterns(self, request: Request) -> Response:
-        patterns = self._broker.patterns.names()
-        return json_response({"patterns": request.grant.visible("patterns", patterns)})
+        return self._visible_names(request, "patterns", self._broker.patterns.names())
 
     def list_topics(self, request: Request) -> Response:
-        return json_response({"topics": request.grant.visible("topics", self._broker.topics())})
+        return self._visible_names(request, "topics", self._broker.topics())
 
     def list_subscribers(self, request: Request, topic: str) -> Response:
-        channels = self._broker.subscribers(topic)
-        return json_response({"channels": request.grant.visible("channels", channels)})
+        return self._visible_names(request, "channels", self._broker.subscribers(topic))
 
     # -- schedules
 
@@ -16225,11 +16228,7 @@ def in_batches(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list
 # ---------------------------------------------------------------------------------------------
 
 DEFAULT_URL = "http://127.0.0.1:8989"
-ERRORS_BY_STATUS = {
-    error.status: error
-    for error in (BadRequest, AccessDenied, NotFound, Conflict, TooLarge, Unavailable, Full)
-}
-ERRORS_BY_STATUS[OutcomeUnknown.status] = Unavailable  # as when the connection breaks
+REPORTED_AS = {401: 403, 504: 503}  # 504: as when the connection breaks
 RETRYABLE = (502, 503, 504)  # statuses that may pass: the server or its proxy restarts
 
 
@@ -16566,7 +16565,7 @@ def error_in_response(url: str, status: int, body: bytes) -> LingerError:
         value = json.loads(body)
     if not isinstance(value, dict) or not isinstance(value.get("error"), str):
         value = {"error": f"{url} responds with status {status}, and not as Linger does"}
-    kind = ERRORS_BY_STATUS.get(403 if status == 401 else status, LingerError)
+    kind = ERRORS_BY_STATUS.get(REPORTED_AS.get(status, status), LingerError)
     error = kind(value["error"], status)
     if isinstance(value.get("index"), int):
         error.index = value["index"]
@@ -17205,7 +17204,7 @@ class ManagementClient:
         """Keeps no publications any more, and deletes those that were kept."""
         self._requests.send("DELETE", encode_path("topics", topic, "settings"))
 
-    def publications(self, topic: str, since: str = "all", n: int = 50) -> JsonObjects:
+    def publications(self, topic: str, since: str = "all", n: int = LISTED) -> JsonObjects:
         """Returns what a topic has kept, as `GET /topics/<topic>/messages?whole` does."""
         path, query = encode_path("topics", topic, "messages"), {"since": since, "n": n, "whole": 1}
         return self._requests.send_json(list, "GET", path, query)
@@ -17310,7 +17309,11 @@ class ManagementClient:
             return parse_headers(headers, body)
 
     def list_messages(
-        self, channel: str, state: Optional[str] = None, n: int = 50, after: Optional[int] = None
+        self,
+        channel: str,
+        state: Optional[str] = None,
+        n: int = LISTED,
+        after: Optional[int] = None,
     ) -> list[tuple[Message, str]]:
         """Returns up to `n` messages of a channel with their states, after the message `after`.
 
@@ -17323,7 +17326,7 @@ class ManagementClient:
         )  # fmt: skip
 
     def dead_letters(
-        self, n: int = 50, after: Optional[int] = None, reason: str = "", order: str = ""
+        self, n: int = LISTED, after: Optional[int] = None, reason: str = "", order: str = ""
     ) -> list[tuple[Message, str]]:
         """Returns up to `n` dead letters of all channels with their states, after the message
         `after`: `newest` (the default) or `oldest` first, of one `reason` or all."""
@@ -19618,7 +19621,7 @@ COMMANDS = (
     Command("peek", "list messages of a channel without taking them",
             "linger peek jobs --state ready", _peek,
             (CHANNEL, _argument("--state", choices=STATES, help="only messages in this state"),
-             _number("--count", "N", "maximum number of messages", 1, MAX_BATCH, default=50),
+             _number("--count", "N", "maximum number of messages", 1, MAX_BATCH, default=LISTED),
              _number("--after", "ID", "start after this message", 0), JSON),
             nothing="there are no messages", columns=MESSAGE_COLUMNS),
     Command("tail", "write what happens to the messages of a channel, a line for each event",
@@ -19694,7 +19697,7 @@ COMMANDS = (
                       for option in ("--keep", "--keep-for")]),
     Command("publications", "list what a topic has kept", "linger publications news --since 1h",
             _publications,
-            (TOPIC, SINCE, _number("--count", "N", "maximum number", 1, MAX_BATCH, default=50),
+            (TOPIC, SINCE, _number("--count", "N", "maximum number", 1, MAX_BATCH, default=LISTED),
              JSON),
             nothing="there are none", columns=PUBLICATION_COLUMNS),
     Command("patterns", "list the patterns with subscriptions, or those of a channel",

@@ -11435,7 +11435,7 @@ class ClientTest(ClientCase):
             self.client.post("q", "x" * 300)
             for _ in range(3):
                 self.client.post_batch("q", ["y" * 100] * 2)
-            self.assertEqual(len(self.broker.list_whole("q", n=10)), 2)
+            self.assertEqual(len(self.broker.list_whole("q", None, 10, None)), 2)
             self.assertEqual([len(r["body"]) for r in self.client.dump(["q"])], [300] + [100] * 6)
             n = self.client.load({**r, "channel": "r"} for r in self.client.dump(["q"]))
         self.assertEqual((n, self.client.channel_stats("r")["ready"]), (7, 7))
