@@ -595,10 +595,6 @@ class MemoryBudget:
         with contextlib.suppress(RuntimeError):  # there are no more threads
             _thread.start_new_thread(trim_memory, ())
 
-    def release(self, size: int) -> None:
-        """Gives bytes back."""
-        self.force(0, size)
-
     def room(self) -> int:
         """How many bytes a large amount may have now, at least 1."""
         return max(int(self.limit * LARGE_SHARE) - self.used, 1)
@@ -632,8 +628,7 @@ class Reservation:
     def release(self) -> None:
         """Gives all back."""
         if self.size:
-            self._budget.release(self.size)
-            self.size = 0
+            self.force(0)
 
     def room(self) -> int:
         """How many bytes it may have now, at least 1."""
@@ -818,8 +813,16 @@ def check_name(kind: str, name: object) -> str:
     return name
 
 
-def _integer_from(minimum: int) -> Callable[[str, object], object]:
-    return functools.partial(parse_integer, minimum=minimum)
+def integer_from(minimum: int, maximum: int = MAX_INTEGER) -> Callable[[str, object], int]:
+    """The parser of an integer in a range."""
+    return functools.partial(parse_integer, minimum=minimum, maximum=maximum)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """Returns a value unchanged; `BadRequest` if it is none of the choices."""
+    if value not in choices:
+        raise BadRequest(f"{name} must be one of {', '.join(choices)}")
+    return value
 
 
 def _parse_dead_channel(_: str, value: object) -> str:
@@ -883,11 +886,11 @@ class Parameter(NamedTuple):
 
 # For one message, for all messages of a subscription, or as a channel's setting.
 MESSAGE_PARAMETERS = (
-    Parameter("priority", 0, _integer_from(MIN_INTEGER), "lower numbers are delivered first"),
-    Parameter("timeout", 30, _integer_from(1), "seconds that a delivered message stays hidden"),
-    Parameter("deliver", 0, _integer_from(0), "limit of deliveries, 0 = unlimited"),
-    Parameter("linger", 0, _integer_from(0), "lifetime in seconds, 0 = unlimited"),
-    Parameter("delay", 0, _integer_from(0), "seconds until the message is first ready"),
+    Parameter("priority", 0, integer_from(MIN_INTEGER), "lower numbers are delivered first"),
+    Parameter("timeout", 30, integer_from(1), "seconds that a delivered message stays hidden"),
+    Parameter("deliver", 0, integer_from(0), "limit of deliveries, 0 = unlimited"),
+    Parameter("linger", 0, integer_from(0), "lifetime in seconds, 0 = unlimited"),
+    Parameter("delay", 0, integer_from(0), "seconds until the message is first ready"),
     Parameter("dead", "", _parse_dead_channel, "channel for dead letters"),
     Parameter("backoff", "", _parse_backoff, "seconds hidden after the 1st, 2nd, ... failure"),
 )
@@ -896,7 +899,7 @@ CHANGE_PARAMETERS = tuple(p for p in MESSAGE_PARAMETERS if p.name not in ("linge
 # For one message only.
 SINGLE_PARAMETERS = (
     Parameter("dedup", None, _parse_key, "key that makes a repeated post a duplicate"),
-    Parameter("dedup-for", 300, _integer_from(1), "seconds that the dedup key is remembered"),
+    Parameter("dedup-for", 300, integer_from(1), "seconds that the dedup key is remembered"),
     Parameter("unique", None, _parse_key, "key that only one message of the channel may have"),
     Parameter("headers", "", parse_own_headers, "headers of its own, by name"),
     Parameter("group", "", _parse_key, "key of messages delivered in order, one at a time"),
@@ -904,20 +907,13 @@ SINGLE_PARAMETERS = (
 PUBLISH_PARAMETERS = tuple(p for p in SINGLE_PARAMETERS if p.name != "unique")
 CHANNEL_PARAMETERS = (
     *MESSAGE_PARAMETERS,
-    Parameter("hlm", None, _integer_from(0), "high-level mark of the channel, 0 = unlimited"),
-    Parameter(
-        "max-in-flight", None, _integer_from(0), "limit of messages in flight, 0 = unlimited"
-    ),
+    Parameter("hlm", None, integer_from(0), "high-level mark of the channel, 0 = unlimited"),
+    Parameter("max-in-flight", None, integer_from(0), "limit of messages in flight, 0 = unlimited"),
 )
 # For a topic.
 RETENTION_PARAMETERS = (
-    Parameter(
-        "keep",
-        None,
-        functools.partial(parse_integer, minimum=1, maximum=MAX_KEPT),
-        "publications to keep, the last ones",
-    ),
-    Parameter("keep-for", None, _integer_from(1), "seconds to keep each publication"),
+    Parameter("keep", None, integer_from(1, MAX_KEPT), "publications to keep, the last ones"),
+    Parameter("keep-for", None, integer_from(1), "seconds to keep each publication"),
 )
 ALL_PARAMETERS = MESSAGE_PARAMETERS + SINGLE_PARAMETERS
 CALL_PARAMETERS = tuple(p for p in ALL_PARAMETERS if p.name not in ("dedup", "dedup-for", "unique"))
@@ -937,15 +933,6 @@ if TYPE_CHECKING:  # the same tables for a type checker; None is as not given
         dead: Optional[str]
         backoff: Optional[str]
 
-    class PostFields(MessageFields, total=False):
-        """The values of ALL_PARAMETERS."""
-
-        dedup: Optional[str]
-        dedup_for: Optional[int]
-        unique: Optional[str]
-        headers: Optional[Mapping[str, str]]
-        group: Optional[str]
-
     class PublishKeys(TypedDict, total=False):
         """The values of PUBLISH_PARAMETERS."""
 
@@ -953,6 +940,11 @@ if TYPE_CHECKING:  # the same tables for a type checker; None is as not given
         dedup_for: Optional[int]
         headers: Optional[Mapping[str, str]]
         group: Optional[str]
+
+    class PostFields(MessageFields, PublishKeys, total=False):
+        """The values of ALL_PARAMETERS."""
+
+        unique: Optional[str]
 
     class ChannelFields(MessageFields, total=False):
         """The values of CHANNEL_PARAMETERS."""
@@ -2701,7 +2693,6 @@ FIND_STORED = """
 select 'messages' where exists (select 1 from channels)
 union all
 select 'subscriptions' where exists (select 1 from subscriptions)
-    or exists (select 1 from patterns)
 union all
 select 'settings' where exists (select 1 from settings)
 union all
@@ -7664,6 +7655,7 @@ class Drain(Operation):
 # work in pieces, and read what there is.
 # ---------------------------------------------------------------------------------------------
 
+DEAD_ORDERS = ("newest", "oldest")  # of dead letters: which come first
 ChannelRow = tuple[str, int, Optional[float]]  # name, ready messages, when the oldest was posted
 CHANNEL_ORDERS: Mapping[str, Callable[[ChannelRow], Any]] = {
     "name": lambda row: row[0],
@@ -7744,16 +7736,12 @@ def list_dead(
 
     Bodies are cut to one byte more than PREVIEW_BYTES.
     """
-    if reason and reason not in DEAD_REASONS:
-        raise BadRequest(f"reason must be one of {', '.join(DEAD_REASONS)}")
-    if order not in ("newest", "oldest"):
-        raise BadRequest("order must be newest or oldest")
-    newest = order == "newest"
+    reasons = (check_choice("reason", reason, DEAD_REASONS),) if reason else DEAD_REASONS
+    newest = check_choice("order", order, DEAD_ORDERS) == "newest"
     if after is None:
         after = MAX_INTEGER if newest else MIN_INTEGER
     parameters = {"n": n, "after": after, "preview_bytes": PREVIEW_BYTES, "now": now}
     statement = NEWEST_DEAD if newest else OLDEST_DEAD
-    reasons = (reason,) if reason else DEAD_REASONS
     lists = [read(statement, reason=one, **parameters)[0] for one in reasons]
     rows = heapq.merge(*lists, key=lambda row: row[0], reverse=newest)
     return [(message_of(row[:-1]), STATES[row[-1]]) for row in itertools.islice(rows, n)]
@@ -8157,8 +8145,7 @@ class Administration:
 
         Only visible names in which `like` occurs, in upper or lower case.
         """
-        if order not in CHANNEL_ORDERS:
-            raise BadRequest(f"order must be one of {', '.join(CHANNEL_ORDERS)}")
+        check_choice("order", order, CHANNEL_ORDERS)
         self._submit_due()
         self._read()  # waits for what was submitted before
         channels = ChannelList(self._store.read, self._state.waiting.channels(self.now()))
@@ -8219,8 +8206,8 @@ class Administration:
         more than `cut`.
         """
         self._submit_due(channel)
-        if state is not None and state not in STATES:
-            raise BadRequest(f"state must be one of {', '.join(STATES)}")
+        if state is not None:
+            check_choice("state", state, STATES)
         if state == "ready" and after is not None:
             self.read_message(after)  # its place in the order is known only while it exists
         statement = {None: LIST_ALL, "ready": LIST_READY}.get(state, LIST_HIDDEN)
@@ -8382,7 +8369,7 @@ def subscription_values(
 
 
 def _check_no_keys(parameters: Mapping[str, object]) -> None:
-    for name in ("dedup", "unique", "headers", "group"):
+    for name in (p.name for p in SINGLE_PARAMETERS):
         if parameters.get(name) is not None:
             raise BadRequest(f"{name} can be given only with a message")
 
@@ -8648,7 +8635,7 @@ class Calls:
         id = state.committer.run(Post(state, message)).id
         found = self._await_reply(id, channel, wait, is_disconnected)
         if len(found[0]) > KEPT_REPLY:
-            state.committer.submit(Change((CLAIM_REPLY,), {"id": id, "body": b""}, lambda _: None))
+            state.committer.submit(Operation((CLAIM_REPLY,), {"id": id, "body": b""}))
         return found
 
     def _await_reply(
@@ -13921,7 +13908,7 @@ def _describe_parameter(endpoint: str, name: str) -> tuple[Schema, str]:
         return own
     parameter = {p.name: p for p in (*CHANNEL_PARAMETERS, *ALL_PARAMETERS)}[name]
     parse: Any = parameter.parse
-    return VALUES_OF_PARSERS.get(parse) or _whole(parse.keywords["minimum"]), parameter.help
+    return VALUES_OF_PARSERS.get(parse) or _whole(**parse.keywords), parameter.help
 
 
 def _describe_parameters(route: Route) -> tuple[list[Schema], dict[str, Schema]]:
@@ -17765,18 +17752,12 @@ class Client(ManagementClient):
 # ---------------------------------------------------------------------------------------------
 
 
-def _integer(minimum: int, maximum: int) -> Callable[[str, str], int]:
-    return lambda name, text: parse_integer(name, text, minimum, maximum)
-
-
 def _text(_: str, text: str) -> str:
     return text
 
 
 def _sync_level(name: str, text: str) -> str:
-    if text not in SYNC_LEVELS:
-        raise BadRequest(f"{name} must be one of {', '.join(SYNC_LEVELS)}")
-    return text
+    return check_choice(name, text, SYNC_LEVELS)
 
 
 def _switch(name: str, text: str) -> bool:
@@ -17810,43 +17791,44 @@ class Option(NamedTuple):
         if type(value) is not kind:
             kinds = {int: "an integer", str: "a text", bool: "True or False"}
             raise BadRequest(f"{self.key} must be {kinds[kind]}")
-        if kind is int or self.parse is _sync_level:
+        if kind is not bool:
             self.parse(self.key, cast(Any, value))
 
 
 # fmt: off
 OPTIONS = (
-    Option("host", "", "127.0.0.1", _text, "ADDRESS",
+    Option("host", "Server", "127.0.0.1", _text, "ADDRESS",
            "address to listen on, or unix:PATH for a Unix socket"),
-    Option("port", "", 8989, _integer(0, 65_535), "PORT", "port to listen on, 0 = any free port"),
+    Option("port", "Server", 8989, integer_from(0, 65_535), "PORT",
+           "port to listen on, 0 = any free port"),
     Option("dbfile", "", "linger.db", _text, "FILE",
            "database file, or the URL of an rqlite cluster; :memory: = in memory only"),
     Option("sync", "", "full", _sync_level, "LEVEL",
            "full = on disk before the response; normal = shortly after, so that a power failure may"
            " lose the last changes; off = when the system writes it"),
-    Option("hlm", "Broker", 0, _integer(0, MAX_INTEGER), "N",
+    Option("hlm", "Broker", 0, integer_from(0), "N",
            "high-level mark: messages per channel, 0 = unlimited"),
-    Option("max-message", "Broker", MAX_MESSAGE, _integer(1, MAX_MESSAGE_OPTION), "BYTES",
+    Option("max-message", "Broker", MAX_MESSAGE, integer_from(1, MAX_MESSAGE_OPTION), "BYTES",
            "maximum size of a message"),
-    Option("max-connections", "", 0, _integer(0, 1_000_000), "N",
+    Option("max-connections", "Server", 0, integer_from(0, 1_000_000), "N",
            "open connections; further ones get 503; 0 = as many as fit a quarter of the memory, up"
            f" to {MAX_CONNECTIONS}"),
-    Option("max-connections-per-address", "Server", 0, _integer(0, 1_000_000), "N",
+    Option("max-connections-per-address", "Server", 0, integer_from(0, 1_000_000), "N",
            "open connections per address (IPv6: per /64 network), 0 = unlimited"),
-    Option("max-waiting", "Server", 0, _integer(0, 1_000_000), "N",
+    Option("max-waiting", "Server", 0, integer_from(0, 1_000_000), "N",
            "waiting consumers; further ones get 503; 0 = 75% of --max-connections"),
-    Option("max-memory", "Server", 0, _integer(0, MAX_INTEGER), "BYTES",
+    Option("max-memory", "Server", 0, integer_from(0), "BYTES",
            "memory for what clients send and receive; beyond it large requests get 503; 0 = a"
            " quarter of the machine's, up to 1 GB"),
-    Option("max-channels", "Broker", MAX_CHANNELS, _integer(1, 10_000_000), "N",
+    Option("max-channels", "Broker", MAX_CHANNELS, integer_from(1, 10_000_000), "N",
            "channels with messages, subscriptions, settings or a pause"),
-    Option("metrics-channels", "Broker", METRICS_CHANNELS, _integer(0, MAX_METRICS_CHANNELS), "N",
-           "channels with counters of their own in /metrics"),
-    Option("max-db-size", "", 0, _integer(0, MAX_INTEGER), "BYTES",
+    Option("metrics-channels", "Broker", METRICS_CHANNELS, integer_from(0, MAX_METRICS_CHANNELS),
+           "N", "channels with counters of their own in /metrics"),
+    Option("max-db-size", "", 0, integer_from(0), "BYTES",
            "size of the database, 0 = limited by the disk"),
-    Option("read-timeout", "Server", READ_TIMEOUT, _integer(1, 86_400), "SECONDS",
+    Option("read-timeout", "Server", READ_TIMEOUT, integer_from(1, 86_400), "SECONDS",
            "time limit for a request's head, and the same again for its body"),
-    Option("idle-timeout", "Server", IDLE_TIMEOUT, _integer(1, 86_400), "SECONDS",
+    Option("idle-timeout", "Server", IDLE_TIMEOUT, integer_from(1, 86_400), "SECONDS",
            "time that a connection may be idle between requests"),
     Option("token", "Access", None, _text, "TOKEN", "token with full access"),
     Option("tokens", "Access", None, _text, "FILE", "token file; lines `name token rights ...`"),
@@ -18002,11 +17984,11 @@ def _create_server(options: Mapping[str, Any]) -> Server:
             raise Unavailable(f"cannot start without threads: {error} (ulimit -u)") from error
 
     return Server(
-        open_broker, options["host"], options["port"],
-        max_connections=options["max_connections"],
+        open_broker,
         log_requests=options["log_requests"] or options["debug"],
-        access=Access(**of("Access")), **of("Server"),
-    )  # fmt: skip
+        access=Access(**of("Access")),
+        **of("Server"),
+    )
 
 
 if TYPE_CHECKING:

@@ -8722,7 +8722,7 @@ class SharedStateTest(ServerTest):
         def reserve():
             for _ in range(2_000):
                 self.server.memory.reserve(3)
-                self.server.memory.release(2)
+                self.server.memory.force(0, 2)
 
         for future in [self.thread(reserve) for _ in range(4)]:
             future.result(PATIENCE)
@@ -9568,7 +9568,7 @@ class BudgetTest(unittest.TestCase):
             self.budget.reserve(60_000)
         with self.assertRaises(linger.Unavailable):
             self.budget.reserve(10)
-        self.budget.release(600_000)
+        self.budget.force(0, 600_000)
         self.budget.reserve(100_000)
         self.assertEqual(self.budget.used, 500_000)
 
@@ -9605,9 +9605,9 @@ class BudgetTest(unittest.TestCase):
         trimmed = threading.Semaphore(0)
         with unittest.mock.patch.object(linger, "trim_memory", trimmed.release):
             self.budget.force(linger.MIN_TRIM)
-            self.budget.release(linger.MIN_TRIM // 2 - 1)
+            self.budget.force(0, linger.MIN_TRIM // 2 - 1)
             self.assertFalse(trimmed.acquire(blocking=False))
-            self.budget.release(1)
+            self.budget.force(0, 1)
             self.assertTrue(trimmed.acquire(timeout=PATIENCE))
 
     def test_the_defaults_follow_the_memory_of_the_machine_or_its_control_group(self):
@@ -9839,7 +9839,7 @@ class MemoryTest(ServerTest):
             with self.subTest(path):
                 status, _, text = self.call("GET", path)
                 self.assertEqual((status, b"short of memory" in text), (503, True))
-        self.memory.release(300_000)
+        self.memory.force(0, 300_000)
         self.assertEqual(len(self.call("GET", "/messages/1")[2]), 100_000)
         self.assertEqual(self.call("HEAD", "/messages/1")[2], b"")
         self.assertEqual(self.call("GET", "/backup")[2][:6], b"SQLite")
@@ -14663,7 +14663,8 @@ class CommandTest(CommandCase):
 
         common = classes["MessageFields"]
         self.assertEqual(common, keys(linger.MESSAGE_PARAMETERS))
-        self.assertEqual(common | classes["PostFields"], keys(linger.ALL_PARAMETERS))
+        post_fields = common | classes["PublishKeys"] | classes["PostFields"]
+        self.assertEqual(post_fields, keys(linger.ALL_PARAMETERS))
         self.assertEqual(common | classes["ChannelFields"], keys(linger.CHANNEL_PARAMETERS))
         self.assertEqual(classes["PublishKeys"], keys(linger.PUBLISH_PARAMETERS))
         own = inspect.signature(linger.serve).parameters.keys() - {"options"}
