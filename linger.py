@@ -920,6 +920,11 @@ CALL_PARAMETERS = tuple(p for p in ALL_PARAMETERS if p.name not in ("dedup", "de
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in ALL_PARAMETERS}
 
 
+def names_in(table: Sequence[Parameter]) -> tuple[str, ...]:
+    """The names of the parameters of a table."""
+    return tuple(parameter.name for parameter in table)
+
+
 if TYPE_CHECKING:  # the same tables for a type checker; None is as not given
 
     class MessageFields(TypedDict, total=False):
@@ -969,7 +974,7 @@ def check_parameters(given: Mapping[str, object], table: Sequence[Parameter]) ->
     `parse_parameters` would silently ignore it.
     """
     if given:
-        check_names("parameter", given, (parameter.name for parameter in table))
+        check_names("parameter", given, names_in(table))
 
 
 def parse_parameters(
@@ -8085,7 +8090,7 @@ class Administration:
             all_settings[channel] = {n: value for n, value in values.items() if value is not None}
             self._state.wake_for_all(channel, results[1], now)
 
-        unset = dict.fromkeys(p.name for p in CHANNEL_PARAMETERS)
+        unset = dict.fromkeys(names_in(CHANNEL_PARAMETERS))
         values = {name.replace("-", "_"): v for name, v in {**unset, **settings}.items()}
         self._run(Change((statement, CHANNEL_COUNTS), {**values, "channel": channel}, effect))
 
@@ -8364,12 +8369,12 @@ def subscription_values(
     check_name("channel", channel)
     given = parse_parameters(parameters)
     validate_linger({**state.channels.settings.get(channel, {}), **given})
-    unset = dict.fromkeys(p.name for p in MESSAGE_PARAMETERS)
+    unset = dict.fromkeys(names_in(MESSAGE_PARAMETERS))
     return {**unset, **given, "channel": channel, "now": state.clock.now()}
 
 
 def _check_no_keys(parameters: Mapping[str, object]) -> None:
-    for name in (p.name for p in SINGLE_PARAMETERS):
+    for name in names_in(SINGLE_PARAMETERS):
         if parameters.get(name) is not None:
             raise BadRequest(f"{name} can be given only with a message")
 
@@ -9939,9 +9944,9 @@ class Broker(Administration):
         check_parameters(parameters, CHANGE_PARAMETERS)
         given = parse_parameters(parameters, CHANGE_PARAMETERS)
         if not given:
-            names = ", ".join(p.name for p in CHANGE_PARAMETERS)
+            names = ", ".join(names_in(CHANGE_PARAMETERS))
             raise BadRequest(f"nothing is to be changed: give one or more of {names}")
-        unset = dict.fromkeys(p.name for p in CHANGE_PARAMETERS)
+        unset = dict.fromkeys(names_in(CHANGE_PARAMETERS))
         place = {"id": id, "expected_channel": expected_channel, "now": self.now()}
         self._run(ChangeMessage(self._state, {**unset, **given, **place}))
 
@@ -10382,6 +10387,7 @@ class Route(NamedTuple):
     body: str = PARAMETERS  # what the body of its requests is
 
 
+# fmt: off
 ROUTES = (
     Route("GET", "/", "server_info", True, AUTHENTICATED, "name and version of the server"),
     Route("GET", "/access", "get_access", True, AUTHENTICATED, "rights of the token"),
@@ -10413,25 +10419,12 @@ ROUTES = (
     Route("GET", "/channels/<channel>/topics", "list_channel_topics", True, READ, "its topics"),
     Route("PUT", "/channels/<channel>/topics/<topic>", "subscribe", False, ADMIN, "subscribe it"),
     Route("DELETE", "/channels/<channel>/topics/<topic>", "unsubscribe", False, ADMIN, "end that"),
-    Route(
-        "GET", "/channels/<channel>/patterns", "list_channel_patterns", True, READ, "its patterns"
-    ),
-    Route(
-        "PUT",
-        "/channels/<channel>/patterns/<pattern>",
-        "subscribe_pattern",
-        False,
-        ADMIN,
-        "subscribe it to a pattern",
-    ),
-    Route(
-        "DELETE",
-        "/channels/<channel>/patterns/<pattern>",
-        "unsubscribe_pattern",
-        False,
-        ADMIN,
-        "end that",
-    ),
+    Route("GET", "/channels/<channel>/patterns", "list_channel_patterns", True, READ,
+          "its patterns"),
+    Route("PUT", "/channels/<channel>/patterns/<pattern>", "subscribe_pattern", False, ADMIN,
+          "subscribe it to a pattern"),
+    Route("DELETE", "/channels/<channel>/patterns/<pattern>", "unsubscribe_pattern", False, ADMIN,
+          "end that"),
     Route("GET", "/topics/<topic>/settings", "get_topic_settings", True, READ, "what it keeps"),
     Route("PUT", "/topics/<topic>/settings", "set_topic_settings", False, ADMIN, "replace that"),
     Route("DELETE", "/topics/<topic>/settings", "clear_topic_settings", False, ADMIN, "keep none"),
@@ -10459,43 +10452,51 @@ ROUTES = (
     Route("POST", "/messages/<id>/reject", "reject_message", False, READ, "give it up", CONTENT),
     Route("POST", "/messages/<id>/redrive", "redrive_message", False, ADMIN, "move it back"),
 )
+# fmt: on
 
-MESSAGE_NAMES = tuple(p.name for p in ALL_PARAMETERS)
-SINGLE_NAMES = tuple(p.name for p in SINGLE_PARAMETERS)
 
 # The parameters of each endpoint that has any; the response names others as ignored.
 PARAMETERS_OF: dict[str, Sequence[str]] = {
     "get_history": ("seconds",),
     "list_channels": ("info", "n", "after", "like", "order"),
     "take_message": ("wait", "nowait", "n", "timeout", "auto", "ack", "lease", "as"),
-    "post_message": ("msg", "keep", *MESSAGE_NAMES),
-    "post_batch": ("keep", *MESSAGE_NAMES),
-    "call": ("msg", "keep", "wait", *MESSAGE_NAMES),
+    "post_message": ("msg", "keep", *names_in(ALL_PARAMETERS)),
+    "post_batch": ("keep", *names_in(ALL_PARAMETERS)),
+    "call": ("msg", "keep", "wait", *names_in(CALL_PARAMETERS)),
     "await_end": ("wait",),
     "reply": ("msg", "lease"),
     "list_messages": ("state", "n", "after", "whole"),
-    "set_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),  # refused by name
-    "change_settings": (*(p.name for p in CHANNEL_PARAMETERS), *SINGLE_NAMES),
+    "set_settings": names_in(CHANNEL_PARAMETERS),
+    "change_settings": names_in(CHANNEL_PARAMETERS),
     "list_dead_letters": ("n", "after", "reason", "order"),
     "pause_channel": ("for",),
     "redrive": ("n", "to"),
     "redrive_message": ("to",),
-    "change_message": tuple(p.name for p in CHANGE_PARAMETERS),
-    "subscribe": (*MESSAGE_NAMES, "since"),
+    "change_message": names_in(CHANGE_PARAMETERS),
+    "subscribe": (*names_in(MESSAGE_PARAMETERS), "since"),
     "open_stream": ("since",),
-    "set_topic_settings": tuple(p.name for p in RETENTION_PARAMETERS),
+    "set_topic_settings": names_in(RETENTION_PARAMETERS),
     "list_publications": ("since", "n", "whole"),
-    "subscribe_pattern": MESSAGE_NAMES,
-    "publish_message": ("msg", "keep", *SINGLE_NAMES),
-    "publish_batch": ("keep", *SINGLE_NAMES),
+    "subscribe_pattern": names_in(MESSAGE_PARAMETERS),
+    "publish_message": ("msg", "keep", *names_in(PUBLISH_PARAMETERS)),
+    "publish_batch": ("keep", *names_in(PUBLISH_PARAMETERS)),
     "put_schedule": (
         *("msg", "keep", "channel", "cron", "tz", "every", "catch-up"),
-        *(p.name for p in SCHEDULE_PARAMETERS),
+        *names_in(SCHEDULE_PARAMETERS),
     ),
     "delete_message": ("lease",),
     "touch_message": ("lease", "timeout"),
     "release_message": ("msg", "lease", "delay", "uncounted"),
     "reject_message": ("msg", "lease"),
+}
+# Those of other endpoints that one refuses by name.
+REFUSED: dict[str, Sequence[str]] = {
+    **dict.fromkeys(
+        ("set_settings", "change_settings", "subscribe", "subscribe_pattern"),
+        names_in(SINGLE_PARAMETERS),
+    ),
+    **dict.fromkeys(("publish_message", "publish_batch"), ("unique",)),
+    "call": ("dedup", "dedup-for", "unique"),
 }
 
 KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -13706,7 +13707,7 @@ OTHER_PARAMETERS: Mapping[str, tuple[Schema, str]] = {
     "list_channels n": (_whole(1, MAX_LISTED_CHANNELS), "channels at most, with info"),
     "list_channels after": (TEXT, "the channel before the first one to be listed, with info"),
     "like": (TEXT, "only channels in whose name this occurs, with info"),
-    "order": ({"enum": ["name", "ready", "oldest"]}, "order of the channels, with info"),
+    "order": ({"enum": [*CHANNEL_ORDERS]}, "order of the channels, with info"),
     "wait": (_whole(0, MAX_WAIT), f"seconds to wait for a message, {DEFAULT_WAIT} if not given"),
     "nowait": (SWITCH, "do not wait"),
     "take_message n": (_whole(1, MAX_BATCH), "messages at most, in a JSON array"),
@@ -13717,12 +13718,10 @@ OTHER_PARAMETERS: Mapping[str, tuple[Schema, str]] = {
     "msg": (TEXT, "the content, in place of a body"),
     "keep": (TEXT, "request headers to keep with the message, separated by commas"),
     "state": ({"enum": [*STATES]}, "only messages in this state"),
-    "list_messages n": (_whole(1, MAX_BATCH), "messages at most"),
-    "list_messages after": (_whole(), "id of the message before the first one to be listed"),
+    "n": (_whole(1, MAX_BATCH), "messages at most"),
+    "after": (_whole(), "id of the message before the first one to be listed"),
     "whole": (SWITCH, "do not cut bodies"),
-    "list_dead_letters n": (_whole(1, MAX_BATCH), "messages at most"),
-    "list_dead_letters after": (_whole(), "id of the message before the first one to be listed"),
-    "list_dead_letters order": ({"enum": ["newest", "oldest"]}, "which come first"),
+    "list_dead_letters order": ({"enum": [*DEAD_ORDERS]}, "which come first"),
     "reason": ({"enum": [*DEAD_REASONS]}, "only those that died for this reason"),
     "channel": (NAME, "channel to which it posts"),
     "cron": (TEXT, "when: minute, hour, day, month, weekday; or as @daily"),
@@ -13732,7 +13731,6 @@ OTHER_PARAMETERS: Mapping[str, tuple[Schema, str]] = {
     "since": (TEXT, "only what is kept after this id, of this age as 5m, or all"),
     "set_topic_settings keep": (_whole(1, MAX_KEPT), "publications to keep, the last ones"),
     "keep-for": (_whole(1), "seconds to keep each publication"),
-    "list_publications n": (_whole(1, MAX_BATCH), "publications at most"),
     "for": (_whole(1), "seconds until the pause ends by itself"),
     "redrive n": (_whole(1), "messages at most"),
     "to": (NAME, "channel to move to, in place of where they came from"),
@@ -13773,17 +13771,26 @@ class Answer(NamedTuple):
     body: Optional[Schema] = None  # of the items of a request that has many
 
 
-DONE, DONE_OR_CONFLICT = Answer(204), Answer(204, None, (409,))
 DELETION = {"anyOf": [_whole(), _object({"id": _whole()}, lease={"type": ["integer", "null"]})]}
 ANSWERS: Mapping[str, Answer] = {
+    **dict.fromkeys((
+        "drain_channel", "set_settings", "change_settings", "clear_settings", "pause_channel",
+        "resume_channel", "subscribe", "unsubscribe", "subscribe_pattern", "unsubscribe_pattern",
+        "set_topic_settings", "clear_topic_settings", "delete_schedule",
+    ), Answer(204)),
+    **dict.fromkeys((
+        "reply", "put_schedule", "change_message", "delete_message", "touch_message",
+        "release_message", "reject_message", "redrive_message",
+    ), Answer(204, None, (409,))),
+    **dict.fromkeys((
+        "describe_api", "get_stats", "get_settings", "get_topic_settings", "read_schedule",
+    ), Answer(200, {"type": "object"})),
     "server_info": Answer(
         200, _object(dict.fromkeys(("Linger", "version", "id", "hostname"), TEXT))
     ),
     "get_access": Answer(200, _object({"rights": _array(TEXT), "restricted": SWITCH})),
     "check_health": Answer(200, _object({"healthy": SWITCH})),
-    "describe_api": Answer(200, {"type": "object"}),
     "get_source": Answer(200, ("text/x-python",), (304, 404)),
-    "get_stats": Answer(200, {"type": "object"}),
     "get_history": Answer(200, _named("History")),
     "get_metrics": Answer(200, ("text/plain",)),
     "open_backup": Answer(200, ("application/vnd.sqlite3",)),
@@ -13792,57 +13799,33 @@ ANSWERS: Mapping[str, Answer] = {
     ),
     "take_message": Answer(200, ("*/*",), (204, 404, 409)),
     "post_message": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
-    "drain_channel": DONE,
     "call": Answer(200, ("*/*",), (502, 504)),
-    "reply": DONE_OR_CONFLICT,
     "await_end": Answer(204, None, (408,)),
     "post_batch": Answer(202, _object({"ids": _array(COUNT)}), (), ITEM),
     "list_messages": Answer(200, _array(_named("Listed")), (404,)),
     "get_channel_stats": Answer(200, _object({"ready": COUNT, "hidden": COUNT})),
     "get_info": Answer(200, _named("Channel")),
     "open_stream": Answer(200, (SSE, NDJSON)),
-    "get_settings": Answer(200, {"type": "object"}),
-    "set_settings": DONE,
-    "change_settings": DONE,
-    "clear_settings": DONE,
     "list_dead_letters": Answer(200, _array(_named("Listed"))),
-    "pause_channel": DONE,
-    "resume_channel": DONE,
     "redrive": Answer(200, _object({"moved": COUNT})),
     "list_channel_topics": Answer(200, _object({"topics": NAMES})),
-    "subscribe": DONE,
-    "unsubscribe": DONE,
     "list_channel_patterns": Answer(200, _object({"patterns": NAMES})),
-    "subscribe_pattern": DONE,
-    "unsubscribe_pattern": DONE,
     "list_patterns": Answer(200, _object({"patterns": NAMES})),
-    "get_topic_settings": Answer(200, {"type": "object"}),
-    "set_topic_settings": DONE,
-    "clear_topic_settings": DONE,
     "list_publications": Answer(200, _array({"type": "object"})),
     "list_topics": Answer(200, _object({"topics": NAMES})),
     "publish_message": Answer(202, {"type": "object"}),
     "publish_batch": Answer(202, {"type": "object"}, (), ITEM),
     "list_subscribers": Answer(200, _object({"channels": NAMES})),
     "list_schedules": Answer(200, _object({"schedules": _array({"type": "object"})})),
-    "read_schedule": Answer(200, {"type": "object"}),
-    "put_schedule": DONE_OR_CONFLICT,
-    "delete_schedule": DONE,
     "run_schedule": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
     "read_message": Answer(200, ("*/*",)),
-    "change_message": DONE_OR_CONFLICT,
-    "delete_message": DONE_OR_CONFLICT,
     "delete_messages": Answer(
         200,
         _object(dict.fromkeys(("deleted", "conflict", "missing"), _array(_whole()))),
         (),
         DELETION,
     ),
-    "touch_message": DONE_OR_CONFLICT,
-    "release_message": DONE_OR_CONFLICT,
-    "reject_message": DONE_OR_CONFLICT,
-    "redrive_message": DONE_OR_CONFLICT,
-}
+}  # fmt: skip
 
 # The parameters of other endpoints that an answer gives.
 _POSTED, _LEASED = {"id": "$response.body#/id"}, {
@@ -13859,13 +13842,6 @@ LINKS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "take_message": dict.fromkeys(
         ("touch_message", "release_message", "reject_message", "delete_message"), _LEASED
     ),
-}
-# Parameters that an endpoint knows only to refuse them.
-REFUSED: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(
-        ("set_settings", "change_settings", "subscribe", "subscribe_pattern"), SINGLE_NAMES
-    ),
-    **dict.fromkeys(("publish_message", "publish_batch"), ("unique",)),
 }
 
 
@@ -13919,10 +13895,7 @@ def _describe_parameters(route: Route) -> tuple[list[Schema], dict[str, Schema]]
         for kind in kinds
     ]
     properties = {}
-    refused = REFUSED.get(route.endpoint, ())
     for name in PARAMETERS_OF.get(route.endpoint, ()):
-        if name in refused:
-            continue
         schema, help = _describe_parameter(route.endpoint, name)
         if schema.get("type") != "object":  # which only an item of a batch can be
             listed.append({"name": name, "in": "query", "description": help, "schema": schema})
@@ -14597,7 +14570,8 @@ class Api(ManagementApi):
             self._access.check_browser(request.headers.fields)
             request.base_headers = NO_STORE + (request.headers.cors_headers or "")
         request.body_kind = route.body
-        request.recognize(PARAMETERS_OF.get(route.endpoint, ()))
+        refused = REFUSED.get(route.endpoint, ())
+        request.recognize((*PARAMETERS_OF.get(route.endpoint, ()), *refused))
         segments, kinds = request.segments[1::2], request.segments[::2]
         if route.endpoint == "take_message":
             segments = segments[0].split(",")

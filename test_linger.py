@@ -8067,7 +8067,8 @@ class IgnoredTest(ServerTest):
                     read.add("wait")
             if method.name == "take_message":
                 read |= {*linger.TakeOptions._fields, "nowait", "as"} - {"has_ack", "holder"}
-            known = set(linger.PARAMETERS_OF.get(method.name, ()))
+            tables_of = (linger.PARAMETERS_OF, linger.REFUSED)
+            known = {n for table in tables_of for n in table.get(method.name, ())}
             self.assertEqual(known, read, method.name)
 
 
