@@ -16265,15 +16265,9 @@ class Transport:
             head += f"Content-Length: {len(body)}\r\n"
         return head.encode("latin-1") + b"\r\n" + body
 
-    def request(
+    def send(
         self,
-        method: str,
-        path: str,
-        query: Optional[Mapping[str, object]] = None,
-        body: bytes = b"",
-        type: str = "",
-        headers: str = "",
-        *,
+        request: bytes,
         timeout: float,
         repeatable: bool = True,
         done_statuses: Sequence[int] = (),
@@ -16286,7 +16280,6 @@ class Transport:
         `repeatable` request is sent once more; then a status in `done_statuses` means that the
         first one was executed.  `into` receives a good body.  `stop` ends the server's wait.
         """
-        request = self.encode(method, path, query, body, type, headers)
         for repeated in (False, True):
             is_last, connection = repeated or not repeatable, self.connection()
             try:
@@ -16314,7 +16307,7 @@ class Transport:
         query: Mapping[str, object] = types.MappingProxyType({}),
     ) -> Iterator[bytes]:
         """Yields the lines of a response that has no end, over a connection of its own, until the
-        server ends it; raises as `request` does.  `stop` ends it too."""
+        server ends it; raises as `send` does.  `stop` ends it too."""
         request = self.encode("GET", path, query, headers=f"Accept: {NDJSON}\r\n")
         connection = self.new_connection()
         self._register(connection)
@@ -16325,12 +16318,13 @@ class Transport:
         finally:
             connection.close()
 
-    def retry(self, request: Callable[[], T], timeout: float) -> T:
+    def retry(self, request: Callable[[], T], timeout: float = NEVER) -> T:
         """Runs a request until it succeeds, for up to `timeout` seconds: across a restart.
 
         Warns before the first pause, so that a user knows why nothing happens.
         """
         deadline = time.monotonic() + timeout
+        limit = f" for {timeout:g} s" if timeout < NEVER else ""
         delays = _retry_delays()
         warned = False
         while True:
@@ -16342,7 +16336,7 @@ class Transport:
                 if error.status not in RETRYABLE or self.closed or late:
                     raise
                 if not warned:
-                    self.warn(f"{error}; trying again for {timeout:g} s")
+                    self.warn(f"{error}; trying again{limit}")
                 warned = True
             time.sleep(delay)
 
@@ -16605,10 +16599,12 @@ class _Requests:
         self._timeout = timeout
 
     def send(
-        self, *request: Any, wait: float = 0, **options: Any
+        self, *parts: Any, wait: float = 0, **options: Any
     ) -> tuple[http.client.HTTPMessage, bytes]:
-        """Sends a request, as `Transport.request`, to which the server may respond after `wait`."""
-        return self._transport.request(*request, timeout=self._timeout + wait, **options)
+        """Sends a request, made of its parts as `Transport.encode` does, to which the server may
+        respond after `wait`; `options` are those of `Transport.send`."""
+        request = self._transport.encode(*parts)
+        return self._transport.send(request, self._timeout + wait, **options)
 
     def send_json(self, convert: Callable[[Any], T], *request: Any, **options: Any) -> T:
         """Sends a request; returns the JSON of its response, converted."""
@@ -17525,7 +17521,7 @@ class Client(ManagementClient):
         body = TO_JSON([{"id": id, "lease": lease} for id, lease in deliveries]).encode()
         result = self._requests.send_json(
             lambda value: (value["deleted"], value["conflict"], value["missing"]),
-            "POST", "/messages/delete", body=body, type=JSON_TYPE,
+            "POST", "/messages/delete", None, body, JSON_TYPE,
         )  # fmt: skip
         for id, lease in deliveries:
             if id not in result[1]:
@@ -18435,7 +18431,7 @@ def _get(client: Client, options: argparse.Namespace) -> int:
     count = 0
     try:
         while count < limit:
-            message, done = _take_next(take, done, options.follow), None
+            message, done = _take_next(client, take, done, options.follow), None
             if message is not None:
                 count += 1
                 _write_message(client, message, options, b"\n" * (limit > 1))
@@ -18450,25 +18446,16 @@ def _get(client: Client, options: argparse.Namespace) -> int:
 
 
 def _take_next(
-    take: Callable[..., Optional[Message]], done: Optional[Message], follow: bool
+    client: Client, take: Callable[..., Optional[Message]], done: Optional[Message], follow: bool
 ) -> Optional[Message]:
     """Acknowledges `done` and takes the next message; with `follow`, across restarts."""
-    delays = _retry_delays()
-    warned = False
-    while True:
-        try:
-            return take(ack=done)
-        except (NotFound, Conflict):
-            if done is None:
-                raise
-            done = None  # deleted already, or delivered again
-        except LingerError as error:
-            if not follow or error.status not in RETRYABLE:
-                raise
-            if not warned:
-                warn_user(f"{error}; trying again")
-            warned = True
-            time.sleep(next(delays))
+    request = functools.partial(take, ack=done)
+    try:
+        return client._transport.retry(request) if follow else request()
+    except (NotFound, Conflict):
+        if done is None:
+            raise
+    return _take_next(client, take, None, follow)  # `done` is deleted, or was delivered again
 
 
 def _write_message(
