@@ -2489,6 +2489,12 @@ delete from settings
 where channel = :channel
 """
 
+SETTINGS_OF_CHANNEL = f"""
+select {PARAMETER_COLUMNS}, hlm, max_in_flight
+from settings
+where channel = :channel
+"""
+
 ALL_SETTINGS = f"""
 select channel, {PARAMETER_COLUMNS}, hlm, max_in_flight
 from settings
@@ -6359,7 +6365,7 @@ class Channels:
 
     def learn(self, settings: Sequence[Sequence[Any]], pauses: Sequence[tuple[str, float]]) -> None:
         """Takes over the rows of ALL_SETTINGS and ALL_PAUSES."""
-        _renew(self.settings, {row[0]: _settings_of(row[1:]) for row in settings})
+        _renew(self.settings, {row[0]: settings_of(row[1:]) for row in settings})
         _renew(self.pauses, dict(pauses))
 
     def is_limited(self, channel: str) -> bool:
@@ -6398,7 +6404,7 @@ def _renew(kept: dict[str, Any], now: dict[str, Any]) -> None:
         del kept[channel]
 
 
-def _settings_of(values: Sequence[object]) -> dict[str, Any]:
+def settings_of(values: Sequence[object]) -> dict[str, Any]:
     """The settings in a row of ALL_SETTINGS: those that are set."""
     named = zip((p.name for p in CHANNEL_PARAMETERS), values)
     return {name: value for name, value in named if value is not None}
@@ -8069,41 +8075,37 @@ class Administration:
     def set_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
         """Sets what holds for messages posted to a channel that do not say otherwise, and its
         own `hlm`; replaces earlier settings."""
-        self._set_settings(SET_SETTINGS, channel, parameters)
+        settings = _parse_settings(parameters)
+        self._state.channels.reserve(check_name("channel", channel))
+        self._write_settings(SET_SETTINGS, channel, settings)
 
     def change_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
         """Sets some of them, and leaves the others as they are."""
-        self._set_settings(CHANGE_SETTINGS, channel, parameters)
-
-    def _set_settings(self, statement: str, channel: str, parameters: Mapping[str, object]) -> None:
-        _check_no_keys(parameters)
-        check_parameters(parameters, CHANNEL_PARAMETERS)
-        settings = parse_parameters(parameters, CHANNEL_PARAMETERS)
-        all_settings, now = self._state.channels.settings, self.now()
-        changes = statement == CHANGE_SETTINGS
-        if changes:
-            validate_linger({**all_settings.get(check_name("channel", channel), {}), **settings})
-        self._state.channels.reserve(check_name("channel", channel))
-
-        def effect(results: list[Any]) -> None:
-            values = {**unset, **(all_settings.get(channel, {}) if changes else {}), **settings}
-            all_settings[channel] = {n: value for n, value in values.items() if value is not None}
-            self._state.wake_for_all(channel, results[1], now)
-
-        unset = dict.fromkeys(names_in(CHANNEL_PARAMETERS))
-        values = {name.replace("-", "_"): v for name, v in {**unset, **settings}.items()}
-        self._run(Change((statement, CHANNEL_COUNTS), {**values, "channel": channel}, effect))
+        settings = _parse_settings(parameters)
+        validate_linger({**self.settings(channel), **settings})
+        self._state.channels.reserve(channel)
+        self._write_settings(CHANGE_SETTINGS, channel, settings)
 
     def clear_settings(self, channel: str) -> None:
         """Clears the settings of a channel; it is no error if there are none."""
-        now = self.now()
+        self._write_settings(CLEAR_SETTINGS, check_name("channel", channel), {})
+
+    def _write_settings(self, statement: str, channel: str, settings: Mapping[str, Any]) -> None:
+        """Runs a statement that changes the settings of a channel, and learns the result."""
+        now, kept = self.now(), self._state.channels.settings
 
         def effect(results: list[Any]) -> None:
-            self._state.channels.settings.pop(channel, None)
-            self._state.wake_for_all(channel, results[1], now)
+            _, rows, counts = results
+            if rows:
+                kept[channel] = settings_of(rows[0])
+            else:
+                kept.pop(channel, None)
+            self._state.wake_for_all(channel, counts, now)
 
-        parameters = {"channel": check_name("channel", channel)}
-        self._run(Change((CLEAR_SETTINGS, CHANNEL_COUNTS), parameters, effect))
+        unset = dict.fromkeys(names_in(CHANNEL_PARAMETERS))
+        values = {name.replace("-", "_"): v for name, v in {**unset, **settings}.items()}
+        statements = (statement, SETTINGS_OF_CHANNEL, CHANNEL_COUNTS)
+        self._run(Change(statements, {**values, "channel": channel}, effect))
 
     def pause(self, channel: str, seconds: Optional[int] = None) -> None:
         """Keeps all consumers from taking messages of a channel until `resume`, or for some
@@ -8371,6 +8373,12 @@ def subscription_values(
     validate_linger({**state.channels.settings.get(channel, {}), **given})
     unset = dict.fromkeys(names_in(MESSAGE_PARAMETERS))
     return {**unset, **given, "channel": channel, "now": state.clock.now()}
+
+
+def _parse_settings(parameters: Mapping[str, object]) -> dict[str, Any]:
+    _check_no_keys(parameters)
+    check_parameters(parameters, CHANNEL_PARAMETERS)
+    return parse_parameters(parameters, CHANNEL_PARAMETERS)
 
 
 def _check_no_keys(parameters: Mapping[str, object]) -> None:
