@@ -6179,7 +6179,7 @@ class Consumer:
         self.ticket = 0  # its place in the order of arrival; 0 before it waits
         self.waiting = False  # whether it is in the waiting list
         self.closed = False  # whether it must not wait, or not any longer
-        self.deadline = NEVER  # when its wait ends, by the system's clock of elapsed time
+        self.deadline = NEVER  # when its wait ends, by the clock of elapsed time
 
 
 class WaitingList:
@@ -6261,8 +6261,8 @@ class WaitingList:
         return list(consumers.values())
 
     def overdue(self, now: float) -> list[Consumer]:
-        """Consumers whose waits should have ended by themselves, by the system's clock; looks
-        at most once in WAIT_CHECK_INTERVAL.
+        """Consumers whose waits should have ended by themselves, by the clock of elapsed time;
+        looks at most once in WAIT_CHECK_INTERVAL.
 
         The sleeps of their threads stop while the machine is suspended, and some follow the wall
         clock.
@@ -9466,6 +9466,7 @@ class Replay:
 #                 response: `Delete.result` returns, or raises `NotFound` or `Conflict`
 # ---------------------------------------------------------------------------------------------
 
+READY, DELAYED = STATES.index("ready"), STATES.index("delayed")
 # All that POST_MESSAGE asks for and that a message need not say.
 NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0}
 
@@ -9503,7 +9504,7 @@ class NewMessages:
         message["body"] = body
         message["type"] = type
         message["now"] = now = self._broker.now()
-        message["state"] = 2 if delay else 0  # an index of STATES
+        message["state"] = DELAYED if delay else READY
         message["due_at"] = now + delay
         message["expires_at"] = now + linger if linger else 0
         return message
@@ -9562,14 +9563,12 @@ class Broker(Administration):
             timers = Timers(self._on_tick, self._clock)
             state = State(committer, self._clock, channels, timers, EventCounts(metrics_channels))
             super().__init__(store, state, max_message)
-            self._channels = channels
-            self._waiting = self._state.waiting
             self._new = NewMessages(self, hlm, channels.settings)
-            self._watch = Watch(self._state, store.read) if store.is_shared else None
-            self.schedules = Schedules(self._state, self._new_message)
-            self.patterns = PatternSubscriptions(self._state, store)
-            self.calls = Calls(self._state, self._new_message, store.read)
-            self.retention = Retention(self._state, store, hlm)
+            self._watch = Watch(state, store.read) if store.is_shared else None
+            self.schedules = Schedules(state, self._new_message)
+            self.patterns = PatternSubscriptions(state, store)
+            self.calls = Calls(state, self._new_message, store.read)
+            self.retention = Retention(state, store, hlm)
             timers.schedule_rows([*store.read(NEXT_BY_CHANNEL)[0], (ALL, self.now())])
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
@@ -9596,14 +9595,14 @@ class Broker(Administration):
 
     def _on_tick(self, is_due: bool) -> None:
         if is_due:
-            self._waiting.forget_idle(self.now())
+            self._state.waiting.forget_idle(self.now())
             self.process_due(TICK_INTERVAL / 2)  # of a backlog; the next tick follows at once
         record = self._clock.record(idle=True)
         if record is not None:
             self._committer.submit(record)
         self.schedules.post_due()
         self.retention.trim_due()
-        for consumer in self._waiting.overdue(SYSTEM_CLOCK.monotonic()):
+        for consumer in self._state.waiting.overdue(self._clock.source.monotonic()):
             self.cancel(consumer)
         self.statistics.sample()
 
@@ -9645,21 +9644,19 @@ class Broker(Administration):
         """The parameters of POST_MESSAGE, if there is room for a message."""
         self._store.check_space()
         message = self._new.posted(check_name("channel", channel), body, type, given)
-        self._channels.reserve(channel)
+        self._state.channels.reserve(channel)
         self._submit_due(channel, message["now"])
         return message
 
     def post_batch(
         self, channel: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
     ) -> list[int]:
-        """Adds messages (body, type, parameters) to a channel in order, all or none; their ids.
-
-        A bad one raises its error with its `index`.
-        """
+        """Adds messages (body, type, parameters) to a channel in order, all or none; returns their
+        ids.  A bad one raises its error with its `index`."""
         check_name("channel", channel)
         self._store.check_space()
         rows = _each(messages, lambda m: {**self._new.posted(channel, *m), "batch": 1})
-        self._channels.reserve(channel)
+        self._state.channels.reserve(channel)
         ids: list[int] = self._run(PostBatch(self._state, rows), channel)
         return ids
 
@@ -9684,8 +9681,8 @@ class Broker(Administration):
     def publish_batch(
         self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
     ) -> tuple[dict[str, list[int]], list[str]]:
-        """Publishes messages in order in one transaction; the ids of each channel's copies, and
-        the channels left out."""
+        """Publishes messages in order in one transaction; returns the ids of each channel's
+        copies, and the channels left out."""
         ids: dict[str, list[int]] = {}
         full: set[str] = set()
         for publication in self._publish(topic, messages):
@@ -9726,7 +9723,7 @@ class Broker(Administration):
         auto: bool = False,
         is_disconnected: Callable[[], bool] = bool,
     ) -> Optional[Message]:
-        """Takes the next message of a channel, waiting up to `wait` seconds; None if none came.
+        """Takes the next message of a channel; returns None if none comes in `wait` seconds.
 
         The other arguments are those of `consumer`.
         """
@@ -9764,7 +9761,7 @@ class Broker(Administration):
         lease: Optional[int] = None,
         expected_channel: Optional[str] = None,
     ) -> list[Message]:
-        """Takes messages for a consumer, which waits up to `wait` seconds; none if none came.
+        """Takes messages for a consumer, which waits up to `wait` seconds; returns them.
 
         `ack`, with its `lease` and `expected_channel`, deletes that message in the same
         transaction; if that cannot be done nothing is taken, and it raises as `delete` does.
@@ -9821,8 +9818,9 @@ class Broker(Administration):
         consumer.on_done = on_done
         consumer.closed = wait <= 0
         if wait > 0:
-            self._waiting.check_room(consumer)  # before anything is done; `add` checks again
-            consumer.deadline = SYSTEM_CLOCK.monotonic() + wait
+            # Before anything is done; `add` checks again.
+            self._state.waiting.check_room(consumer)
+            consumer.deadline = self._clock.source.monotonic() + wait
         now = self.now()
         if self._state.timers.next_due <= now:
             for channel in consumer.channels:
@@ -9831,7 +9829,7 @@ class Broker(Administration):
 
     def cancel(self, consumer: Consumer) -> None:
         """Ends a wait: the consumer gets no messages, unless it was just woken."""
-        if self._waiting.cancel(consumer, self._clock.now_or_latest()):
+        if self._state.waiting.cancel(consumer, self._clock.now_or_latest()):
             consumer.on_done(EndWait(consumer))
 
     def cancel_all(self) -> None:
@@ -9840,9 +9838,9 @@ class Broker(Administration):
         if self._watch is not None:
             self._watch.stop()
         self._store.hurry()
-        self._waiting.close()
+        self._state.waiting.close()
         self._state.live.close()
-        for consumer in self._waiting.consumers():
+        for consumer in self._state.waiting.consumers():
             self.cancel(consumer)
 
     def undo_take(self, consumer: Consumer, messages: Sequence[Message]) -> None:
@@ -9866,8 +9864,8 @@ class Broker(Administration):
         if that delivery is the latest; with `expected_channel`, only if the message is in that
         channel.  `NotFound`, or `Conflict` when it is not in flight or the lease was lost.
         """
-        parameters = self._lease_parameters(id, lease, expected_channel)
-        self._run(Touch(self._state, {**parameters, "timeout": timeout}))
+        parameters = self._parameters(id, expected_channel, lease=lease, timeout=timeout)
+        self._run(Touch(self._state, parameters))
 
     def delete(
         self, id: int, lease: Optional[int] = None, expected_channel: Optional[str] = None
@@ -9894,7 +9892,7 @@ class Broker(Administration):
         messages: Sequence[tuple[int, Optional[int]]],
         expected_channel: Mapping[int, Optional[str]] = types.MappingProxyType({}),
     ) -> tuple[list[int], list[int], list[int]]:
-        """Deletes messages (id, lease or None); the ids deleted, in conflict, and missing.
+        """Deletes messages (id, lease or None); returns the ids deleted, in conflict and missing.
 
         `expected_channel` may name for an id the channel in which the message must be.
         """
@@ -9920,8 +9918,8 @@ class Broker(Administration):
         The delivery stays counted, and if it was the last allowed one, it is a dead letter; but
         `uncounted`, with a lease, undoes it.  `reason` goes with the next.  Raises as `touch` does.
         """
-        parameters = self._lease_parameters(id, lease, expected_channel)
-        parameters.update(delay=delay, reason=_check_reason(reason))
+        given = {"lease": lease, "delay": delay, "reason": _check_reason(reason)}
+        parameters = self._parameters(id, expected_channel, **given)
         self._run(Release(self._state, parameters, uncounted))
 
     def reject(
@@ -9935,11 +9933,10 @@ class Broker(Administration):
 
         With `lease`, only if that delivery is the latest and has not ended: raises as `touch`.
         """
-        parameters = self._lease_parameters(id, lease, expected_channel)
-        parameters["reason"] = _check_reason(reason)
-        self._run(Reject(self._state, parameters))
+        given = {"lease": lease, "reason": _check_reason(reason)}
+        self._run(Reject(self._state, self._parameters(id, expected_channel, **given)))
 
-    # -- second thoughts
+    # -- changing messages
 
     def change(
         self, id: int, expected_channel: Optional[str] = None, **parameters: Unpack[MessageFields]
@@ -9954,9 +9951,8 @@ class Broker(Administration):
         if not given:
             names = ", ".join(names_in(CHANGE_PARAMETERS))
             raise BadRequest(f"nothing is to be changed: give one or more of {names}")
-        unset = dict.fromkeys(names_in(CHANGE_PARAMETERS))
-        place = {"id": id, "expected_channel": expected_channel, "now": self.now()}
-        self._run(ChangeMessage(self._state, {**unset, **given, **place}))
+        given = {**dict.fromkeys(names_in(CHANGE_PARAMETERS)), **given}
+        self._run(ChangeMessage(self._state, self._parameters(id, expected_channel, **given)))
 
     def redrive_message(
         self, id: int, to: Optional[str] = None, expected_channel: Optional[str] = None
@@ -9965,13 +9961,13 @@ class Broker(Administration):
         to the channel `to`, with its deliveries at 0.  Raises as `change`."""
         if to is not None:
             self._state.channels.reserve(check_name("channel", to))
-        place = {"id": id, "expected_channel": expected_channel, "now": self.now()}
-        self._run(RedriveMessage(self._state, {**place, "to": to}))
+        self._run(RedriveMessage(self._state, self._parameters(id, expected_channel, to=to)))
 
-    def _lease_parameters(
-        self, id: int, lease: Optional[int], expected_channel: Optional[str]
+    def _parameters(
+        self, id: int, expected_channel: Optional[str], **others: object
     ) -> dict[str, Any]:
-        return {"id": id, "lease": lease, "expected_channel": expected_channel, "now": self.now()}
+        """The parameters of an operation on one message."""
+        return {"id": id, "expected_channel": expected_channel, "now": self.now(), **others}
 
 
 def _check_body(body: bytes, max_message: int) -> None:
