@@ -18697,6 +18697,10 @@ def _schedules(client: Client, options: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------
 
 STOPPED = "the worker was stopped"
+DELIVERED_FIELDS = Message._fields[1 : Message._fields.index("dead")]  # without those of listings
+ENVIRONMENT_FIELDS = (
+    *(name for name in DELIVERED_FIELDS if name not in ("body", "header_lines")), "reply_to",
+)  # fmt: skip
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h, which `os` has on POSIX systems only
 NO_SUCH_COMMAND = frozenset((  # errors of exec that say that it can never run
     errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOEXEC,
@@ -19090,15 +19094,13 @@ class Worker:
 
 
 def _environment_of(message: Message) -> dict[bytes, bytes]:
-    """Returns all of a message but its body, as environment variables."""
-    fields = message._asdict()
-    del fields["body"], fields["header_lines"]
-    fields["message_id"] = fields.pop("id")
-    fields["reply_to"] = message.reply_to
+    """Returns all of a delivered message but its body, as environment variables."""
+    fields = {name: getattr(message, name) for name in ENVIRONMENT_FIELDS}
     own = {"h_" + re.sub(r"\W", "_", name): value for name, value in message.headers.items()}
+    values = {"message_id": message.id, **fields, **own}
     return {
         f"LINGER_{name.upper()}".encode(): str(value).replace("\0", "").encode()
-        for name, value in {**fields, **own}.items()
+        for name, value in values.items()
     }
 
 
@@ -19482,13 +19484,14 @@ CONNECTION = (
 )
 
 
+WORK_VARIABLES = ",\n  ".join(
+    ", ".join(f"LINGER_{name.upper()}" for name in ENVIRONMENT_FIELDS[start : start + 5])
+    for start in range(0, len(ENVIRONMENT_FIELDS), 5)
+)
 WORK_NOTES = f"""\
 environment of COMMAND, in addition to that of the worker:
-  LINGER_URL of the server, LINGER_MESSAGE_ID, and the rest of the message:
-  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[1:6])},
-  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[6:11])},
-  {", ".join(f"LINGER_{name.upper()}" for name in Message._fields[12:17])},
-  LINGER_GROUP, LINGER_REPLY_TO, LINGER_H_NAME for each header of its own
+  LINGER_URL of the server, LINGER_MESSAGE_ID, LINGER_H_NAME for each header of its own,
+  {WORK_VARIABLES}
 exit status of COMMAND:
   0  the message is deleted
   {TEMPORARY_FAILURE} (EX_TEMPFAIL)  the message is released
