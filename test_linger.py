@@ -10158,7 +10158,11 @@ class ProxyCase(ServerTest):
     def call(self, method, path, body=None, headers=None):
         return super().call(method, path, body, {**self.HOST, **(headers or {})})
 
-    def check_messages(self):
+
+class EachProxy:
+    """What holds for each of them."""
+
+    def test_it_passes_all_that_linger_sends(self):
         """A long reason, many channels, large bodies, and names that must not be touched."""
         reason = 'File "/opt/jobs/do.py", line 10, in <module>\n' * 90
         id = json.loads(self.call("POST", "/channels/jobs?delay=0", b"work")[2])["id"]
@@ -10182,7 +10186,7 @@ class ProxyCase(ServerTest):
         self.assertEqual((status, len(json.loads(body)["ids"])), (202, 31))
         self.assertEqual(self.call("POST", "/channels/large", b"x" * 256_001)[0], 413)
 
-    def check_waiting(self):
+    def test_it_passes_on_who_waits_and_who_is_gone(self):
         """Long polls get messages; a client that hangs up gets none, and frees its place."""
         request = b"GET /channels/q HTTP/1.1\r\nHost: queue.example.com\r\n\r\n"
         for _ in range(2):
@@ -10200,7 +10204,7 @@ class ProxyCase(ServerTest):
             answer += live.recv(10_000)
         self.assertIn(b"x-linger-delivered: 1\r\n", answer.lower())
 
-    def check_connections(self):
+    def test_it_keeps_connections(self):
         """The proxy keeps its connections to the server, and the client's."""
         client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
         self.addCleanup(client.close)
@@ -10267,18 +10271,11 @@ class NginxPathTest(NginxCase):
             linger.Client(f"http://localhost:{self.front}").stats()
 
 
-class NginxTest(NginxCase):
-    def test_it_passes_all_that_linger_sends(self):
-        self.check_messages()
-
-    def test_it_passes_on_who_waits_and_who_is_gone(self):
-        self.check_waiting()
-
-    def test_it_keeps_connections(self):
-        self.check_connections()
+class NginxTest(EachProxy, NginxCase):
+    pass
 
 
-class CaddyTest(ProxyCase):
+class CaddyTest(EachProxy, ProxyCase):
     NAME = "caddy"
 
     def arguments(self, config):
@@ -10288,15 +10285,6 @@ class CaddyTest(ProxyCase):
         site = f"http://queue.example.com:{self.front} {{\n    bind 127.0.0.1"
         block = self.replace(block, ("queue.example.com {", site))
         return "{\n    admin off\n}\n" + block
-
-    def test_it_passes_all_that_linger_sends(self):
-        self.check_messages()
-
-    def test_it_passes_on_who_waits_and_who_is_gone(self):
-        self.check_waiting()
-
-    def test_it_keeps_connections(self):
-        self.check_connections()
 
 
 class HaproxyCase(ProxyCase):
@@ -10310,15 +10298,8 @@ class HaproxyCase(ProxyCase):
         return self.replace(block, (bind, f"bind 127.0.0.1:{self.front}"))
 
 
-class HaproxyTest(HaproxyCase):
-    def test_it_passes_all_that_linger_sends(self):
-        self.check_messages()
-
-    def test_it_passes_on_who_waits_and_who_is_gone(self):
-        self.check_waiting()
-
-    def test_it_keeps_connections(self):
-        self.check_connections()
+class HaproxyTest(EachProxy, HaproxyCase):
+    pass
 
 
 class Shards:
