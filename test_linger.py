@@ -3871,6 +3871,21 @@ class ConcurrencyTest(BrokerTest):
         self.broker.post("q", b"later")
         self.assertEqual(self.broker.get("q").body, b"later")
 
+    def test_a_drain_makes_room_for_what_was_posted_after_it_began(self):
+        self.fill()
+        waiting = self.park("q")
+        values = {"channel": "q", "scope": "", "batch_scope": "", "newest_key": 0, "n": 9}
+        drain = linger.Drain(self.broker._state, {**values, "newest": 2, "now": self.clock.now})
+        self.assertEqual(self.broker._committer.run(drain), 2)
+        self.assertEqual(waiting.result(PATIENCE).id, 3)
+
+    def test_each_channel_has_its_own_limit(self):
+        self.broker.set_settings("r", max_in_flight=1)
+        self.broker.post_batch("r", [(b"x", "text/plain", {})] * 2)
+        self.assertEqual(self.bodies("r"), [b"x"])
+        self.assertEqual(self.fill(), [1, 2])
+        self.assertIsNone(self.broker.get("q"))
+
     def test_a_late_touch_needs_room(self):
         self.fill()
         self.clock.now += 10
@@ -3928,8 +3943,11 @@ class ConcurrencyTest(BrokerTest):
         state = self.broker._state
         take = linger.Take(state, self.broker.consumer(["r"]), self.clock.now)
         self.assertEqual(take.statements, (linger.NEXT_MESSAGE, linger.LEASE_NEXT))
+        self.assertFalse(take.durable)
         take = linger.Take(state, self.broker.consumer(["r", "s"]), self.clock.now)
         self.assertEqual(take.statements, linger.BATCH_TAKES[0])
+        take = linger.Take(state, self.broker.consumer(["q"]), self.clock.now)
+        self.assertTrue(take.durable)  # or more than the limit may be in flight after a power cut
 
 
 class CallReplyTest(BrokerTest):
@@ -3959,9 +3977,19 @@ class CallReplyTest(BrokerTest):
         with self.assertRaisesRegex(linger.OutcomeUnknown, "no reply to message 1"):
             self.broker.calls.call("q", b"x", "x", 0, group="g")
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
+        self.assertEqual(self.broker.counters["msg-delete"], 1)
         call, message = self.call(wait=0.2)
         self.assertIsInstance(call.exception(PATIENCE), linger.OutcomeUnknown)
+        with self.assertRaises(linger.NotFound):
+            self.broker.calls.reply(message.id, b"late", expected_channel="other")
         self.broker.calls.reply(message.id, b"late")
+
+    def test_a_call_that_was_moved_is_left_where_it_is(self):
+        call = self.thread(lambda: self.broker.calls.call("q", b"x", wait=0.2))
+        until(lambda: self.broker.channel_stats("q")["ready"])
+        self.broker.redrive_message(1, "r")
+        self.assertIsInstance(call.exception(PATIENCE), linger.OutcomeUnknown)
+        self.assertEqual(self.broker.channel_stats("r"), {"ready": 1, "hidden": 0})
 
     def test_a_withdrawn_call_lets_the_next_of_its_group_come(self):
         with self.assertRaises(linger.OutcomeUnknown):
@@ -4019,9 +4047,23 @@ class CallReplyTest(BrokerTest):
         call.exception(PATIENCE)
         self.restart()
         self.broker.calls.reply(message.id, b"late")
-        self.assertEqual(len(self.replies()), 1)
+        end = self.clock.now + linger.REPLY_TTL
+        self.assertLessEqual(self.broker._state.timers.next_due, end)
         self.restart()
-        self.clock.now += linger.REPLY_TTL
+        self.clock.now = end - 1
+        self.broker.process_due()
+        self.assertEqual(len(self.replies()), 1)
+        self.clock.now = end
+        self.broker.process_due()
+        self.assertEqual(self.replies(), [])
+
+    def test_old_replies_are_deleted_in_pieces_without_a_pause(self):
+        self.broker._committer.run(
+            linger.Operation(
+                ["insert into replies values (:id, '', '', 0)"] * 3, [{"id": id} for id in range(3)]
+            )
+        )
+        self.broker._state.due_piece.rows = 2
         self.broker.process_due()
         self.assertEqual(self.replies(), [])
 
@@ -4051,6 +4093,59 @@ class CallReplyTest(BrokerTest):
         self.broker.reject(self.broker.get("q").id)
         self.assertEqual([w.result(PATIENCE) for w in waiting], [True] * 20)
         self.assertFalse(self.broker.calls.drained("d", 0))
+
+    def test_those_who_wait_are_woken_and_do_not_only_look_again(self):
+        self.hasten(LOOK_PAUSE=2 * PATIENCE, LONGEST_PAUSE=2 * PATIENCE)
+        call, message = self.call(wait=2 * PATIENCE)
+        drained = [self.thread(self.broker.calls.drained, "q", 2 * PATIENCE) for _ in range(2)]
+        until(lambda: len(self.broker.calls._waits._wakeups.get("end q", ())) == 2)
+        self.broker.calls.reply(message.id, b"5")
+        self.assertEqual(call.result(PATIENCE)[0], b"5")
+        self.broker.calls.drained("q", 0)  # it sees the end, and wakes the others
+        self.assertEqual([future.result(PATIENCE) for future in drained], [True] * 2)
+        self.assertEqual(
+            (self.broker.calls._waits._wakeups, self.broker.calls._waits._count), ({}, 0)
+        )
+
+    def test_what_wakes_nobody_is_found_by_looking_again(self):
+        self.hasten(LONGEST_PAUSE=2 * PATIENCE)
+        self.broker.post("q", b"x")
+        waiting = self.thread(self.broker.calls.drained, "q", 2 * PATIENCE)
+        until(lambda: self.broker.calls._waits._count)
+        self.broker.delete(1)
+        self.assertTrue(waiting.result(PATIENCE))
+
+    def test_the_more_wait_the_more_rarely_each_looks(self):
+        self.hasten(LOOK_PAUSE=0.01, LOOKS_AT_ONCE=1, LONGEST_PAUSE=PATIENCE)
+        waits, looks = linger.Waits(bool), []
+        waits._count = 50
+        waits.wait("key", lambda: looks.append(1), 0.1, bool)
+        self.assertEqual(len(looks), 2)  # at the begin and at the end
+
+    def test_a_pause_between_looks_holds_up_neither_a_stop_nor_the_end(self):
+        self.hasten(LOOK_PAUSE=2 * PATIENCE)
+        self.broker.post("q", b"x")
+        waiting = self.thread(self.broker.calls.drained, "q", 2 * PATIENCE)
+        until(lambda: self.broker.calls._waits._count)
+        self.broker.cancel_all()
+        self.assertIsInstance(waiting.exception(PATIENCE), linger.Unavailable)
+        self.hasten(LONGEST_PAUSE=2 * PATIENCE)
+        found = self.thread(linger.Waits(bool).wait, "key", lambda: None, 0.1, bool)
+        self.assertIsNone(found.result(PATIENCE))
+
+    def test_a_reply_that_comes_at_the_last_moment_counts(self):
+        def reply(*_):
+            self.broker.calls.reply(self.broker.get("q").id, b"5")
+
+        with unittest.mock.patch.object(self.broker.calls._waits, "wait", side_effect=reply):
+            self.assertEqual(self.broker.calls.call("q", b"x")[0], b"5")
+
+    def test_a_change_during_a_look_is_not_missed(self):
+        self.hasten(LOOK_PAUSE=2 * PATIENCE, LONGEST_PAUSE=2 * PATIENCE)
+        waits, looks = linger.Waits(bool), iter((None, "found"))
+        look = lambda: waits.notify("key") or next(looks)  # noqa: E731
+        found = self.thread(waits.wait, "key", look, 2 * PATIENCE, bool)
+        self.assertEqual(found.result(PATIENCE), "found")
 
     def test_a_stop_ends_those_who_wait(self):
         self.broker.post("r", b"x")
@@ -4515,6 +4610,10 @@ class ChangeTest(BrokerTest):
         waiting = self.park("q")
         self.broker.change(1, delay=0)
         self.assertEqual(waiting.result(PATIENCE).id, 1)
+        self.broker.release(1)
+        shown = self.broker.counters["msg-show"]
+        self.broker.change(1, delay=0)  # as it is
+        self.assertEqual(self.broker.counters["msg-show"], shown)
 
     def test_a_delay_ends_in_time_for_a_consumer_that_waits(self):
         self.broker.post("q", b"x", delay=1000)
@@ -4527,6 +4626,8 @@ class ChangeTest(BrokerTest):
     def test_one_in_flight_is_refused_and_one_that_has_come_back_is_not(self):
         self.broker.post("q", b"x", timeout=5)
         self.refused("no message 2", self.broker.change, 2, priority=1)
+        self.refused("no message 1", self.broker.change, 1, priority=1, expected_channel="r")
+        self.refused("no message 1", self.broker.redrive_message, 1, "r", expected_channel="r")
         self.broker.get("q")
         self.refused("is in flight", self.broker.change, 1, priority=1)
         self.refused("is in flight", self.broker.redrive_message, 1, "r")
@@ -4547,6 +4648,7 @@ class ChangeTest(BrokerTest):
         self.refused("expire before", self.broker.change, 1, delay=20)
         self.refused("one or more of priority, timeout, deliver, delay", self.broker.change, 1)
         self.refused("unknown parameter linger", self.broker.change, 1, linger=5)
+        self.broker.change(1, deliver=0)
         self.broker.change(1, deliver=2, delay=19)
         self.clock.now += 19
         self.assertEqual(self.broker.get("q").deliver, 2)
@@ -4567,7 +4669,7 @@ class ChangeTest(BrokerTest):
         self.assertEqual(waiting.result(PATIENCE)[:6], (2, "q", 0, 30, 0, 1))
         self.broker.release(self.broker.get("d").id, delay=60)
         self.broker.redrive_message(1)
-        self.assertEqual(self.broker.get("q").id, 1)
+        self.assertEqual(self.broker.get("q")[:6], (1, "q", 0, 30, 0, 1))
         self.broker.redrive_message(3, "r")
         self.assertEqual(self.broker.counters["msg-redrive"], 3)
         self.assertEqual(self.broker.get("r").dead_from, "")
@@ -4586,6 +4688,17 @@ class ChangeTest(BrokerTest):
         self.broker.redrive("q", to="s")
         self.clock.now += 9
         self.assertEqual(self.broker.channels(), [])
+
+    def test_a_change_of_one_setting_leaves_each_other_one(self):
+        settings = {"priority": 1, "timeout": 2, "deliver": 3, "linger": 9, "delay": 5, "dead": "d",
+                    "backoff": "6", "hlm": 7, "max-in-flight": 8}  # fmt: skip
+        self.broker.set_settings("q", **settings)
+        for name in ("deliver", "hlm"):
+            settings[name] += 1
+            self.broker.change_settings("q", **{name: settings[name]})
+        for _ in range(2):
+            self.assertEqual(self.broker.settings("q"), settings)
+            self.restart()
 
     def test_settings_are_changed_one_by_one(self):
         self.broker.set_settings("q", timeout=60, dead="d")
@@ -4892,6 +5005,15 @@ class BoundsTest(BrokerTest):
             broker.publish("t", b"x" * 100_000)
         self.assertEqual(broker.stats()["current-messages"], 0)
         broker.post("q", b"x")
+
+    def test_a_reply_counts_in_the_bound(self):
+        broker = self.restart(max_size=1_000_000)
+        call = self.thread(broker.calls.call, "q", b"x")
+        id = broker.get("q", PATIENCE).id
+        with self.assertRaisesRegex(linger.Full, "nothing was changed"):
+            broker.calls.reply(id, b"x" * 2_000_000)
+        broker.calls.reply(id, b"5")
+        self.assertEqual(call.result(PATIENCE)[0], b"5")
 
     def test_publications_that_are_kept_count_in_the_bound(self):
         broker = self.restart(max_size=1_000_000)
@@ -6470,6 +6592,16 @@ class TwoServersTest(OnCluster, BrokerTest):
         self.assertIsNone(self.broker.get("q"))
         self.other.delete(2)
         self.assertEqual(self.broker.get("q", PATIENCE).id, 3)
+
+    def test_messages_that_cannot_be_taken_wake_nobody_again_and_again(self):
+        for channel in "qrs":
+            self.broker.post(channel, b"x")
+        self.broker.set_settings("q", max_in_flight=1)
+        self.broker.post("q", b"y")
+        self.broker.get("q")
+        self.broker.pause("r")
+        ready = self.broker._store.read(linger.READY_CHANNELS, names='["q", "r", "s"]')
+        self.assertEqual(list(map(list, ready[0])), [["s", 1]])
 
     def test_a_pattern_is_known_to_the_other_server_too(self):
         self.broker.patterns.subscribe("q", "a.#")
