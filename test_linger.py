@@ -3978,16 +3978,20 @@ class CallReplyTest(BrokerTest):
             self.broker.calls.call("q", b"x", "x", 0, group="g")
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
         self.assertEqual(self.broker.counters["msg-delete"], 1)
-        call, message = self.call(wait=0.2)
+        gone = threading.Event()
+        call, message = self.call(is_disconnected=gone.is_set)
+        gone.set()
         self.assertIsInstance(call.exception(PATIENCE), linger.OutcomeUnknown)
         with self.assertRaises(linger.NotFound):
             self.broker.calls.reply(message.id, b"late", expected_channel="other")
         self.broker.calls.reply(message.id, b"late")
 
     def test_a_call_that_was_moved_is_left_where_it_is(self):
-        call = self.thread(lambda: self.broker.calls.call("q", b"x", wait=0.2))
+        gone = threading.Event()
+        call = self.thread(lambda: self.broker.calls.call("q", b"x", is_disconnected=gone.is_set))
         until(lambda: self.broker.channel_stats("q")["ready"])
         self.broker.redrive_message(1, "r")
+        gone.set()
         self.assertIsInstance(call.exception(PATIENCE), linger.OutcomeUnknown)
         self.assertEqual(self.broker.channel_stats("r"), {"ready": 1, "hidden": 0})
 
@@ -4043,7 +4047,9 @@ class CallReplyTest(BrokerTest):
         with self.assertRaises(linger.OutcomeUnknown):
             self.broker.calls.call("q", b"x", "x", PATIENCE, is_disconnected=lambda: True)
         self.assertIsNone(self.broker.get("q"))
-        call, message = self.call(wait=0.1)
+        gone = threading.Event()
+        call, message = self.call(is_disconnected=gone.is_set)
+        gone.set()
         call.exception(PATIENCE)
         self.restart()
         self.broker.calls.reply(message.id, b"late")
