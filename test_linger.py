@@ -15727,20 +15727,25 @@ class WorkProcessTest(CommandProcessCase):
         _, errors = process.communicate(timeout=PATIENCE)
         return process.returncode, errors
 
-    def test_sigterm_lets_commands_finish_and_takes_no_new_message(self):
+    def check_end_in_good_order(self, *signals):
+        """Signals end a worker that runs a command and waits for another message."""
+
         def waiting():
             return self.client.info("q")["waiting"]
 
         self.client.post("q", "a")
         process = self.work("-j", "2")
         until(lambda: self.started.exists() and waiting() == 1)
-        process.send_signal(signal.SIGTERM)
+        for number in signals:
+            process.send_signal(number)
         until(lambda: waiting() == 0)
         self.client.post("q", "b")
         self.go.touch()
-        status, errors = self.ended(process)
-        self.assertEqual((status, errors), (0, ""))
+        self.assertEqual(self.ended(process), (0, ""))
         self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_sigterm_lets_commands_finish_and_takes_no_new_message(self):
+        self.check_end_in_good_order(signal.SIGTERM)
 
     def test_second_signal_kills_the_commands_and_releases_their_messages(self):
         self.client.post("q", "a", backoff="100")
@@ -15754,14 +15759,7 @@ class WorkProcessTest(CommandProcessCase):
         self.assertEqual((message.error, state), (linger.STOPPED, "ready"))
 
     def test_sighup_lets_commands_finish_however_often_it_comes(self):
-        self.client.post_batch("q", ["a", "b"])
-        process = self.work()
-        until(self.started.exists)
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
-            process.send_signal(number)
-        self.go.touch()
-        self.assertEqual(self.ended(process), (0, ""))
-        self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
+        self.check_end_in_good_order(signal.SIGHUP, signal.SIGTERM, signal.SIGHUP)
 
     def test_sighup_is_ignored_under_nohup(self):
         self.client.post("q", "a")
