@@ -2595,6 +2595,26 @@ where topic = :topic
 order by channel
 """
 
+CHANNELS_OF_PATTERNS = """
+select pattern, channel
+from json_each(:patterns) join patterns on pattern = value
+order by pattern, channel
+"""
+
+# `seq` counts the publications of a topic, of which the first ones are deleted.
+KEPT_COUNTS = """
+select topic, 1 + coalesce(
+    (select seq from publications where topic = retention.topic order by id desc limit 1)
+        - (select seq from publications where topic = retention.topic order by id limit 1), -1)
+from retention
+order by topic
+"""
+
+SCHEDULE_COUNTS = """
+select count(*), coalesce(sum(last_error <> ''), 0)
+from schedules
+"""
+
 # -- inspection
 
 # The fields of a `Message` that is not delivered, and its state, around the column for its body.
@@ -7906,6 +7926,12 @@ class Statistics:
         """The bytes of the database and its log, and those that are free, by name in METRICS."""
         return self._store.disk_usage()
 
+    def schedules_and_kept(self) -> tuple[int, int, dict[str, int]]:
+        """How many schedules there are, and how many with an error, and the number of publications
+        of each topic that keeps any."""
+        ((schedules, failed),), kept = self._store.read(SCHEDULE_COUNTS, KEPT_COUNTS)
+        return schedules, failed, dict(kept)
+
     def history(self, seconds: int = HISTORY_SECONDS) -> dict[str, Any]:
         """The totals of the last seconds: `time`, when each point was added in Unix time, and for
         each of SAMPLED its values, what has happened since the point before."""
@@ -8172,6 +8198,14 @@ class Administration:
         (rows,) = self._read(CHANNELS_OF_TOPIC, topic=check_name("topic", topic))
         return [channel for (channel,) in rows]
 
+    def pattern_subscribers(self, topic: str) -> dict[str, list[str]]:
+        """The sorted patterns that match a topic, and the channels subscribed to each."""
+        patterns = self._state.patterns.match_json(check_name("topic", topic))
+        subscribers: dict[str, list[str]] = {}
+        for pattern, channel in self._read(CHANNELS_OF_PATTERNS, patterns=patterns or "[]")[0]:
+            subscribers.setdefault(pattern, []).append(channel)
+        return subscribers
+
     def settings(self, channel: str) -> dict[str, Any]:
         """The settings of a channel: those that are set."""
         settings = dict(self._state.channels.settings.get(check_name("channel", channel), {}))
@@ -8251,7 +8285,7 @@ class Administration:
         return list_dead(self._read, n, after, reason, order, self.now())
 
     def info(self, channel: str) -> dict[str, Any]:
-        """A channel's counts, age, consumers, topics, pause and settings."""
+        """A channel's counts, age, consumers, subscriptions, pause and settings."""
         self._submit_due(check_name("channel", channel))
         return self._info(channel, self._read)
 
@@ -8262,8 +8296,8 @@ class Administration:
         return [self._info(channel, self._store.read) for channel in channels]
 
     def _info(self, channel: str, read: Callable[..., list[list[Any]]]) -> dict[str, Any]:
-        counts, oldest, topics = read(
-            CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, channel=channel
+        counts, oldest, topics, patterns = read(
+            CHANNEL_COUNTS, OLDEST_READY, TOPICS_OF_CHANNEL, PATTERNS_OF_CHANNEL, channel=channel
         )
         ready, in_flight, delayed, blocked = counts[0] if counts else (0, 0, 0, 0)
         posted = oldest[0][0]
@@ -8276,6 +8310,7 @@ class Administration:
             "oldest": None if posted is None else max(int(self.now() - posted), 0),
             "waiting": self._state.waiting.count(channel),
             "topics": [topic for (topic,) in topics],
+            "patterns": [pattern for (pattern,) in patterns],
             "paused": channel in self._state.channels.pauses,
             "settings": self.settings(channel),
             "events": self._state.events.totals(channel),
@@ -9680,16 +9715,18 @@ class Broker(Administration):
 
     def publish_batch(
         self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
-    ) -> tuple[dict[str, list[int]], list[str]]:
-        """Publishes messages in order in one transaction; returns the ids of each channel's
-        copies, and the channels left out."""
+    ) -> tuple[dict[str, list[int]], list[str], range]:
+        """Publishes messages in order in one transaction; returns the ids of each channel's copies,
+        the channels left out, and the ids of the publications that are kept."""
         ids: dict[str, list[int]] = {}
         full: set[str] = set()
-        for publication in self._publish(topic, messages):
+        publications = self._publish(topic, messages)
+        for publication in publications:
             full.update(publication.full)
             for channel, id in publication.ids.items():
                 ids.setdefault(channel, []).append(id)
-        return ids, sorted(full)
+        kept = [publication.id for publication in publications if publication.id]
+        return ids, sorted(full), range(kept[0], kept[-1] + 1) if kept else range(0)
 
     def _publish(
         self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
@@ -11326,6 +11363,7 @@ SHORT_ESCAPES = b'"\\\b\f\n\r\t'  # two characters in JSON, the other control ch
 ALL_ESCAPES = bytes(range(32)) + b'"\\'
 NO_STORE = "Cache-Control: no-store\r\n"
 SANDBOX = "Content-Security-Policy: sandbox\r\n"
+PUBLICATION_HEADER = "x-linger-publication"  # an id, or for a batch the first and the last one
 VARY = "Vary: Accept\r\n"
 CLOSE = "Connection: close\r\n"
 PLAIN_NAME = re.compile("[!-$&-~]*")  # visible ASCII without %
@@ -11811,8 +11849,12 @@ class Snapshot:
         self.histograms = broker.statistics.histograms()
         self.requests: RequestCounts = server.requests
         self.labels = {channel: labels(channel=channel) for channel in self.channels}
+        schedules, failed, kept = broker.statistics.schedules_and_kept()
+        self.kept: dict[str, int] = kept
         self.single: dict[str, float] = {
             "linger_publications_total": broker.counters["publications"],
+            "linger_schedules": schedules,
+            "linger_schedules_failed": failed,
             "linger_connections": len(server.connections),
             "linger_connections_limit": server.max_connections,
             "process_start_time_seconds": broker.start,
@@ -11886,6 +11928,10 @@ METRICS = (
     Metric("linger_waiting_consumers", "gauge", "Consumers that wait.", lambda s: s.column(5)),
     *itertools.starmap(_event, EVENTS.items()),
     _value("linger_publications_total", "Messages published, without their copies.", "counter"),
+    Metric("linger_kept_publications", "gauge", "Publications that a topic keeps.",
+           lambda s: ((labels(topic=topic), count) for topic, count in s.kept.items())),
+    _value("linger_schedules", "Schedules."),
+    _value("linger_schedules_failed", "Schedules whose last message could not be posted."),
     _histogram("linger_queue_time_seconds", "Time that a message was ready until its delivery."),
     _histogram("linger_flight_time_seconds", "Time from a message's last delivery to its delete."),
     _histogram("linger_commit_seconds", "Time of a transaction with its sync."),
@@ -13756,8 +13802,8 @@ SCHEMAS: Mapping[str, Schema] = {
     "Listed": {"allOf": [_named("Message"), _object({"state": TEXT}, cut=SWITCH)]},
     "Channel": _object({
         "channel": NAME, "ready": COUNT, "delayed": COUNT, "in-flight": COUNT, "waiting": COUNT,
-        "oldest": {"type": ["integer", "null"]}, "topics": NAMES, "paused": SWITCH,
-        "settings": {"type": "object"},
+        "oldest": {"type": ["integer", "null"]}, "topics": NAMES, "patterns": NAMES,
+        "paused": SWITCH, "settings": {"type": "object"},
     }),
     "History": _object({
         "interval": COUNT, "time": _array({"type": "number"}),
@@ -13819,7 +13865,10 @@ ANSWERS: Mapping[str, Answer] = {
     "list_topics": Answer(200, _object({"topics": NAMES})),
     "publish_message": Answer(202, {"type": "object"}),
     "publish_batch": Answer(202, {"type": "object"}, (), ITEM),
-    "list_subscribers": Answer(200, _object({"channels": NAMES})),
+    "list_subscribers": Answer(
+        200,
+        _object({"channels": NAMES}, patterns={"type": "object", "additionalProperties": NAMES}),
+    ),
     "list_schedules": Answer(200, _object({"schedules": _array({"type": "object"})})),
     "run_schedule": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
     "read_message": Answer(200, ("*/*",)),
@@ -13859,6 +13908,19 @@ DELIVERY_HEADERS = {
     for name, schema in MESSAGE_SCHEMA["properties"].items()
     if name in Message._fields and name not in ("type", "body")
 }
+
+PUBLISH_HEADERS = {
+    PUBLICATION_HEADER: {
+        "description": "If the topic keeps it: its id, or the first and the last one of a batch.",
+        "schema": {"type": "string", "pattern": "^[0-9]+(-[0-9]+)?$"},
+    },
+    "x-linger-dropped": {
+        "description": "Channels at their high-level mark, which got no copy.", "schema": TEXT,
+    },
+    "x-linger-dropped-count": {
+        "description": "Their number, if their names do not fit.", "schema": COUNT,
+    },
+}  # fmt: skip
 
 # What each status of an error means.
 ERRORS: Mapping[int, str] = {
@@ -13947,6 +14009,8 @@ def _describe_answers(route: Route) -> dict[str, Schema]:
         success["content"] = {media_type: {} for media_type in answer.content}
     if "*/*" in (answer.content or ()):
         success["headers"] = DELIVERY_HEADERS
+    elif route.endpoint in ("publish_message", "publish_batch"):
+        success["headers"] = PUBLISH_HEADERS
     links = LINKS.get(route.endpoint, {})
     success["links"] = {op: {"operationId": op, "parameters": links[op]} for op in links}
     return {str(answer.status): success, **answers}
@@ -14264,7 +14328,8 @@ class ManagementApi:
         return json_response(self._visible_info(request, self._broker.info(channel)))
 
     def _visible_info(self, request: Request, info: dict[str, Any]) -> dict[str, Any]:
-        return {**info, "topics": request.grant.visible("topics", info["topics"])}
+        visible = {kind: request.grant.visible(kind, info[kind]) for kind in ("topics", "patterns")}
+        return {**info, **visible}
 
     def get_channel_stats(self, _: Request, channel: str) -> Response:
         return json_response(self._broker.channel_stats(channel))
@@ -14429,7 +14494,13 @@ class ManagementApi:
         return self._visible_names(request, "topics", self._broker.topics())
 
     def list_subscribers(self, request: Request, topic: str) -> Response:
-        return self._visible_names(request, "channels", self._broker.subscribers(topic))
+        grant, found = request.grant, self._broker.pattern_subscribers(topic)
+        channels = grant.visible("channels", self._broker.subscribers(topic))
+        patterns = {
+            p: grant.visible("channels", found[p]) for p in grant.visible("patterns", found)
+        }
+        shown = {pattern: names for pattern, names in patterns.items() if names}
+        return json_response({"channels": channels, **({"patterns": shown} if shown else {})})
 
     # -- schedules
 
@@ -14714,17 +14785,23 @@ class Api(ManagementApi):
         )
         if duplicate:
             return json_response({**self._visible_ids(request, ids), "duplicate": True}, 202)
-        return self._published_response(request, ids, dropped, id)
+        return self._published_response(request, ids, dropped, str(id) if id else "")
 
     def publish_batch(self, request: Request, topic: str) -> Response:
         messages = self._parse_batch(request, SINGLE_PARAMETERS)
-        return self._published_response(request, *self._broker.publish_batch(topic, messages))
+        ids, dropped, kept = self._broker.publish_batch(topic, messages)
+        publications = f"{kept[0]}-{kept[-1]}" if kept else ""
+        return self._published_response(request, ids, dropped, publications)
 
     def _published_response(
-        self, request: Request, ids: Mapping[str, object], dropped: Sequence[str], id: int = 0
+        self,
+        request: Request,
+        ids: Mapping[str, object],
+        dropped: Sequence[str],
+        publications: str,
     ) -> Response:
         visible = request.grant.visible("channels", dropped)
-        header = f"x-linger-publication: {id}\r\n" if id else ""
+        header = f"{PUBLICATION_HEADER}: {publications}\r\n" if publications else ""
         if visible:
             header += list_header("x-linger-dropped", visible, request.header_room())
         return json_response(self._visible_ids(request, ids), 202, header)
@@ -16610,19 +16687,24 @@ class _Requests:
         request = self._transport.encode(*parts)
         return self._transport.send(request, self._timeout + wait, **options)
 
-    def send_json(self, convert: Callable[[Any], T], *request: Any, **options: Any) -> T:
-        """Sends a request; returns the JSON of its response, converted."""
-        _, body = self.send(*request, **options)
+    def send_json(
+        self, convert: Callable[..., T], *request: Any, header: str = "", **options: Any
+    ) -> T:
+        """Sends a request; returns the JSON of its response, converted, with a `header` if that
+        is named."""
+        headers, body = self.send(*request, **options)
+        more = (headers.get(header, ""),) if header else ()
         with _decoding(self._transport.url):
-            return convert(json.loads(body or b"null"))
+            return convert(json.loads(body or b"null"), *more)
 
     def add(
         self,
-        convert: Callable[[Any], T],
+        convert: Callable[..., T],
         path: str,
         content: tuple[bytes, str],
         retry: bool,
         query: dict[str, object],
+        header: str = "",
     ) -> T:
         """Posts `content`, a body and its type; a dedup key makes the request repeatable."""
         if retry:
@@ -16630,7 +16712,7 @@ class _Requests:
         headers = pop_own_headers(query)
         request = functools.partial(
             self.send_json, convert, "POST", path, query, *content, headers,
-            repeatable="dedup" in query,
+            header=header, repeatable="dedup" in query,
         )  # fmt: skip
         return self._transport.retry(request, self._timeout) if retry else request()
 
@@ -16640,7 +16722,7 @@ class _Requests:
         after: Optional[int] = None
         while True:
             query = {"n": MAX_BATCH, "after": after, "whole": 1}
-            page = self.send_json(list, "GET", path, query)
+            page: list[dict[str, Any]] = self.send_json(list, "GET", path, query)
             yield from page
             if not page:
                 break
@@ -17013,6 +17095,21 @@ class CallReply(NamedTuple):
         return json.loads(self.body)
 
 
+class Copies(dict[str, T]):
+    """The ids of a publication's copies by channel, or of a batch a list of them."""
+
+    publications = range(0)  # the ids of the publications, if the topic keeps them
+
+
+def copies_from(value: dict[str, T], kept: str) -> Copies[T]:
+    """The copies in the response to a publication, and its PUBLICATION_HEADER."""
+    copies = Copies({channel: ids for channel, ids in value.items() if ids is not True})
+    if kept:
+        first, _, last = kept.partition("-")
+        copies.publications = range(int(first), int(last or first) + 1)
+    return copies
+
+
 class LiveEvent(NamedTuple):
     """What has happened to a message."""
 
@@ -17118,7 +17215,7 @@ class ManagementClient:
         return True
 
     def info(self, channel: str) -> dict[str, Any]:
-        """Returns the counts, consumers, topics and settings of a channel."""
+        """Returns the counts, consumers, subscriptions and settings of a channel."""
         return self._requests.send_json(dict, "GET", encode_path("channels", channel, "info"))
 
     def channel_stats(self, channel: str) -> dict[str, int]:
@@ -17131,9 +17228,14 @@ class ManagementClient:
         return self._requests.send_json(lambda value: list(value["topics"]), "GET", path)
 
     def subscribers(self, topic: str) -> list[str]:
-        """Returns the sorted channels subscribed to a topic."""
+        """Returns the sorted channels subscribed to a topic, but not those to a pattern."""
         path = encode_path("topics", topic, "channels")
         return self._requests.send_json(lambda value: list(value["channels"]), "GET", path)
+
+    def pattern_subscribers(self, topic: str) -> dict[str, list[str]]:
+        """Returns the patterns that match a topic, and the channels subscribed to each."""
+        path = encode_path("topics", topic, "channels")
+        return self._requests.send_json(lambda value: dict(value.get("patterns", {})), "GET", path)
 
     def subscribe(
         self, channel: str, topic: str, since: Optional[str] = None, **given: Unpack[MessageFields]
@@ -17406,25 +17508,25 @@ class Client(ManagementClient):
         type: Optional[str] = None,
         retry: bool = False,
         **keys: Unpack[PublishKeys],
-    ) -> dict[str, int]:
+    ) -> Copies[int]:
         """Adds a copy of a message to each channel subscribed to a topic; ids by channel.
 
         `body`, `type` and `retry` are as for `post`; `keys`: `dedup` and `dedup_for`.  A channel
         at its high-level mark is left out.
         """
         return self._requests.add(
-            lambda value: {channel: id for channel, id in value.items() if id is not True},
-            encode_path("topics", topic), encode_message(body, type), retry,
-            encode_parameters(SINGLE_PARAMETERS, keys),
+            copies_from, encode_path("topics", topic), encode_message(body, type), retry,
+            encode_parameters(SINGLE_PARAMETERS, keys), PUBLICATION_HEADER,
         )  # fmt: skip
 
     def publish_batch(
         self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: Unpack[PublishKeys]
-    ) -> dict[str, list[int]]:
+    ) -> Copies[list[int]]:
         """Publishes up to 1,000 messages, given as to `post_batch`; copies' ids by channel."""
         return self._requests.add(
-            dict, encode_path("topics", topic, "batch"), encode_batch(bodies, SINGLE_PARAMETERS),
-            retry, encode_parameters(SINGLE_PARAMETERS, keys),
+            copies_from, encode_path("topics", topic, "batch"),
+            encode_batch(bodies, SINGLE_PARAMETERS), retry,
+            encode_parameters(SINGLE_PARAMETERS, keys), PUBLICATION_HEADER,
         )  # fmt: skip
 
     def call(
@@ -18160,7 +18262,10 @@ COPY_COLUMNS = ("channel", "id")
 TAIL_COLUMNS = ("event", "id", "delivered", "from", "body")
 LISTEN_COLUMNS = ("body",)
 MESSAGE_COLUMNS = ("id", "state", "priority", "delivered", "age", "error", "body")
-CHANNEL_COLUMNS = ("channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused")
+CHANNEL_COLUMNS = (
+    "channel", "ready", "delayed", "in-flight", "oldest", "waiting", "paused", "blocked"
+)  # fmt: skip
+SUBSCRIBER_COLUMNS = ("channel", "pattern")  # the second one where patterns match
 PUBLICATION_COLUMNS = ("id", "type", "body")
 PAIR_COLUMNS = ("name", "value")
 SCHEDULE_COLUMNS_SHOWN = ("name", "channel", "times", "next", "last", "last-error")
@@ -18395,9 +18500,9 @@ def _publish(client: Client, options: argparse.Namespace) -> None:
 
 def _explain_no_copies(client: Client, topic: str) -> None:
     """Logs why a publication reached nobody, as far as the token lets us see."""
-    subscribers: Sequence[str] = ()
+    subscribers: Collection[str] = ()
     with contextlib.suppress(LingerError):
-        subscribers = client.subscribers(topic)
+        subscribers = client.subscribers(topic) or client.pattern_subscribers(topic)
     if subscribers:
         reason = f"the channels subscribed to {topic} are at their high-level mark"
     else:
@@ -18557,8 +18662,11 @@ def _patterns(client: Client, options: argparse.Namespace) -> int:
 
 
 def _subscribers(client: Client, options: argparse.Namespace) -> int:
-    channels = client.subscribers(options.topic)
-    return _write_records([{"channel": channel} for channel in channels], options.json)
+    rows = [(channel, "") for channel in client.subscribers(options.topic)]
+    patterns = client.pattern_subscribers(options.topic).items()
+    rows += [(channel, pattern) for pattern, channels in patterns for channel in channels]
+    shown = SUBSCRIBER_COLUMNS if patterns else SUBSCRIBER_COLUMNS[:1]
+    return _write_records([dict(zip(shown, row)) for row in rows], options.json)
 
 
 def _stats(client: Client, options: argparse.Namespace) -> int:
@@ -19654,9 +19762,9 @@ COMMANDS = (
             "linger patterns", _patterns,
             (_argument("channel", metavar="CHANNEL", nargs="?", help="only its patterns"), JSON),
             nothing="there are no patterns", columns=("pattern",)),
-    Command("subscribers", "list the channels subscribed to a topic",
+    Command("subscribers", "list the channels subscribed to a topic, or to patterns that match it",
             "linger subscribers news", _subscribers, (TOPIC, JSON),
-            nothing="no channel is subscribed", columns=("channel",)),
+            nothing="no channel is subscribed", columns=SUBSCRIBER_COLUMNS),
     Command("stats", "show the counters of the server", "linger stats", _stats,
             (_seconds("--watch", "time between updates, with rates (default: 2)",
                       1, MAX_TIMER, nargs="?", const=2), JSON),

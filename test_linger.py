@@ -3658,8 +3658,8 @@ class BatchTest(BrokerTest):
     def test_a_batch_is_published_in_order(self):
         self.broker.subscribe("a", "t")
         self.broker.subscribe("b", "t")
-        ids, dropped = self.broker.publish_batch("t", self.items(b"1", b"2"))
-        self.assertEqual((ids, dropped), ({"a": [1, 3], "b": [2, 4]}, []))
+        ids, dropped, kept = self.broker.publish_batch("t", self.items(b"1", b"2"))
+        self.assertEqual((ids, dropped, [*kept]), ({"a": [1, 3], "b": [2, 4]}, [], []))
         self.assertEqual(self.bodies("b"), [b"1", b"2"])
 
     def test_a_batch_delete_reports_the_outcome_of_each(self):
@@ -5327,6 +5327,15 @@ class RetentionTest(BrokerTest):
         self.broker.retention.put("t", keep=9)
         self.assertEqual(self.publish(b"1", b"1", dedup="k"), [1, 0])
         self.assertEqual(self.kept(), [b"1"])
+
+    def test_the_ids_of_a_batch_follow_each_other_and_duplicates_have_none(self):
+        self.broker.retention.put("t", keep=2)
+        self.publish(b"1", topic="t", dedup="k")
+        batch = [(b"2", "", {}), (b"1", "", {"dedup": "k"}), (b"3", "", {}), (b"4", "", {})]
+        ids = self.broker.publish_batch("t", batch)[2]
+        self.assertEqual((ids, self.kept(), self.kept(str(ids[1]))), (
+            range(2, 5), [b"3", b"4"], [b"4"]))  # fmt: skip
+        self.assertEqual(self.broker.publish_batch("t", batch[1:2])[2], range(0))
 
     def test_subscribers_patterns_and_batches_go_on_as_before(self):
         self.broker.retention.put("t", keep=9)
@@ -7446,6 +7455,25 @@ class MetricsTest(ServerTest):
         posted = self.values("linger_messages_posted_total")
         self.assertEqual(posted, {'channel=""': 0, 'channel="a"': 5, 'channel="b"': 0})
 
+    def test_kept_publications_and_schedules_are_counted(self):
+        names = [
+            f"linger_{name}" for name in ("kept_publications", "schedules", "schedules_failed")
+        ]
+        self.assertEqual([*map(self.values, names)], [{}, {"": 0}, {"": 0}])
+        for topic in ("a", "b"):
+            self.broker.retention.put(topic, keep=3)
+        for n in range(5):
+            self.broker.publish("a", b"%d" % n)
+        self.broker.set_settings("full", hlm=1)
+        for channel in ("full", "q"):
+            self.broker.post(channel, b"x")
+            self.broker.schedules.put(channel, channel, b"x", every=1)
+        pass_time(self.broker, 1)
+        self.broker.schedules.post_due()
+        kept, schedules, failed = map(self.values, names)
+        self.assertEqual(kept, {'topic="a"': 3, 'topic="b"': 0})
+        self.assertEqual((schedules, failed), ({"": 2}, {"": 1}))
+
     def test_the_age_of_the_oldest_is_told(self):
         self.broker.post("a", b"x")
         pass_time(self.broker, 100)
@@ -7544,6 +7572,7 @@ class MetricsTest(ServerTest):
     def test_promtool_finds_nothing(self):
         for name in self.NAMES:
             self.broker.post(name, b"x")
+        self.broker.retention.put(self.NAMES[1], keep=1)
         self.check(["check", "metrics"], self.page())
         section = (HERE / "README.md").read_text().partition("### Metrics\n")[2]
         blocks = re.findall(r"(?m)(?:^(?:    .*)?\n)+", section.partition("\n### ")[0])
@@ -14505,7 +14534,7 @@ class CommandTest(CommandCase):
         self.assertEqual(self.broker.settings("q"), {})
         self.broker.post("q", b"x")
         self.linger("pause", "q", "--for", 600)
-        self.assertEqual(self.linger("channels"), "q\t1\t0\t0\t0\t0\tyes\n")
+        self.assertEqual(self.linger("channels"), "q\t1\t0\t0\t0\t0\tyes\t0\n")
         self.linger("resume", "q")
         self.assertFalse(json.loads(self.linger("channels", "--json"))["paused"])
 
@@ -15158,6 +15187,28 @@ class PatternCallTest(CommandCase, ClientCase):
         self.assertEqual(self.call("DELETE", path)[0], 204)
         self.assertEqual(self.client.patterns(), [])
 
+    def test_who_gets_what_is_published_on_a_topic_is_told(self):
+        for channel, pattern in (("p", "a.#"), ("q", "a.#"), ("q", "#.b"), ("q", "x")):
+            self.client.subscribe_pattern(channel, pattern)
+        patterns = {"#.b": ["q"], "a.#": ["p", "q"]}
+        answer = self.json("GET", "/topics/a.b/channels")
+        self.assertEqual(answer, (200, {"channels": [], "patterns": patterns}))
+        self.client.subscribe("q", "a.b")
+        self.assertEqual(self.client.subscribers("a.b"), ["q"])
+        self.assertEqual(self.client.pattern_subscribers("a.b"), patterns)
+        lines = "q\t-\nq\t#.b\np\ta.#\nq\ta.#\n"
+        self.assertEqual(self.linger("subscribers", "a.b"), lines)
+        self.client.subscribe("q", "c")
+        self.assertEqual(self.json("GET", "/topics/c/channels")[1], {"channels": ["q"]})
+        self.assertEqual(self.linger("subscribers", "c"), "q\n")
+        self.assertEqual(self.client.info("q")["patterns"], ["#.b", "a.#", "x"])
+
+    def test_a_publication_that_full_channels_miss_says_so(self):
+        self.client.subscribe_pattern("q", "a.#")
+        self.client.set_settings("q", hlm=1)
+        self.linger("publish", "a.b", "1")
+        self.assertIn("high-level mark", self.run_command("publish", "a.b", "2")[2])
+
     def test_the_commands_subscribe_list_and_unsubscribe(self):
         self.linger("subscribe", "q", "a.#", "--pattern", "--timeout", 7)
         self.assertEqual(self.linger("patterns"), "a.#\n")
@@ -15202,6 +15253,12 @@ class PatternTokenTest(ServerTest):
         for path in ("/patterns", "/channels/q/patterns"):
             listed = self.json("GET", path, None, bearer("t0ken"))
             self.assertEqual(listed, (200, {"patterns": ["news-a.#"]}))
+        info = self.json("GET", "/channels/q/info", None, bearer("t0ken"))[1]
+        self.assertEqual(info["patterns"], ["news-a.#"])
+        self.broker.patterns.subscribe("other", "news-a.#")
+        self.broker.patterns.subscribe("other", "news-a.*")
+        found = self.json("GET", "/topics/news-a.b/channels", None, bearer("t0ken"))[1]
+        self.assertEqual(found, {"channels": [], "patterns": {"news-a.#": ["q"]}})
 
 
 class RetentionCallTest(CommandCase, ClientCase):
@@ -15237,7 +15294,7 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.assertEqual(self.json("GET", path), (200, {"keep": 2, "keep-for": 60}))
         _, headers, _ = self.call("POST", "/topics/t", "1", {"x-linger-h-a": "1"})
         self.assertEqual(headers["x-linger-publication"], "1")
-        self.client.publish("t", "x" * 2_000)
+        self.assertEqual(self.client.publish("t", "x" * 2_000).publications, range(2, 3))
         first, second = self.json("GET", "/topics/t/messages?since=0&n=5")[1]
         self.assertEqual(first, {"id": 1, "topic": "t", "type": "text/plain", "headers": {"a": "1"},
                                  "body": "1"})  # fmt: skip
@@ -15245,8 +15302,14 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.assertEqual(len(self.client.publications("t", since="1")[0]["body"]), 2_000)
         self.client.subscribe("q", "t", since="all")
         self.assertEqual(self.client.channel_stats("q")["ready"], 2)
+        batch = {"Content-Type": "application/x-ndjson"}
+        _, headers, _ = self.call("POST", "/topics/t/batch", "3\n4\n", batch)
+        self.assertEqual(headers["x-linger-publication"], "3-4")
+        copies = self.client.publish_batch("t", ["5"])
+        self.assertEqual((copies, copies.publications), ({"q": [5]}, range(5, 6)))
         self.assertEqual(self.call("DELETE", path)[0], 204)
         self.assertEqual(self.client.publications("t"), [])
+        self.assertFalse(self.client.publish("t", "6").publications)
         self.assertEqual(self.json("PUT", path)[0], 400)
 
     def test_the_client_goes_on_where_it_was_after_an_outage(self):
@@ -17377,8 +17440,11 @@ ONCE = (
 MEANT_SCANS = {  # statements that read a whole table or index, which the call that uses them asks
     "ALL_PAUSES": {"pauses"},
     "ALL_RETENTION": {"retention"},
+    "CHANNELS_OF_PATTERNS": {"json_each"},
+    "KEPT_COUNTS": {"retention"},
     "ALL_SETTINGS": {"settings"},
     "LIST_SCHEDULES": {"schedules"},
+    "SCHEDULE_COUNTS": {"schedules"},
     "SCHEDULE_TIMES": {"schedules"},
     "SET_RETENTION": {"retention"},
     "SET_SCHEDULE": {"schedules"},
