@@ -13521,6 +13521,66 @@ class GroupCrashTest(ProcessCase):
             latest[group] = moment, asked_at, n
 
 
+class ReplayCrashTest(ProcessCase):
+    """kill -9 while topics are published on: a reader that connects again and again, of one topic
+    or of a pattern, sees each publication once and in order."""
+
+    kills, length, most = 2, 120, 8  # the most events that a connection reads
+
+    def setUp(self):
+        super().setUp()
+        self.published = 0
+        self.topics = random.Random(4).choices(["a.b", "a.c", "a", "b"], k=self.length)
+
+    def publish(self):
+        """Publishes a number on each of the topics, again and again until it is acknowledged."""
+        broken = contextlib.suppress(OSError, http.client.HTTPException)
+        while self.published < self.length:
+            with broken, self.server.session() as call:
+                while self.published < self.length:
+                    path = f"/topics/{self.topics[self.published]}?dedup={self.published}"
+                    if call("POST", path, str(self.published))[0] == 202:
+                        self.published += 1
+
+    def read(self, path, last_number, chance):
+        """The numbers that a reader sees until the last one; the ids must grow."""
+        broken = contextlib.suppress(OSError, http.client.HTTPException)
+        seen, id = [-1], 0
+        while seen[-1] != last_number:
+            client = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
+            headers = {"Accept": "application/x-ndjson", "Last-Event-ID": str(id)}
+            with contextlib.closing(client), broken:
+                client.request("GET", path, headers=headers)
+                lines = filter(bytes.strip, client.getresponse())
+                for line in itertools.islice(lines, chance.randint(1, self.most)):
+                    event = json.loads(line)
+                    self.assertGreater(event["id"], id)
+                    id = event["id"]
+                    seen.append(int(event["body"]))
+                    if seen[-1] == last_number:
+                        break
+        return seen[1:]
+
+    def test_each_publication_is_seen_once(self):
+        arguments = ("--sync=off", "--max-connections=50")
+        self.server = self.start(*arguments)
+        for topic in set(self.topics):
+            self.server.call("PUT", f"/topics/{topic}/settings?keep=10000")
+        numbers = [n for n, topic in enumerate(self.topics) if topic == "a.b"]
+        matching = [n for n, topic in enumerate(self.topics) if topic != "b"]
+        with ThreadPoolExecutor(3) as pool:
+            publisher = pool.submit(self.publish)
+            one = pool.submit(self.read, "/topics/a.b/live", numbers[-1], random.Random(5))
+            all = pool.submit(self.read, "/patterns/a.%23/live", matching[-1], random.Random(6))
+            for n in range(self.kills):
+                until(lambda n=n: self.published >= self.length * (n + 1) // (self.kills + 1))
+                self.server.end(signal.SIGKILL)
+                self.server = self.start(*arguments)
+            publisher.result()
+            self.assertEqual(one.result(), numbers)
+            self.assertEqual(all.result(), matching)
+
+
 DONE = (200, 202, 204)
 UNKNOWN = (0, 504)  # 0: the connection broke
 EXPECTED = (*DONE, *UNKNOWN, 404, 409, 503)
