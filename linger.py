@@ -2703,7 +2703,7 @@ from (
 """
 
 SUBSCRIPTION_TOTALS = """
-select count(distinct topic), count(*)
+select count(distinct topic), count(*) + (select count(*) from patterns)
 from subscriptions
 """
 
@@ -9360,7 +9360,10 @@ class Retention:
                 return [name]
             return [topic for topic, *_ in self._read(ALL_RETENTION)[0] if matches(topic)]
 
-        return Replay(listen, lambda since, n: self._kept(topics(), since, n), since)
+        live = self._state.live
+        return Replay(
+            listen, lambda since, n: self._kept(topics(), since, n), since, lambda: live.is_closed
+        )
 
     def subscribe(
         self, channel: str, topic: str, since: str, **parameters: Unpack[MessageFields]
@@ -9417,12 +9420,17 @@ class Replay:
     """
 
     def __init__(
-        self, listen: Callable[[], Reader], kept: Callable[[str, int], list[Message]], since: str
+        self,
+        listen: Callable[[], Reader],
+        kept: Callable[[str, int], list[Message]],
+        since: str,
+        is_closed: Callable[[], bool] = bool,
     ) -> None:
-        """`kept(since, n)` returns up to `n` publications."""
+        """`kept(since, n)` returns up to `n` publications; `is_closed()`: whether streams end."""
         parse_since(since)
         self._listen = listen
         self._kept = kept
+        self._is_closed = is_closed
         self._since = since
         self._page = REPLAY_PAGE
         self._last = 0  # the id of the last publication
@@ -9432,6 +9440,8 @@ class Replay:
     def events(self) -> Optional[list[Event]]:
         """As `Reader.events`."""
         while self._is_behind:
+            if self._is_closed():
+                return None
             kept, has_more = self._next()
             if self._reader is None and not has_more:
                 self._reader = self._listen()
@@ -11499,6 +11509,8 @@ class EventStream:
                 if events is None:
                     break
                 data = b"".join(map(self._encode, events)) or heartbeat
+        except LingerError as error:  # of the database: the client is to connect again
+            raise ConnectionAbortedError from error
         finally:
             self._reader.close()
         if self.is_chunked:
@@ -14458,6 +14470,10 @@ class ManagementApi:
 
     def subscribe_pattern(self, request: Request, channel: str, pattern: str) -> Response:
         parameters = self._checked_parameters(request, ALL_PARAMETERS)
+        if request.parameter("since") is not None:
+            raise BadRequest(
+                "since belongs to a topic, which may keep publications: subscribe to it"
+            )
         self._broker.patterns.subscribe(channel, pattern, **parameters)
         return NO_CONTENT
 

@@ -15244,8 +15244,12 @@ class PatternCallTest(CommandCase, ClientCase):
         self.assertEqual(self.json("GET", "/channels/q/patterns")[1], {"patterns": ["a.#"]})
         self.assertEqual(self.json("POST", "/topics/a.b", "x"), (202, {"q": 1}))
         self.assertEqual(self.broker.get("q").priority, 3)
+        self.assertEqual(self.client.stats()["current-subscriptions"], 1)
         self.assertEqual(self.call("DELETE", path)[0], 204)
         self.assertEqual(self.client.patterns(), [])
+        status, value = self.json("PUT", f"{path}?since=all")
+        self.assertEqual((status, self.client.patterns()), (400, []))
+        self.assertIn("since belongs to a topic", value["error"])
 
     def test_who_gets_what_is_published_on_a_topic_is_told(self):
         for channel, pattern in (("p", "a.#"), ("q", "a.#"), ("q", "#.b"), ("q", "x")):
@@ -15446,6 +15450,35 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.assertEqual(self.json("GET", "/topics/t/live?since=x")[0], 400)
         self.assertEqual(self.json("GET", "/channels/q/live?since=all")[0], 400)
         self.assertEqual(self.json("GET", "/patterns/%23/live?since=x")[0], 400)
+
+    def replay_until(self, end):
+        """What is sent of a replay of 40 publications, and the log; `end` is called before its
+        second page is read."""
+
+        def kept(*arguments):
+            if pages:
+                end()
+            pages.append(read(*arguments))
+            return pages[-1]
+
+        self.client.set_topic_settings("t", keep=100)
+        for n in range(40):
+            self.broker.publish("t", b"%d" % n)
+        pages, read = [], self.broker.retention._kept
+        patch = unittest.mock.patch.object(self.broker.retention, "_kept", kept)
+        with patch, contextlib.redirect_stderr(io.StringIO()) as log, self.connect() as connection:
+            connection.sendall(b"GET /topics/t/live?since=all HTTP/1.1\r\nHost: x\r\n\r\n")
+            with connection.makefile("rb") as file:
+                return file.read(), log.getvalue()
+
+    def test_a_stop_ends_a_replay_properly(self):
+        sent, _ = self.replay_until(self.broker._state.live.close)
+        self.assertEqual((sent.count(b"id: "), sent[-5:]), (32, b"0\r\n\r\n"))
+
+    def test_an_error_of_the_database_breaks_a_replay_off(self):
+        failing = unittest.mock.Mock(side_effect=linger.Unavailable("no node answers"))
+        sent, log = self.replay_until(failing)
+        self.assertEqual((sent.count(b"id: "), sent[-4:], log), (16, b"\n\n\r\n", ""))
 
     def read_in_parts(self, path, n):
         """The next n events, by a reader that connects again and again."""
@@ -17549,7 +17582,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
         "schedules",
     },  # up to the first row
     "NEXT_BY_CHANNEL": {"channels"},  # once, at the start
-    "SUBSCRIPTION_TOTALS": {"subscriptions"},
+    "SUBSCRIPTION_TOTALS": {"patterns", "subscriptions"},
     "SELECT_LIMITED": {"chosen"},  # of one row
     "LEASE_LIMITED": {"chosen"},
     "DELETE_LIMITED": {"chosen"},
