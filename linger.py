@@ -2484,6 +2484,12 @@ on conflict (channel) do update set
     max_in_flight = coalesce(excluded.max_in_flight, max_in_flight)
 """
 
+CLEAR_RETENTION = """
+update retention
+set keep = 0, keep_for = null
+where topic = :topic
+"""
+
 CLEAR_SETTINGS = """
 delete from settings
 where channel = :channel
@@ -2712,6 +2718,11 @@ select max(id)
 from messages
 """
 
+NEWEST_PUBLICATION = """
+select coalesce(max(id), 0)
+from publications
+"""
+
 # -- several servers on one cluster
 
 # The version of SQLite in the nodes, and how many tables and other objects the database has.
@@ -2796,11 +2807,11 @@ from sessions
 where turn > 0
 """
 
-# How often settings, pauses, patterns or retention have changed, how far broker time is, and which
-# new sessions wait for it.
+# How often settings, pauses, patterns or retention have changed, how far broker time is, which new
+# sessions wait for it, and the newest publication.
 LOOK_AROUND = """
 select (select value from config where key = 'changes'), max(at),
-    group_concat(case when turn = 0 then name end, ' ')
+    group_concat(case when turn = 0 then name end, ' '), (select max(id) from publications)
 from sessions
 """
 
@@ -5858,15 +5869,16 @@ class Reader:
         self.position = feed.end()  # the number of the event that it reads next,
         self.read = feed.total  # and how many bytes there are before it
         self.is_slow = False  # whether it was so far behind that it has missed something
-        self.is_silent = False  # whether there has been no event for SILENCE_LIMIT
+        self.is_silent = False  # whether it is to return without an event, as after SILENCE_LIMIT
         self.waits_since = 0.0
         self._live = live
         self._feed = feed
         self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def events(self) -> Optional[list[Event]]:
-        """Waits for events, and returns some; none if there were none for SILENCE_LIMIT;
-        None when all streams end.  ConnectionAbortedError: it was too slow, or its client has gone.
+        """Waits for events, and returns some; none if there were none for SILENCE_LIMIT, or after
+        `Live.look_again`; None when all streams end.  ConnectionAbortedError: it was too slow, or
+        its client has gone.
         """
         while True:
             with self._live.lock:
@@ -5936,6 +5948,18 @@ class Live:
             feed.remove(reader)
             if not feed.readers:
                 self._observe(feed)
+
+    def look_again(self) -> None:
+        """Lets the readers of topics and patterns look for what other servers have published."""
+        with self.lock:
+            feeds = [*self.topics.values(), *self.patterns.values()]
+            waiting = [reader for feed in feeds for reader in feed.waiting]
+            for feed in feeds:
+                feed.waiting.clear()
+                for reader in feed.readers:
+                    reader.is_silent = True
+        for reader in waiting:
+            reader.wake()
 
     def _feeds(self) -> list[Feed]:
         return [*self.channels.values(), *self.topics.values(), *self.patterns.values()]
@@ -8474,6 +8498,7 @@ class Watch:
         self._changes: Optional[str] = None  # how often settings and pauses had changed
         self._joined: set[str] = set()  # new sessions for which broker time was recorded
         self._swept_at = -NEVER  # when what is due was last read
+        self._newest: Optional[int] = None  # the id of the newest publication then
         self._thread = threading.Thread(target=self._work, name="linger-watch", daemon=True)
 
     def start(self) -> None:
@@ -8519,9 +8544,12 @@ class Watch:
         (general,), ready, *due = self._read(
             *statements, names=json.dumps(state.waiting.awaited()), soon=now + 2 * TICK_INTERVAL
         )
+        changes, latest, joining, newest = general
         if sweeps:
             self._swept_at = began
-        changes, latest, joining = general
+            if newest != self._newest:
+                self._newest = newest
+                state.live.look_again()
         if latest is not None:
             state.clock.advance(latest)
         if changes != self._changes:
@@ -9278,15 +9306,18 @@ class Retention:
         if keep is None and keep_for is None:
             raise BadRequest("give keep, keep-for, or both")
         parse_parameters({"keep": keep, "keep-for": keep_for}, RETENTION_PARAMETERS)
-        self._set(topic, keep, keep_for)
+        if not self._set(SET_RETENTION, topic, keep, keep_for):
+            raise Full(f"{MAX_KEEPING_TOPICS} topics keep publications, and no more can")
 
     def clear(self, topic: str) -> None:
         """Keeps no more publications of a topic, and deletes those that were kept; it is no error
         if there are none."""
-        if check_name("topic", topic) in self._state.retention:
-            self._set(topic, 0, None)
+        self._set(CLEAR_RETENTION, check_name("topic", topic), 0, None)
 
-    def _set(self, topic: str, keep: Optional[int], keep_for: Optional[int]) -> None:
+    def _set(
+        self, statement: str, topic: str, keep: Optional[int], keep_for: Optional[int]
+    ) -> bool:
+        """Whether it has changed anything."""
         values = {
             "topic": topic, "keep": keep, "keep_for": keep_for, "max_topics": MAX_KEEPING_TOPICS,
         }  # fmt: skip
@@ -9295,10 +9326,10 @@ class Retention:
             if results[0][0]:
                 self._state.retention[topic] = keep, keep_for
 
-        ((changed, _),) = self._state.committer.run(Change((SET_RETENTION,), values, effect))
-        if not changed:
-            raise Full(f"{MAX_KEEPING_TOPICS} topics keep publications, and no more can")
-        self._trim(topic)
+        ((changed, _),) = self._state.committer.run(Change((statement,), values, effect))
+        if changed:
+            self._trim(topic)
+        return bool(changed)
 
     def _trim(self, topic: str) -> None:
         """Deletes the publications of a topic that are beyond its settings, in pieces."""
@@ -9347,10 +9378,19 @@ class Retention:
         after, seconds = parse_since(since)
         return {"after": after, "seconds": seconds, "now": self._state.clock.now()}
 
-    def replay(self, kind: str, name: str, since: str, listen: Callable[[], Reader]) -> Replay:
+    def replay(
+        self, kind: str, name: str, since: Optional[str], listen: Callable[[], Reader]
+    ) -> Union[Replay, Reader]:
         """A reader of what is kept of one of the `topics`, or of those that match one of the
-        `patterns` (`kind`), and then of what `listen` gives."""
+        `patterns` (`kind`), and then of what `listen` gives; without `since` only of that.
+
+        On a cluster it reads also what other servers publish, where that is kept.
+        """
         check_name(kind[:-1], name)
+        if since is None:
+            if not self._store.is_shared:
+                return listen()
+            since = str(self._read(NEWEST_PUBLICATION)[0][0][0])
         tree = PatternTree()
         tree.add(name, "")
         matches = functools.cache(lambda topic: bool(tree.match(topic)))
@@ -9362,8 +9402,9 @@ class Retention:
 
         live = self._state.live
         return Replay(
-            listen, lambda since, n: self._kept(topics(), since, n), since, lambda: live.is_closed
-        )
+            listen, lambda since, n: self._kept(topics(), since, n), since,
+            lambda: live.is_closed, self._store.is_shared,
+        )  # fmt: skip
 
     def subscribe(
         self, channel: str, topic: str, since: str, **parameters: Unpack[MessageFields]
@@ -9417,6 +9458,9 @@ class Replay:
 
     It listens before it reads the last of what is kept, so that it misses nothing, and passes over
     the events of what it has read.  Ids are in the order of the commits, also of several topics.
+
+    On a cluster other servers may have published before and after each event.  So what is kept is
+    only read: when there are events, or after `Live.look_again`.
     """
 
     def __init__(
@@ -9425,12 +9469,14 @@ class Replay:
         kept: Callable[[str, int], list[Message]],
         since: str,
         is_closed: Callable[[], bool] = bool,
+        is_shared: bool = False,
     ) -> None:
         """`kept(since, n)` returns up to `n` publications; `is_closed()`: whether streams end."""
         parse_since(since)
         self._listen = listen
         self._kept = kept
         self._is_closed = is_closed
+        self._is_shared = is_shared
         self._since = since
         self._page = REPLAY_PAGE
         self._last = 0  # the id of the last publication
@@ -9439,28 +9485,32 @@ class Replay:
 
     def events(self) -> Optional[list[Event]]:
         """As `Reader.events`."""
-        while self._is_behind:
-            if self._is_closed():
-                return None
-            kept, has_more = self._next()
-            if self._reader is None and not has_more:
-                self._reader = self._listen()
-            elif not kept:
-                self._is_behind = False
-            if kept:
-                return kept
-        assert self._reader is not None
-        while events := self._reader.events():
-            news = [e for e in events if not 0 < e.message.id <= self._last]
+        while True:
+            while self._is_behind:
+                if self._is_closed():
+                    return None
+                kept, has_more = self._next()
+                if self._reader is None and not has_more:
+                    self._reader = self._listen()
+                elif not kept:
+                    self._is_behind = False
+                if kept:
+                    return kept
+            assert self._reader is not None
+            events = self._reader.events()
+            self._is_behind = self._is_shared
+            if not events:
+                return events
+            last = MAX_INTEGER if self._is_shared else self._last
+            news = [e for e in events if not 0 < e.message.id <= last]
             if news:
                 return news
-        return events
 
     def _next(self) -> tuple[list[Event], bool]:
         """The events of what is kept, but not many bytes at once, since its reader may be slow;
         and whether there are more."""
-        n = self._page
-        page = self._kept(str(self._last) if self._last else self._since, n)
+        page = self._kept(str(self._last) if self._last else self._since, self._page)
+        has_more = len(page) == self._page
         events: list[Event] = []
         size = 0
         for event in (Event("", publication, MAX_EVENT_BODY) for publication in page):
@@ -9470,7 +9520,7 @@ class Replay:
             events.append(event)
             self._last = event.message.id
         self._page = min(2 * max(len(events), 1), REPLAY_PAGE)
-        return events, len(page) == n or len(events) < len(page)
+        return events, has_more or len(events) < len(page)
 
     def close(self) -> None:
         """Ends it; may be repeated."""
@@ -14835,14 +14885,14 @@ class Api(ManagementApi):
         request.connection.start_waiting()
         kind, connection = request.segments[0], request.connection
         listen = functools.partial(self._broker.listen, kind, name, connection, self._memory)
-        reader = self._replay(request, request.parameter("since"), listen) or listen()
+        reader = self._reader(request, request.parameter("since"), listen)
         stream = EventStream(request, reader, lambda: self._is_allowed(request))
         return Response(200, headers=headers, undo=reader.close, stream=stream)
 
-    def _replay(
+    def _reader(
         self, request: Request, since: Optional[str], listen: Callable[[], Reader]
-    ) -> Optional[Replay]:
-        """A reader of what is kept, if a browser connects again, or the request says so.
+    ) -> Union[Reader, Replay]:
+        """A reader, first of what is kept if a browser connects again, or the request says so.
 
         The id of the last event wins: a browser sends it with the URL that it was first given.
         """
@@ -14850,10 +14900,10 @@ class Api(ManagementApi):
         last_id = request.headers.fields.get("last-event-id", "")
         if kind != "channels" and re.fullmatch("[0-9]{1,18}", last_id):
             since = last_id
-        if since is None:
-            return None
         if kind == "channels":
-            raise BadRequest("since is for the streams of topics, which may keep publications")
+            if since is not None:
+                raise BadRequest("since is for the streams of topics, which may keep publications")
+            return listen()
         return self._broker.retention.replay(kind, request.names[0], since, listen)
 
     def _is_allowed(self, request: Request) -> bool:

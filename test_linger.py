@@ -5276,6 +5276,7 @@ class RetentionTest(BrokerTest):
         self.assertEqual((self.kept(n=1), self.count()), ([b"2"], 2))
 
     def test_both_limits_hold_at_once(self):
+        self.hasten(TRIM_INTERVAL=0.0)
         self.broker.retention.put("t", keep=2, keep_for=10)
         self.publish(b"1", b"2", b"3")
         self.clock.now += 9
@@ -6636,6 +6637,55 @@ class TwoServersTest(OnCluster, BrokerTest):
         self.assertEqual(self.other.publish("a.b", b"x")[0], {"q": 1})
         self.other.patterns.unsubscribe("q", "a.#")
         self.assertEqual(self.broker.publish("a.b", b"x")[0], {})
+
+    def replay(self, broker, since=None):
+        listen = functools.partial(
+            broker.listen, "topics", "t", NoListener(), linger.MemoryBudget(10**7)
+        )
+        replay = broker.retention.replay("topics", "t", since, listen)
+        self.addCleanup(replay.close)
+        return replay
+
+    def test_a_reader_sees_what_both_publish_once_and_in_order(self):
+        self.broker.retention.put("t", keep=100)
+        until(lambda: self.other._state.retention)
+        chance, brokers, seen = random.Random(5), (self.broker, self.other), [0]
+        publisher = self.thread(
+            lambda: [chance.choice(brokers).publication("t", b"x").id for _ in range(80)]
+        )
+        while len(seen) <= 80:
+            replay = self.replay(random.choice(brokers), str(seen[-1]))
+            for _ in range(random.randint(1, 4) if len(seen) < 70 else 99):
+                seen += [event.message.id for event in replay.events()]
+                if len(seen) > 80:
+                    break
+            replay.close()
+        self.assertEqual(seen, [0, *publisher.result(PATIENCE)])
+
+    def test_a_stream_goes_on_with_what_the_other_server_publishes(self):
+        self.broker.retention.put("t", keep=9)
+        self.broker.publish("t", b"before")
+        until(lambda: self.other._state.retention)
+
+        def read():
+            while not (events := replay.events()):
+                pass
+            return [event.message.body for event in events]
+
+        replay = self.replay(self.broker)
+        reading = self.thread(read)
+        until(lambda: self.broker._state.live.topics)
+        self.other.publish("t", b"1")
+        self.assertEqual(reading.result(PATIENCE), [b"1"])
+        self.broker.retention.clear("t")
+        self.broker.publish("t", b"not kept")
+        self.assertEqual(read(), [b"not kept"])
+
+    def test_what_is_kept_by_another_server_can_be_cleared_at_once(self):
+        self.broker.retention.put("t", keep=5)
+        self.broker.publish("t", b"1")
+        self.other.retention.clear("t")
+        self.assertEqual(self.broker.retention.kept("t"), [])
 
     def test_servers_of_a_cluster_post_each_due_time_once_and_stand_in_for_one_another(self):
         self.hasten(SCHEDULE_LOOK=20.0)
