@@ -13213,7 +13213,7 @@ function settingsCard(signal, target, kind, title, text) {
 
 const SHOWN_BODY = 262_144;  // bytes of a body that are read to be shown,
 const SHOWN_HEX = 16_384;  // and in hexadecimal
-const KNOWN = ["body", "encoding", "cut", "id", "channel", "state"];
+const KNOWN = ["body", "encoding", "cut", "id", "name", "state"];
 
 function messageView(signal, id) {
     const facts = h("dl.list");
@@ -13240,7 +13240,8 @@ function messageView(signal, id) {
         }
         put(mark, stateName(message.state));
         renew(place, channel, () => [crumb("Channels", "#/"), " / ", linkTo("channels", channel)]);
-        facts.replaceChildren(...messageFacts(message, headers.get("content-length")));
+        const size = bytes(Number(headers.get("content-length")));
+        facts.replaceChildren(...factsOf({size, ...message}));
         history.replaceChildren(...messageHistory(message).map(text => h("li", text)));
         renew(tools, message.state + message["dead-from"], () => messageActions(() => [message]));
         if (!loaded) {
@@ -13258,14 +13259,13 @@ function messageView(signal, id) {
     ];
 }
 
-function messageFacts(message, size) {
-    const rows = [["size", bytes(Number(size))], ...Object.entries(message)];
-    return rows.filter(([name]) => !KNOWN.includes(name)).flatMap(([name, value]) => [
+// The fields of a message or schedule that are shown nowhere else.
+const factsOf = object =>
+    Object.entries(object).filter(([name]) => !KNOWN.includes(name)).flatMap(([name, value]) => [
         h("dt", name),
-        h("dd", bdi(value === "" ? NONE : typeof value !== "object" ? value
+        h("dd", bdi(value == null || value === "" ? NONE : typeof value !== "object" ? value
             : Object.entries(value).map(pair => pair.join(": ")).join("\n"))),
     ]);
-}
 
 function messageHistory(message) {
     const from = message["dead-from"];
@@ -13462,24 +13462,46 @@ const patternView = (signal, pattern) => [
 
 // -- Schedules
 
+const scheduleActions = name => [
+    can("write") && button("Run", () => act(doing("POST", () => path("schedules", name, "/run"),
+        ({id}) => `Posted as message ${id}`)), "small"),
+    " ",
+    can("admin") && button("Delete", () => ask(`Delete the schedule ${name}`, {
+        text: "What it has posted stays.", action: "Delete", look: "danger",
+        send: doing("DELETE", () => path("schedules", name), () => {
+            location.hash = "#/schedules";
+            return "Schedule deleted";
+        }),
+    }), "small danger"),
+];
+
+function scheduleView(signal, name) {
+    const body = h("pre.body", {dir: "auto", tabindex: "0", "aria-label": "Body"});
+    const facts = h("dl.list");
+    poll(5000, async () => {
+        const schedule = await get(path("schedules", name), signal);
+        put(body, schedule.encoding ? preview(schedule) : schedule.body);
+        facts.replaceChildren(...factsOf(schedule));
+    }, signal);
+    return [
+        heading(crumb("Schedules", "#/schedules"), bdi(name), scheduleActions(name)),
+        card("Message", null, h("div.inside", body)),
+        card("Parameters", null, h("div.inside", facts)),
+    ];
+}
+
 function scheduleList(signal) {
     let like = "";
     const moment = text => text?.replace("T", " ");
-    const run = name => button("Run", () => act(doing("POST",
-        () => path("schedules", name, "/run"), ({id}) => `Posted as message ${id}`)), "small");
-    const remove = name => button("Delete", () => ask(`Delete the schedule ${name}`, {
-        text: "What it has posted stays.", action: "Delete", look: "danger",
-        send: doing("DELETE", () => path("schedules", name), "Schedule deleted"),
-    }), "small danger");
     const list = table("Schedules", [
-        column("Schedule", ({name}) => bdi(name)),
+        column("Schedule", ({name}) => linkTo("schedules", name)),
         {title: "Channel", draw: (cell, s) =>
             renew(cell, s.channel, () => [linkTo("channels", s.channel)])},
         texts("Times", s => s.every ? `every ${duration(s.every)}` : `${s.cron} (${s.tz})`, "rare"),
         texts("Next", s => moment(s.next)),
         texts("Last", s => moment(s.last), "rare"),
         texts("Last error", s => s["last-error"], "wide"),
-        action(({name}) => [can("write") && run(name), " ", can("admin") && remove(name)]),
+        action(({name}) => scheduleActions(name)),
     ], ({name}) => name, "No schedules. They post messages at certain times.");
     const pages = paged(signal, 5000, list, async after => {
         const {schedules} = await get("schedules", signal);
@@ -13545,7 +13567,7 @@ function deadList(signal) {
 
 const LISTS = {topics: topicList, schedules: scheduleList, dead: deadList};
 const VIEWS = {channels: channelView, messages: messageView, topics: topicView,
-    patterns: patternView};
+    patterns: patternView, schedules: scheduleView};
 let view = new AbortController();
 
 function show(...parts) {
