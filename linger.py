@@ -308,7 +308,7 @@ SEND_CHUNK = 262_144  # bytes sent per call
 FILE_CHUNK = 262_144  # bytes of a backup sent at a time
 LINGERING_CLOSE_BYTES = 16_777_216  # bytes discarded so that a client that still sends can read
 LINGERING_CLOSE_TIMEOUT = 2.0  # its error response (RFC 9112 9.6); and the time for it, seconds
-OVERFLOW_INTERVAL = 50  # between reads from clients that got a 503 without a thread, milliseconds
+THREADLESS_INTERVAL = 50  # between reads from clients that got a 503 without a thread, milliseconds
 DISCONNECT_CHECK_INTERVAL = 2.0  # seconds between checks of a waiting client that pipelines
 STOP_TIMEOUT = 2.0  # time for running requests to finish when the server stops, seconds
 RETRY_AFTER = 1  # seconds in the Retry-After header of a 503
@@ -15750,14 +15750,14 @@ class AddressLimiter:
             return len(self._counts)
 
     def acquire(self, connection: socket.socket, address: str) -> int:
-        """Counts a connection; returns how many others its client has, less the limit."""
+        """Counts a connection; returns by how many its client exceeds the limit then."""
         if not self._limit:
-            return -1
+            return 0
         key = client_key(address)
         with self._lock:
             self._keys[connection] = key
             self._counts[key] += 1
-            return self._counts[key] - 1 - self._limit
+            return max(self._counts[key] - self._limit, 0)
 
     def release(self, connection: socket.socket) -> None:
         """Stops counting a connection, if it is counted."""
@@ -15829,8 +15829,8 @@ class FirstRequests:
         return found
 
 
-class Overflow:
-    """Connections for which the system has no thread: they get a 503 from the accepting thread.
+class ThreadlessConnections:
+    """Connections for which the system has no thread: the accepting thread responds 503.
 
     A close while the client still sends could destroy the response, so what it sends is read and
     discarded first, until it closes or its time is over (RFC 9112 9.6).  Belongs to one thread.
@@ -15966,9 +15966,9 @@ class Server(ThreadingHTTPServer):
         self.max_waiting = max_waiting or int(self.max_connections * WAITING_SHARE) or 1
         self.memory = MemoryBudget(max_memory or default_max_memory())
         self.log_requests = log_requests
-        self.header_cache, self.requests = HeaderCache(), RequestCounts()
-        self.clients = AddressLimiter(max_connections_per_address)
-        self.first_requests, self._overflow = FirstRequests(), Overflow(self.shutdown_request)
+        self.header_cache, self.first_requests = HeaderCache(), FirstRequests()
+        self.requests, self.clients = RequestCounts(), AddressLimiter(max_connections_per_address)
+        self._threadless = ThreadlessConnections(self.shutdown_request)
         self.connections: set[socket.socket] = set()  # all that are open
         self.refused: set[socket.socket] = set()  # those of them that exceed a limit
         self.active: set[Connection] = set()  # those whose threads run
@@ -16059,13 +16059,13 @@ class Server(ThreadingHTTPServer):
             poller.register(self.socket, select.POLLIN)
             poller.register(self._alarm, select.POLLIN)
             while not self.stopping:
-                poller.poll(OVERFLOW_INTERVAL if self._overflow else None)
+                poller.poll(THREADLESS_INTERVAL if self._threadless else None)
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._alarm, 64)
                 while not self.stopping and self._accept():
                     pass
-                self._overflow.discard_input()
-            self._overflow.close()
+                self._threadless.discard_input()
+            self._threadless.close()
 
     def _accept(self) -> bool:
         """Accepts a connection; whether there may be more."""
@@ -16081,13 +16081,13 @@ class Server(ThreadingHTTPServer):
         if self.address_family == socket.AF_UNIX:
             address = (user_of_peer(connection), 0)
         excess = max(
-            len(self.connections) - self.max_connections,
+            len(self.connections) + 1 - self.max_connections,
             self.clients.acquire(connection, address[0]),
         )
-        if excess >= MAX_REFUSED_CONNECTIONS:
+        if excess > MAX_REFUSED_CONNECTIONS:
             self.shutdown_request(connection)
             return True
-        if excess >= 0:
+        if excess > 0:
             self.refused.add(connection)
         self.connections.add(connection)
         self.first_requests.add(connection)
@@ -16099,11 +16099,13 @@ class Server(ThreadingHTTPServer):
 
     def _refuse(self, connection: socket.socket) -> None:
         """Responds 503 in this thread, which cannot wait for a client or a TLS handshake."""
-        if self.access.tls or len(self._overflow) >= MAX_REFUSED_CONNECTIONS:
+        if self.access.tls or len(self._threadless) >= MAX_REFUSED_CONNECTIONS:
             self.shutdown_request(connection)
             return
         error = Unavailable("the system has no thread for this connection: try again soon")
-        self._overflow.add(connection, error_response(error).render(None, self.date_line(), CLOSE))
+        self._threadless.add(
+            connection, error_response(error).render(None, self.date_line(), CLOSE)
+        )
 
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection."""
