@@ -11444,25 +11444,23 @@ class JsonArray:
     """
 
     def __init__(
-        self,
-        items: Iterable[tuple[Message, str]],
-        to_object: Callable[[Message, str], Mapping[str, object]],
+        self, items: Iterable[tuple[Any, ...]], to_object: Callable[..., Mapping[str, object]]
     ) -> None:
-        """`items`: messages and their states; `to_object` is called with them."""
+        """`items`: a message each, and what else `to_object` is called with."""
         self._to_object = to_object
         self._items: collections.deque[Any] = collections.deque()  # or their JSON
         self.length = 3  # brackets and newline; there is no comma before the first message
         self.size = 0  # bytes that are kept while it is sent
         longest, yielded = 0, time.monotonic()
-        for message, state in items:
+        for message, *others in items:
             body = message.body
             if len(body) <= UNCOUNTED:
-                text = self._encode(message, state)
+                text = self._encode(message, *others)
                 length = len(text)
                 self._items.append(text)
             else:
-                length = len(self._encode(message._replace(body=b""), state)) + json_length(body)
-                self._items.append((message, state))
+                length = len(self._encode(message._replace(body=b""), *others)) + json_length(body)
+                self._items.append((message, *others))
             self.length += length + (len(self._items) > 1)
             self.size += len(body) + MESSAGE_BYTES
             longest = max(longest, length)
@@ -11471,8 +11469,8 @@ class JsonArray:
                 yielded = time.monotonic()
         self.size += longest + PIECE_BYTES
 
-    def _encode(self, message: Message, state: str) -> bytes:
-        return TO_JSON(self._to_object(message, state)).encode()
+    def _encode(self, *item: object) -> bytes:
+        return TO_JSON(self._to_object(*item)).encode()
 
     def pieces(self) -> Iterator[bytes]:
         """The array, in pieces of PIECE_BYTES or, of the longest messages, more; only once."""
@@ -14439,17 +14437,17 @@ class ManagementApi:
         request: Request,
         n: int,
         cut: Optional[int],
-        read: Callable[[], Iterable[tuple[Message, str]]],
-        to_object: Optional[Callable[[Message, str], Mapping[str, object]]] = None,
+        read: Callable[[], Iterable[tuple[Any, ...]]],
+        to_object: Callable[..., Mapping[str, object]] = listed_object,
     ) -> Response:
-        """The response with the up to `n` messages that `read` returns, with their states."""
+        """The response with the up to `n` messages that `read` returns, each with what else
+        `to_object` is called with."""
         output, asked = request.connection.output, time.monotonic()
         with self._memory.large_work:
             if time.monotonic() > asked + GONE_AFTER and request.connection.is_disconnected():
                 raise Unavailable("the client has gone, or the server has too much to do")
             output.resize(self._most_of_listing(n, cut))
-            listed = read()
-            array = JsonArray(listed, to_object or functools.partial(listed_object, cut=cut))
+            array = JsonArray(read(), functools.partial(to_object, cut=cut))
             output.force(array.size)
         return Response(200, array=array)
 
@@ -14570,10 +14568,7 @@ class ManagementApi:
         cut = MAX_EVENT_BODY if request.switch("whole") else PREVIEW_BYTES
         n = min(request.integer("n", 1, MAX_BATCH) or LISTED, MAX_BATCH_BYTES // cut)
         kept = functools.partial(self._broker.retention.kept, topic, since, n, cut)
-        return self._listing(
-            request, n, cut, lambda: ((m, "") for m in kept()),
-            lambda message, _: publication_object(message, cut),
-        )  # fmt: skip
+        return self._listing(request, n, cut, lambda: zip(kept()), publication_object)
 
     def list_patterns(self, request: Request) -> Response:
         return self._visible_names(request, "patterns", self._broker.patterns.names())
@@ -14800,8 +14795,7 @@ class Api(ManagementApi):
         undone = [message._replace(body=b"") for message in messages]  # bodies go as they are sent
         undo = functools.partial(self._broker.undo_take, consumer, undone)
         with self._memory.large_work:
-            listed = ((message, "") for message in messages)
-            array = JsonArray(listed, lambda message, _: message_object(message))
+            array = JsonArray(zip(messages), message_object)
         output.force(array.size)
         return Response(200, undo=undo, array=array)
 

@@ -9870,8 +9870,8 @@ class JsonArrayTest(unittest.TestCase):
         every = "".join(map(chr, range(0x800))).encode()
         bodies = (b"", b"x" * 9_000, every * 5, bytes(range(256)) * 30, b"\xff" * 9_001, b"\xff")
         for count in range(len(bodies) + 1):
-            messages = [(message._replace(body=body), "ready") for body in bodies[:count]]
-            array = linger.JsonArray(messages, lambda m, _: linger.message_object(m))
+            messages = [message._replace(body=body) for body in bodies[:count]]
+            array = linger.JsonArray(zip(messages), linger.message_object)
             text = b"".join(array.pieces())
             objects = [linger.message_object(m) for m, _ in messages]
             self.assertEqual(text, linger.json_response(objects).body)
