@@ -6152,27 +6152,11 @@ def _after_move(statement: str, message: Message, to: str) -> Message:
 # ---------------------------------------------------------------------------------------------
 
 COUNTERS = (
-    "msg-add",
-    "msg-get",
-    "delivered",
-    "msg-hide",
-    "msg-show",
-    "msg-timeouts",
-    "msg-retention",
-    "msg-touch",
-    "msg-delete",
-    "msg-release",
-    "msg-reject",
-    "msg-dead",
-    "msg-redrive",
-    "publish",
-    "publications",
-    "channel-create",
-    "channel-remove",
-    "channel-drain",
-    "subscription-add",
+    "msg-add", "msg-get", "delivered", "msg-hide", "msg-show", "msg-timeouts", "msg-retention",
+    "msg-touch", "msg-delete", "msg-release", "msg-reject", "msg-dead", "msg-redrive", "publish",
+    "publications", "channel-create", "channel-remove", "channel-drain", "subscription-add",
     "subscription-delete",
-)
+)  # fmt: skip
 ALL = ""  # among the channels of `Timers`: no channel has this name
 OUTDATED_MOMENTS = 1_000  # entries that `Timers` may keep beyond twice those it needs
 
@@ -6185,19 +6169,8 @@ class Consumer:
     """
 
     __slots__ = (
-        "auto",
-        "channels",
-        "closed",
-        "deadline",
-        "deleted_rows",
-        "holder",
-        "is_disconnected",
-        "memory",
-        "n",
-        "on_done",
-        "ticket",
-        "timeout",
-        "waiting",
+        "auto", "channels", "closed", "deadline", "deleted_rows", "holder", "is_disconnected",
+        "memory", "n", "on_done", "ticket", "timeout", "waiting",
     )  # fmt: skip
 
     on_done: DoneCallback
@@ -17593,7 +17566,7 @@ class Client(ManagementClient):
         retry: bool = False,
         **keys: Unpack[PublishKeys],
     ) -> Copies[int]:
-        """Adds a copy of a message to each channel subscribed to a topic; ids by channel.
+        """Adds a copy of a message to each channel subscribed to a topic; returns ids by channel.
 
         `body`, `type` and `retry` are as for `post`; `keys`: `dedup` and `dedup_for`.  A channel
         at its high-level mark is left out.
@@ -17606,7 +17579,7 @@ class Client(ManagementClient):
     def publish_batch(
         self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: Unpack[PublishKeys]
     ) -> Copies[list[int]]:
-        """Publishes up to 1,000 messages, given as to `post_batch`; copies' ids by channel."""
+        """Publishes up to 1,000 messages, as `post_batch`; returns the copies' ids by channel."""
         return self._requests.add(
             copies_from, encode_path("topics", topic, "batch"),
             encode_batch(bodies, SINGLE_PARAMETERS), retry,
@@ -18702,17 +18675,10 @@ def _peek(client: Client, options: argparse.Namespace) -> int:
         return _write_records(records, as_json=True)
     shown = _last_line if sys.stdout.isatty() else str
     rows = (
-        (
-            m.id,
-            state,
-            m.priority,
-            m.delivered,
-            m.received,
-            shown(m.error),
-            m.body.decode(errors="replace"),
-        )
+        (m.id, state, m.priority, m.delivered, m.received, shown(m.error),
+         m.body.decode(errors="replace"))
         for m, state in listed
-    )
+    )  # fmt: skip
     return _write_records([dict(zip(MESSAGE_COLUMNS, row)) for row in rows])
 
 

@@ -9873,7 +9873,7 @@ class JsonArrayTest(unittest.TestCase):
             messages = [message._replace(body=body) for body in bodies[:count]]
             array = linger.JsonArray(zip(messages), linger.message_object)
             text = b"".join(array.pieces())
-            objects = [linger.message_object(m) for m, _ in messages]
+            objects = [linger.message_object(m) for m in messages]
             self.assertEqual(text, linger.json_response(objects).body)
             self.assertEqual(len(text), array.length)
 
