@@ -157,14 +157,31 @@ def busy(committer):
         end.set()
 
 
+def exchange(client, method, path, body=None, headers=None):
+    """A request over a connection: (status, headers, body)."""
+    client.request(method, path, body, headers or {})
+    answer = client.getresponse()
+    return answer.status, answer.headers, answer.read()
+
+
 class Folder(unittest.TestCase):
     """A test with a temporary folder."""
 
     def setUp(self):
+        self.folder = self.new_folder()
+        self.dbfile = str(self.folder / "linger.db")
+
+    def new_folder(self):
         folder = tempfile.TemporaryDirectory(prefix="linger-test-")
         self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-        self.dbfile = str(self.folder / "linger.db")
+        return Path(folder.name)
+
+    def write_tokens(self, text):
+        """A file of tokens that only its owner may read."""
+        path = self.new_folder() / "tokens"
+        path.touch(0o600)
+        path.write_text(text)
+        return path
 
     def hasten(self, **intervals):
         """Changes constants of linger for the time of this test."""
@@ -7059,9 +7076,7 @@ class ServerTest(Folder):
         """A request as an ordinary client makes it: (status, headers, body)."""
         client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
         with contextlib.closing(client):
-            client.request(method, path, body, headers or {})
-            answer = client.getresponse()
-            return answer.status, answer.headers, answer.read()
+            return exchange(client, method, path, body, headers)
 
     def json(self, method, path, body=None, headers=None):
         status, _, text = self.call(method, path, body, headers)
@@ -8250,10 +8265,8 @@ class IgnoredTest(ServerTest):
         for body, expected in (
             ("msg=x&proi=9", "q1,proi"), ("msg=x&dead=d", "q1"), ("proi=9&ms=x", "q1"),
         ):  # fmt: skip
-            client.request("POST", "/channels/q?q1=1", body, forms)
-            answer = client.getresponse()
-            answer.read()
-            self.assertEqual((answer.status, answer.headers["x-linger-ignored"]), (202, expected))
+            status, headers, _ = exchange(client, "POST", "/channels/q?q1=1", body, forms)
+            self.assertEqual((status, headers["x-linger-ignored"]), (202, expected))
         body, kind = '{"timeout": 5, "x_y": 6}', {"Content-Type": "application/json"}
         self.assertEqual(self.ignored("PUT", "/channels/q/settings", body, kind), ("x_y", None))
 
@@ -10472,9 +10485,7 @@ class NginxPathTest(NginxCase):
     SECTION = "Unix socket, and below a path"
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        self.addCleanup(folder.cleanup)
-        self.path = Path(folder.name, "linger.sock")
+        self.path = self.new_folder() / "linger.sock"
         self.options = {**self.options, "host": f"unix:{self.path}"}
         super().setUp()
 
@@ -10747,11 +10758,7 @@ class TokenTest(ServerTest):
     """A server with a file of tokens."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        self.addCleanup(folder.cleanup)
-        self.tokens = Path(folder.name, "tokens")
-        self.tokens.touch(0o600)
-        self.tokens.write_text(TOKENS)
+        self.tokens = self.write_tokens(TOKENS)
         self.options = {"tokens": str(self.tokens)}
         super().setUp()
 
@@ -11321,9 +11328,7 @@ BAMCAoQwCgYIKoZIzj0EAwIDSAAwRQIhAKIr2DeHSmMN9pTOyxjL90GPtQjIedLj
 class TlsTest(ServerTest):
     def setUp(self):
         self.hasten(DISCONNECT_CHECK_INTERVAL=0.02)
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        self.addCleanup(folder.cleanup)
-        self.cert = Path(folder.name, "cert.pem")
+        self.cert = self.new_folder() / "cert.pem"
         self.cert.write_text(CERTIFICATE)
         self.options = {"cert": str(self.cert), "token": "T0ken"}
         super().setUp()
@@ -11338,9 +11343,7 @@ class TlsTest(ServerTest):
             "localhost", self.address[1], timeout=PATIENCE, context=self.context
         )
         with contextlib.closing(client):
-            client.request(method, path, body, headers)
-            answer = client.getresponse()
-            return answer.status, answer.headers, answer.read()
+            return exchange(client, method, path, body, headers)
 
     def test_a_large_message_goes_in_and_out(self):
         self.assertEqual(self.server.url, f"https://127.0.0.1:{self.address[1]}")
@@ -12560,9 +12563,7 @@ class Process:
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
         def call(method, path, body=None, headers=None):
-            client.request(method, path, body, headers or {"Content-Type": "x/y"})
-            answer = client.getresponse()
-            return answer.status, answer.headers, answer.read()
+            return exchange(client, method, path, body, headers or {"Content-Type": "x/y"})
 
         with contextlib.closing(client):
             yield call
@@ -12821,9 +12822,7 @@ for thread in threads:
         self.assertNotIn("s3cret", said)
 
     def test_sighup_reads_the_tokens_anew_and_a_broken_file_keeps_the_old(self):
-        tokens = self.folder / "tokens"
-        tokens.touch(0o600)
-        tokens.write_text("a 0ld read")
+        tokens = self.write_tokens("a 0ld read")
         server = self.start(f"--tokens={tokens}")
         until(lambda: server.call("GET", "/topics", headers=bearer("0ld"))[0] == 200)
         lines = []
@@ -12838,9 +12837,7 @@ for thread in threads:
         self.assertRegex(lines[1], "^linger: .*tokens, line 1: .*still holds\n$")
 
     def test_request_log_has_the_time_and_the_name_of_the_token(self):
-        tokens = self.folder / "tokens"
-        tokens.touch(0o600)
-        tokens.write_text("shop s3cret write\nall 4ll read,write,admin\n")
+        tokens = self.write_tokens("shop s3cret write\nall 4ll read,write,admin\n")
         server = self.start(f"--tokens={tokens}", "--log-requests")
         start = time.time()
         server.call("POST", "/channels/q", "x", {"Content-Type": "x/y", **bearer("s3cret")})
@@ -13131,9 +13128,7 @@ class NotifyTest(ProcessCase):
         return self.manager.recv(1_000).decode()
 
     def test_it_is_ready_when_it_listens_reloads_and_stops(self):
-        tokens = self.folder / "tokens"
-        tokens.touch(0o600)
-        tokens.write_text("me s3cret read")
+        tokens = self.write_tokens("me s3cret read")
         name = f"@linger-test-{os.getpid()}-{time.monotonic_ns()}"
         server = self.start(
             f"--tokens={tokens}", "--dbfile=:memory:", environment=self.listen(name)
@@ -13357,8 +13352,8 @@ class CrashTest(ProcessCase):
             while True:
                 body = f"{name}:{len(posted)}"
                 posted[body] = None
-                client.request("POST", "/channels/q", body)
-                posted[body] = json.loads(client.getresponse().read())["id"]
+                answer = exchange(client, "POST", "/channels/q", body)
+                posted[body] = json.loads(answer[2])["id"]
 
     def consume(self, server, deleted, doubtful):
         """Takes and deletes until the server is gone; returns what it took, in order."""
@@ -13366,15 +13361,11 @@ class CrashTest(ProcessCase):
         taken = []
         with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
             while True:
-                client.request("GET", "/channels/q")
-                answer = client.getresponse()
-                body, id = answer.read().decode(), int(answer.headers["x-linger-msg-id"])
+                _, headers, body = exchange(client, "GET", "/channels/q")
+                body, id = body.decode(), int(headers["x-linger-msg-id"])
                 taken.append(id)
                 doubtful.add(body)
-                client.request("DELETE", f"/messages/{id}")
-                answer = client.getresponse()
-                answer.read()
-                self.assertEqual(answer.status, 204)
+                self.assertEqual(exchange(client, "DELETE", f"/messages/{id}")[0], 204)
                 deleted.add(body)
         return taken
 
@@ -13475,13 +13466,8 @@ class GroupCrashTest(ProcessCase):
         """A function for calls, until the server is gone."""
         client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
 
-        def call(method, path, body=None):
-            client.request(method, path, body)
-            answer = client.getresponse()
-            return answer.status, answer.headers, answer.read()
-
         with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
-            yield call
+            yield functools.partial(exchange, client)
 
     def produce(self, server, group):
         """Posts what is left of a group, in its order."""
@@ -13868,9 +13854,8 @@ class RqliteNode:
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
         with contextlib.closing(client):
             try:
-                client.request("GET", path)
-                answer = client.getresponse()
-                return answer.status, answer.read()
+                status, _, body = exchange(client, "GET", path)
+                return status, body
             except (OSError, http.client.HTTPException):
                 return 0, b""
 
@@ -13997,9 +13982,7 @@ class Party:
             self.close()
             return 503, b""
         try:
-            self.client.request(method, path, body, headers or {})
-            answer = self.client.getresponse()
-            status, body = answer.status, answer.read()
+            status, _, body = exchange(self.client, method, path, body, headers)
         except (OSError, http.client.HTTPException):
             status, body = 0, b""
         if status in (0, 503, 504):
@@ -15336,11 +15319,9 @@ class PatternTokenTest(ServerTest):
     """A token with patterns of its own sees and subscribes only what they cover."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        self.addCleanup(folder.cleanup)
-        tokens = Path(folder.name, "tokens")
-        tokens.touch(0o600)
-        tokens.write_text("a t0ken read,write,admin q* topic:news-* topic:x.y topic:z.*.z\n")
+        tokens = self.write_tokens(
+            "a t0ken read,write,admin q* topic:news-* topic:x.y topic:z.*.z\n"
+        )
         self.options = {"tokens": str(tokens)}
         super().setUp()
 
@@ -17529,11 +17510,9 @@ class DashboardTokenTest(DashboardCase):
 
     def setUp(self):
         super().setUp()
-        tokens = self.folder / "tokens"
-        tokens.write_text(
+        tokens = self.write_tokens(
             "a b0ss read,write,admin\nb r3ad read\nc wr1te write\nd j0bs read,write,admin jobs*\n"
         )
-        tokens.chmod(0o600)
         self.broker = self.open(tokens=str(tokens))
         self.broker.post("jobs", b"x")
         self.broker.post("mail", b"x")
