@@ -2183,7 +2183,7 @@ set {SET_REDRIVEN}
 where id in ({REDRIVE_IDS})
 """
 
-# -- second thoughts: a message that is not in flight
+# -- changing: a message that waits
 
 WAITING_MESSAGE = """
 select channel, state, delivered, dead_from, blocked

@@ -4593,7 +4593,7 @@ class GroupTest(BrokerTest):
 
 
 class ChangeTest(BrokerTest):
-    """Second thoughts: messages and settings that are changed in place."""
+    """Messages and settings that are changed in place."""
 
     def refused(self, reason, call, *arguments, **options):
         before = self.broker._committer.read("select * from messages", "select * from channels")
