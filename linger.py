@@ -10565,10 +10565,8 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
 }
 # Those of other endpoints that one refuses by name.
 REFUSED: dict[str, Sequence[str]] = {
-    **dict.fromkeys(
-        ("set_settings", "change_settings", "subscribe", "subscribe_pattern"),
-        names_in(SINGLE_PARAMETERS),
-    ),
+    **dict.fromkeys(("set_settings", "change_settings", "subscribe"), names_in(SINGLE_PARAMETERS)),
+    "subscribe_pattern": (*names_in(SINGLE_PARAMETERS), "since"),
     **dict.fromkeys(("publish_message", "publish_batch"), ("unique",)),
     "call": ("dedup", "dedup-for", "unique"),
 }
