@@ -12429,7 +12429,10 @@ const problems = new Map();  // what is wrong now, by what found it
 
 function problem(source, text) {
     problems.set(source, text);
-    const texts = [...new Set(problems.values())].filter(Boolean);
+    if (!text) {
+        problems.delete(source);
+    }
+    const texts = [...new Set(problems.values())];
     put($("problem"), texts.join(" "));
     $("problem").hidden = !texts.length;
     const wasGone = document.body.classList.contains("stale");

@@ -17351,6 +17351,7 @@ class DashboardTest(DashboardCase):
         self.server.broker.post("after", b"x")
         self.await_column(["after", "before"], "Channels")
         self.await_seen("", "problem")
+        self.assertEqual(self.browser.run("return problems.size"), 0)
 
     def test_it_works_below_a_prefix(self):
         server = self.serve()
