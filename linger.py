@@ -12974,9 +12974,12 @@ function channelView(signal, channel) {
     const paused = h("span.mark.warn", {hidden: true}, "paused");
     const pause = button("Pause", () => paused.hidden ? askPause(channel)
         : act(doing("DELETE", path("channels", channel, "/pause"), "Resumed")));
+    const subscribed = subscriptions(channel);
+    const settings = settingsCard(path("channels", channel, "/settings"), "settings",
+        `Settings of ${channel}`, "They hold for messages that do not say otherwise.");
     poll(1000, async () => {
         const info = await get(path("channels", channel, "/info"), signal);
-        strip.update(info);
+        [strip, subscribed, settings].forEach(part => part.update(info));
         paused.hidden = !info.paused;
         put(pause, info.paused ? "Resume" : "Pause");
     }, signal);
@@ -12991,9 +12994,7 @@ function channelView(signal, channel) {
         strip.element,
         liveCard(signal, path("channels", channel, "/live"), "Every change, as it happens"),
         messageList(signal, channel),
-        h("div.pair", subscriptions(signal, channel), settingsCard(signal,
-            path("channels", channel, "/settings"), "settings", `Settings of ${channel}`,
-            "They hold for messages that do not say otherwise.")),
+        h("div.pair", subscribed.element, settings.element),
     ];
 }
 
@@ -13122,18 +13123,15 @@ const kindKey = ({kind, name}) => `${kind} ${name}`;
 const kindCell = ({kind, name}) =>
     [linkTo(kind, name), kind === "patterns" && [" ", h("span.mark", "pattern")]];
 
-function subscriptions(signal, channel) {
+function subscriptions(channel) {
     const list = table("Subscriptions", [
         column("Topic", kindCell, "wide"),
         action(one => can("admin") && unsubscribeButton(channel, one)),
     ], kindKey, "Not subscribed to any topic.");
-    poll(5000, async () => {
-        const [{topics}, {patterns}] = await Promise.all(["/topics", "/patterns"].map(
-            rest => get(path("channels", channel, rest), signal)));
-        list.update(both(topics, patterns));
-    }, signal);
+    const update = ({topics, patterns}) => list.update(both(topics, patterns));
     const subscribe = button("Subscribe", () => askSubscribe({channel}), "small");
-    return card("Subscriptions", can("admin") && actions(subscribe), list.element);
+    const element = card("Subscriptions", can("admin") && actions(subscribe), list.element);
+    return {element, update};
 }
 
 const unsubscribeButton = (channel, {kind, name}) => button("Unsubscribe", () => act(doing(
@@ -13160,7 +13158,7 @@ function askSubscribe({channel, topic}) {
 }
 
 // The settings of a channel or topic: those of a form, at a path of their own.
-function settingsCard(signal, target, kind, title, text) {
+function settingsCard(target, kind, title, text) {
     const values = h("dl.list");
     let settings = {};
     const edit = button("Change", () => ask(title, {
@@ -13168,8 +13166,8 @@ function settingsCard(signal, target, kind, title, text) {
         send: doing("PUT", target, "Settings saved"),
         clear: doing("DELETE", target, "Settings cleared"),
     }), "small");
-    poll(5000, async () => {
-        settings = await get(target, signal);
+    const update = info => {
+        settings = info.settings;
         renew(values, JSON.stringify(settings), () => FORMS[kind].flatMap(name => [
             h("dt", name),
             h("dd", settings[name] == null || settings[name] === ""
@@ -13177,8 +13175,9 @@ function settingsCard(signal, target, kind, title, text) {
                     " (default)")
                 : bdi(settings[name])),
         ]));
-    }, signal);
-    return card("Settings", can("admin") && actions(edit), h("div.inside", values));
+    };
+    const element = card("Settings", can("admin") && actions(edit), h("div.inside", values));
+    return {element, update};
 }
 
 // -- A message
@@ -13415,6 +13414,10 @@ function topicView(signal, topic) {
     ], ({id}) => id, "Nothing is kept for readers that come later.");
     const pages = paged(signal, 5000, kept, after =>
         get(path("topics", topic, "/messages" + query({n: PAGE, since: after})), signal));
+    const place = path("topics", topic, "/settings");
+    const settings = settingsCard(place, "topic", `Settings of ${topic}`,
+        "What is published is kept for readers that come later.");
+    poll(5000, async () => settings.update({settings: await get(place, signal)}), signal);
     return [
         topicHead(topic,
             can("admin") && button("Subscribe a channel", () => askSubscribe({topic})),
@@ -13422,8 +13425,7 @@ function topicView(signal, topic) {
         card("Subscribers", null, list.element),
         liveCard(signal, path("topics", topic, "/live"), "Every publication, as it happens"),
         card("Kept publications", null, pages.element),
-        settingsCard(signal, path("topics", topic, "/settings"), "topic",
-            `Settings of ${topic}`, "What is published is kept for readers that come later."),
+        settings.element,
     ];
 }
 
