@@ -3220,26 +3220,41 @@ class Alarm:
     """
 
     def __init__(self) -> None:
-        self._receiver, self._sender = os.pipe()
-        os.set_blocking(self._sender, False)
-        self._poller = select.poll()
-        self._poller.register(self._receiver, select.POLLIN)
-
-    def __del__(self) -> None:
-        os.close(self._receiver)  # not before, since any thread may still ring
-        os.close(self._sender)
+        self._pipe: Optional[Pipe] = Pipe()
 
     def sleep(self, seconds: Optional[float] = None) -> None:
         """Sleeps; returns at once if `ring` was called since the last sleep."""
-        if seconds is None or self._poller.poll(seconds * 1000):
-            os.read(self._receiver, 4_096)
+        pipe = self._pipe
+        if pipe is not None and (seconds is None or pipe.poller.poll(seconds * 1000)):
+            os.read(pipe.receiver, 4_096)
 
     def ring(self) -> None:
         """Ends the sleep of the other thread."""
-        try:
-            os.write(self._sender, b"!")
-        except BlockingIOError:
-            return  # it has been rung thousands of times
+        pipe = self._pipe
+        if pipe is not None:
+            try:
+                os.write(pipe.sender, b"!")
+            except BlockingIOError:
+                return  # it has been rung thousands of times
+
+    def close(self) -> None:
+        """Gives back the file descriptors, when no thread uses them any more."""
+        self._pipe = None
+
+
+class Pipe:
+    """The file descriptors of an `Alarm`, open as long as anything refers to them: the number of
+    one that is closed while a thread is about to write soon belongs to another file."""
+
+    def __init__(self) -> None:
+        self.receiver, self.sender = os.pipe()
+        os.set_blocking(self.sender, False)
+        self.poller = select.poll()
+        self.poller.register(self.receiver, select.POLLIN)
+
+    def __del__(self) -> None:
+        os.close(self.receiver)
+        os.close(self.sender)
 
 
 class Committer:
@@ -3328,6 +3343,7 @@ class Committer:
         self._closing = True
         self._alarm.ring()
         self._thread.join()
+        self._alarm.close()
 
     def _work(self) -> None:
         while not self._closing or self._pending:
@@ -6096,6 +6112,7 @@ class Live:
             for reader in readers:
                 reader.wake()
             time.sleep(min(len(readers) * STREAM_PACE, BEHIND_TIME / 2))
+        alarm.close()
 
     def _readers_with_news(self) -> list[Reader]:
         with self.lock:
@@ -6465,6 +6482,7 @@ class Timers:
     def join(self) -> None:
         """Waits until the ticker has ended."""
         self._thread.join()
+        self._alarm.close()
 
     def is_alive(self) -> bool:
         """Whether the ticker runs."""
@@ -8491,6 +8509,7 @@ class Watch:
         self._state.waiting.on_first = lambda: None
         if self._thread.is_alive():
             self._thread.join()
+        self._alarm.close()
 
     def _work(self) -> None:
         seconds = 0.0
