@@ -13420,12 +13420,16 @@ const topicHead = (name, ...tools) => heading(crumb("Topics", "#/topics"), bdi(n
 
 function topicView(signal, topic) {
     const list = table("Subscribers", [
-        column("Channel", channel => linkTo("channels", channel), "wide"),
-        action(channel =>
-            can("admin") && unsubscribeButton(channel, {kind: "topics", name: topic})),
-    ], channel => channel, "No subscribers: what is published is dropped.");
-    poll(2000, async () =>
-        list.update((await get(path("topics", topic, "/channels"), signal)).channels), signal);
+        column("Channel", ({channel}) => linkTo("channels", channel), "wide"),
+        column("Subscription", kindCell),
+        action(one => can("admin") && unsubscribeButton(one.channel, one)),
+    ], one => `${one.channel} ${kindKey(one)}`, "No subscribers: what is published is dropped.");
+    poll(2000, async () => {
+        const {channels, patterns = {}} = await get(path("topics", topic, "/channels"), signal);
+        const each = (kind, name, of) => of.map(channel => ({kind, name, channel}));
+        list.update([...each("topics", topic, channels), ...Object.entries(patterns).flatMap(
+            ([pattern, of]) => each("patterns", pattern, of))]);
+    }, signal);
     const kept = table("Kept publications", [
         column("Publication", ({id}) => id),
         column("Type", ({type}) => bdi(type), "rare"),
