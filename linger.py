@@ -1735,23 +1735,24 @@ where id in (
 order by id
 """
 
+IS_SUBSCRIBED = "exists (select 1 from subscriptions where topic = :topic and channel = :channel)"
+
+# What is to be copied to a new subscriber.
 KEPT_TOTALS = f"""
 select count(*), coalesce(sum(length(body)), 0)
 from publications
-where {IS_KEPT.format("")}
+where {IS_KEPT.format("")} and not {IS_SUBSCRIBED}
 """
 
-# Before the copies of what is kept, which fit into the channel all or not at all.
+# Before those copies, which fit into the channel all or not at all.
 CHECK_BACKFILL_FITS = f"""
 insert into config (key, value)
-select 'batch fits', 'yes'
+select 'batch fits', case when {IS_SUBSCRIBED} then 'nothing' else 'all' end
 from (select coalesce((select hlm from settings where channel = :channel), :hlm) as hlm)
-where hlm = 0 or hlm >= coalesce(
+where hlm = 0 or {IS_SUBSCRIBED} or hlm >= coalesce(
         (select ready + in_flight + delayed from channels where name = :channel), 0)
     + (select count(*) from publications where {IS_KEPT.format("")})
 """
-
-IT_FITS = "exists (select 1 from config where key = 'batch fits')"
 
 # Of the copies in one statement that are of a group, the first may be ready.
 BACKFILL_BLOCKED = f"""({IS_BLOCKED.format(channel="subscriptions.channel", group="kept.group_key")}
@@ -1770,7 +1771,8 @@ select {
 from publications as kept
     cross join subscriptions on subscriptions.topic = :topic and subscriptions.channel = :channel
     left join settings on settings.channel = :channel
-where {IS_KEPT.format("kept.")} and {IT_FITS}
+where {IS_KEPT.format("kept.")}
+    and exists (select 1 from config where key = 'batch fits' and value = 'all')
 order by kept.id
 """
 
@@ -2402,13 +2404,15 @@ REPLACE_PARAMETERS = """
 SUBSCRIBE = f"""
 insert into subscriptions (topic, channel, {PARAMETER_COLUMNS}, created)
 select :topic, :channel, {PARAMETER_VALUES}, :now
-where (exists (select 1 from subscriptions where topic = :topic and channel = :channel)
+where ({IS_SUBSCRIBED}
     or (select count(*) from subscriptions where topic = :topic) < :max_subscribers)
 on conflict (topic, channel) do update set {REPLACE_PARAMETERS},
     created = excluded.created
 """
 
-SUBSCRIBE_IF_IT_FITS = SUBSCRIBE.replace("\non conflict", f"\n    and {IT_FITS}\non conflict")
+IT_FITS = "and exists (select 1 from config where key = 'batch fits')"
+
+SUBSCRIBE_IF_IT_FITS = SUBSCRIBE.replace("\non conflict", f"\n    {IT_FITS}\non conflict")
 
 SUBSCRIBE_PATTERN = f"""
 insert into patterns (pattern, channel, {PARAMETER_COLUMNS}, created)
@@ -9401,7 +9405,8 @@ class Retention:
     def subscribe(
         self, channel: str, topic: str, since: str, **parameters: Unpack[MessageFields]
     ) -> None:
-        """Subscribes a channel to a topic, and copies to it what is kept, in one transaction."""
+        """Subscribes a channel to a topic, and copies to it what is kept, in one transaction; if
+        it is subscribed already, replaces the parameters and copies nothing."""
         values = subscription_values(self._state, channel, parameters)
         values.update(self._since(since), topic=check_name("topic", topic), hlm=self._hlm)
         values["max_subscribers"] = MAX_SUBSCRIBERS
@@ -9417,7 +9422,10 @@ class Retention:
 
 
 class Backfill(Operation):
-    """Subscribes a channel to a topic, and adds copies of the publications that are kept."""
+    """Subscribes a channel to a topic, and adds copies of what is kept if it is new there.
+
+    So the call is idempotent, as a PUT must be: clients and proxies repeat it.
+    """
 
     adds = MAX_BATCH_COPY_BYTES  # at most
 
@@ -17325,7 +17333,8 @@ class ManagementClient:
     ) -> None:
         """Subscribes a channel to a topic, or changes a subscription: copies get what is `given`.
 
-        `since`: copies also what the topic has kept: `all`, what came after an id, or as `5m`.
+        `since`: copies also what the topic has kept: `all`, what came after an id, or as `5m`;
+        but nothing to a channel that is subscribed already.
         """
         path = encode_path("channels", channel, "topics", topic)
         query = {**encode_parameters(MESSAGE_PARAMETERS, given), "since": since}

@@ -5463,12 +5463,22 @@ class RetentionTest(BrokerTest):
         with patch, self.assertRaisesRegex(linger.Full, "mark of 2"):
             self.broker.retention.subscribe("q", "t", "all")
         self.assertEqual((self.broker.topics(), self.bodies("q")), ([], [b"first"]))
-        self.broker.subscribe("p", "t", priority=1)
-        self.broker.set_settings("p", hlm=1)
-        with self.assertRaises(linger.Full):  # and a subscription stays as it was
-            self.broker.retention.subscribe("p", "t", "all", priority=2)
-        self.broker.publish("t", b"3")
-        self.assertEqual(self.broker.get("p").priority, 1)
+
+    def test_a_repeated_call_copies_nothing_and_is_not_refused(self):
+        self.broker.retention.put("t", keep=9)
+        self.publish(b"1", b"2")
+        self.broker.set_settings("q", hlm=3)
+        for priority in (1, 2):
+            self.broker.retention.subscribe("q", "t", "all", priority=priority)
+        self.publish(b"3")
+        messages = [message for message, _ in self.broker.list_messages("q")]
+        self.assertEqual([(m.body, m.priority) for m in messages],
+                         [(b"1", 1), (b"2", 1), (b"3", 2)])  # fmt: skip
+        self.hasten(MAX_BATCH_COPIES=1)
+        self.broker.retention.subscribe("q", "t", "all")
+        self.assertEqual(len(self.broker.list_messages("q")), 3)
+        self.broker.unsubscribe("q", "t")
+        self.assertRaises(linger.TooLarge, self.broker.retention.subscribe, "q", "t", "all")
 
     def test_what_is_wrong_is_refused(self):
         for options in ({}, {"keep": 0}, {"keep": linger.MAX_KEPT + 1}, {"keep_for": 0}):
