@@ -2447,6 +2447,18 @@ where topic = :topic and keep = 0 and not exists (
     select 1 from publications where topic = :topic)
 """
 
+# Those with publications to be deleted: the first one is the oldest, and has the lowest number.
+TOPICS_TO_TRIM = """
+select topic
+from retention
+where keep = 0
+    or (select at from publications where topic = retention.topic order by id limit 1)
+        <= :now - keep_for
+    or (select seq from publications where topic = retention.topic order by id limit 1)
+        <= (select seq from publications where topic = retention.topic order by id desc limit 1)
+            - keep
+"""
+
 ALL_RETENTION = """
 select topic, keep, keep_for
 from retention
@@ -9340,13 +9352,13 @@ class Retention:
             ((deleted, _), _) = self._state.committer.run(Change(statements, values, effect))
 
     def trim_due(self) -> None:
-        """Deletes what was kept for long enough; the ticker calls this again and again."""
+        """Deletes what was kept for long enough, and what a server that was killed has left of
+        it; the ticker calls this again and again."""
         now = self._state.clock.now()
         if self._state.retention and now - self._trimmed_at >= TRIM_INTERVAL:
             self._trimmed_at = now
-            for topic, (keep, keep_for) in list(self._state.retention.items()):
-                if keep_for or keep == 0:
-                    self._trim(topic)
+            for (topic,) in self._store.read(TOPICS_TO_TRIM, now=now)[0]:
+                self._trim(topic)
 
     def settings(self, topic: str) -> dict[str, int]:
         """What is set for a topic."""

@@ -5305,6 +5305,25 @@ class RetentionTest(BrokerTest):
         self.assertEqual(self.count(), 1)
         self.assertEqual(self.broker.retention.settings("t"), {"keep": 2, "keep-for": 10})
 
+    def test_only_topics_with_something_to_delete_are_trimmed(self):
+        for topic, settings in (("a", {"keep": 9}), ("b", {"keep_for": 90}), ("c", {"keep": 1})):
+            self.broker.retention.put(topic, **settings)
+            self.publish(b"1", b"2", topic=topic)
+        self.hasten(TRIM_INTERVAL=0.0)
+        with unittest.mock.patch.object(self.broker.retention, "_trim") as trim:
+            self.broker.retention.trim_due()
+            trim.assert_not_called()
+            self.clock.now += 90
+            self.broker.retention._set(linger.CLEAR_RETENTION, "a", 0, None)  # and is killed
+            self.broker.retention._set(linger.SET_RETENTION, "c", 2, None)
+            self.publish(b"3", topic="c")
+            self.broker.retention._set(linger.SET_RETENTION, "c", 1, None)
+            trim.reset_mock()
+            self.broker.retention.trim_due()
+            self.assertEqual({call.args[0] for call in trim.mock_calls}, {"a", "b", "c"})
+        self.broker.retention.trim_due()
+        self.assertEqual(self.count(), 1)
+
     def test_since_is_an_id_an_age_or_all(self):
         self.broker.retention.put("t", keep_for=10**6)
         for body in (b"1", b"2", b"3"):
@@ -17602,6 +17621,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "SCHEDULE_COUNTS": {"schedules"},
     "SCHEDULE_TIMES": {"schedules"},
     "SET_RETENTION": {"retention"},
+    "TOPICS_TO_TRIM": {"retention"},
     "SET_SCHEDULE": {"schedules"},
     "ALL_PATTERNS": {"patterns"},
     "CHANNEL_NAMES": {"channels", "patterns", "subscriptions"},
