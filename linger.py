@@ -18846,8 +18846,10 @@ def _retention(client: Client, options: argparse.Namespace) -> int:
 
 def _publications(client: Client, options: argparse.Namespace) -> int:
     kept = client.publications(options.topic, options.since or "all", options.count)
-    columns = [{name: item[name] for name in PUBLICATION_COLUMNS} for item in kept]
-    return _write_records(kept if options.json else columns, options.json)
+    if options.json:
+        return _write_records(kept, as_json=True)
+    rows = ((p.id, p.type, p.body.decode(errors="replace")) for p in map(parse_event, kept))
+    return _write_records([dict(zip(PUBLICATION_COLUMNS, row)) for row in rows])
 
 
 def _copy(options: argparse.Namespace) -> int:

@@ -15490,6 +15490,9 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.client.publish("t", "1")
         self.assertEqual(self.linger("publications", "t"), "1\ttext/plain; charset=utf-8\t1\n")
         self.nothing("publications", "t", "--since", "1")
+        self.client.publish("t", b"\xff\n")
+        listed = self.linger("publications", "t", "--since", "1")
+        self.assertEqual(listed, "2\ttext/plain\t\ufffd\\n\n")
         self.linger("subscribe", "q", "t", "--since", "all")
         self.assertEqual(self.broker.get("q").body, b"1")
         for arguments in (("t",), ("#", "--pattern")):
