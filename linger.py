@@ -265,6 +265,7 @@ MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to al
 MAX_KEPT = 10_000  # publications that a topic with `keep` keeps
 MAX_KEEPING_TOPICS = 1_000  # topics that keep publications: all are looked at once a minute
 TRIM_ROWS = 10  # publications that one more may remove: it is one more usually
+COMMIT_TIME = 60.0  # longest time between a publication and its commit, seconds
 TRIM_INTERVAL = 60.0  # longest time between two looks for publications kept for long enough, s
 REPLAY_PAGE = 16  # kept publications that a stream reads at a time: each may have MAX_EVENT_BODY;
 # what it does not send at once it reads again
@@ -1737,11 +1738,35 @@ order by id
 
 IS_SUBSCRIBED = "exists (select 1 from subscriptions where topic = :topic and channel = :channel)"
 
-# What is to be copied to a new subscriber.
+# An id up to which all publications are older than :seconds.  Ids are in the order of time but for
+# the time that a commit may take, so it is found by halving, and not by reading all.
+IS_OLD = """coalesce((
+        select at from publications where id >= (low + high) / 2 order by id limit 1
+    ) <= :now - :seconds - :commit_time, 0)"""
+
+OLD_PUBLICATIONS = f"""
+with recursive halves (low, high) as (
+    select 0, coalesce(max(id), 0) + 1
+    from publications
+    union all
+    select case when {IS_OLD} then (low + high) / 2 else low end,
+        case when {IS_OLD} then high else (low + high) / 2 end
+    from halves
+    where high - low > 1
+)
+select max(low)
+from halves
+"""
+
+# What is to be copied to a new subscriber; it does not matter by how much that is too much.
 KEPT_TOTALS = f"""
-select count(*), coalesce(sum(length(body)), 0)
-from publications
-where {IS_KEPT.format("")} and not {IS_SUBSCRIBED}
+select count(*), coalesce(sum(size), 0)
+from (
+    select length(body) as size
+    from publications
+    where {IS_KEPT.format("")} and not {IS_SUBSCRIBED}
+    limit :max_copies + 1
+)
 """
 
 # Before those copies, which fit into the channel all or not at all.
@@ -9384,7 +9409,10 @@ class Retention:
 
     def _since(self, since: str) -> dict[str, Any]:
         after, seconds = parse_since(since)
-        return {"after": after, "seconds": seconds, "now": self._state.clock.now()}
+        values = {"seconds": seconds, "now": self._state.clock.now()}
+        if seconds < NEVER:
+            (((after,),),) = self._read(OLD_PUBLICATIONS, commit_time=COMMIT_TIME, **values)
+        return {**values, "after": after}
 
     def replay(
         self, kind: str, name: str, since: Optional[str], listen: Callable[[], Reader]
@@ -9424,11 +9452,11 @@ class Retention:
         values["max_subscribers"] = MAX_SUBSCRIBERS
         self._store.check_space()
         self._state.channels.reserve(channel)
-        (((count, size),),) = self._read(KEPT_TOTALS, **values)
+        (((count, size),),) = self._read(KEPT_TOTALS, max_copies=MAX_BATCH_COPIES, **values)
         if count > MAX_BATCH_COPIES or size > MAX_BATCH_COPY_BYTES:
             raise TooLarge(
-                f"these are {count} publications with {size} bytes, and at most {MAX_BATCH_COPIES}"
-                f" with {MAX_BATCH_COPY_BYTES} are copied: give a later since"
+                f"at most {MAX_BATCH_COPIES} publications with {MAX_BATCH_COPY_BYTES} bytes are"
+                " copied, and these are more: give a later since"
             )
         self._state.committer.run(Backfill(self._state, values))
 

@@ -5336,6 +5336,23 @@ class RetentionTest(BrokerTest):
         for since in ("", "x", "-1", "1w", "5 m", "all "):
             self.assertRaises(linger.BadRequest, self.kept, since)
 
+    def test_those_of_an_age_are_found_without_reading_the_older_ones(self):
+        self.hasten(COMMIT_TIME=2.0)
+        self.broker.retention.put("t", keep_for=10**6)
+        for n in range(200):
+            self.publish(b"%d" % n, topic="t" if n % 3 else "u")
+            self.clock.now += 1
+        for age in (0, 1, 2, 7, 50, 198, 200, 1_000):
+            values = self.broker.retention._since(f"{age}s")
+            bodies = [b"%d" % n for n in range(max(201 - age, 0), 200) if n % 3]
+            kept = self.broker.retention.kept("t", f"{age}s", 999)
+            self.assertEqual([publication.body for publication in kept], bodies, age)
+            first = kept[0].id if kept else 134
+            self.assertLess(values["after"], first)
+            self.assertLess(first - values["after"], 6, age)
+        self.broker.retention.clear("t")
+        self.assertEqual(self.kept("5m"), [])
+
     def test_fewer_are_kept_at_once_when_the_settings_say_so(self):
         self.broker.retention.put("t", keep=9)
         self.publish(*(b"%d" % n for n in range(9)))
@@ -17619,6 +17636,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "ALL_RETENTION": {"retention"},
     "CHANNELS_OF_PATTERNS": {"json_each"},
     "KEPT_COUNTS": {"retention"},
+    "OLD_PUBLICATIONS": {"publications"},  # one row at a time, by its id
     "ALL_SETTINGS": {"settings"},
     "LIST_SCHEDULES": {"schedules"},
     "SCHEDULE_COUNTS": {"schedules"},
