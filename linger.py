@@ -9364,26 +9364,33 @@ class Retention:
             self._trim(topic)
         return bool(changed)
 
-    def _trim(self, topic: str) -> None:
-        """Deletes the publications of a topic that are beyond its settings, in pieces."""
+    def _trim(self, topic: str, end: float = NEVER) -> None:
+        """Deletes the publications of a topic that are beyond its settings, in pieces, with room
+        for other calls between them; begins no further piece after `end`."""
 
         def effect(results: list[Any]) -> None:
             if results[1][0]:
                 self._state.retention.pop(topic, None)
 
-        statements, deleted = (TRIM_PUBLICATIONS, FORGET_RETENTION), PIECE_ROWS
-        while deleted == PIECE_ROWS:
-            values = {"topic": topic, "trim": PIECE_ROWS, "now": self._state.clock.now()}
-            ((deleted, _), _) = self._state.committer.run(Change(statements, values, effect))
+        size = PieceSize(FIRST_PIECE)
+        deleted = n = size.rows
+        while deleted == n and time.perf_counter() < end:
+            n = size.rows
+            values = {"topic": topic, "trim": n, "now": self._state.clock.now()}
+            piece = Change((TRIM_PUBLICATIONS, FORGET_RETENTION), values, effect)
+            piece.seconds = 0.0
+            ((deleted, _), _) = self._state.committer.run(piece)
+            size.adapt(piece.seconds, is_full=True)
 
-    def trim_due(self) -> None:
+    def trim_due(self, seconds: float) -> None:
         """Deletes what was kept for long enough, and what a server that was killed has left of
-        it; the ticker calls this again and again."""
-        now = self._state.clock.now()
+        it, for so many seconds at most; the ticker calls this again and again."""
+        now, end = self._state.clock.now(), time.perf_counter() + seconds
         if self._state.retention and now - self._trimmed_at >= TRIM_INTERVAL:
-            self._trimmed_at = now
             for (topic,) in self._store.read(TOPICS_TO_TRIM, now=now)[0]:
-                self._trim(topic)
+                self._trim(topic, end)
+            if time.perf_counter() < end:
+                self._trimmed_at = now
 
     def settings(self, topic: str) -> dict[str, int]:
         """What is set for a topic."""
@@ -9736,7 +9743,7 @@ class Broker(Administration):
         if record is not None:
             self._committer.submit(record)
         self.schedules.post_due()
-        self.retention.trim_due()
+        self.retention.trim_due(TICK_INTERVAL / 2)
         for consumer in self._state.waiting.overdue(self._clock.source.monotonic()):
             self.cancel(consumer)
         self.statistics.sample()

@@ -5227,6 +5227,16 @@ class PatternTest(BrokerTest):
         with self.assertRaises(linger.TooLarge):
             self.broker.publish_batch("t", [(b"x", "", {})] * 2)
 
+    def test_a_subscription_that_ends_before_the_commit_gets_no_copy(self):
+        for channel in ("p", "q"):
+            self.broker.patterns.subscribe(channel, "a.#")
+        message = self.broker._new.published("a.b", b"x", "", {})
+        publish = linger.Publish(self.broker._state, [message])
+        self.broker.patterns.unsubscribe("p", "a.#")
+        self.broker.patterns.subscribe("r", "#")  # which is seen by the next publication
+        (publication,) = self.broker._committer.run(publish)
+        self.assertEqual(sorted(publication.ids), ["q"])
+
     def test_a_publish_without_patterns_runs_the_usual_statements(self):
         publish = linger.Publish(
             self.broker._state, [self.broker._new.published("t", b"x", "", {})]
@@ -5301,7 +5311,7 @@ class RetentionTest(BrokerTest):
         self.assertEqual(self.kept(), [b"3", b"4"])
         self.clock.now += 1
         self.assertEqual(self.kept(), [b"4"])
-        self.broker.retention.trim_due()
+        self.broker.retention.trim_due(PATIENCE)
         self.assertEqual(self.count(), 1)
         self.assertEqual(self.broker.retention.settings("t"), {"keep": 2, "keep-for": 10})
 
@@ -5311,7 +5321,7 @@ class RetentionTest(BrokerTest):
             self.publish(b"1", b"2", topic=topic)
         self.hasten(TRIM_INTERVAL=0.0)
         with unittest.mock.patch.object(self.broker.retention, "_trim") as trim:
-            self.broker.retention.trim_due()
+            self.broker.retention.trim_due(PATIENCE)
             trim.assert_not_called()
             self.clock.now += 90
             self.broker.retention._set(linger.CLEAR_RETENTION, "a", 0, None)  # and is killed
@@ -5319,9 +5329,9 @@ class RetentionTest(BrokerTest):
             self.publish(b"3", topic="c")
             self.broker.retention._set(linger.SET_RETENTION, "c", 1, None)
             trim.reset_mock()
-            self.broker.retention.trim_due()
+            self.broker.retention.trim_due(PATIENCE)
             self.assertEqual({call.args[0] for call in trim.mock_calls}, {"a", "b", "c"})
-        self.broker.retention.trim_due()
+        self.broker.retention.trim_due(PATIENCE)
         self.assertEqual(self.count(), 1)
 
     def test_since_is_an_id_an_age_or_all(self):
@@ -5362,7 +5372,7 @@ class RetentionTest(BrokerTest):
         self.assertEqual((self.kept(), self.count()), ([b"9"], 1))
 
     def test_nothing_is_kept_after_it_was_cleared(self):
-        self.hasten(PIECE_ROWS=2)
+        self.hasten(PIECE_ROWS=2, FIRST_PIECE=1)
         self.broker.retention.put("t", keep=9)
         self.publish(b"1", b"2", b"3")
         self.broker.retention.clear("t")
@@ -5370,6 +5380,24 @@ class RetentionTest(BrokerTest):
         self.assertEqual((self.publish(b"4"), self.kept(), self.count()), ([0], [], 0))
         self.assertEqual(self.broker.retention.settings("t"), {})
         self.assertEqual(self.broker._store.read(linger.ALL_RETENTION), [[]])
+
+    def test_what_takes_long_to_delete_goes_in_smaller_pieces(self):
+        self.hasten(PIECE_TIME=0.0, FIRST_PIECE=4)
+        self.broker.retention.put("t", keep=9)
+        self.publish(*(b"%d" % n for n in range(9)))
+        with unittest.mock.patch.object(linger, "Change", wraps=linger.Change) as change:
+            self.broker.retention.clear("t")
+        sizes = [call.args[1]["trim"] for call in change.mock_calls if "trim" in call.args[1]]
+        self.assertEqual(sizes, [4, 2, 1, 1, 1, 1])
+        self.assertEqual((self.count(), self.broker._store.read(linger.ALL_RETENTION)), (0, [[]]))
+
+    def test_the_ticker_deletes_for_a_short_time_and_goes_on_later(self):
+        self.broker.retention.put("t", keep_for=10)
+        self.publish(b"1", b"2")
+        self.clock.now += 10 + linger.TRIM_INTERVAL
+        self.broker.retention.trim_due(0.0)
+        self.broker.retention.trim_due(PATIENCE)
+        self.assertEqual(self.count(), 0)
 
     def test_ids_go_on_after_a_restart(self):
         self.broker.retention.put("t", keep=1)
