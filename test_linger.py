@@ -85,12 +85,13 @@ def parse(source):
 
 
 def until(claim, patience=PATIENCE):
-    """Waits for a claim to come true."""
-    deadline = time.monotonic() + patience
+    """Waits for a claim to come true; looks less often the longer it takes."""
+    start = time.monotonic()
     while not claim():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - start
+        if waited > patience:
             raise AssertionError(f"did not come true in {patience} s")
-        select.select([], [], [], 0.001)
+        select.select([], [], [], max(0.001, min(waited / 20, 0.02)))
 
 
 class FakeClock:
@@ -157,31 +158,14 @@ def busy(committer):
         end.set()
 
 
-def exchange(client, method, path, body=None, headers=None):
-    """A request over a connection: (status, headers, body)."""
-    client.request(method, path, body, headers or {})
-    answer = client.getresponse()
-    return answer.status, answer.headers, answer.read()
-
-
 class Folder(unittest.TestCase):
     """A test with a temporary folder."""
 
     def setUp(self):
-        self.folder = self.new_folder()
-        self.dbfile = str(self.folder / "linger.db")
-
-    def new_folder(self):
         folder = tempfile.TemporaryDirectory(prefix="linger-test-")
         self.addCleanup(folder.cleanup)
-        return Path(folder.name)
-
-    def write_tokens(self, text):
-        """A file of tokens that only its owner may read."""
-        path = self.new_folder() / "tokens"
-        path.touch(0o600)
-        path.write_text(text)
-        return path
+        self.folder = Path(folder.name)
+        self.dbfile = str(self.folder / "linger.db")
 
     def hasten(self, **intervals):
         """Changes constants of linger for the time of this test."""
@@ -1915,6 +1899,8 @@ class TopicTest(BrokerTest):
 
 
 class WaitingTest(BrokerTest):
+    CROWD = 2_000  # messages
+
     def test_a_post_is_handed_to_a_consumer_that_waits(self):
         future = self.park("q")
         id = self.broker.post("q", b"x").id
@@ -2161,7 +2147,7 @@ class WaitingTest(BrokerTest):
         self.assertEqual(future.result(PATIENCE).body, b"y")
 
     def test_no_wake_up_is_lost_in_a_crowd(self):
-        total, taken = 2000, []
+        total, taken = self.CROWD, []
 
         def consume(_):
             while (message := self.broker.get("q", PATIENCE)).body != b"end":
@@ -4230,6 +4216,8 @@ class CallReplyTest(BrokerTest):
 class GroupTest(BrokerTest):
     """Messages of a group are delivered in the order of their posts, one at a time."""
 
+    STEPS = 600
+
     def setUp(self):
         super().setUp()
         for n in range(1, 7):  # 1, 3 and 5 are of the group a, the others of b
@@ -4548,7 +4536,7 @@ class GroupTest(BrokerTest):
 
     def test_whatever_happens_each_group_has_one_that_is_not_blocked(self):
         chance = random.Random(5)
-        for step in range(600):
+        for step in range(self.STEPS):
             ids = self.broker._committer.read("select id from messages")[0]
             with contextlib.suppress(linger.LingerError):
                 self.step(chance, chance.choice([*ids, (1,)])[0], chance.choice("qrd"))
@@ -4593,7 +4581,7 @@ class GroupTest(BrokerTest):
 
 
 class ChangeTest(BrokerTest):
-    """Messages and settings that are changed in place."""
+    """Second thoughts: messages and settings that are changed in place."""
 
     def refused(self, reason, call, *arguments, **options):
         before = self.broker._committer.read("select * from messages", "select * from channels")
@@ -5906,9 +5894,11 @@ class ScheduleTest(BrokerTest):
 class ModelTest(BrokerTest):
     """Random calls, and after each the counts that are kept against the rows."""
 
+    STEPS = 1_500
+
     def test_kept_counts_agree_with_the_rows_whatever_happens(self):
         chance = random.Random(7)
-        for step in range(1500):
+        for step in range(self.STEPS):
             channel, id = chance.choice("abc"), chance.randrange(1, 80 + step // 4)
             call = chance.randrange(12)
             with contextlib.suppress(linger.LingerError):
@@ -6652,15 +6642,16 @@ class OnCluster:
         return linger.open_store(self.cluster.url)
 
 
-def on_cluster(case, left_out=()):
+def on_cluster(case, left_out=(), **counts):
     """The case with a cluster in place of a file, without the tests that are about the file."""
     name = case.__name__.replace("Test", "OnClusterTest")
-    return type(name, (OnCluster, case), {"__module__": __name__, **dict.fromkeys(left_out)})
+    changed = {**dict.fromkeys(left_out), **counts}
+    return type(name, (OnCluster, case), {"__module__": __name__, **changed})
 
 
 KeyOnClusterTest = on_cluster(KeyTest)
 CallReplyOnClusterTest = on_cluster(CallReplyTest)
-GroupOnClusterTest = on_cluster(GroupTest)
+GroupOnClusterTest = on_cluster(GroupTest, STEPS=150)
 ConcurrencyOnClusterTest = on_cluster(
     ConcurrencyTest, ("test_a_usual_take_of_another_channel_runs_the_usual_statements",)
 )
@@ -7150,7 +7141,9 @@ class ServerTest(Folder):
         """A request as an ordinary client makes it: (status, headers, body)."""
         client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
         with contextlib.closing(client):
-            return exchange(client, method, path, body, headers)
+            client.request(method, path, body, headers or {})
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
 
     def json(self, method, path, body=None, headers=None):
         status, _, text = self.call(method, path, body, headers)
@@ -8339,8 +8332,10 @@ class IgnoredTest(ServerTest):
         for body, expected in (
             ("msg=x&proi=9", "q1,proi"), ("msg=x&dead=d", "q1"), ("proi=9&ms=x", "q1"),
         ):  # fmt: skip
-            status, headers, _ = exchange(client, "POST", "/channels/q?q1=1", body, forms)
-            self.assertEqual((status, headers["x-linger-ignored"]), (202, expected))
+            client.request("POST", "/channels/q?q1=1", body, forms)
+            answer = client.getresponse()
+            answer.read()
+            self.assertEqual((answer.status, answer.headers["x-linger-ignored"]), (202, expected))
         body, kind = '{"timeout": 5, "x_y": 6}', {"Content-Type": "application/json"}
         self.assertEqual(self.ignored("PUT", "/channels/q/settings", body, kind), ("x_y", None))
 
@@ -9795,8 +9790,8 @@ class ClientCapTest(ServerTest):
             ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
         ):
             clients = linger.AddressLimiter(1)
-            self.assertEqual(clients.acquire(object(), first), 0)
-            self.assertEqual(clients.acquire(object(), second), int(same))
+            self.assertEqual(clients.acquire(object(), first), -1)
+            self.assertEqual(clients.acquire(object(), second), 0 if same else -1)
 
 
 class OverflowTest(ServerTest):
@@ -9957,10 +9952,10 @@ class JsonArrayTest(unittest.TestCase):
         every = "".join(map(chr, range(0x800))).encode()
         bodies = (b"", b"x" * 9_000, every * 5, bytes(range(256)) * 30, b"\xff" * 9_001, b"\xff")
         for count in range(len(bodies) + 1):
-            messages = [message._replace(body=body) for body in bodies[:count]]
-            array = linger.JsonArray(zip(messages), linger.message_object)
+            messages = [(message._replace(body=body), "ready") for body in bodies[:count]]
+            array = linger.JsonArray(messages, lambda m, _: linger.message_object(m))
             text = b"".join(array.pieces())
-            objects = [linger.message_object(m) for m in messages]
+            objects = [linger.message_object(m) for m, _ in messages]
             self.assertEqual(text, linger.json_response(objects).body)
             self.assertEqual(len(text), array.length)
 
@@ -10559,7 +10554,9 @@ class NginxPathTest(NginxCase):
     SECTION = "Unix socket, and below a path"
 
     def setUp(self):
-        self.path = self.new_folder() / "linger.sock"
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name, "linger.sock")
         self.options = {**self.options, "host": f"unix:{self.path}"}
         super().setUp()
 
@@ -10832,7 +10829,11 @@ class TokenTest(ServerTest):
     """A server with a file of tokens."""
 
     def setUp(self):
-        self.tokens = self.write_tokens(TOKENS)
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        self.tokens = Path(folder.name, "tokens")
+        self.tokens.touch(0o600)
+        self.tokens.write_text(TOKENS)
         self.options = {"tokens": str(self.tokens)}
         super().setUp()
 
@@ -11402,7 +11403,9 @@ BAMCAoQwCgYIKoZIzj0EAwIDSAAwRQIhAKIr2DeHSmMN9pTOyxjL90GPtQjIedLj
 class TlsTest(ServerTest):
     def setUp(self):
         self.hasten(DISCONNECT_CHECK_INTERVAL=0.02)
-        self.cert = self.new_folder() / "cert.pem"
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        self.cert = Path(folder.name, "cert.pem")
         self.cert.write_text(CERTIFICATE)
         self.options = {"cert": str(self.cert), "token": "T0ken"}
         super().setUp()
@@ -11417,7 +11420,9 @@ class TlsTest(ServerTest):
             "localhost", self.address[1], timeout=PATIENCE, context=self.context
         )
         with contextlib.closing(client):
-            return exchange(client, method, path, body, headers)
+            client.request(method, path, body, headers)
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
 
     def test_a_large_message_goes_in_and_out(self):
         self.assertEqual(self.server.url, f"https://127.0.0.1:{self.address[1]}")
@@ -12637,7 +12642,9 @@ class Process:
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
         def call(method, path, body=None, headers=None):
-            return exchange(client, method, path, body, headers or {"Content-Type": "x/y"})
+            client.request(method, path, body, headers or {"Content-Type": "x/y"})
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
 
         with contextlib.closing(client):
             yield call
@@ -12814,16 +12821,7 @@ class ProcessTest(ProcessCase):
         self.assertEqual(found, dict.fromkeys(files, 0o600))
 
     def test_what_cannot_start_says_why_in_one_line(self):
-        busy = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(busy.close)
-        for arguments, reason in (
-            (["serve", "--nonsense"], "--nonsense"),
-            (["--hlm=-1"], "--hlm"),
-            ([f"--port={busy.getsockname()[1]}"], "in use"),
-            (["--host=203.0.113.1"], "cannot listen"),
-        ):
-            with self.subTest(arguments):
-                self.assertIn(reason, self.refused(*arguments))
+        self.assertIn("--nonsense", self.refused("serve", "--nonsense"))
         self.assertIn("LINGER_HLM", self.refused(environment={"LINGER_HLM": "x"}))
 
     def test_options_and_files_that_cannot_be_are_refused(self):
@@ -12834,7 +12832,13 @@ class ProcessTest(ProcessCase):
         self.addCleanup(serving.stop)
         config = self.folder / "bad.conf"
         config.write_text("import os\n")
+        busy = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(busy.close)
         for arguments, reason in (
+            (["--hlm=-1"], "--hlm"),
+            ([f"--port={busy.getsockname()[1]}"], "in use"),
+            (["--host=203.0.113.1"], "cannot listen"),
+            (["--host=0.0.0.0"], "--no-auth"),
             (["--port=x"], "--port"),
             (["--port=70000"], "65535"),
             (["--sync=maybe"], "full, normal, off"),
@@ -12888,7 +12892,6 @@ for thread in threads:
         self.assertIn("only 32 connections", server.end()[1])
 
     def test_without_tokens_it_listens_on_loopback_only_unless_no_auth_is_given(self):
-        self.assertIn("--no-auth", self.refused("--host=0.0.0.0"))
         self.start("--host=0.0.0.0", "--no-auth").end()
         self.start("--host=0.0.0.0", environment={"LINGER_TOKEN": "T0ken"}).end()
         said = self.refused(environment={"LINGER_TOKEN": "my s3cret"})
@@ -12896,7 +12899,9 @@ for thread in threads:
         self.assertNotIn("s3cret", said)
 
     def test_sighup_reads_the_tokens_anew_and_a_broken_file_keeps_the_old(self):
-        tokens = self.write_tokens("a 0ld read")
+        tokens = self.folder / "tokens"
+        tokens.touch(0o600)
+        tokens.write_text("a 0ld read")
         server = self.start(f"--tokens={tokens}")
         until(lambda: server.call("GET", "/topics", headers=bearer("0ld"))[0] == 200)
         lines = []
@@ -12911,7 +12916,9 @@ for thread in threads:
         self.assertRegex(lines[1], "^linger: .*tokens, line 1: .*still holds\n$")
 
     def test_request_log_has_the_time_and_the_name_of_the_token(self):
-        tokens = self.write_tokens("shop s3cret write\nall 4ll read,write,admin\n")
+        tokens = self.folder / "tokens"
+        tokens.touch(0o600)
+        tokens.write_text("shop s3cret write\nall 4ll read,write,admin\n")
         server = self.start(f"--tokens={tokens}", "--log-requests")
         start = time.time()
         server.call("POST", "/channels/q", "x", {"Content-Type": "x/y", **bearer("s3cret")})
@@ -12929,7 +12936,7 @@ for thread in threads:
             ["127.0.0.1", "-", "GET", "/channels/q", "401"],
             ["127.0.0.1", "-", "-", "-", "400"],
         ]
-        self.assertCountEqual([line[1:6] for line in lines], expected, errors)
+        self.assertEqual([line[1:6] for line in lines], expected, errors)
         for line in lines:
             then = datetime.datetime.strptime(line[0], "%Y-%m-%dT%H:%M:%S.%fZ")
             then = then.replace(tzinfo=datetime.timezone.utc).timestamp()
@@ -13067,10 +13074,12 @@ for thread in threads:
     def empty(self, server, stored):
         """Takes and deletes all messages, of which none may be missing or refused."""
         with server.session() as call:
+            ack = ""
             for id in stored:
-                status, headers, body = call("GET", "/channels/q?nowait")
+                status, headers, body = call("GET", f"/channels/q?nowait{ack}")
                 self.assertEqual((status, headers["x-linger-msg-id"]), (200, str(id)), body)
-                self.assertEqual(call("DELETE", f"/messages/{id}")[0], 204)
+                ack = f"&ack={id}"
+            self.assertEqual(call("DELETE", f"/messages/{id}")[0], 204)
             self.assertEqual(call("GET", "/channels/q?nowait")[0], 204)
 
     def mount(self, size):
@@ -13121,8 +13130,8 @@ for thread in threads:
         self.addCleanup(server.end)
         with server.session() as call:
             self.empty(server, self.fill(server, 100_000))
-            for _ in range(300):
-                status, _, body = call("POST", "/channels/q", b"x" * 100_000)
+            for _ in range(120):  # more than the disk holds
+                status, _, body = call("POST", "/channels/q", b"x" * 250_000)
                 self.assertEqual(status, 202)
                 self.assertEqual(call("DELETE", f"/messages/{json.loads(body)['id']}")[0], 204)
             self.fill(server, 100_000)
@@ -13202,7 +13211,9 @@ class NotifyTest(ProcessCase):
         return self.manager.recv(1_000).decode()
 
     def test_it_is_ready_when_it_listens_reloads_and_stops(self):
-        tokens = self.write_tokens("me s3cret read")
+        tokens = self.folder / "tokens"
+        tokens.touch(0o600)
+        tokens.write_text("me s3cret read")
         name = f"@linger-test-{os.getpid()}-{time.monotonic_ns()}"
         server = self.start(
             f"--tokens={tokens}", "--dbfile=:memory:", environment=self.listen(name)
@@ -13426,8 +13437,8 @@ class CrashTest(ProcessCase):
             while True:
                 body = f"{name}:{len(posted)}"
                 posted[body] = None
-                answer = exchange(client, "POST", "/channels/q", body)
-                posted[body] = json.loads(answer[2])["id"]
+                client.request("POST", "/channels/q", body)
+                posted[body] = json.loads(client.getresponse().read())["id"]
 
     def consume(self, server, deleted, doubtful):
         """Takes and deletes until the server is gone; returns what it took, in order."""
@@ -13435,11 +13446,15 @@ class CrashTest(ProcessCase):
         taken = []
         with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
             while True:
-                _, headers, body = exchange(client, "GET", "/channels/q")
-                body, id = body.decode(), int(headers["x-linger-msg-id"])
+                client.request("GET", "/channels/q")
+                answer = client.getresponse()
+                body, id = answer.read().decode(), int(answer.headers["x-linger-msg-id"])
                 taken.append(id)
                 doubtful.add(body)
-                self.assertEqual(exchange(client, "DELETE", f"/messages/{id}")[0], 204)
+                client.request("DELETE", f"/messages/{id}")
+                answer = client.getresponse()
+                answer.read()
+                self.assertEqual(answer.status, 204)
                 deleted.add(body)
         return taken
 
@@ -13540,8 +13555,13 @@ class GroupCrashTest(ProcessCase):
         """A function for calls, until the server is gone."""
         client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
 
+        def call(method, path, body=None):
+            client.request(method, path, body)
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
+
         with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
-            yield functools.partial(exchange, client)
+            yield call
 
     def produce(self, server, group):
         """Posts what is left of a group, in its order."""
@@ -13928,8 +13948,9 @@ class RqliteNode:
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
         with contextlib.closing(client):
             try:
-                status, _, body = exchange(client, "GET", path)
-                return status, body
+                client.request("GET", path)
+                answer = client.getresponse()
+                return answer.status, answer.read()
             except (OSError, http.client.HTTPException):
                 return 0, b""
 
@@ -14056,7 +14077,9 @@ class Party:
             self.close()
             return 503, b""
         try:
-            status, _, body = exchange(self.client, method, path, body, headers)
+            self.client.request(method, path, body, headers or {})
+            answer = self.client.getresponse()
+            status, body = answer.status, answer.read()
         except (OSError, http.client.HTTPException):
             status, body = 0, b""
         if status in (0, 503, 504):
@@ -14447,7 +14470,9 @@ if RQLITED:  # too slow for each run of the tests
         (
             "test_a_database_at_its_bound_adds_nothing_but_gives_and_deletes",
             "test_a_database_that_is_larger_than_its_bound_still_gives_and_deletes",
+            "test_a_reply_counts_in_the_bound",
             "test_no_transaction_takes_a_database_beyond_its_bound",
+            "test_publications_that_are_kept_count_in_the_bound",
         ),
     )
     BulkOnClusterTest = on_cluster(BulkTest)
@@ -14461,7 +14486,7 @@ if RQLITED:  # too slow for each run of the tests
     HolderOnClusterTest = on_cluster(HolderTest)
     LeaseAndReleaseOnClusterTest = on_cluster(LeaseAndReleaseTest)
     LookingOnClusterTest = on_cluster(LookingTest)
-    ModelOnClusterTest = on_cluster(ModelTest)
+    ModelOnClusterTest = on_cluster(ModelTest, STEPS=300)
     ScheduleOnClusterTest = on_cluster(
         ScheduleTest, ("test_a_database_that_fails_leaves_the_due_time",)
     )
@@ -14473,6 +14498,7 @@ if RQLITED:  # too slow for each run of the tests
             "test_a_failed_take_wakes_the_next_consumer",
             "test_a_waiting_consumer_takes_a_message_in_the_transaction_that_adds_it",
         ),
+        CROWD=200,
     )
     CallOnClusterTest = on_cluster(CallTest, ("test_an_unhealthy_server_says_503",))
     ClientOnClusterTest = on_cluster(ClientTest)
@@ -15393,9 +15419,11 @@ class PatternTokenTest(ServerTest):
     """A token with patterns of its own sees and subscribes only what they cover."""
 
     def setUp(self):
-        tokens = self.write_tokens(
-            "a t0ken read,write,admin q* topic:news-* topic:x.y topic:z.*.z\n"
-        )
+        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
+        self.addCleanup(folder.cleanup)
+        tokens = Path(folder.name, "tokens")
+        tokens.touch(0o600)
+        tokens.write_text("a t0ken read,write,admin q* topic:news-* topic:x.y topic:z.*.z\n")
         self.options = {"tokens": str(tokens)}
         super().setUp()
 
@@ -16413,7 +16441,7 @@ class SyncTest(ProcessCase):
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
+CHROMEDRIVER = os.environ.get("CHROMEDRIVER", shutil.which("chromedriver"))  # "": no such tests
 
 
 class Browser:
@@ -17591,9 +17619,11 @@ class DashboardTokenTest(DashboardCase):
 
     def setUp(self):
         super().setUp()
-        tokens = self.write_tokens(
+        tokens = self.folder / "tokens"
+        tokens.write_text(
             "a b0ss read,write,admin\nb r3ad read\nc wr1te write\nd j0bs read,write,admin jobs*\n"
         )
+        tokens.chmod(0o600)
         self.broker = self.open(tokens=str(tokens))
         self.broker.post("jobs", b"x")
         self.broker.post("mail", b"x")
