@@ -5511,13 +5511,12 @@ class Clock(Protocol):
 class SystemClock:
     """The clocks of this machine."""
 
-    def time(self) -> float:
-        """The wall clock, seconds since 1970."""
-        return time.time()
-
-    def monotonic(self) -> float:
-        """Elapsed seconds, on Linux and macOS with those for which the machine was suspended."""
-        return time.monotonic() if ELAPSED is None else time.clock_gettime(ELAPSED)
+    monotonic = staticmethod(
+        time.monotonic if ELAPSED is None else functools.partial(time.clock_gettime, ELAPSED)
+    )
+    """Elapsed seconds, on Linux and macOS with those for which the machine was suspended."""
+    time = staticmethod(time.time)
+    """The wall clock, seconds since 1970."""
 
 
 SYSTEM_CLOCK: Clock = SystemClock()
@@ -9637,7 +9636,7 @@ class Replay:
 
 READY, DELAYED = STATES.index("ready"), STATES.index("delayed")
 # All that POST_MESSAGE asks for and that a message need not say.
-NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0}
+NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0, "state": READY, "expires_at": 0}
 
 
 class NewMessages:
@@ -9650,33 +9649,37 @@ class NewMessages:
         self._broker = broker
         self._hlm = hlm
         self._settings = settings
+        self._plain = {**NEW_MESSAGE, "hlm": hlm}
 
     def posted(
         self, channel: str, body: bytes, type: str, given: Mapping[str, object]
     ) -> dict[str, Any]:
         """The parameters of POST_MESSAGE."""
         _check_body(body, self._broker.max_message)
-        message = NEW_MESSAGE.copy()
-        message["hlm"] = self._hlm
-        settings = self._settings.get(channel)
-        if settings is not None:
-            message.update(settings)
-        if given:
-            message.update(parse_parameters(given, ALL_PARAMETERS))
-        delay, linger = message["delay"], message["linger"]
-        if linger:
-            validate_linger(message)
-        if message["dedup"] is not None:
-            message["scope"], message["dedup"] = _dedup(f"channel {channel}", message["dedup"])
-            message["dedup_for"] = message["dedup-for"]
+        message = self._plain.copy()
         message["channel"] = channel
         message["body"] = body
         message["type"] = type
-        message["now"] = now = self._broker.now()
-        message["state"] = DELAYED if delay else READY
-        message["due_at"] = now + delay
-        message["expires_at"] = now + linger if linger else 0
+        message["now"] = message["due_at"] = self._broker.now()
+        settings = self._settings.get(channel)
+        if given or settings:
+            message.update(settings or {})
+            message.update(parse_parameters(given, ALL_PARAMETERS))
+            self._complete(message)
         return message
+
+    def _complete(self, message: dict[str, Any]) -> None:
+        """Adds what follows from the parameters of a message."""
+        if message["delay"]:
+            message["state"] = DELAYED
+            message["due_at"] += message["delay"]
+        if message["linger"]:
+            validate_linger(message)
+            message["expires_at"] = message["now"] + message["linger"]
+        if message["dedup"] is not None:
+            scope = f"channel {message['channel']}"
+            message["scope"], message["dedup"] = _dedup(scope, message["dedup"])
+            message["dedup_for"] = message["dedup-for"]
 
     def published(
         self, topic: str, body: bytes, type: str, given: Mapping[str, object]
@@ -10960,7 +10963,7 @@ class Request:
     __slots__ = (
         "_form", "_query_fields", "base_headers", "body", "body_kind", "body_limit", "close_after",
         "connection", "counted_as", "endpoint", "grant", "grants", "headers", "http10", "ignored",
-        "known", "method", "names", "options", "query", "routes", "segments", "target",
+        "is_plain", "known", "method", "names", "options", "query", "routes", "segments", "target",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: Headers, http10: bool) -> None:
@@ -10987,6 +10990,7 @@ class Request:
         self.base_headers = ""  # header lines of every response to it
         self.body_limit: Optional[int] = None  # bytes
         self.body_kind = PARAMETERS  # Route.body
+        self.is_plain = False  # whether it is a message without parameters, the usual POST
         self.endpoint: Optional[Callable[..., Any]] = None  # the method of Api
         self.names: Sequence[str] = ()  # those in the path
         self.known: Sequence[str] = ()  # parameters of the endpoint
@@ -11042,10 +11046,13 @@ class Request:
             self.ignored = ignored_header([*self._unknown_in_query(), *unknown])
             self.endpoint = None  # `recognize` is called again for the next one with this head
 
-    def recognize(self, known: Sequence[str]) -> None:
+    def recognize(self, known: Sequence[str], body_kind: str) -> None:
         """Takes the parameters that the endpoint knows; the response names others in the query."""
-        self.known = known
+        self.known, self.body_kind = known, body_kind
         self.ignored = ignored_header(self._unknown_in_query()) if self.query else ""
+        headers = self.headers
+        has_parameters = headers.is_form or headers.own or "idempotency-key" in headers.fields
+        self.is_plain = body_kind == CONTENT and not self.query and not has_parameters
 
     def _unknown_in_query(self) -> list[str]:
         with contextlib.suppress(BadRequest):  # too many: an endpoint that has any refuses them
@@ -11086,6 +11093,8 @@ class Request:
 
     def message_parameters(self, table: Sequence[Parameter]) -> dict[str, Any]:
         """The same for a message, whose `dedup` may also be in the header Idempotency-Key."""
+        if self.is_plain:
+            return {}
         values = self.parameters(table)
         key = self.headers.fields.get("idempotency-key")
         if key is not None:
@@ -11093,10 +11102,9 @@ class Request:
                 values.setdefault("dedup", key.encode("latin-1").decode("utf-8"))
             except UnicodeDecodeError:
                 raise BadRequest("Idempotency-Key must be text in UTF-8") from None
-        if self.headers.own or self.query or self._form:
-            own = self._own_headers()
-            if own:
-                values["headers"] = own
+        own = self._own_headers()
+        if own:
+            values["headers"] = own
         return values
 
     def _own_headers(self) -> dict[str, str]:
@@ -11131,11 +11139,10 @@ class Request:
 
     def message(self) -> tuple[bytes, str]:
         """The body and type of the message that is posted."""
-        if not self.body:
-            return self.fields()[0].get("msg", b""), DEFAULT_TYPE
-        form = self.fields()[1]
-        if form:
-            return form["msg"], DEFAULT_TYPE
+        if not self.is_plain:
+            query, form = self.fields()
+            if form or not self.body:
+                return (form or query).get("msg", b""), DEFAULT_TYPE
         content_type = self.headers.content_type or DEFAULT_TYPE
         if len(content_type) > MAX_TYPE:
             raise BadRequest(f"the Content-Type is too long: the limit is {MAX_TYPE} bytes")
@@ -11353,13 +11360,13 @@ class RequestReader:
                 self.buffer = rest  # the head came in one piece, as most do
                 request = self.request = self._cache.request(head)
                 limit = self._on_head(request)
-                headers = request.headers
-                if headers.length:
-                    if headers.length <= min(limit, len(rest)):
-                        request.body = rest[: headers.length]
-                        self.buffer = rest[headers.length :]
+                length = request.headers.length
+                if length:
+                    if length <= limit and length <= len(rest):
+                        request.body = rest[:length]
+                        self.buffer = rest[length:]
                         return request
-                elif not headers.chunked:
+                elif not request.headers.chunked:
                     return request
                 self._steps = self._read_body(request, limit)
             else:
@@ -14815,9 +14822,8 @@ class Api(ManagementApi):
         else:
             self._access.check_browser(request.headers.fields)
             request.base_headers = NO_STORE + (request.headers.cors_headers or "")
-        request.body_kind = route.body
         refused = REFUSED.get(route.endpoint, ())
-        request.recognize((*PARAMETERS_OF.get(route.endpoint, ()), *refused))
+        request.recognize((*PARAMETERS_OF.get(route.endpoint, ()), *refused), route.body)
         segments, kinds = request.segments[1::2], request.segments[::2]
         if route.endpoint == "take_message":
             segments = segments[0].split(",")
@@ -15134,7 +15140,8 @@ class PlainStream:
         return bool(self._socket.recv(1, socket.MSG_PEEK))
 
     def has_data(self) -> bool:
-        """Whether bytes have been taken from the socket that `receive` has not returned."""
+        """Whether bytes have been taken from the socket that `receive` has not returned; only if
+        it `is_shared`."""
         return False
 
     def send(self, data: bytes) -> None:
@@ -15466,8 +15473,8 @@ class Connection:
 
     def _read_request(self) -> Optional[Request]:
         """The next request; None when the connection is to be closed."""
-        reader = self._reader
-        if self._slot.pending and (reader.buffer or self._stream.has_data()):
+        reader, stream = self._reader, self._stream
+        if self._slot.pending and (reader.buffer or (stream.is_shared and stream.has_data())):
             self._await_reply()
         if self._closing or not (reader.buffer or self._await_data()):
             return None
@@ -15533,27 +15540,28 @@ class Connection:
         A reply may be pending meanwhile.  Here the wait of a consumer ends, in time or because
         its client has disconnected.
         """
-        server, stream, consumer = self._server, self._stream, self._slot.consumer
+        server, stream, slot = self._server, self._stream, self._slot
         timeout: float = server.idle_timeout
-        size = RECEIVE_SIZE
-        if self._first_request or consumer is not None:
+        size, receive = RECEIVE_SIZE, stream.receive
+        if self._first_request or slot.consumer is not None:
             size = FIRST_RECEIVE_SIZE
-        if consumer is not None:
-            timeout = min(max(self._slot.deadline - time.monotonic(), 0.001), timeout)
-        is_usual = not (self._first_request or stream.is_shared)
+            if slot.consumer is not None:
+                timeout = min(max(slot.deadline - time.monotonic(), 0.001), timeout)
+        if self._first_request or stream.is_shared:
+            receive = self._receive_first
         data = b""
         self.idle = True
         while timeout > 0 and not server.stopping:
             if timeout != stream.timeout:
                 stream.set_timeout(timeout)
             try:
-                data = stream.receive(size) if is_usual else self._receive_first(size)
+                data = receive(size)
                 break
             except BlockingIOError:
                 timeout = self._idle_time_left()
         if not data:
             self._closing = True  # the pending reply, if there is one, is the last
-        if self._slot.pending:
+        if slot.pending:
             self._await_reply(over=not data)
         self.idle = False
         self._reader.feed(data)
