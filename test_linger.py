@@ -9047,6 +9047,17 @@ class PortabilityTest(unittest.TestCase):
             kernel.getsockopt.return_value = bytes(size)
             self.assertEqual(struct.calcsize(linger.timeval_format(kernel)), size)
 
+    @unittest.skipUnless(sys.platform.startswith("linux"), "needs Linux")
+    def test_a_server_lets_sqlite_not_count_its_memory(self):
+        code = """
+import _sqlite3, ctypes, linger, sqlite3
+linger.tune_sqlite()
+sqlite3.connect(":memory:").execute("create table t (x)")
+print(ctypes.CDLL(_sqlite3.__file__).sqlite3_memory_used())
+"""
+        used = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+        self.assertEqual(used.stdout, b"0\n")
+
     def test_timeouts_are_kept_in_that_format(self):
         left, right = socket.socketpair(socket.AF_UNIX)
         with left, right, unittest.mock.patch.object(socket.socket, "setsockopt") as options:
