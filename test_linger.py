@@ -16521,6 +16521,10 @@ class Browser:
         feature = {"name": "prefers-color-scheme", "value": theme}
         self.command("Emulation.setEmulatedMedia", features=[feature])
 
+    def log(self):
+        """What pages have logged since the last call."""
+        return self.call("POST", "/se/log", {"type": "browser"})
+
     def picture(self):
         return base64.b64decode(self.call("GET", "/screenshot"))
 
@@ -16968,6 +16972,7 @@ class DashboardCase(Folder):
     @classmethod
     def setUpClass(cls):
         cls.browser = shared_browser()
+        cls.browser.log()  # of other tests
         cls.addClassCleanup(cls.browser.open, "about:blank")
         added = cls.browser.command("Page.addScriptToEvaluateOnNewDocument", source=HURRY)
         remove = "Page.removeScriptToEvaluateOnNewDocument"
@@ -16975,8 +16980,7 @@ class DashboardCase(Folder):
 
     def tearDown(self):
         """The page has failed nowhere, and kept to its policy."""
-        log = self.browser.call("POST", "/se/log", {"type": "browser"})
-        bad = [entry["message"] for entry in log if entry["source"] != "network"]
+        bad = [entry["message"] for entry in self.browser.log() if entry["source"] != "network"]
         self.assertEqual(bad, [])
         super().tearDown()
 
