@@ -6156,7 +6156,7 @@ class Live:
         while not self.is_closed:
             with self.lock:
                 self._is_asleep = not self._with_news
-                is_needed = bool(self._feeds())
+                is_needed = bool(self.channels or self.topics or self.patterns)
             if self._is_asleep:
                 left = checked_at + LISTENER_CHECK_INTERVAL - time.monotonic()
                 alarm.sleep(max(left, 0.0) if is_needed else CHANNEL_TTL)
@@ -9586,10 +9586,12 @@ class Replay:
                     return kept
             assert self._reader is not None
             events = self._reader.events()
-            self._is_behind = self._is_shared
             if not events:
+                self._is_behind = self._is_shared
                 return events
-            last = MAX_INTEGER if self._is_shared else self._last
+            last = self._last
+            if self._is_shared and any(event.message.id for event in events):
+                self._is_behind, last = True, MAX_INTEGER  # those are read
             news = [e for e in events if not 0 < e.message.id <= last]
             if news:
                 return news
