@@ -309,7 +309,7 @@ SEND_CHUNK = 262_144  # bytes sent per call
 FILE_CHUNK = 262_144  # bytes of a backup sent at a time
 LINGERING_CLOSE_BYTES = 16_777_216  # bytes discarded so that a client that still sends can read
 LINGERING_CLOSE_TIMEOUT = 2.0  # its error response (RFC 9112 9.6); and the time for it, seconds
-OVERFLOW_INTERVAL = 50  # between reads from clients that got a 503 without a thread, milliseconds
+THREADLESS_INTERVAL = 50  # between reads from clients that got a 503 without a thread, milliseconds
 DISCONNECT_CHECK_INTERVAL = 2.0  # seconds between checks of a waiting client that pipelines
 STOP_TIMEOUT = 2.0  # time for running requests to finish when the server stops, seconds
 RETRY_AFTER = 1  # seconds in the Retry-After header of a 503
@@ -2225,7 +2225,7 @@ set {SET_REDRIVEN}
 where id in ({REDRIVE_IDS})
 """
 
-# -- second thoughts: a message that is not in flight
+# -- changing: a message that waits
 
 WAITING_MESSAGE = """
 select channel, state, delivered, dead_from, blocked
@@ -6224,27 +6224,11 @@ def _after_move(statement: str, message: Message, to: str) -> Message:
 # ---------------------------------------------------------------------------------------------
 
 COUNTERS = (
-    "msg-add",
-    "msg-get",
-    "delivered",
-    "msg-hide",
-    "msg-show",
-    "msg-timeouts",
-    "msg-retention",
-    "msg-touch",
-    "msg-delete",
-    "msg-release",
-    "msg-reject",
-    "msg-dead",
-    "msg-redrive",
-    "publish",
-    "publications",
-    "channel-create",
-    "channel-remove",
-    "channel-drain",
-    "subscription-add",
+    "msg-add", "msg-get", "delivered", "msg-hide", "msg-show", "msg-timeouts", "msg-retention",
+    "msg-touch", "msg-delete", "msg-release", "msg-reject", "msg-dead", "msg-redrive", "publish",
+    "publications", "channel-create", "channel-remove", "channel-drain", "subscription-add",
     "subscription-delete",
-)
+)  # fmt: skip
 ALL = ""  # among the channels of `Timers`: no channel has this name
 OUTDATED_MOMENTS = 1_000  # entries that `Timers` may keep beyond twice those it needs
 
@@ -6257,19 +6241,8 @@ class Consumer:
     """
 
     __slots__ = (
-        "auto",
-        "channels",
-        "closed",
-        "deadline",
-        "deleted_rows",
-        "holder",
-        "is_disconnected",
-        "memory",
-        "n",
-        "on_done",
-        "ticket",
-        "timeout",
-        "waiting",
+        "auto", "channels", "closed", "deadline", "deleted_rows", "holder", "is_disconnected",
+        "memory", "n", "on_done", "ticket", "timeout", "waiting",
     )  # fmt: skip
 
     on_done: DoneCallback
@@ -10686,10 +10659,8 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
 }
 # Those of other endpoints that one refuses by name.
 REFUSED: dict[str, Sequence[str]] = {
-    **dict.fromkeys(
-        ("set_settings", "change_settings", "subscribe", "subscribe_pattern"),
-        names_in(SINGLE_PARAMETERS),
-    ),
+    **dict.fromkeys(("set_settings", "change_settings", "subscribe"), names_in(SINGLE_PARAMETERS)),
+    "subscribe_pattern": (*names_in(SINGLE_PARAMETERS), "since"),
     **dict.fromkeys(("publish_message", "publish_batch"), ("unique",)),
     "call": ("dedup", "dedup-for", "unique"),
 }
@@ -11542,25 +11513,23 @@ class JsonArray:
     """
 
     def __init__(
-        self,
-        items: Iterable[tuple[Message, str]],
-        to_object: Callable[[Message, str], Mapping[str, object]],
+        self, items: Iterable[tuple[Any, ...]], to_object: Callable[..., Mapping[str, object]]
     ) -> None:
-        """`items`: messages and their states; `to_object` is called with them."""
+        """`items`: a message each, and what else `to_object` is called with."""
         self._to_object = to_object
         self._items: collections.deque[Any] = collections.deque()  # or their JSON
         self.length = 3  # brackets and newline; there is no comma before the first message
         self.size = 0  # bytes that are kept while it is sent
         longest, yielded = 0, time.monotonic()
-        for message, state in items:
+        for message, *others in items:
             body = message.body
             if len(body) <= UNCOUNTED:
-                text = self._encode(message, state)
+                text = self._encode(message, *others)
                 length = len(text)
                 self._items.append(text)
             else:
-                length = len(self._encode(message._replace(body=b""), state)) + json_length(body)
-                self._items.append((message, state))
+                length = len(self._encode(message._replace(body=b""), *others)) + json_length(body)
+                self._items.append((message, *others))
             self.length += length + (len(self._items) > 1)
             self.size += len(body) + MESSAGE_BYTES
             longest = max(longest, length)
@@ -11569,8 +11538,8 @@ class JsonArray:
                 yielded = time.monotonic()
         self.size += longest + PIECE_BYTES
 
-    def _encode(self, message: Message, state: str) -> bytes:
-        return TO_JSON(self._to_object(message, state)).encode()
+    def _encode(self, *item: object) -> bytes:
+        return TO_JSON(self._to_object(*item)).encode()
 
     def pieces(self) -> Iterator[bytes]:
         """The array, in pieces of PIECE_BYTES or, of the longest messages, more; only once."""
@@ -14546,17 +14515,17 @@ class ManagementApi:
         request: Request,
         n: int,
         cut: Optional[int],
-        read: Callable[[], Iterable[tuple[Message, str]]],
-        to_object: Optional[Callable[[Message, str], Mapping[str, object]]] = None,
+        read: Callable[[], Iterable[tuple[Any, ...]]],
+        to_object: Callable[..., Mapping[str, object]] = listed_object,
     ) -> Response:
-        """The response with the up to `n` messages that `read` returns, with their states."""
+        """The response with the up to `n` messages that `read` returns, each with what else
+        `to_object` is called with."""
         output, asked = request.connection.output, time.monotonic()
         with self._memory.large_work:
             if time.monotonic() > asked + GONE_AFTER and request.connection.is_disconnected():
                 raise Unavailable("the client has gone, or the server has too much to do")
             output.resize(self._most_of_listing(n, cut))
-            listed = read()
-            array = JsonArray(listed, to_object or functools.partial(listed_object, cut=cut))
+            array = JsonArray(read(), functools.partial(to_object, cut=cut))
             output.force(array.size)
         return Response(200, array=array)
 
@@ -14677,10 +14646,7 @@ class ManagementApi:
         cut = MAX_EVENT_BODY if request.switch("whole") else PREVIEW_BYTES
         n = min(request.integer("n", 1, MAX_BATCH) or LISTED, MAX_BATCH_BYTES // cut)
         kept = functools.partial(self._broker.retention.kept, topic, since, n, cut)
-        return self._listing(
-            request, n, cut, lambda: ((m, "") for m in kept()),
-            lambda message, _: publication_object(message, cut),
-        )  # fmt: skip
+        return self._listing(request, n, cut, lambda: zip(kept()), publication_object)
 
     def list_patterns(self, request: Request) -> Response:
         return self._visible_names(request, "patterns", self._broker.patterns.names())
@@ -14906,8 +14872,7 @@ class Api(ManagementApi):
         undone = [message._replace(body=b"") for message in messages]  # bodies go as they are sent
         undo = functools.partial(self._broker.undo_take, consumer, undone)
         with self._memory.large_work:
-            listed = ((message, "") for message in messages)
-            array = JsonArray(listed, lambda message, _: message_object(message))
+            array = JsonArray(zip(messages), message_object)
         output.force(array.size)
         return Response(200, undo=undo, array=array)
 
@@ -15858,14 +15823,14 @@ class AddressLimiter:
             return len(self._counts)
 
     def acquire(self, connection: socket.socket, address: str) -> int:
-        """Counts a connection; returns how many others its client has, less the limit."""
+        """Counts a connection; returns by how many its client exceeds the limit then."""
         if not self._limit:
-            return -1
+            return 0
         key = client_key(address)
         with self._lock:
             self._keys[connection] = key
             self._counts[key] += 1
-            return self._counts[key] - 1 - self._limit
+            return max(self._counts[key] - self._limit, 0)
 
     def release(self, connection: socket.socket) -> None:
         """Stops counting a connection, if it is counted."""
@@ -15937,8 +15902,8 @@ class FirstRequests:
         return found
 
 
-class Overflow:
-    """Connections for which the system has no thread: they get a 503 from the accepting thread.
+class ThreadlessConnections:
+    """Connections for which the system has no thread: the accepting thread responds 503.
 
     A close while the client still sends could destroy the response, so what it sends is read and
     discarded first, until it closes or its time is over (RFC 9112 9.6).  Belongs to one thread.
@@ -16074,9 +16039,9 @@ class Server(ThreadingHTTPServer):
         self.max_waiting = max_waiting or int(self.max_connections * WAITING_SHARE) or 1
         self.memory = MemoryBudget(max_memory or default_max_memory())
         self.log_requests = log_requests
-        self.header_cache, self.requests = HeaderCache(), RequestCounts()
-        self.clients = AddressLimiter(max_connections_per_address)
-        self.first_requests, self._overflow = FirstRequests(), Overflow(self.shutdown_request)
+        self.header_cache, self.first_requests = HeaderCache(), FirstRequests()
+        self.requests, self.clients = RequestCounts(), AddressLimiter(max_connections_per_address)
+        self._threadless = ThreadlessConnections(self.shutdown_request)
         self.connections: set[socket.socket] = set()  # all that are open
         self.refused: set[socket.socket] = set()  # those of them that exceed a limit
         self.active: set[Connection] = set()  # those whose threads run
@@ -16167,13 +16132,13 @@ class Server(ThreadingHTTPServer):
             poller.register(self.socket, select.POLLIN)
             poller.register(self._alarm, select.POLLIN)
             while not self.stopping:
-                poller.poll(OVERFLOW_INTERVAL if self._overflow else None)
+                poller.poll(THREADLESS_INTERVAL if self._threadless else None)
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._alarm, 64)
                 while not self.stopping and self._accept():
                     pass
-                self._overflow.discard_input()
-            self._overflow.close()
+                self._threadless.discard_input()
+            self._threadless.close()
 
     def _accept(self) -> bool:
         """Accepts a connection; whether there may be more."""
@@ -16189,13 +16154,13 @@ class Server(ThreadingHTTPServer):
         if self.address_family == socket.AF_UNIX:
             address = (user_of_peer(connection), 0)
         excess = max(
-            len(self.connections) - self.max_connections,
+            len(self.connections) + 1 - self.max_connections,
             self.clients.acquire(connection, address[0]),
         )
-        if excess >= MAX_REFUSED_CONNECTIONS:
+        if excess > MAX_REFUSED_CONNECTIONS:
             self.shutdown_request(connection)
             return True
-        if excess >= 0:
+        if excess > 0:
             self.refused.add(connection)
         self.connections.add(connection)
         self.first_requests.add(connection)
@@ -16207,11 +16172,13 @@ class Server(ThreadingHTTPServer):
 
     def _refuse(self, connection: socket.socket) -> None:
         """Responds 503 in this thread, which cannot wait for a client or a TLS handshake."""
-        if self.access.tls or len(self._overflow) >= MAX_REFUSED_CONNECTIONS:
+        if self.access.tls or len(self._threadless) >= MAX_REFUSED_CONNECTIONS:
             self.shutdown_request(connection)
             return
         error = Unavailable("the system has no thread for this connection: try again soon")
-        self._overflow.add(connection, error_response(error).render(None, self.date_line(), CLOSE))
+        self._threadless.add(
+            connection, error_response(error).render(None, self.date_line(), CLOSE)
+        )
 
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection."""
@@ -17706,7 +17673,7 @@ class Client(ManagementClient):
         retry: bool = False,
         **keys: Unpack[PublishKeys],
     ) -> Copies[int]:
-        """Adds a copy of a message to each channel subscribed to a topic; ids by channel.
+        """Adds a copy of a message to each channel subscribed to a topic; returns ids by channel.
 
         `body`, `type` and `retry` are as for `post`; `keys`: `dedup` and `dedup_for`.  A channel
         at its high-level mark is left out.
@@ -17719,7 +17686,7 @@ class Client(ManagementClient):
     def publish_batch(
         self, topic: str, bodies: Iterable[Item], retry: bool = False, **keys: Unpack[PublishKeys]
     ) -> Copies[list[int]]:
-        """Publishes up to 1,000 messages, given as to `post_batch`; copies' ids by channel."""
+        """Publishes up to 1,000 messages, as `post_batch`; returns the copies' ids by channel."""
         return self._requests.add(
             copies_from, encode_path("topics", topic, "batch"),
             encode_batch(bodies, SINGLE_PARAMETERS), retry,
@@ -18816,17 +18783,10 @@ def _peek(client: Client, options: argparse.Namespace) -> int:
         return _write_records(records, as_json=True)
     shown = _last_line if sys.stdout.isatty() else str
     rows = (
-        (
-            m.id,
-            state,
-            m.priority,
-            m.delivered,
-            m.received,
-            shown(m.error),
-            m.body.decode(errors="replace"),
-        )
+        (m.id, state, m.priority, m.delivered, m.received, shown(m.error),
+         m.body.decode(errors="replace"))
         for m, state in listed
-    )
+    )  # fmt: skip
     return _write_records([dict(zip(MESSAGE_COLUMNS, row)) for row in rows])
 
 

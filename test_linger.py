@@ -158,14 +158,31 @@ def busy(committer):
         end.set()
 
 
+def exchange(client, method, path, body=None, headers=None):
+    """A request over a connection: (status, headers, body)."""
+    client.request(method, path, body, headers or {})
+    answer = client.getresponse()
+    return answer.status, answer.headers, answer.read()
+
+
 class Folder(unittest.TestCase):
     """A test with a temporary folder."""
 
     def setUp(self):
+        self.folder = self.new_folder()
+        self.dbfile = str(self.folder / "linger.db")
+
+    def new_folder(self):
         folder = tempfile.TemporaryDirectory(prefix="linger-test-")
         self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-        self.dbfile = str(self.folder / "linger.db")
+        return Path(folder.name)
+
+    def write_tokens(self, text):
+        """A file of tokens that only its owner may read."""
+        path = self.new_folder() / "tokens"
+        path.touch(0o600)
+        path.write_text(text)
+        return path
 
     def hasten(self, **intervals):
         """Changes constants of linger for the time of this test."""
@@ -4581,7 +4598,7 @@ class GroupTest(BrokerTest):
 
 
 class ChangeTest(BrokerTest):
-    """Second thoughts: messages and settings that are changed in place."""
+    """Messages and settings that are changed in place."""
 
     def refused(self, reason, call, *arguments, **options):
         before = self.broker._committer.read("select * from messages", "select * from channels")
@@ -7141,9 +7158,7 @@ class ServerTest(Folder):
         """A request as an ordinary client makes it: (status, headers, body)."""
         client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
         with contextlib.closing(client):
-            client.request(method, path, body, headers or {})
-            answer = client.getresponse()
-            return answer.status, answer.headers, answer.read()
+            return exchange(client, method, path, body, headers)
 
     def json(self, method, path, body=None, headers=None):
         status, _, text = self.call(method, path, body, headers)
@@ -8332,10 +8347,8 @@ class IgnoredTest(ServerTest):
         for body, expected in (
             ("msg=x&proi=9", "q1,proi"), ("msg=x&dead=d", "q1"), ("proi=9&ms=x", "q1"),
         ):  # fmt: skip
-            client.request("POST", "/channels/q?q1=1", body, forms)
-            answer = client.getresponse()
-            answer.read()
-            self.assertEqual((answer.status, answer.headers["x-linger-ignored"]), (202, expected))
+            status, headers, _ = exchange(client, "POST", "/channels/q?q1=1", body, forms)
+            self.assertEqual((status, headers["x-linger-ignored"]), (202, expected))
         body, kind = '{"timeout": 5, "x_y": 6}', {"Content-Type": "application/json"}
         self.assertEqual(self.ignored("PUT", "/channels/q/settings", body, kind), ("x_y", None))
 
@@ -9801,8 +9814,8 @@ class ClientCapTest(ServerTest):
             ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
         ):
             clients = linger.AddressLimiter(1)
-            self.assertEqual(clients.acquire(object(), first), -1)
-            self.assertEqual(clients.acquire(object(), second), 0 if same else -1)
+            self.assertEqual(clients.acquire(object(), first), 0)
+            self.assertEqual(clients.acquire(object(), second), int(same))
 
 
 class OverflowTest(ServerTest):
@@ -9963,10 +9976,10 @@ class JsonArrayTest(unittest.TestCase):
         every = "".join(map(chr, range(0x800))).encode()
         bodies = (b"", b"x" * 9_000, every * 5, bytes(range(256)) * 30, b"\xff" * 9_001, b"\xff")
         for count in range(len(bodies) + 1):
-            messages = [(message._replace(body=body), "ready") for body in bodies[:count]]
-            array = linger.JsonArray(messages, lambda m, _: linger.message_object(m))
+            messages = [message._replace(body=body) for body in bodies[:count]]
+            array = linger.JsonArray(zip(messages), linger.message_object)
             text = b"".join(array.pieces())
-            objects = [linger.message_object(m) for m, _ in messages]
+            objects = [linger.message_object(m) for m in messages]
             self.assertEqual(text, linger.json_response(objects).body)
             self.assertEqual(len(text), array.length)
 
@@ -10565,9 +10578,7 @@ class NginxPathTest(NginxCase):
     SECTION = "Unix socket, and below a path"
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        self.addCleanup(folder.cleanup)
-        self.path = Path(folder.name, "linger.sock")
+        self.path = self.new_folder() / "linger.sock"
         self.options = {**self.options, "host": f"unix:{self.path}"}
         super().setUp()
 
@@ -10840,11 +10851,7 @@ class TokenTest(ServerTest):
     """A server with a file of tokens."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        self.addCleanup(folder.cleanup)
-        self.tokens = Path(folder.name, "tokens")
-        self.tokens.touch(0o600)
-        self.tokens.write_text(TOKENS)
+        self.tokens = self.write_tokens(TOKENS)
         self.options = {"tokens": str(self.tokens)}
         super().setUp()
 
@@ -11414,9 +11421,7 @@ BAMCAoQwCgYIKoZIzj0EAwIDSAAwRQIhAKIr2DeHSmMN9pTOyxjL90GPtQjIedLj
 class TlsTest(ServerTest):
     def setUp(self):
         self.hasten(DISCONNECT_CHECK_INTERVAL=0.02)
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        self.addCleanup(folder.cleanup)
-        self.cert = Path(folder.name, "cert.pem")
+        self.cert = self.new_folder() / "cert.pem"
         self.cert.write_text(CERTIFICATE)
         self.options = {"cert": str(self.cert), "token": "T0ken"}
         super().setUp()
@@ -11431,9 +11436,7 @@ class TlsTest(ServerTest):
             "localhost", self.address[1], timeout=PATIENCE, context=self.context
         )
         with contextlib.closing(client):
-            client.request(method, path, body, headers)
-            answer = client.getresponse()
-            return answer.status, answer.headers, answer.read()
+            return exchange(client, method, path, body, headers)
 
     def test_a_large_message_goes_in_and_out(self):
         self.assertEqual(self.server.url, f"https://127.0.0.1:{self.address[1]}")
@@ -12653,9 +12656,7 @@ class Process:
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
         def call(method, path, body=None, headers=None):
-            client.request(method, path, body, headers or {"Content-Type": "x/y"})
-            answer = client.getresponse()
-            return answer.status, answer.headers, answer.read()
+            return exchange(client, method, path, body, headers or {"Content-Type": "x/y"})
 
         with contextlib.closing(client):
             yield call
@@ -12910,9 +12911,7 @@ for thread in threads:
         self.assertNotIn("s3cret", said)
 
     def test_sighup_reads_the_tokens_anew_and_a_broken_file_keeps_the_old(self):
-        tokens = self.folder / "tokens"
-        tokens.touch(0o600)
-        tokens.write_text("a 0ld read")
+        tokens = self.write_tokens("a 0ld read")
         server = self.start(f"--tokens={tokens}")
         until(lambda: server.call("GET", "/topics", headers=bearer("0ld"))[0] == 200)
         lines = []
@@ -12927,9 +12926,7 @@ for thread in threads:
         self.assertRegex(lines[1], "^linger: .*tokens, line 1: .*still holds\n$")
 
     def test_request_log_has_the_time_and_the_name_of_the_token(self):
-        tokens = self.folder / "tokens"
-        tokens.touch(0o600)
-        tokens.write_text("shop s3cret write\nall 4ll read,write,admin\n")
+        tokens = self.write_tokens("shop s3cret write\nall 4ll read,write,admin\n")
         server = self.start(f"--tokens={tokens}", "--log-requests")
         start = time.time()
         server.call("POST", "/channels/q", "x", {"Content-Type": "x/y", **bearer("s3cret")})
@@ -12947,7 +12944,7 @@ for thread in threads:
             ["127.0.0.1", "-", "GET", "/channels/q", "401"],
             ["127.0.0.1", "-", "-", "-", "400"],
         ]
-        self.assertEqual([line[1:6] for line in lines], expected, errors)
+        self.assertCountEqual([line[1:6] for line in lines], expected, errors)
         for line in lines:
             then = datetime.datetime.strptime(line[0], "%Y-%m-%dT%H:%M:%S.%fZ")
             then = then.replace(tzinfo=datetime.timezone.utc).timestamp()
@@ -13222,9 +13219,7 @@ class NotifyTest(ProcessCase):
         return self.manager.recv(1_000).decode()
 
     def test_it_is_ready_when_it_listens_reloads_and_stops(self):
-        tokens = self.folder / "tokens"
-        tokens.touch(0o600)
-        tokens.write_text("me s3cret read")
+        tokens = self.write_tokens("me s3cret read")
         name = f"@linger-test-{os.getpid()}-{time.monotonic_ns()}"
         server = self.start(
             f"--tokens={tokens}", "--dbfile=:memory:", environment=self.listen(name)
@@ -13448,8 +13443,8 @@ class CrashTest(ProcessCase):
             while True:
                 body = f"{name}:{len(posted)}"
                 posted[body] = None
-                client.request("POST", "/channels/q", body)
-                posted[body] = json.loads(client.getresponse().read())["id"]
+                answer = exchange(client, "POST", "/channels/q", body)
+                posted[body] = json.loads(answer[2])["id"]
 
     def consume(self, server, deleted, doubtful):
         """Takes and deletes until the server is gone; returns what it took, in order."""
@@ -13457,15 +13452,11 @@ class CrashTest(ProcessCase):
         taken = []
         with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
             while True:
-                client.request("GET", "/channels/q")
-                answer = client.getresponse()
-                body, id = answer.read().decode(), int(answer.headers["x-linger-msg-id"])
+                _, headers, body = exchange(client, "GET", "/channels/q")
+                body, id = body.decode(), int(headers["x-linger-msg-id"])
                 taken.append(id)
                 doubtful.add(body)
-                client.request("DELETE", f"/messages/{id}")
-                answer = client.getresponse()
-                answer.read()
-                self.assertEqual(answer.status, 204)
+                self.assertEqual(exchange(client, "DELETE", f"/messages/{id}")[0], 204)
                 deleted.add(body)
         return taken
 
@@ -13566,13 +13557,8 @@ class GroupCrashTest(ProcessCase):
         """A function for calls, until the server is gone."""
         client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
 
-        def call(method, path, body=None):
-            client.request(method, path, body)
-            answer = client.getresponse()
-            return answer.status, answer.headers, answer.read()
-
         with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
-            yield call
+            yield functools.partial(exchange, client)
 
     def produce(self, server, group):
         """Posts what is left of a group, in its order."""
@@ -13959,9 +13945,8 @@ class RqliteNode:
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
         with contextlib.closing(client):
             try:
-                client.request("GET", path)
-                answer = client.getresponse()
-                return answer.status, answer.read()
+                status, _, body = exchange(client, "GET", path)
+                return status, body
             except (OSError, http.client.HTTPException):
                 return 0, b""
 
@@ -14088,9 +14073,7 @@ class Party:
             self.close()
             return 503, b""
         try:
-            self.client.request(method, path, body, headers or {})
-            answer = self.client.getresponse()
-            status, body = answer.status, answer.read()
+            status, _, body = exchange(self.client, method, path, body, headers)
         except (OSError, http.client.HTTPException):
             status, body = 0, b""
         if status in (0, 503, 504):
@@ -15430,11 +15413,9 @@ class PatternTokenTest(ServerTest):
     """A token with patterns of its own sees and subscribes only what they cover."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory(prefix="linger-test-")
-        self.addCleanup(folder.cleanup)
-        tokens = Path(folder.name, "tokens")
-        tokens.touch(0o600)
-        tokens.write_text("a t0ken read,write,admin q* topic:news-* topic:x.y topic:z.*.z\n")
+        tokens = self.write_tokens(
+            "a t0ken read,write,admin q* topic:news-* topic:x.y topic:z.*.z\n"
+        )
         self.options = {"tokens": str(tokens)}
         super().setUp()
 
@@ -17634,11 +17615,9 @@ class DashboardTokenTest(DashboardCase):
 
     def setUp(self):
         super().setUp()
-        tokens = self.folder / "tokens"
-        tokens.write_text(
+        tokens = self.write_tokens(
             "a b0ss read,write,admin\nb r3ad read\nc wr1te write\nd j0bs read,write,admin jobs*\n"
         )
-        tokens.chmod(0o600)
         self.broker = self.open(tokens=str(tokens))
         self.broker.post("jobs", b"x")
         self.broker.post("mail", b"x")
