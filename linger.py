@@ -5546,7 +5546,7 @@ class BrokerClock:
     stepped, and when the server stops.
     """
 
-    def __init__(self, source: Clock, record: str = "", max_age: float = ANY_AGE) -> None:
+    def __init__(self, source: Clock, record: str, max_age: float) -> None:
         """`record` is the last one of the database, or empty; `max_age`: seconds since it was made,
         at most, whatever the wall clock says."""
         self.source = source
@@ -10356,7 +10356,7 @@ class AuthThrottle:
     A right token is never delayed, even from the same address: many clients may share it.
     """
 
-    def __init__(self, clock: Clock = time) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # guards `_failures`
         self._failures: collections.OrderedDict[str, tuple[float, int]] = collections.OrderedDict()
@@ -16290,7 +16290,7 @@ def encode_text(text: str) -> bytes:
         raise BadRequest("the text must be Unicode, without surrogates") from None
 
 
-def encode_message(body: object, type: Optional[str] = None) -> tuple[bytes, str]:
+def encode_message(body: object, type: Optional[str]) -> tuple[bytes, str]:
     """Returns the bytes and type of a body: a str is sent as UTF-8, and what is no bytes as JSON.
 
     The type of bytes is text/plain, as the server's: their character set is not known.
@@ -17936,8 +17936,8 @@ class Client(ManagementClient):
         channel: Optional[str],
         topic: Optional[str],
         stop: threading.Event,
-        pattern: Optional[str] = None,
-        since: Optional[str] = None,
+        pattern: Optional[str],
+        since: Optional[str],
     ) -> Iterator[tuple[dict[str, Any], bool]]:
         """Yields the events as JSON objects, each with its `gap`."""
         given = {"channels": channel, "topics": topic, "patterns": pattern}
@@ -18993,8 +18993,8 @@ class Job:
         command: Sequence[str],
         body: bytes,
         environment: Mapping[bytes, bytes],
-        time_limit: Optional[int] = None,
-        output: Optional[BinaryIO] = None,
+        time_limit: Optional[int],
+        output: Optional[BinaryIO],
     ) -> None:
         """Starts the process, which is killed after `time_limit` seconds.
 
