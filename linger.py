@@ -13909,6 +13909,12 @@ VALUES_OF_PARSERS: Mapping[Callable[[str, object], object], Schema] = {
     parse_own_headers: {"type": "object", "additionalProperties": TEXT},
 }
 
+
+def _described(parameter: Parameter) -> tuple[Schema, str]:
+    parse: Any = parameter.parse
+    return VALUES_OF_PARSERS.get(parse) or _whole(**parse.keywords), parameter.help
+
+
 # All other parameters: their values and what they mean.  Where that depends on the endpoint, its
 # name stands before.
 OTHER_PARAMETERS: Mapping[str, tuple[Schema, str]] = {
@@ -13939,8 +13945,7 @@ OTHER_PARAMETERS: Mapping[str, tuple[Schema, str]] = {
     "every": (_whole(1, MAX_EVERY), "seconds between two posts, in place of cron"),
     "catch-up": (SWITCH, "whether to post once for the times that were missed"),
     "since": (TEXT, "only what is kept after this id, of this age as 5m, or all"),
-    "set_topic_settings keep": (_whole(1, MAX_KEPT), "publications to keep, the last ones"),
-    "keep-for": (_whole(1), "seconds to keep each publication"),
+    **{f"set_topic_settings {p.name}": _described(p) for p in RETENTION_PARAMETERS},
     "for": (_whole(1), "seconds until the pause ends by itself"),
     "redrive n": (_whole(1), "messages at most"),
     "to": (NAME, "channel to move to, in place of where they came from"),
@@ -14108,9 +14113,7 @@ def _describe_parameter(endpoint: str, name: str) -> tuple[Schema, str]:
     own = OTHER_PARAMETERS.get(f"{endpoint} {name}") or OTHER_PARAMETERS.get(name)
     if own is not None:
         return own
-    parameter = {p.name: p for p in (*CHANNEL_PARAMETERS, *ALL_PARAMETERS)}[name]
-    parse: Any = parameter.parse
-    return VALUES_OF_PARSERS.get(parse) or _whole(**parse.keywords), parameter.help
+    return _described({p.name: p for p in (*CHANNEL_PARAMETERS, *ALL_PARAMETERS)}[name])
 
 
 def _describe_parameters(route: Route) -> tuple[list[Schema], dict[str, Schema]]:
