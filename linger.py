@@ -19709,14 +19709,10 @@ def _seconds(
 
 def _parameters(table: Sequence[Parameter]) -> tuple[_Argument, ...]:
     """Returns the options for the parameters of a table; each of its headers has its own."""
-    options = [_argument(f"--{p.name}", metavar="VALUE", help=p.help) for p in table]
-    names = [p.name for p in table]
-    if "headers" in names:
-        options[names.index("headers")] = _argument(
-            "--header", metavar="NAME:VALUE", dest="headers", action="append",
-            help="header of its own; may be repeated",
-        )  # fmt: skip
-    return tuple(options)
+    return tuple(
+        HEADER if p.name == "headers" else _argument(f"--{p.name}", metavar="VALUE", help=p.help)
+        for p in table
+    )
 
 
 def _bench_seconds(text: str) -> float:
@@ -19727,6 +19723,10 @@ def _bench_seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"it must be from {minimum} to {maximum}")
 
 
+HEADER = _argument(
+    "--header", metavar="NAME:VALUE", dest="headers", action="append",
+    help="header of its own; may be repeated",
+)  # fmt: skip
 CHANNEL = _argument("channel", metavar="CHANNEL", help="name of the channel")
 CHANNELS_IN_ORDER = _argument(
     "channel", metavar="CHANNEL[,...]", help="channels; the first one that has a message is used"
