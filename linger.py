@@ -1028,16 +1028,16 @@ SCHEMA_VERSION = 4  # `pragma user_version`; a database of Linger 1.0.1 has 0
 
 ADD_TO_COUNTS = """
         -- for the triggers, which keep the counts of each channel
-        insert into channels (name, ready, in_flight, delayed, blocked, urgent, niced)
-        values (new.channel, new.state = 0, new.state = 1, new.state = 2, new.blocked,
-            new.priority < 0, new.priority > 0)
-        on conflict (name) do update set
-            ready = ready + excluded.ready,
-            in_flight = in_flight + excluded.in_flight,
-            delayed = delayed + excluded.delayed,
-            blocked = blocked + excluded.blocked,
-            urgent = urgent + excluded.urgent,
-            niced = niced + excluded.niced;
+        insert or ignore into channels (name, ready, in_flight, delayed, blocked, urgent, niced)
+        values (new.channel, 0, 0, 0, 0, 0, 0);
+        update channels
+        set ready = ready + (new.state = 0),
+            in_flight = in_flight + (new.state = 1),
+            delayed = delayed + (new.state = 2),
+            blocked = blocked + new.blocked,
+            urgent = urgent + (new.priority < 0),
+            niced = niced + (new.priority > 0)
+        where name = new.channel;
 """
 
 SUBTRACT_FROM_COUNTS = """
@@ -1050,10 +1050,18 @@ SUBTRACT_FROM_COUNTS = """
             urgent = urgent - (old.priority < 0),
             niced = niced - (old.priority > 0)
         where name = old.channel;
+        update channels
+        set left_group = old.group_key
+        where name = old.channel and old.group_key <> '' and old.blocked = 0 and old.dead_from = '';
         delete from channels
         where name = old.channel and ready = 0 and in_flight = 0 and delayed = 0
             and urgent = 0 and niced = 0;
 """
+
+# SQLite keeps a journal of its own for each statement with a trigger that may fail and be undone
+# alone.  None has to: an error ends the whole transaction.  (In such a statement, do not call
+# functions, as max() with two arguments: SQLite supposes that they fail.)
+NOT_NULL = "not null on conflict fail"
 
 SCHEMA = (
     """
@@ -1101,7 +1109,7 @@ SCHEMA = (
         blocked integer not null default 0,
         body blob not null
     )
-    """,
+    """.replace("not null", NOT_NULL),
     # for POST_MESSAGE, and for the triggers: the messages of a group
     """
     create index group_messages on messages (channel, group_key, blocked)
@@ -1144,7 +1152,8 @@ SCHEMA = (
     where unique_key is not null
     """,
     # The counts of each channel that has messages, kept by the triggers.  delayed: those in state
-    # 2, hence the blocked ones as well.
+    # 2, hence the blocked ones as well.  left_group: the last group that a message has left; a
+    # message without one must not pay for the program that looks for the next of its group.
     """
     create table channels (
         name text primary key,
@@ -1153,9 +1162,10 @@ SCHEMA = (
         delayed integer not null,
         blocked integer not null,
         urgent integer not null,
-        niced integer not null
+        niced integer not null,
+        left_group text not null default ''
     ) without rowid
-    """,
+    """.replace("not null", NOT_NULL),
     f"""
     create trigger message_added after insert on messages
     begin {ADD_TO_COUNTS} end
@@ -1201,25 +1211,21 @@ SCHEMA = (
     """,
     # A message leaves its group, and was not blocked: the next one gets the delay that it has by
     # itself, which ProcessDue ends if it has passed.
-    *(
-        f"""
-    create trigger group_advances_after_{name} after {event} on messages
-    when old.group_key <> '' and old.blocked = 0 and old.dead_from = ''
+    """
+    create trigger group_advances after update of left_group on channels
     begin
         update messages
         set blocked = 0, due_at = due_at - 1e12
         where id = (
             select id
             from messages
-            where channel = old.channel and group_key = old.group_key and group_key <> ''
+            where channel = new.name and group_key = new.left_group and group_key <> ''
                 and dead_from = '' and blocked = 1
             order by id
             limit 1
         );
     end
-    """
-        for name, event in (("delete", "delete"), ("move", "update of channel"))
-    ),
+    """,
     # A message comes back to its group: those that were posted later wait for it, but for one that
     # is in flight.
     """
@@ -1838,9 +1844,9 @@ on conflict (scope, key) do update set until = excluded.until, result = excluded
 
 # -- consuming
 
-TAKEN_TIMEOUT = "coalesce(nullif(:timeout, 0), timeout)"  # no null: sqlite3 is slow to bind one
+TAKEN_TIMEOUT = "case when :timeout then :timeout else timeout end"  # to bind null is slow
 
-NEXT_LEASE = "max(lease + 1, :first_lease)"
+NEXT_LEASE = "case when lease < :first_lease then :first_lease else lease + 1 end"
 
 # The fields of a `Message` as it is delivered, and since when it has been ready, for NEXT_MESSAGE
 # and SELECT_BATCH.
@@ -1859,13 +1865,11 @@ SET_LEASED = f"""state = 1, due_at = :now + {TAKEN_TIMEOUT}, delivered = deliver
 # to; while there may be any, takes use BATCH_IDS, which looks at :n_expired more than it needs.
 IS_ALIVE = "(expires_at = 0 or expires_at > :now)"
 
-# One message of one channel, the usual case.  With :acks 1, only if the statement before has
-# deleted that message.
+# One message of one channel, the usual case.
 NEXT_MESSAGE = f"""
 select {DELIVERED_COLUMNS}
 from messages
 where channel = :channel and state = 0 and {IS_ALIVE}
-    and changes() >= :acks
 order by priority, id
 limit 1
 """
@@ -1877,8 +1881,7 @@ where id = (
     select id
     from messages
     where channel = :channel and state = 0 and {IS_ALIVE}
-        and changes() >= :acks
-    order by priority, id
+        order by priority, id
     limit 1
 )
 """
@@ -1890,11 +1893,13 @@ IS_AT_LIMIT = """exists (
         where channel = {name} and max_in_flight > 0 and max_in_flight <= (
             select in_flight from channels where name = {name}))"""
 
-# NEXT_MESSAGE and LEASE_NEXT while the channel may be paused or limited.
+# NEXT_MESSAGE and LEASE_NEXT after a DELETE_LEASED, if it has deleted its message; and while the
+# channel may be paused or limited, with :acks 1 as well.
 IS_OPEN = f"""not exists (select 1 from pauses where channel = :channel)
     and not {IS_AT_LIMIT.format(name=":channel")}"""
-NEXT_IF_OPEN, LEASE_IF_OPEN = (
-    statement.replace(IS_ALIVE, f"{IS_ALIVE} and {IS_OPEN}")
+NEXT_IF_DELETED, LEASE_IF_DELETED, NEXT_IF_OPEN, LEASE_IF_OPEN = (
+    statement.replace(IS_ALIVE, f"{IS_ALIVE} and {condition}")
+    for condition in ("changes() = 1", f"changes() >= :acks and {IS_OPEN}")
     for statement in (NEXT_MESSAGE, LEASE_NEXT)
 )
 
@@ -7098,7 +7103,9 @@ class Deletion:
             refuse_lease(operation, lease_state, "deleted", otherwise)
 
 
-# For all but the usual take; the second of each while a channel is limited, or may be.
+NEXT_TAKES = ((NEXT_MESSAGE, LEASE_NEXT), (NEXT_IF_DELETED, LEASE_IF_DELETED))
+
+# For all but the usual takes; the second of each while a channel is limited, or may be.
 BATCH_TAKES = ((SELECT_BATCH, LEASE_BATCH), (SELECT_LIMITED, LEASE_LIMITED))
 AUTO_TAKES = (
     (SELECT_BATCH_ROWS, SELECT_BATCH, DELETE_BATCH),
@@ -7134,7 +7141,7 @@ class Take(Operation):
             "channel": channels[0], "timeout": consumer.timeout or 0, "now": now, "acks": 0,
             "first_lease": state.committer.first_lease,
         }  # fmt: skip
-        statements: tuple[str, ...] = (NEXT_MESSAGE, LEASE_NEXT)
+        statements: tuple[str, ...] = NEXT_TAKES[ack is not None]
         is_due = state.timers.next_due <= now and any(
             state.timers.is_due(channel, now) for channel in channels
         )
