@@ -9646,14 +9646,14 @@ class NewMessages:
         self._broker = broker
         self._hlm = hlm
         self._settings = settings
-        self._plain = {**NEW_MESSAGE, "hlm": hlm}
 
     def posted(
         self, channel: str, body: bytes, type: str, given: Mapping[str, object]
     ) -> dict[str, Any]:
         """The parameters of POST_MESSAGE."""
         _check_body(body, self._broker.max_message)
-        message = self._plain.copy()
+        message = NEW_MESSAGE.copy()
+        message["hlm"] = self._hlm
         message["channel"] = channel
         message["body"] = body
         message["type"] = type
@@ -18445,7 +18445,7 @@ PUBLICATION_COLUMNS = ("id", "type", "body")
 PAIR_COLUMNS = ("name", "value")
 SCHEDULE_COLUMNS_SHOWN = ("name", "channel", "times", "next", "last", "last-error")
 RATE_COLUMNS = ("name", "now", "per second")
-BENCH_COLUMNS = ("measurement", "per-second", "p50-ms", "p99-ms")
+BENCH_COLUMNS = ("measurement", "per-second", "p50-ms", "p99-ms", "sync-percent")
 
 
 def open_client(url: Optional[str], options: argparse.Namespace) -> Client:
@@ -19391,6 +19391,10 @@ def _environment_of(message: Message) -> dict[bytes, bytes]:
 CONTENT_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: *([0-9]+)")
 MESSAGE_ID = re.compile(rb"\r\n[Xx]-[Ll]inger-[Mm]sg-[Ii]d: *([0-9]+)")
 MESSAGE_IDS = re.compile(rb'"id":([0-9]+)')
+BATCH_TASK = f"batch of {BENCH_BATCH}"
+# For how many syncs of the disk, at least, each measurement waits with --sync full.
+SYNCS = {"disk sync": 1, "post": 1, "get": 0, "delete": 1, "job": 2, "ack-and-next": 2,
+         BATCH_TASK: 2, "wake-up": 1}  # fmt: skip
 # A task yields requests and receives their responses; it returns the number of messages, 0 if
 # there are no more.
 Task = Generator[bytes, bytes, int]
@@ -19478,7 +19482,7 @@ class Benchmark:
             "delete": self._delete_one,
             "job": self._job,
             "ack-and-next": self._job_and_next,
-            f"batch of {BENCH_BATCH}": self._batch,
+            BATCH_TASK: self._batch,
         }
         try:
             for name, task in tasks.items():
@@ -19618,6 +19622,15 @@ def _measure_disk(directory: str, seconds: float) -> dict[str, Any]:
     return _measurement("disk sync", len(times), now - start, times)
 
 
+def _add_sync_percent(measured: Sequence[dict[str, Any]], sync: Optional[str]) -> None:
+    """Adds to each measurement how much of its time the disk's syncs take; None if not known."""
+    disk = measured[0]["p50-ms"] if sync == SYNC_LEVELS[0] else None
+    for record in measured:
+        syncs, milliseconds = SYNCS[record["measurement"]], max(record["p50-ms"], 0.001)
+        share = None if disk is None else min(syncs * disk / milliseconds, 1.0)
+        record["sync-percent"] = None if share is None else round(100 * share)
+
+
 @contextlib.contextmanager
 def _temporary_server(directory: str, sync: str) -> Iterator[str]:
     """Runs a server with an empty database in a process of its own; yields its URL."""
@@ -19668,6 +19681,7 @@ def _run_benchmark(
         benchmark = Benchmark(client, options.connections, options.seconds, options.bytes)
         with contextlib.closing(benchmark):
             measured.extend(benchmark.measurements())
+    _add_sync_percent(measured, sync)
     if options.json:
         record = {"url": url, "version": version, "sync": sync, "time": int(time.time()),
                   "connections": options.connections, "bytes": options.bytes,

@@ -16205,12 +16205,20 @@ class BenchTest(CommandCase):
         self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
         self.assertEqual(self.client.stats()["msg-add"], 0)
 
+    def test_a_measurement_says_how_much_of_it_the_syncs_of_the_disk_are(self):
+        times = {"disk sync": 0.2, "get": 0.3, "post": 0.8, "job": 1.6, "delete": 0.1}
+        for sync, expected in (("full", [100, 0, 25, 25, 100]), ("normal", [None] * 5)):
+            records = [{"measurement": name, "p50-ms": time} for name, time in times.items()]
+            linger._add_sync_percent(records, sync)
+            self.assertEqual([record["sync-percent"] for record in records], expected)
+
     def test_bench_measures_the_server_at_a_url_and_deletes_its_messages(self):
         self.client.post("jobs", "not to be touched")
         status, output, errors = self.bench(self.server.url)
         self.assertEqual((status, errors), (0, ""))
         record = json.loads(output)
         self.assertEqual(tuple(m["measurement"] for m in record["measurements"]), self.NAMES)
+        self.assertEqual({m["sync-percent"] for m in record["measurements"]}, {None})
         self.assertGreater(self.client.stats()["msg-add"], 100)
         self.assertEqual(self.client.stats()["current-messages"], 1)
         self.assertEqual(self.client.channel_stats("jobs")["ready"], 1)
@@ -16224,7 +16232,7 @@ class BenchTest(CommandCase):
         arguments = ("bench", self.server.url, "--seconds", "0.02")
         _, output, errors = self.run_command(*arguments, terminal=True)
         lines = output.decode().splitlines()
-        self.assertRegex(lines[0], r"measurement +per-second +p50-ms +p99-ms")
+        self.assertRegex(lines[0], r"measurement +per-second +p50-ms +p99-ms +sync-percent")
         self.assertRegex(lines[-1], r"wake-up +- +[0-9.]+ +[0-9.]+")
         self.assertIn("\rack-and-next ...", errors)
         self.assertTrue(errors.endswith("\r\x1b[K"))
