@@ -657,7 +657,11 @@ def tune_memory() -> None:
 
 def tune_sqlite() -> None:
     """Lets SQLite not count the memory that it uses, as its developers recommend: that takes a
-    lock for each of the 140 blocks that a job needs.  Only before a database is opened."""
+    lock for each of the 140 blocks that a job needs.
+
+    Only while this process has no database open, with which SQLite must not be shut down
+    (sqlite.org/c3ref/initialize.html): as long as it counts, it has no memory then.
+    """
     if not sys.platform.startswith("linux"):  # elsewhere the call may need the number of arguments
         return
     with contextlib.suppress(AttributeError, ImportError, OSError):  # it is built in
@@ -665,8 +669,9 @@ def tune_sqlite() -> None:
         import ctypes
 
         library = ctypes.CDLL(_sqlite3.__file__)
-        library.sqlite3_shutdown()
-        library.sqlite3_config(SQLITE_CONFIG_MEMSTATUS, 0)
+        if library.sqlite3_memory_used() == 0:
+            library.sqlite3_shutdown()
+            library.sqlite3_config(SQLITE_CONFIG_MEMSTATUS, 0)
 
 
 def trim_memory() -> None:

@@ -9080,15 +9080,19 @@ class PortabilityTest(unittest.TestCase):
             self.assertEqual(struct.calcsize(linger.timeval_format(kernel)), size)
 
     @unittest.skipUnless(sys.platform.startswith("linux"), "needs Linux")
-    def test_a_server_lets_sqlite_not_count_its_memory(self):
+    def test_sqlite_counts_no_memory_unless_it_is_in_use(self):
         code = """
-import _sqlite3, ctypes, linger, sqlite3
+import _sqlite3, ctypes, linger, sqlite3, sys
+if "open" in sys.argv:
+    before = sqlite3.connect(":memory:")
 linger.tune_sqlite()
 sqlite3.connect(":memory:").execute("create table t (x)")
-print(ctypes.CDLL(_sqlite3.__file__).sqlite3_memory_used())
+print(ctypes.CDLL(_sqlite3.__file__).sqlite3_memory_used() > 0)
 """
-        used = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
-        self.assertEqual(used.stdout, b"0\n")
+        for argument, counts in (("", b"False\n"), ("open", b"True\n")):
+            command = (sys.executable, "-c", code, argument)
+            output = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE).stdout
+            self.assertEqual(output, counts)
 
     def test_timeouts_are_kept_in_that_format(self):
         left, right = socket.socketpair(socket.AF_UNIX)
