@@ -1957,6 +1957,16 @@ class WaitingTest(BrokerTest):
         self.broker.cancel_all()
         self.assertEqual([f.result(PATIENCE) for f in futures[1:]], [None, None])
 
+    def test_of_a_batch_only_what_nobody_waits_for_is_counted_as_shown(self):
+        self.broker.subscribe("q", "t")
+        items = [(b"x", "text/plain", {})] * 3
+        for shown, add in enumerate((self.broker.post_batch, self.broker.publish_batch)):
+            waiting = self.park("q")
+            add("qt"[shown], items)
+            self.assertIsNotNone(waiting.result(PATIENCE))
+            self.assertEqual(self.broker.counters["msg-show"], 2 + 2 * shown)
+            self.broker.drain("q")
+
     def test_a_timed_out_message_is_handed_to_a_consumer_that_waits(self):
         self.broker.post("q", b"x", timeout=10)
         self.broker.get("q")
@@ -3764,6 +3774,8 @@ class SettingsTest(BrokerTest):
 
     def test_a_channel_has_its_own_mark(self):
         self.restart(hlm=1)
+        self.broker.subscribe("other", "u")
+        self.broker.post("other", b"1")
         self.broker.set_settings("q", hlm=2)
         self.broker.set_settings("free", hlm=0)
         for channel in ("q", "free"):
@@ -4941,6 +4953,8 @@ class BoundsTest(BrokerTest):
             lambda: broker.post("e", b"x"),
             lambda: broker.post_batch("e", [(b"x", "x/y", {})]),
             lambda: broker.subscribe("e", "t"),
+            lambda: broker.patterns.subscribe("e", "#"),
+            lambda: broker.retention.subscribe("e", "t", "all"),
             lambda: broker.set_settings("e", timeout=1),
             lambda: broker.pause("e"),
             lambda: broker.redrive("a", to="e"),
@@ -5138,6 +5152,8 @@ class PatternTreeTest(unittest.TestCase):
 
     def test_a_pattern_stays_until_its_last_owner_has_gone(self):
         tree = linger.PatternTree()
+        tree.learn([("old.#", "q")])
+        tree.learn([])
         for pattern, owner in (("a.#", "p"), ("a.#", "q"), ("a.b", "q")):
             tree.add(pattern, owner)
         tree.discard("a.#", "p")
@@ -5182,6 +5198,15 @@ class PatternTest(BrokerTest):
             self.assertEqual(self.broker.get("q", auto=True).priority, priority)
             self.broker.patterns.unsubscribe("q", pattern)
         self.assertEqual(self.published("a.b"), [])
+
+    def test_each_channel_of_a_pattern_ends_its_own_subscription(self):
+        for channel in "pq":
+            self.broker.patterns.subscribe(channel, "a.#")
+        self.assertEqual(self.broker.patterns.names(), ["a.#"])
+        self.broker.patterns.unsubscribe("p", "a.#")
+        self.assertEqual(self.published("a"), ["q"])
+        self.broker.patterns.unsubscribe("q", "a.#")
+        self.assertFalse(self.broker._state.patterns)
 
     def test_a_topic_may_hold_the_wildcards_as_characters(self):
         self.broker.subscribe("direct", "a.*")
@@ -5241,7 +5266,7 @@ class PatternTest(BrokerTest):
             self.broker.patterns.subscribe("q", pattern)
         with self.assertRaisesRegex(linger.Full, "2 subscriptions"):
             self.broker.patterns.subscribe("q", "c")
-        self.assertEqual(self.published("c"), [])
+        self.assertEqual((self.published("c"), self.broker._state.patterns.match("c")), ([], []))
 
     def test_a_batch_that_would_become_too_many_copies_is_refused(self):
         self.hasten(MAX_BATCH_COPIES=3)
@@ -5730,6 +5755,10 @@ class ScheduleTest(BrokerTest):
         self.assertEqual(schedule.last_at, self.clock.now)
         self.assertEqual(self.next_in(), 120)
 
+    def test_cron_is_due_to_the_second(self):
+        self.put(cron="* * * * *")
+        self.assertEqual([self.after(seconds) for seconds in (1, 28, 1)], [[], [], [b"x"]])
+
     def test_the_ticker_posts_what_is_due(self):
         broker = linger.Broker(linger.Store(linger.MEMORY))
         self.addCleanup(broker.close)
@@ -5799,6 +5828,30 @@ class ScheduleTest(BrokerTest):
         self.assertEqual(self.next_in(), 20)
         self.put(b"new", every=61)
         self.assertEqual(self.next_in(), 61)
+        self.put(cron="5 3 * * *")
+        self.put(cron="5 4 * * *")
+        self.assertEqual(self.next_in(), 4 * 3_600 + 300 - 70)
+        east = datetime.timezone(datetime.timedelta(hours=2))
+        with unittest.mock.patch.object(linger, "find_zone", return_value=east):
+            self.put(cron="5 4 * * *", tz="East")
+        self.assertEqual(self.next_in(), 2 * 3_600 + 300 - 70)
+
+    def test_a_schedule_is_replaced_whole(self):
+        self.put(b"old", every=60, priority=1)
+        self.broker.set_settings("q", hlm=1)
+        self.broker.post("q", b"first")
+        self.clock.now += 60
+        self.schedules.post_due()
+        self.assertIn("mark", self.schedules.read("s").last_error)
+        new = {"cron": "0 3 * * *", "catch_up": False, "priority": 2}
+        with self.assertRaises(linger.Conflict):
+            self.schedules.put("s", "r", b"new", "x/new", **new, expected_channel="other")
+        with unittest.mock.patch.object(linger, "find_zone", return_value=datetime.timezone.utc):
+            self.schedules.put("s", "r", b"new", "x/new", **new, tz="Zone", expected_channel="q")
+        shown = self.schedules.read("s")
+        self.assertEqual(shown[:6], ("s", "r", "0 3 * * *", "Zone", 0, 0))
+        self.assertEqual((shown.last_error, shown.parameters), ("", '{"priority": 2}'))
+        self.assertEqual((shown.type, shown.body), ("x/new", b"new"))
 
     def test_only_cron_follows_the_wall_clock(self):
         self.put(b"every", every=60)
@@ -5831,6 +5884,17 @@ class ScheduleTest(BrokerTest):
         self.schedules = self.broker.schedules
         self.assertEqual(self.after(0), [])
         self.assertEqual(self.next_in(), 570)
+
+    def test_one_that_was_given_again_while_the_clock_was_wrong_is_due(self):
+        for crons, ahead in ((("*/10 * * * *", "*/10 * * * *"), (9e8, 0)),
+                             (("0 * * * *", "*/10 * * * *"), (0, 9e8))):  # fmt: skip
+            for cron, self.clock.ahead in zip(crons, ahead):
+                self.put(cron=cron, name=crons[0])
+            self.clock.ahead = 0
+            self.assertEqual(self.after(1), [])
+            self.assertEqual(self.after(self.next_in(crons[0])), [b"x"])
+            self.assertLessEqual(self.clock.time() % 86_400, 1_200)
+            self.schedules.remove(crons[0])
 
     def test_a_post_that_is_refused_says_why(self):
         self.put(every=60)
@@ -15458,6 +15522,11 @@ class PatternTokenTest(ServerTest):
         self.assertEqual(
             self.call("PUT", "/channels/p/patterns/x.y", None, bearer("t0ken"))[0], 403
         )
+
+    def test_a_pattern_is_covered_by_what_all_its_topics_begin_with(self):
+        grant = linger.parse_grant("read", ["topic:s.*", "topic:?.u*"])
+        covered = [grant.covers("patterns", p) for p in ("s.*", "s.a.#", "a.u.#", "s.#", "*.u.#")]
+        self.assertEqual(covered, [True, True, True, False, False])  # s.# is also s itself
 
     def test_lists_leave_out_the_others(self):
         for pattern in ("#", "news-a.#", "news.#"):
