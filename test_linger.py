@@ -4022,6 +4022,14 @@ class CallReplyTest(BrokerTest):
         until(lambda: future.done() or broker.channel_stats("q")["ready"])
         return future, self.broker.get("q")
 
+    def abandoned_call(self):
+        """The message of a call whose client has gone after the delivery."""
+        gone = threading.Event()
+        call, message = self.call(is_disconnected=gone.is_set)
+        gone.set()
+        self.assertIsInstance(call.exception(PATIENCE), linger.OutcomeUnknown)
+        return message
+
     def replies(self):
         return self.broker._committer.read("select id, body from replies")[0]
 
@@ -4038,10 +4046,7 @@ class CallReplyTest(BrokerTest):
             self.broker.calls.call("q", b"x", "x", 0, group="g")
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 0})
         self.assertEqual(self.broker.counters["msg-delete"], 1)
-        gone = threading.Event()
-        call, message = self.call(is_disconnected=gone.is_set)
-        gone.set()
-        self.assertIsInstance(call.exception(PATIENCE), linger.OutcomeUnknown)
+        message = self.abandoned_call()
         with self.assertRaises(linger.NotFound):
             self.broker.calls.reply(message.id, b"late", expected_channel="other")
         self.broker.calls.reply(message.id, b"late")
@@ -4107,10 +4112,7 @@ class CallReplyTest(BrokerTest):
         with self.assertRaises(linger.OutcomeUnknown):
             self.broker.calls.call("q", b"x", "x", PATIENCE, is_disconnected=lambda: True)
         self.assertIsNone(self.broker.get("q"))
-        gone = threading.Event()
-        call, message = self.call(is_disconnected=gone.is_set)
-        gone.set()
-        call.exception(PATIENCE)
+        message = self.abandoned_call()
         self.restart()
         self.broker.calls.reply(message.id, b"late")
         end = self.clock.now + linger.REPLY_TTL
