@@ -5970,6 +5970,12 @@ class ScheduleTest(BrokerTest):
             with self.assertRaisesRegex(linger.NotFound, "no schedule s"):
                 call("s")
 
+    def test_one_that_is_deleted_as_it_becomes_due_stops_no_other(self):
+        self.put(every=60)
+        self.clock.now += 60
+        self.schedules._do(["gone", "s"], *self.schedules._clocks())
+        self.assertEqual(self.after(0), [b"x"])
+
     def test_what_is_wrong_is_refused_and_changes_nothing(self):
         for options, words in (
             ({}, "either"), ({"cron": "@daily", "every": 1}, "either"),
