@@ -6795,11 +6795,9 @@ def on_cluster(case, left_out=(), **counts):
 
 KeyOnClusterTest = on_cluster(KeyTest)
 CallReplyOnClusterTest = on_cluster(CallReplyTest)
-<<<<<<< HEAD
-GroupOnClusterTest = on_cluster(GroupTest, STEPS=150)
-=======
-GroupOnClusterTest = on_cluster(GroupTest, ("test_a_long_group_costs_no_more_than_a_short_one",))
->>>>>>> 29750d5 (Test that a long group costs as little as a short one)
+GroupOnClusterTest = on_cluster(
+    GroupTest, ("test_a_long_group_costs_no_more_than_a_short_one",), STEPS=150
+)
 ConcurrencyOnClusterTest = on_cluster(
     ConcurrencyTest, ("test_a_usual_take_of_another_channel_runs_the_usual_statements",)
 )
