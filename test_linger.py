@@ -6634,12 +6634,11 @@ class ClusterTest(Folder):
 
     def test_the_password_is_sent_and_never_shown(self):
         url = self.cluster.url.replace("http://", "http://me:se%40cret@")
-        broker = linger.Broker(linger.open_store(url))
-        self.addCleanup(broker.close)
+        with contextlib.closing(linger.Broker(linger.open_store(url))) as broker:
+            self.assertEqual(
+                broker.stats()["db-file"], self.cluster.url.replace("http://", "http://me@")
+            )
         self.assertEqual(self.cluster.login, "Basic " + base64.b64encode(b"me:se@cret").decode())
-        self.assertEqual(
-            broker.stats()["db-file"], self.cluster.url.replace("http://", "http://me@")
-        )
         password = {"LINGER_DB_PASSWORD": "other"}
         with unittest.mock.patch.dict(os.environ, password):
             linger.open_store(url.replace(":se%40cret", "")).close()
