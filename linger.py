@@ -9637,6 +9637,7 @@ class Replay:
 # ---------------------------------------------------------------------------------------------
 
 READY, DELAYED = STATES.index("ready"), STATES.index("delayed")
+BatchItem = tuple[bytes, str, Mapping[str, object]]  # body, type and parameters of a message
 # All that POST_MESSAGE asks for and that a message need not say.
 NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0, "state": READY, "expires_at": 0}
 
@@ -9822,9 +9823,7 @@ class Broker(Administration):
         self._submit_due(channel, message["now"])
         return message
 
-    def post_batch(
-        self, channel: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
-    ) -> list[int]:
+    def post_batch(self, channel: str, messages: Sequence[BatchItem]) -> list[int]:
         """Adds messages (body, type, parameters) to a channel in order, all or none; returns their
         ids.  A bad one raises its error with its `index`."""
         check_name("channel", channel)
@@ -9853,7 +9852,7 @@ class Broker(Administration):
         return publication
 
     def publish_batch(
-        self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
+        self, topic: str, messages: Sequence[BatchItem]
     ) -> tuple[dict[str, list[int]], list[str], range]:
         """Publishes messages in order in one transaction; returns the ids of each channel's copies,
         the channels left out, and the ids of the publications that are kept."""
@@ -9867,9 +9866,7 @@ class Broker(Administration):
         kept = [publication.id for publication in publications if publication.id]
         return ids, sorted(full), range(kept[0], kept[-1] + 1) if kept else range(0)
 
-    def _publish(
-        self, topic: str, messages: Sequence[tuple[bytes, str, Mapping[str, object]]]
-    ) -> list[Publication]:
+    def _publish(self, topic: str, messages: Sequence[BatchItem]) -> list[Publication]:
         check_name("topic", topic)
         self._store.check_space()
         rows = _each(messages, lambda m: self._new.published(topic, *m))
@@ -14242,8 +14239,6 @@ HEADER_VALUE = re.compile(  # of at most MAX_TYPE characters
 )
 ITEM_KEYS = frozenset(("body", "type", "encoding"))  # of a message in JSON, beside its parameters
 
-BatchItem = tuple[bytes, str, Mapping[str, object]]  # body, type and parameters of a message
-
 
 def parse_array(body: bytes) -> list[Any]:
     """The items of a JSON array, which are numbers or objects, 1 to MAX_BATCH of them."""
@@ -15089,6 +15084,7 @@ class Api(ManagementApi):
 #   7. `_complete_reply` ends the pending reply.
 # ---------------------------------------------------------------------------------------------
 
+ToResponse = Callable[[Request, Operation], Response]  # of a finished operation
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # not on Windows
 POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)  # Linux only: the client has closed its end
@@ -15602,7 +15598,7 @@ class Connection:
     def defer(
         self,
         request: Request,
-        to_response: Callable[[Request, Operation], Response],
+        to_response: ToResponse,
         consumer: Optional[Consumer] = None,
         wait: float = 0,
     ) -> DoneCallback:
@@ -15654,12 +15650,7 @@ class Connection:
                 slot.wait(left)
         slot.wait()
 
-    def _reply(
-        self,
-        request: Request,
-        to_response: Callable[[Request, Operation], Response],
-        operation: Operation,
-    ) -> None:
+    def _reply(self, request: Request, to_response: ToResponse, operation: Operation) -> None:
         """Sends the pending reply, or has a thread of its own do so if that takes long.
 
         Runs in the committer's thread, so it does not block.  Whatever fails, the connection's
@@ -15688,10 +15679,7 @@ class Connection:
         self._complete_reply()
 
     def _response_of(
-        self,
-        request: Request,
-        to_response: Callable[[Request, Operation], Response],
-        operation: Operation,
+        self, request: Request, to_response: ToResponse, operation: Operation
     ) -> Response:
         """The response that a finished operation stands for."""
         try:
@@ -15708,10 +15696,7 @@ class Connection:
         return consumer is not None and consumer.ticket > 0 and self.is_disconnected()
 
     def _reply_blocking(
-        self,
-        request: Request,
-        to_response: Callable[[Request, Operation], Response],
-        operation: Operation,
+        self, request: Request, to_response: ToResponse, operation: Operation
     ) -> None:
         """As `_reply`, for a large response; in a thread of its own."""
         try:
