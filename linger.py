@@ -8344,20 +8344,10 @@ class Administration:
         self, channel: str, state: Optional[str], n: int, after: Optional[int]
     ) -> list[tuple[Message, str]]:
         """The same with whole bodies, of no more messages than reach MAX_BATCH_BYTES together."""
-        listed: list[tuple[Message, str]] = []
-        size = 0
-        step = max(MAX_BATCH_BYTES // self.max_message, 1)
-        while True:
-            few = min(step, n - len(listed))
-            page = self.list_messages(channel, state, few, after, cut=MAX_BLOB)
-            for item in page:
-                listed.append(item)
-                size += len(item[0].body)
-                if size >= MAX_BATCH_BYTES or len(listed) == n:
-                    return listed
-            if not page:
-                return listed
-            after = page[-1][0].id
+        return read_whole(
+            lambda few, after: self.list_messages(channel, state, few, after, MAX_BLOB),
+            self.max_message, n, after,
+        )  # fmt: skip
 
     def dead_letters(
         self, n: int = LISTED, after: Optional[int] = None, reason: str = "", order: str = "newest"
@@ -8477,6 +8467,30 @@ class Administration:
     def _write_health(self) -> None:
         parameters = {"key": "health", "value": str(self.now())}
         self._committer.run(Operation((SET_CONFIG,), parameters))
+
+
+Listed = TypeVar("Listed", bound=tuple[Any, ...])  # a message, and what else belongs to it
+
+
+def read_whole(
+    read: Callable[[int, Optional[int]], Sequence[Listed]],
+    max_message: int,
+    n: int,
+    after: Optional[int],
+) -> list[Listed]:
+    """Up to `n` messages after one, as `read` reads a few of them, but no more than reach
+    MAX_BATCH_BYTES together."""
+    listed: list[Listed] = []
+    size = 0
+    step = max(MAX_BATCH_BYTES // max_message, 1)
+    while page := read(min(step, n - len(listed)), after):
+        for item in page:
+            listed.append(item)
+            size += len(item[0].body)
+            if size >= MAX_BATCH_BYTES or len(listed) == n:
+                return listed
+        after = page[-1][0].id
+    return listed
 
 
 def subscription_values(
@@ -9349,10 +9363,11 @@ class Retention:
 
     disown = refuse_calls
 
-    def __init__(self, state: State, store: Transactions, hlm: int) -> None:
+    def __init__(self, state: State, store: Transactions, hlm: int, max_message: int) -> None:
         self._state = state
         self._store = store
         self._hlm = hlm
+        self._max_message = max_message
         self._read = state.committer.read
         self._trimmed_at = 0.0
         state.learn_retention(store.read(ALL_RETENTION)[0])
@@ -9430,6 +9445,15 @@ class Retention:
         """Up to `n` publications that are kept, the oldest first, without a channel; with bodies
         that are cut to one byte more than `cut`."""
         return self._kept([check_name("topic", topic)], since, n, cut)
+
+    def kept_whole(self, topic: str, since: str, n: int) -> list[Message]:
+        """The same with whole bodies, of no more than reach MAX_BATCH_BYTES together."""
+        topics = [check_name("topic", topic)]
+
+        def read(few: int, after: Optional[int]) -> list[tuple[Message]]:
+            return [*zip(self._kept(topics, since if after is None else str(after), few, MAX_BLOB))]
+
+        return [publication for (publication,) in read_whole(read, self._max_message, n, None)]
 
     def _kept(
         self, topics: Sequence[str], since: str, n: int, cut: int = MAX_EVENT_BODY
@@ -9743,7 +9767,7 @@ class Broker(Administration):
             self.schedules = Schedules(state, self._new_message)
             self.patterns = PatternSubscriptions(state, store)
             self.calls = Calls(state, self._new_message, store.read)
-            self.retention = Retention(state, store, hlm)
+            self.retention = Retention(state, store, hlm, max_message)
             timers.schedule_rows([*store.read(NEXT_BY_CHANNEL)[0], (ALL, self.now())])
             self._submit_due()  # a backlog is left to the ticker, and delays no start
             committer.run(Operation())
@@ -11579,7 +11603,7 @@ def json_length(body: bytes) -> int:
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 
 
-def publication_object(publication: Message, cut: int) -> dict[str, object]:
+def publication_object(publication: Message, cut: Optional[int]) -> dict[str, object]:
     """A publication as a JSON object, with an id if it is kept."""
     value: dict[str, object] = {"id": publication.id} if publication.id else {}
     value.update(topic=publication.topic, type=publication.type)
@@ -14652,11 +14676,13 @@ class ManagementApi:
         return NO_CONTENT
 
     def list_publications(self, request: Request, topic: str) -> Response:
-        since = request.parameter("since") or "all"
-        cut = MAX_EVENT_BODY if request.switch("whole") else PREVIEW_BYTES
-        n = min(request.integer("n", 1, MAX_BATCH) or LISTED, MAX_BATCH_BYTES // cut)
-        kept = functools.partial(self._broker.retention.kept, topic, since, n, cut)
-        return self._listing(request, n, cut, lambda: zip(kept()), publication_object)
+        since, retention = request.parameter("since") or "all", self._broker.retention
+        n = request.integer("n", 1, MAX_BATCH) or LISTED
+        cut = None if request.switch("whole") else PREVIEW_BYTES
+        read = retention.kept_whole if cut is None else retention.kept
+        return self._listing(
+            request, n, cut, lambda: zip(read(topic, since, n)), publication_object
+        )
 
     def list_patterns(self, request: Request) -> Response:
         return self._visible_names(request, "patterns", self._broker.patterns.names())
@@ -17432,9 +17458,17 @@ class ManagementClient:
         self._requests.send("DELETE", encode_path("topics", topic, "settings"))
 
     def publications(self, topic: str, since: str = "all", n: int = LISTED) -> JsonObjects:
-        """Returns what a topic has kept, as `GET /topics/<topic>/messages?whole` does."""
-        path, query = encode_path("topics", topic, "messages"), {"since": since, "n": n, "whole": 1}
-        return self._requests.send_json(list, "GET", path, query)
+        """Returns up to `n` of what a topic has kept, as `GET /topics/<topic>/messages` does."""
+        path = encode_path("topics", topic, "messages")
+        kept: JsonObjects = []
+        while n > len(kept):
+            query = {"since": since, "n": min(n - len(kept), MAX_BATCH), "whole": 1}
+            page: JsonObjects = self._requests.send_json(list, "GET", path, query)
+            if not page:
+                break
+            kept += page
+            since = str(page[-1]["id"])
+        return kept
 
     def subscribe_pattern(
         self, channel: str, pattern: str, **parameters: Unpack[MessageFields]

@@ -15643,6 +15643,17 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.assertFalse(self.client.publish("t", "6").publications)
         self.assertEqual(self.json("PUT", path)[0], 400)
 
+    def test_whole_bodies_come_in_pages(self):
+        self.hasten(MAX_BATCH_BYTES=200_000)
+        self.client.set_topic_settings("t", keep=9)
+        for n in range(4):
+            self.broker.publish("t", bytes([n]) * 100_000)
+        first = self.json("GET", "/topics/t/messages?whole")[1]
+        self.assertEqual([(p["id"], len(p["body"]), "cut" in p) for p in first],
+                         [(1, 100_000, False), (2, 100_000, False)])  # fmt: skip
+        self.assertEqual([p["id"] for p in self.client.publications("t", since="1")], [2, 3, 4])
+        self.assertEqual([p["id"] for p in self.client.publications("t", n=3)], [1, 2, 3])
+
     def test_the_client_goes_on_where_it_was_after_an_outage(self):
         self.client.set_topic_settings("t", keep=9)
         self.client.publish("t", "1")
