@@ -17004,10 +17004,10 @@ class Outage:
         if not self._note(True):
             self._warn(f"{error}; trying again")
 
-    def end(self) -> None:
-        """It works."""
+    def end(self, more: str = "") -> None:
+        """It works; `more` is reported too."""
         if self._note(False):
-            self._warn(self._end)
+            self._warn(self._end + more)
 
     @locked
     def _note(self, begun: bool) -> bool:
@@ -17979,13 +17979,13 @@ class Client(ManagementClient):
         if len(names) != 1:
             raise BadRequest("live needs either a channel, a topic or a pattern")
         path = encode_path(*names[0], "live")
-        outage = Outage(self._transport.warn, f"{SERVER_IS_BACK}: events may be missing")
+        outage = Outage(self._transport.warn, SERVER_IS_BACK)
         delays, gap, is_kept = _retry_delays(), False, False
         while not stop.is_set():
             try:
                 query = {} if since is None else {"since": since}
                 for line in self._transport.stream(path, self.timeout + SILENCE_LIMIT, stop, query):
-                    outage.end()
+                    outage.end(": events may be missing" if gap else "")
                     delays = _retry_delays()
                     if line.strip():
                         item = json.loads(line)

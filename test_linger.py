@@ -15683,11 +15683,13 @@ class RetentionCallTest(CommandCase, ClientCase):
             transport = unittest.mock.patch.object(
                 self.client._transport, "stream", side_effect=streams
             )
-            with transport as stream, self.subTest(given):
+            warn = unittest.mock.patch.object(self.client._transport, "warn")
+            with transport as stream, warn as warned, self.subTest(given):
                 delays = unittest.mock.patch.object(linger, "MIN_RETRY_DELAY", 0.001)
                 with delays, contextlib.closing(self.client.live(**given)) as events:
                     self.assertEqual([next(events).gap, next(events).gap], [False, gap])
                 self.assertEqual(stream.call_args.args[-1], query)
+                self.assertEqual("missing" in warned.call_args.args[0], gap)
 
     def test_a_client_reads_what_matches_a_pattern(self):
         events = self.client.live(pattern="a.#")
