@@ -6874,6 +6874,7 @@ class TwoServersTest(OnCluster, BrokerTest):
         return replay
 
     def test_a_reader_sees_what_both_publish_once_and_in_order(self):
+        self.hasten(IDLE_LOOK_INTERVAL=0.05)
         self.broker.retention.put("t", keep=100)
         until(lambda: self.other._state.retention)
         chance, brokers, seen = random.Random(5), (self.broker, self.other), [0]
@@ -6890,6 +6891,7 @@ class TwoServersTest(OnCluster, BrokerTest):
         self.assertEqual(seen, [0, *publisher.result(PATIENCE)])
 
     def test_a_stream_goes_on_with_what_the_other_server_publishes(self):
+        self.hasten(IDLE_LOOK_INTERVAL=0.05)
         self.broker.retention.put("t", keep=9)
         self.broker.publish("t", b"before")
         until(lambda: self.other._state.retention)
