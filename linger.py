@@ -1389,7 +1389,7 @@ SCHEMA = (
     """,
     # Keys of messages that must not be added twice.  scope: `channel <name>` or `topic <name>`,
     # with `batch ` before it for the keys of whole batches; result: the id, or for a topic a line
-    # `<id> <channel>` for each copy.
+    # `<id> <channel>` for each copy, and `<id> ` for a publication that is kept.
     """
     create table dedups (
         scope text not null,
@@ -1846,6 +1846,16 @@ select :scope, :dedup, :now + :dedup_for, coalesce((
 where :dedup is not null and not {DEDUP_EXISTS}
 on conflict (scope, key) do update set until = excluded.until, result = excluded.result
 """
+
+# The same after KEEP_PUBLICATION, with the id of the publication, which is the newest of its topic.
+SAVE_KEPT_DEDUP = SAVE_TOPIC_DEDUP.replace(
+    "), '')",
+    """), '') || coalesce((
+        select char(10) || max(id) || ' '
+        from publications
+        where topic = :topic and exists (
+            select 1 from retention where topic = :topic and coalesce(keep, 1) > 0)), '')""",
+)
 
 # -- consuming
 
@@ -6968,6 +6978,16 @@ class Publication(NamedTuple):
     id: int = 0  # if it is kept
 
 
+def kept_together(publications: Sequence[Publication]) -> range:
+    """The ids of those in a batch that are kept, which follow each other: of those that are no
+    duplicates, or of all if the whole batch is repeated."""
+    kept = [publication for publication in publications if publication.id]
+    ids = [p.id for p in kept if not p.duplicate] or [p.id for p in kept]
+    if not ids or any(id + 1 != after for id, after in zip(ids, ids[1:])):
+        return range(0)
+    return range(ids[0], ids[-1] + 1)
+
+
 def copies_of(rows: Iterable[Sequence[Any]]) -> Iterator[dict[str, Any]]:
     """The copies in rows of PUBLISHED, as `State.message_added` takes a message."""
     names = ("channel", "id", "state", "due_at", "expires_at")
@@ -6992,7 +7012,7 @@ class Publish(Operation):
             messages = [{**message, "trim": TRIM_ROWS} for message in messages]
         self._keyed = any(message["dedup"] is not None for message in messages)
         if self._keyed:
-            each = (FIND_DEDUP, *each, SAVE_TOPIC_DEDUP)
+            each = (FIND_DEDUP, *each, SAVE_KEPT_DEDUP if self._keeps else SAVE_TOPIC_DEDUP)
         self._first = self._keyed + 2 * self._keeps  # the place of FULL_SUBSCRIBERS among `each`
         self._size = len(each)
         super().__init__(
@@ -7052,7 +7072,8 @@ class Publish(Operation):
             if known:
                 lines = (line.partition(" ") for line in known[0][0].split("\n") if line)
                 ids = {channel: int(id) for id, _, channel in lines}
-                publications.append(Publication(ids, [], duplicate=True))
+                id = ids.pop("", 0)
+                publications.append(Publication(ids, [], True, id))
             else:
                 full, _, copies = results[i + self._first : i + self._first + 3]
                 ids = {row[0]: row[1] for row in copies}
@@ -9887,8 +9908,7 @@ class Broker(Administration):
             full.update(publication.full)
             for channel, id in publication.ids.items():
                 ids.setdefault(channel, []).append(id)
-        kept = [publication.id for publication in publications if publication.id]
-        return ids, sorted(full), range(kept[0], kept[-1] + 1) if kept else range(0)
+        return ids, sorted(full), kept_together(publications)
 
     def _publish(self, topic: str, messages: Sequence[BatchItem]) -> list[Publication]:
         check_name("topic", topic)
@@ -14978,9 +14998,8 @@ class Api(ManagementApi):
         ids, dropped, duplicate, id = self._broker.publication(
             topic, body, content_type, **parameters
         )
-        if duplicate:
-            return json_response({**self._visible_ids(request, ids), "duplicate": True}, 202)
-        return self._published_response(request, ids, dropped, str(id) if id else "")
+        publication = str(id) if id else ""
+        return self._published_response(request, ids, dropped, publication, duplicate)
 
     def publish_batch(self, request: Request, topic: str) -> Response:
         messages = self._parse_batch(request, SINGLE_PARAMETERS)
@@ -14994,12 +15013,14 @@ class Api(ManagementApi):
         ids: Mapping[str, object],
         dropped: Sequence[str],
         publications: str,
+        duplicate: bool = False,
     ) -> Response:
         visible = request.grant.visible("channels", dropped)
         header = f"{PUBLICATION_HEADER}: {publications}\r\n" if publications else ""
         if visible:
             header += list_header("x-linger-dropped", visible, request.header_room())
-        return json_response(self._visible_ids(request, ids), 202, header)
+        answer = {**self._visible_ids(request, ids), **({"duplicate": True} if duplicate else {})}
+        return json_response(answer, 202, header)
 
     def _visible_ids(self, request: Request, ids: Mapping[str, object]) -> Mapping[str, object]:
         """The ids of a publication's copies in those channels that the token covers."""

@@ -5487,8 +5487,13 @@ class RetentionTest(BrokerTest):
 
     def test_a_duplicate_is_not_kept_again(self):
         self.broker.retention.put("t", keep=9)
-        self.assertEqual(self.publish(b"1", b"1", dedup="k"), [1, 0])
-        self.assertEqual(self.kept(), [b"1"])
+        self.assertEqual(self.publish(b"1", b"2"), [1, 2])
+        self.assertEqual(self.publish(b"3", b"3", dedup="k"), [3, 3])
+        self.broker.subscribe("q", "t")
+        self.assertEqual(self.publish(b"4", b"5", b"4", dedup="l"), [4, 4, 4])
+        self.broker.retention.clear("t")
+        self.assertEqual(self.publish(b"6", b"6", dedup="m"), [0, 0])
+        self.assertEqual(self.bodies("q"), [b"4", b"6"])
 
     def test_the_ids_of_a_batch_follow_each_other_and_duplicates_have_none(self):
         self.broker.retention.put("t", keep=2)
@@ -5497,7 +5502,14 @@ class RetentionTest(BrokerTest):
         ids = self.broker.publish_batch("t", batch)[2]
         self.assertEqual((ids, self.kept(), self.kept(str(ids[1]))), (
             range(2, 5), [b"3", b"4"], [b"4"]))  # fmt: skip
-        self.assertEqual(self.broker.publish_batch("t", batch[1:2])[2], range(0))
+        self.assertEqual(self.broker.publish_batch("t", batch[1:2])[2], range(1, 2))
+        self.publish(b"5")
+        items = [(b"x", "", {"dedup": linger.BatchKey("b", n)}) for n in range(3)]
+        for _ in range(2):
+            self.assertEqual(self.broker.publish_batch("t", items)[2], range(6, 9))
+        others = [(b"x", "", {"dedup": key}) for key in ("k", "l")]
+        self.assertEqual(self.broker.publish_batch("t", others)[2], range(9, 10))
+        self.assertEqual(self.broker.publish_batch("t", others)[2], range(0))
 
     def test_subscribers_patterns_and_batches_go_on_as_before(self):
         self.broker.retention.put("t", keep=9)
@@ -15638,7 +15650,9 @@ class RetentionCallTest(CommandCase, ClientCase):
         batch = {"Content-Type": "application/x-ndjson"}
         _, headers, _ = self.call("POST", "/topics/t/batch", "3\n4\n", batch)
         self.assertEqual(headers["x-linger-publication"], "3-4")
-        copies = self.client.publish_batch("t", ["5"])
+        with unittest.mock.patch.object(linger.os, "urandom", return_value=b"k"):
+            for _ in range(2):  # the second one as if the response had been lost
+                copies = self.client.publish_batch("t", ["5"], retry=True)
         self.assertEqual((copies, copies.publications), ({"q": [5]}, range(5, 6)))
         self.assertEqual(self.call("DELETE", path)[0], 204)
         self.assertEqual(self.client.publications("t"), [])
