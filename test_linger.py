@@ -4850,6 +4850,7 @@ class LookingTest(BrokerTest):
     def test_info_shows_all_of_a_channel(self):
         self.broker.set_settings("q", hlm=9)
         self.broker.subscribe("q", "t")
+        self.broker.patterns.subscribe("q", "t.#")
         self.broker.post("q", b"old", priority=5)
         self.clock.now += 7
         self.broker.post("q", b"x", priority=-1)
@@ -4859,7 +4860,8 @@ class LookingTest(BrokerTest):
             self.broker.info("q"),
             {
                 "channel": "q", "ready": 1, "delayed": 1, "blocked": 0, "in-flight": 1, "oldest": 7,
-                "waiting": 0, "topics": ["t"], "paused": False, "settings": {"hlm": 9},
+                "waiting": 0, "topics": ["t"], "patterns": ["t.#"], "paused": False,
+                "settings": {"hlm": 9},
                 "events": {"posted": 3, "delivered": 1, "deleted": 0, "failed": 0},
             },
         )  # fmt: skip
