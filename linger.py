@@ -1710,9 +1710,6 @@ TOO_OLD = """coalesce({0}seq <= (
         ) - (select keep from retention where topic = :topic), 0)
         or coalesce({0}at <= :now - (select keep_for from retention where topic = :topic), 0)"""
 
-IS_KEPT = f"""{{0}}topic = :topic and {{0}}id > :after and {{0}}at > :now - :seconds
-    and not ({TOO_OLD})"""
-
 KEEP_PUBLICATION = f"""
 insert into publications (topic, seq, at, type, headers, group_key, body)
 select :topic, 1 + coalesce(
@@ -1729,102 +1726,6 @@ where id in (
     from (select id, seq, at from publications where topic = :topic order by id limit :trim)
     where {TOO_OLD.format("")}
 )
-"""
-
-# Those of several topics, which :topics lists in JSON.  The next :n of all of them are of the :n
-# topics whose next one comes first.
-KEPT_PUBLICATIONS = f"""
-select id, topic, max(cast(:now - at as integer), 0), type, headers,
-    substr(body, 1, :preview_bytes + 1)
-from publications
-where id in (
-    select id
-    from (
-        select value as topic
-        from json_each(:topics)
-        order by coalesce((
-            select id
-            from publications
-            where {IS_KEPT.format("").replace(":topic", "value")}
-            order by id
-            limit 1), {MAX_INTEGER})
-        limit :n
-    ) as nearest
-        cross join publications on id in (
-            select id
-            from publications
-            where {IS_KEPT.format("").replace(":topic", "nearest.topic")}
-            order by id
-            limit :n)
-    order by id
-    limit :n
-)
-order by id
-"""
-
-IS_SUBSCRIBED = "exists (select 1 from subscriptions where topic = :topic and channel = :channel)"
-
-# An id up to which all publications are older than :seconds.  Ids are in the order of time but for
-# the time that a commit may take, so it is found by halving, and not by reading all.
-IS_OLD = """coalesce((
-        select at from publications where id >= (low + high) / 2 order by id limit 1
-    ) <= :now - :seconds - :commit_time, 0)"""
-
-OLD_PUBLICATIONS = f"""
-with recursive halves (low, high) as (
-    select 0, coalesce(max(id), 0) + 1
-    from publications
-    union all
-    select case when {IS_OLD} then (low + high) / 2 else low end,
-        case when {IS_OLD} then high else (low + high) / 2 end
-    from halves
-    where high - low > 1
-)
-select max(low)
-from halves
-"""
-
-# What is to be copied to a new subscriber; it does not matter by how much that is too much.
-KEPT_TOTALS = f"""
-select count(*), coalesce(sum(size), 0)
-from (
-    select length(body) as size
-    from publications
-    where {IS_KEPT.format("")} and not {IS_SUBSCRIBED}
-    limit :max_copies + 1
-)
-"""
-
-# Before those copies, which fit into the channel all or not at all.
-CHECK_BACKFILL_FITS = f"""
-insert into config (key, value)
-select 'batch fits', case when {IS_SUBSCRIBED} then 'nothing' else 'all' end
-from (select coalesce((select hlm from settings where channel = :channel), :hlm) as hlm)
-where hlm = 0 or {IS_SUBSCRIBED} or hlm >= coalesce(
-        (select ready + in_flight + delayed from channels where name = :channel), 0)
-    + (select count(*) from publications where {IS_KEPT.format("")})
-"""
-
-# Of the copies in one statement that are of a group, the first may be ready.
-BACKFILL_BLOCKED = f"""({IS_BLOCKED.format(channel="subscriptions.channel", group="kept.group_key")}
-        or kept.group_key <> '' and kept.id not in (
-            select min(id) from publications where {IS_KEPT.format("")} group by group_key))"""
-
-BACKFILL = f"""
-insert into messages ({COPIED_COLUMNS})
-select {
-    COPIED_VALUES.replace(COPY_BLOCKED, BACKFILL_BLOCKED)
-    .replace(":type", "kept.type")
-    .replace(":headers", "kept.headers")
-    .replace(":group", "kept.group_key")
-    .replace(":body", "kept.body")
-}
-from publications as kept
-    cross join subscriptions on subscriptions.topic = :topic and subscriptions.channel = :channel
-    left join settings on settings.channel = :channel
-where {IS_KEPT.format("kept.")}
-    and exists (select 1 from config where key = 'batch fits' and value = 'all')
-order by kept.id
 """
 
 # The rows of the PUBLISH_MESSAGE (or PUBLISH_MATCHING, BACKFILL) just before: the ids of one
@@ -2461,6 +2362,8 @@ REPLACE_PARAMETERS = """
     dead = excluded.dead,
     backoff = excluded.backoff"""
 
+IS_SUBSCRIBED = "exists (select 1 from subscriptions where topic = :topic and channel = :channel)"
+
 SUBSCRIBE = f"""
 insert into subscriptions (topic, channel, {PARAMETER_COLUMNS}, created)
 select :topic, :channel, {PARAMETER_VALUES}, :now
@@ -2695,6 +2598,105 @@ order by topic
 SCHEDULE_COUNTS = """
 select count(*), coalesce(sum(last_error <> ''), 0)
 from schedules
+"""
+
+# -- kept publications, for those that come later
+
+IS_KEPT = f"""{{0}}topic = :topic and {{0}}id > :after and {{0}}at > :now - :seconds
+    and not ({TOO_OLD})"""
+
+# Those of several topics, which :topics lists in JSON.  The next :n of all of them are of the :n
+# topics whose next one comes first.
+KEPT_PUBLICATIONS = f"""
+select id, topic, max(cast(:now - at as integer), 0), type, headers,
+    substr(body, 1, :preview_bytes + 1)
+from publications
+where id in (
+    select id
+    from (
+        select value as topic
+        from json_each(:topics)
+        order by coalesce((
+            select id
+            from publications
+            where {IS_KEPT.format("").replace(":topic", "value")}
+            order by id
+            limit 1), {MAX_INTEGER})
+        limit :n
+    ) as nearest
+        cross join publications on id in (
+            select id
+            from publications
+            where {IS_KEPT.format("").replace(":topic", "nearest.topic")}
+            order by id
+            limit :n)
+    order by id
+    limit :n
+)
+order by id
+"""
+
+# An id up to which all publications are older than :seconds.  Ids are in the order of time but for
+# the time that a commit may take, so it is found by halving, and not by reading all.
+IS_OLD = """coalesce((
+        select at from publications where id >= (low + high) / 2 order by id limit 1
+    ) <= :now - :seconds - :commit_time, 0)"""
+
+OLD_PUBLICATIONS = f"""
+with recursive halves (low, high) as (
+    select 0, coalesce(max(id), 0) + 1
+    from publications
+    union all
+    select case when {IS_OLD} then (low + high) / 2 else low end,
+        case when {IS_OLD} then high else (low + high) / 2 end
+    from halves
+    where high - low > 1
+)
+select max(low)
+from halves
+"""
+
+# What is to be copied to a new subscriber; it does not matter by how much that is too much.
+KEPT_TOTALS = f"""
+select count(*), coalesce(sum(size), 0)
+from (
+    select length(body) as size
+    from publications
+    where {IS_KEPT.format("")} and not {IS_SUBSCRIBED}
+    limit :max_copies + 1
+)
+"""
+
+# Before those copies, which fit into the channel all or not at all.
+CHECK_BACKFILL_FITS = f"""
+insert into config (key, value)
+select 'batch fits', case when {IS_SUBSCRIBED} then 'nothing' else 'all' end
+from (select coalesce((select hlm from settings where channel = :channel), :hlm) as hlm)
+where hlm = 0 or {IS_SUBSCRIBED} or hlm >= coalesce(
+        (select ready + in_flight + delayed from channels where name = :channel), 0)
+    + (select count(*) from publications where {IS_KEPT.format("")})
+"""
+
+# Of the copies in one statement that are of a group, the first may be ready.
+BACKFILL_BLOCKED = f"""({IS_BLOCKED.format(channel="subscriptions.channel", group="kept.group_key")}
+        or kept.group_key <> '' and kept.id not in (
+            select min(id) from publications where {IS_KEPT.format("")} group by group_key))"""
+
+BACKFILL = f"""
+insert into messages ({COPIED_COLUMNS})
+select {
+    COPIED_VALUES.replace(COPY_BLOCKED, BACKFILL_BLOCKED)
+    .replace(":type", "kept.type")
+    .replace(":headers", "kept.headers")
+    .replace(":group", "kept.group_key")
+    .replace(":body", "kept.body")
+}
+from publications as kept
+    cross join subscriptions on subscriptions.topic = :topic and subscriptions.channel = :channel
+    left join settings on settings.channel = :channel
+where {IS_KEPT.format("kept.")}
+    and exists (select 1 from config where key = 'batch fits' and value = 'all')
+order by kept.id
 """
 
 # -- inspection
@@ -6978,16 +6980,6 @@ class Publication(NamedTuple):
     id: int = 0  # if it is kept
 
 
-def kept_together(publications: Sequence[Publication]) -> range:
-    """The ids of those in a batch that are kept, which follow each other: of those that are no
-    duplicates, or of all if the whole batch is repeated."""
-    kept = [publication for publication in publications if publication.id]
-    ids = [p.id for p in kept if not p.duplicate] or [p.id for p in kept]
-    if not ids or any(id + 1 != after for id, after in zip(ids, ids[1:])):
-        return range(0)
-    return range(ids[0], ids[-1] + 1)
-
-
 def copies_of(rows: Iterable[Sequence[Any]]) -> Iterator[dict[str, Any]]:
     """The copies in rows of PUBLISHED, as `State.message_added` takes a message."""
     names = ("channel", "id", "state", "due_at", "expires_at")
@@ -9569,6 +9561,16 @@ class Backfill(Operation):
             raise Full(f"the publications do not fit below the channel's high-level mark of {hlm}")
         if not subscribed:
             raise Full(topic_is_full())
+
+
+def kept_together(publications: Sequence[Publication]) -> range:
+    """The ids of those in a batch that are kept, which follow each other: of those that are no
+    duplicates, or of all if the whole batch is repeated."""
+    kept = [publication for publication in publications if publication.id]
+    ids = [p.id for p in kept if not p.duplicate] or [p.id for p in kept]
+    if not ids or any(id + 1 != after for id, after in zip(ids, ids[1:])):
+        return range(0)
+    return range(ids[0], ids[-1] + 1)
 
 
 class Replay:
