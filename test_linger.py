@@ -7970,7 +7970,8 @@ class OpenApiTest(ServerTest):
 class SourceTest(ServerTest):
     def test_the_source_is_served_with_a_tag(self):
         status, headers, body = self.call("GET", "/linger.py")
-        self.assertEqual((status, body), (200, (HERE / "linger.py").read_bytes()))
+        self.assertEqual(status, 200)
+        self.assertTrue(body == SOURCE.encode())  # a comparison line by line would take an hour
         self.assertEqual(headers["Content-Type"], "text/x-python; charset=utf-8")
         for tags in (headers["ETag"], 'W/"x", W/' + headers["ETag"], "*"):
             answer = self.call("GET", "/linger.py", headers={"If-None-Match": tags})
