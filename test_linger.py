@@ -18419,12 +18419,21 @@ class ReadmeTest(Folder):
     def run_shell(self, command, server):
         self.assertRegex(command, "curl |linger ")
         script = """curl() { command curl -s "$@"; }; linger() { "$PYTHON" "$LINGER" "$@"; }; """
+        if "sleep 1" in command:  # which leaves another command the time to listen
+            Path("listening").unlink(missing_ok=True)
+            script += "sleep() { until [ -e listening ]; do command sleep 0.02; done; }; "
+            live = server.broker._state.live
+            self.thread(self.note_listener, live, {*live.channels, *live.topics})
         names = {"PYTHON": sys.executable, "LINGER": compiled}
         return subprocess.run(
             ["sh", "-c", script + command],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
             env={**os.environ, **names, "LINGER_URL": server.url},
         ).stdout.replace("\r\n", "\n")  # fmt: skip
+
+    def note_listener(self, live, before):
+        until(lambda: {*live.channels, *live.topics} - before)
+        Path("listening").touch()
 
     def test_every_python_session_gives_what_it_shows(self):
         """Each has an empty server."""
