@@ -128,6 +128,7 @@ import email.utils
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import heapq
 import http
@@ -647,14 +648,17 @@ def tune_memory() -> None:
     """Lets the C library of Linux give each large block back to the system once it is freed.
 
     Otherwise it raises the size from which it does so with the first block of some megabytes, and
-    a process that has held 400 MB in bodies keeps as much again.
+    a process that has held 400 MB in bodies keeps as much again.  And lets the garbage collector
+    pass over the 20,000 objects of the program: a look at all took 5 to 15 ms, every few seconds.
     """
+    gc.freeze()
     with contextlib.suppress(AttributeError, ImportError, OSError):  # another library
         import ctypes
 
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_AMOUNT)
 
 
+@functools.cache  # after the first call it does not count any more
 def tune_sqlite() -> None:
     """Lets SQLite not count the memory that it uses, as its developers recommend: that takes a
     lock for each of the 140 blocks that a job needs.

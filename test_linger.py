@@ -9213,13 +9213,22 @@ import _sqlite3, ctypes, linger, sqlite3, sys
 if "open" in sys.argv:
     before = sqlite3.connect(":memory:")
 linger.tune_sqlite()
-sqlite3.connect(":memory:").execute("create table t (x)")
-print(ctypes.CDLL(_sqlite3.__file__).sqlite3_memory_used() > 0)
+after = sqlite3.connect(":memory:")
+after.execute("create table t (x)")
+linger.tune_sqlite()
+library = ctypes.CDLL(_sqlite3.__file__)
+was_shut_down = library.sqlite3_config(linger.SQLITE_CONFIG_MEMSTATUS, 0) == 0
+print(library.sqlite3_memory_used() > 0, was_shut_down)
 """
-        for argument, counts in (("", b"False\n"), ("open", b"True\n")):
+        for argument, counts in (("", b"False False\n"), ("open", b"True False\n")):
             command = (sys.executable, "-c", code, argument)
             output = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE).stdout
             self.assertEqual(output, counts)
+
+    def test_the_objects_of_the_program_are_not_searched_for_garbage(self):
+        code = "import gc, linger; linger.tune_memory(); print(len(gc.get_objects()) < 5_000)"
+        searched = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+        self.assertEqual(searched.stdout, b"True\n")
 
     def test_timeouts_are_kept_in_that_format(self):
         left, right = socket.socketpair(socket.AF_UNIX)
