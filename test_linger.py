@@ -4192,10 +4192,8 @@ class CallReplyTest(BrokerTest):
 
     def test_a_pause_between_looks_holds_up_neither_a_stop_nor_the_end(self):
         self.hasten(LOOK_PAUSE=2 * PATIENCE)
-        self.broker.post("q", b"x")
-        waiting = self.thread(self.broker.calls.drained, "q", 2 * PATIENCE)
-        until(lambda: self.broker.calls._waits._count)
-        self.broker.cancel_all()
+        waits = linger.Waits(iter((False, True)).__next__)  # it stops after the first look
+        waiting = self.thread(waits.wait, "key", lambda: None, 2 * PATIENCE, bool)
         self.assertIsInstance(waiting.exception(PATIENCE), linger.Unavailable)
         self.hasten(LONGEST_PAUSE=2 * PATIENCE)
         found = self.thread(linger.Waits(bool).wait, "key", lambda: None, 0.1, bool)
