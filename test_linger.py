@@ -4452,6 +4452,8 @@ class GroupTest(BrokerTest):
             consumer = self.broker.consumer(["d"], 3, auto=True)
             self.broker.undo_take(consumer, self.broker.take(consumer))
             self.check()
+        self.broker.delete(1)
+        self.assertEqual(self.states("d"), ["ready"] * 2 + ["blocked"])
 
     def test_one_that_comes_back_goes_before_what_waits(self):
         self.take()
