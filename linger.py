@@ -2800,6 +2800,14 @@ select max(id)
 from messages
 """
 
+PUBLISHED_AFTER = """
+select id, topic
+from publications
+where id > :after
+order by id
+limit :n
+"""
+
 NEWEST_PUBLICATION = """
 select coalesce(max(id), 0)
 from publications
@@ -6046,10 +6054,13 @@ class Live:
             if not feed.readers:
                 self._observe(feed)
 
-    def look_again(self) -> None:
-        """Lets the readers of topics and patterns look for what other servers have published."""
+    def look_again(self, topics: Collection[str]) -> None:
+        """Lets the readers of topics, and of patterns that match any, look for what other servers
+        have published."""
         with self.lock:
-            feeds = [*self.topics.values(), *self.patterns.values()]
+            patterns = {name for topic in topics for name in self.pattern_tree.match(topic)}
+            feeds = [feed for name, feed in self.topics.items() if name in topics]
+            feeds += [feed for name, feed in self.patterns.items() if name in patterns]
             waiting = [reader for feed in feeds for reader in feed.waiting]
             for feed in feeds:
                 feed.waiting.clear()
@@ -8587,7 +8598,7 @@ class Watch:
         self._changes: Optional[str] = None  # how often settings and pauses had changed
         self._joined: set[str] = set()  # new sessions for which broker time was recorded
         self._swept_at = -NEVER  # when what is due was last read
-        self._newest: Optional[int] = None  # the id of the newest publication then
+        self._newest = -1  # the id of the newest publication then; of none 0
         self._thread = threading.Thread(target=self._work, name="linger-watch", daemon=True)
 
     def start(self) -> None:
@@ -8637,9 +8648,7 @@ class Watch:
         changes, latest, joining, newest = general
         if sweeps:
             self._swept_at = began
-            if newest != self._newest:
-                self._newest = newest
-                state.live.look_again()
+            self._look_for_publications(newest or 0)
         if latest is not None:
             state.clock.advance(latest)
         if changes != self._changes:
@@ -8651,6 +8660,16 @@ class Watch:
         self._joined = joined
         if ready or any(due):
             state.committer.submit(Notice(state, ready, due[0] if due else ()))
+
+    def _look_for_publications(self, newest: int) -> None:
+        """Has streams look for what was published, up to the id `newest`, since the last look."""
+        live = self._state.live
+        if self._newest < 0 or not (live.topics or live.patterns):
+            self._newest = newest
+        while self._newest < newest:
+            (rows,) = self._read(PUBLISHED_AFTER, after=self._newest, n=PIECE_ROWS)
+            live.look_again({topic for _, topic in rows})
+            self._newest = rows[-1][0] if rows else newest
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5338,6 +5338,13 @@ class PatternTest(BrokerTest):
             reader.close()
         self.assertFalse(self.broker._state.live.patterns or self.broker._state.live.pattern_tree)
 
+    def test_readers_look_again_only_for_topics_that_concern_them(self):
+        listener, memory = unittest.mock.Mock(), linger.MemoryBudget(10**7)
+        names = [("topics", "a"), ("topics", "b"), ("patterns", "a.#"), ("patterns", "b.#")]
+        readers = [self.broker.listen(kind, name, listener, memory) for kind, name in names]
+        self.broker._state.live.look_again({"a", "c"})
+        self.assertEqual([reader.is_silent for reader in readers], [True, False, True, False])
+
     def test_readers_come_and_go_without_a_look_at_the_other_patterns(self):
         live = self.broker._state.live
         listener = unittest.mock.Mock(**{"is_disconnected.return_value": False})
@@ -17882,6 +17889,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "CHANNELS_OF_PATTERNS": {"json_each"},
     "KEPT_COUNTS": {"retention"},
     "OLD_PUBLICATIONS": {"publications"},  # one row at a time, by its id
+    "PUBLISHED_AFTER": {"publications"},  # from an id on
     "ALL_SETTINGS": {"settings"},
     "LIST_SCHEDULES": {"schedules"},
     "SCHEDULE_COUNTS": {"schedules"},
