@@ -6342,7 +6342,9 @@ class ClusterTest(Folder):
     def quiet(self):
         """A server whose threads do nothing by themselves."""
         self.hasten(IDLE_LOOK_INTERVAL=PATIENCE, LOOK_INTERVAL=PATIENCE, TICK_INTERVAL=PATIENCE)
-        return self.open()
+        broker = self.open()
+        until(lambda: broker._state.timers._sleeps_until > broker.now())  # after its first tick
+        return broker
 
     def count(self, broker):
         ((count,),) = broker._store.read("select count(*) from messages")[0]
