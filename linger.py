@@ -11590,11 +11590,9 @@ class JsonArray:
     into JSON only when it is sent; the length, which a response says first, is calculated.
     """
 
-    def __init__(
-        self, items: Iterable[tuple[Any, ...]], to_object: Callable[..., Mapping[str, object]]
-    ) -> None:
-        """`items`: a message each, and what else `to_object` is called with."""
-        self._to_object = to_object
+    def __init__(self, items: Iterable[tuple[Any, ...]], to_json: Callable[..., str]) -> None:
+        """`items`: a message each, and what else `to_json` is called with."""
+        self._to_json = to_json
         self._items: collections.deque[Any] = collections.deque()  # or their JSON
         self.length = 3  # brackets and newline; there is no comma before the first message
         self.size = 0  # bytes that are kept while it is sent
@@ -11602,11 +11600,12 @@ class JsonArray:
         for message, *others in items:
             body = message.body
             if len(body) <= UNCOUNTED:
-                text = self._encode(message, *others)
+                text = to_json(message, *others).encode()
                 length = len(text)
                 self._items.append(text)
             else:
-                length = len(self._encode(message._replace(body=b""), *others)) + json_length(body)
+                length = len(to_json(message._replace(body=b""), *others).encode())
+                length += json_length(body)
                 self._items.append((message, *others))
             self.length += length + (len(self._items) > 1)
             self.size += len(body) + MESSAGE_BYTES
@@ -11616,9 +11615,6 @@ class JsonArray:
                 yielded = time.monotonic()
         self.size += longest + PIECE_BYTES
 
-    def _encode(self, *item: object) -> bytes:
-        return TO_JSON(self._to_object(*item)).encode()
-
     def pieces(self) -> Iterator[bytes]:
         """The array, in pieces of PIECE_BYTES or, of the longest messages, more; only once."""
         piece = bytearray(b"[")
@@ -11626,7 +11622,7 @@ class JsonArray:
         while self._items:
             item = self._items.popleft()
             piece += separator
-            piece += item if isinstance(item, bytes) else self._encode(*item)
+            piece += item if isinstance(item, bytes) else self._to_json(*item).encode()
             separator = b","
             if len(piece) >= PIECE_BYTES:
                 data = bytes(piece)
@@ -11934,6 +11930,21 @@ def message_object(message: Message) -> dict[str, object]:
     if message.dead_from:
         value["dead-delivered"] = message.dead_delivered  # also 0
     return value
+
+
+PLAIN_JSON = "{" + "".join(f'"{key}":%s,' for key in MESSAGE_KEYS) + '"body":%s}'
+
+
+def message_json(message: Message) -> str:
+    """A `message_object` in JSON; without optional fields it takes a third of the time."""
+    try:
+        plain = None if any(message[FIRST_OPTIONAL:]) else message.body.decode("utf-8")
+    except UnicodeDecodeError:
+        plain = None
+    if plain is None:
+        return TO_JSON(message_object(message))
+    fields = (*message[: FIRST_OPTIONAL - 1], plain)
+    return PLAIN_JSON % tuple([TO_JSON(v) if type(v) is str else v for v in fields])
 
 
 def listed_object(message: Message, state: str, cut: Optional[int]) -> dict[str, object]:
@@ -14604,7 +14615,7 @@ class ManagementApi:
             if time.monotonic() > asked + GONE_AFTER and request.connection.is_disconnected():
                 raise Unavailable("the client has gone, or the server has too much to do")
             output.resize(self._most_of_listing(n, cut))
-            array = JsonArray(read(), functools.partial(to_object, cut=cut))
+            array = JsonArray(read(), lambda *item: TO_JSON(to_object(*item, cut=cut)))
             output.force(array.size)
         return Response(200, array=array)
 
@@ -14953,7 +14964,7 @@ class Api(ManagementApi):
         undone = [message._replace(body=b"") for message in messages]  # bodies go as they are sent
         undo = functools.partial(self._broker.undo_take, consumer, undone)
         with self._memory.large_work:
-            array = JsonArray(zip(messages), message_object)
+            array = JsonArray(zip(messages), message_json)
         output.force(array.size)
         return Response(200, undo=undo, array=array)
 

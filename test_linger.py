@@ -8096,14 +8096,17 @@ class ConsumerCallTest(ServerTest):
 
     def test_a_large_response_is_not_made_by_the_committer(self):
         threads = []
-        message_object = linger.message_object
 
-        def spy(message):
+        def spy(function, message):
             threads.append(threading.get_ident())
-            return message_object(message)
+            return function(message)
 
         committer = self.broker._committer._thread.ident
-        with unittest.mock.patch.object(linger, "message_object", spy):
+        spies = {
+            name: functools.partial(spy, getattr(linger, name))
+            for name in ("message_object", "message_json")
+        }
+        with unittest.mock.patch.multiple(linger, **spies):
             for count, body in ((2, b"x"), (30, b"x"), (2, b"x" * 50_000)):
                 for _ in range(count):
                     self.post(body)
@@ -10139,13 +10142,22 @@ class BudgetTest(unittest.TestCase):
 
 
 class JsonArrayTest(unittest.TestCase):
+    def test_a_message_without_optional_fields_has_the_same_json(self):
+        message = linger.Message(1, '"ä', -2, 30, 4, 5, 6, 7, "t\n", 8, "text/\\", b"\0%s\xc3\xa4")
+        for field in ("body", *linger.OPTIONAL_KEYS):
+            number = type(getattr(message, field.replace("-", "_"))) is int
+            value = 1 if number else b"\xff" if field == "body" else f"{linger.OWN_HEADER}a: b\r\n"
+            for each in (message, message._replace(**{field.replace("-", "_"): value})):
+                expected = linger.TO_JSON(linger.message_object(each))
+                self.assertEqual(linger.message_json(each), expected)
+
     def test_its_length_is_known_before_it_is_built(self):
         message = linger.Message(1, "c", 0, 30, 0, 1, 0, 0, "", 1, "text/plain", b"")
         every = "".join(map(chr, range(0x800))).encode()
         bodies = (b"", b"x" * 9_000, every * 5, bytes(range(256)) * 30, b"\xff" * 9_001, b"\xff")
         for count in range(len(bodies) + 1):
             messages = [message._replace(body=body) for body in bodies[:count]]
-            array = linger.JsonArray(zip(messages), linger.message_object)
+            array = linger.JsonArray(zip(messages), linger.message_json)
             text = b"".join(array.pieces())
             objects = [linger.message_object(m) for m in messages]
             self.assertEqual(text, linger.json_response(objects).body)
