@@ -2001,6 +2001,24 @@ where id = :id and lease = coalesce(:lease, lease)
     and channel = coalesce(:expected_channel, channel)
 """
 
+# For :messages, a JSON array of ids, leases and expected channels (or null), as DELETE_LEASED does.
+WANTED = """
+from (
+    select json_extract(value, '$[0]') as wanted_id,
+        json_extract(value, '$[1]') as wanted_lease,
+        json_extract(value, '$[2]') as wanted_channel
+    from json_each(:messages)
+) cross join messages on id = wanted_id and channel = coalesce(wanted_channel, channel)"""
+
+FIND_WANTED = f"""
+select id, channel, group_key, lease = coalesce(wanted_lease, lease) {WANTED}
+"""
+
+DELETE_WANTED = f"""
+delete from messages
+where id in (select id {WANTED} where lease = coalesce(wanted_lease, lease))
+"""
+
 # -- request and reply
 
 # A reply, if the message was called; then it is deleted.
@@ -5801,7 +5819,7 @@ REPORTED: tuple[tuple[Sequence[str], str, Sequence[str]], ...] = (
     (("released",), CHANGED, (UNDO_TAKE, RESTORE_MESSAGE)),
     (("rejected",), CHANGED, (REJECT_MESSAGE,)),
     (("deleted",), SAME, (DELETE_MESSAGE, DELETE_LEASED, DELETE_DEAD, DRAIN_READY, DRAIN_HIDDEN)),
-    (("deleted",), SAME, (DELETE_REPLIED, DELETE_CALLED)),
+    (("deleted",), SAME, (DELETE_WANTED, DELETE_REPLIED, DELETE_CALLED)),
     (("timed_out",), SAME, (EXHAUST_TIMED_OUT, BACK_OFF_TIMED_OUT)),
     (("timed_out",), TIMED_OUT, (MAKE_DUE_READY,)),
     (("expired",), CHANGED, (EXPIRE_MESSAGE,)),
@@ -6836,14 +6854,15 @@ class State:
         if group:
             self.committer.join_transaction(ProcessDue(self, channel, now, FIRST_PIECE))
 
-    def message_deleted(self, id: int, channel: str, now: float) -> None:
-        """After a client has deleted a message."""
-        self.counters["msg-delete"] += 1
-        self.events[channel]["deleted"] += 1
-        flight = self.flights.pop(id)
-        if flight is not None:
-            self.flight_times.observe(now - flight.began)
-        self.flights_ended(channel, 1, now)
+    def messages_deleted(self, ids: Collection[int], channel: str, now: float) -> None:
+        """After a client has deleted messages of a channel."""
+        self.counters["msg-delete"] += len(ids)
+        self.events[channel]["deleted"] += len(ids)
+        for id in ids:
+            flight = self.flights.pop(id)
+            if flight is not None:
+                self.flight_times.observe(now - flight.began)
+        self.flights_ended(channel, len(ids), now)
 
 
 class Change(Operation):
@@ -7125,7 +7144,7 @@ class Deletion:
         """Counts the deletion; whether there was one."""
         if not self.is_done(operation):
             return False
-        self._state.message_deleted(self._id, self._channel, self._now)
+        self._state.messages_deleted((self._id,), self._channel, self._now)
         return True
 
     def check(self, operation: Operation, otherwise: str = "") -> None:
@@ -7414,49 +7433,36 @@ class Delete(Operation):
 class DeleteBatch(Operation):
     """Deletes messages; the ids deleted, in conflict, and missing."""
 
-    def __init__(self, state: State, messages: list[dict[str, Any]], now: float) -> None:
-        """`messages`: the parameters of DELETE_LEASED for each."""
-        flights = {m["id"]: state.flights.find(m["id"], now) for m in messages}
-        unknown = [m for m in messages if flights[m["id"]] is None]
-        self._places = {id: (f.channel, f.group) for id, f in flights.items() if f is not None}
-        super().__init__(
-            [CHANNEL_OF_MESSAGE] * len(unknown) + [DELETE_LEASED] * len(messages),
-            [*unknown, *messages],
-        )
+    def __init__(
+        self, state: State, messages: list[tuple[int, Optional[int], Optional[str]]], now: float
+    ) -> None:
+        """`messages`: the id, lease and expected channel of each."""
+        parameters = {"messages": json.dumps(messages), "n": len(messages)}
+        super().__init__((FIND_WANTED, DELETE_WANTED), parameters)
         self._state = state
-        self._messages = messages
+        self._ids = [id for id, _, _ in messages]
         self._now = now
-        self._lookup: Optional[Operation] = None  # why some were not deleted
-
-    def _outcome(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """Each message, and whether it was deleted."""
-        results = self.rows()[-len(self._messages) :]
-        return ((message, bool(result[0])) for message, result in zip(self._messages, results))
 
     def on_executed(self) -> None:
-        for rows in self.results[: -len(self._messages)]:
-            self._places.update((id, (channel, group)) for id, channel, group in rows)
-        places = {self._places[message["id"]] for message, deleted in self._outcome() if deleted}
-        for channel, group in places:
+        for channel, group in {row[1:3] for row in self.results[0] if row[3]}:
             self._state.group_ended(group, channel, self._now)
-        undeleted = [message for message, deleted in self._outcome() if not deleted]
-        if undeleted:
-            self._lookup = Operation([LEASE_STATE] * len(undeleted), undeleted)
-            self._state.committer.join_transaction(self._lookup)
 
     def on_commit(self) -> None:
-        for message, deleted in self._outcome():
-            if deleted:
-                channel, _ = self._places[message["id"]]
-                self._state.message_deleted(message["id"], channel, self._now)
+        ids = collections.defaultdict[str, list[int]](list)
+        for id, channel, _, is_deleted in self.results[0]:
+            if is_deleted:
+                ids[channel].append(id)
+        for channel, deleted in ids.items():
+            self._state.messages_deleted(deleted, channel, self._now)
 
     def result(self) -> tuple[list[int], list[int], list[int]]:
-        outcome: tuple[list[int], list[int], list[int]] = ([], [], [])
-        lease_states = iter(self._lookup.rows() if self._lookup else ())
-        for message, deleted in self._outcome():
-            kind = 0 if deleted else 1 if next(lease_states, None) else 2
-            outcome[kind].append(message["id"])
-        return outcome
+        rows = self.rows()[0]
+        missing = set(self._ids).difference(row[0] for row in rows)
+        return (
+            [row[0] for row in rows if row[3]],
+            [row[0] for row in rows if not row[3]],
+            [id for id in self._ids if id in missing],
+        )
 
 
 class Touch(Operation):
@@ -8851,7 +8857,7 @@ class Calls:
 
         def effect(results: list[Any]) -> None:
             if results[0][0]:
-                state.message_deleted(id, channel, now)
+                state.messages_deleted((id,), channel, now)
                 state.timers.schedule(channel, now)  # the next of its group
 
         change = Change((DELETE_CALLED,), {"id": id, "channel": channel}, effect)
@@ -10138,10 +10144,7 @@ class Broker(Administration):
 
         `expected_channel` may name for an id the channel in which the message must be.
         """
-        rows = [
-            {"id": id, "lease": lease, "expected_channel": expected_channel.get(id)}
-            for id, lease in dict(messages).items()
-        ]
+        rows = [(id, lease, expected_channel.get(id)) for id, lease in dict(messages).items()]
         operation = DeleteBatch(self._state, rows, self.now())
         outcome: tuple[list[int], list[int], list[int]] = self._run(operation)
         return outcome

@@ -17901,6 +17901,9 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     "ALL_PAUSES": {"pauses"},
     "ALL_RETENTION": {"retention"},
     "CHANNELS_OF_PATTERNS": {"json_each"},
+    "DELETE_WANTED": {"json_each"},
+    "EVENT_STATEMENTS[16]": {"json_each"},  # of DELETE_WANTED
+    "FIND_WANTED": {"json_each"},
     "KEPT_COUNTS": {"retention"},
     "OLD_PUBLICATIONS": {"publications"},  # one row at a time, by its id
     "PUBLISHED_AFTER": {"publications"},  # from an id on
