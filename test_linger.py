@@ -72,6 +72,10 @@ def setUpModule():
     unittest.addModuleCleanup(folder.cleanup)
     compiled = os.path.join(folder.name, "linger.pyc")
     py_compile.compile(str(HERE / "linger.py"), compiled, doraise=True)
+    cache = {"PYTHONPYCACHEPREFIX": folder.name, "PYTHONDONTWRITEBYTECODE": ""}
+    shared_cache = unittest.mock.patch.dict(os.environ, cache)
+    shared_cache.start()
+    unittest.addModuleCleanup(shared_cache.stop)
     linger.client_logger()  # or `assertLogs` would take its handler away again
 
 
@@ -12868,7 +12872,7 @@ class CompiledTest(Folder):
         self.script.write_text(f'{start}\nprint("{linger.__version__}")\n')
 
     def version(self):
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": ""}
         command = [sys.executable, self.script, "--version"]
         return subprocess.run(command, capture_output=True, text=True, env=environment).stdout
 
