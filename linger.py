@@ -15420,6 +15420,11 @@ class ReplySlot:
         if waiting is not None:
             waiting.release()
 
+    def is_awaited(self) -> bool:
+        """Whether the connection's thread has begun to wait for the reply, and so does nothing
+        else before `complete`; if not, it may be about to."""
+        return self._waiting is not None
+
     def wait(self, seconds: float = -1) -> bool:
         """Waits up to `seconds` for the reply to be sent; returns whether it has been."""
         with self._lock:
@@ -15537,6 +15542,8 @@ class Connection:
             self.input.release()
             self._send(request, response, request.close_after)
             self._note_answered(request, response.status)
+        elif request.close_after and self._slot.consumer is None:
+            self._slot.wait()  # nothing more is to be received
 
     def _response_to_error(self, request: Request, error: Exception) -> Response:
         """The response to an exception in an endpoint: every one ends here."""
@@ -15835,9 +15842,9 @@ class Connection:
         if self.input.size or self.output.size:
             self.input.release()
             self.output.release()
-        if self._closing:
+        if self._closing and not self._slot.is_awaited():  # then it may be receiving
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RD)  # it may be receiving
+                self._socket.shutdown(socket.SHUT_RD)
         self._slot.complete()
 
     # -- sending

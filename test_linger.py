@@ -8482,6 +8482,16 @@ class KeepAliveTest(ServerTest):
         self.assertIn(b"Connection: close\r\n", answer)
         self.assertNotIn(b"Keep-Alive:", answer)
 
+    def test_nothing_is_received_after_a_request_that_closes(self):
+        head = b"POST /channels/q HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        with self.connect() as client:
+            with busy(self.broker._committer):
+                client.sendall(head + b"Content-Length: 1\r\n\r\nx")
+                until(lambda: self.server.active)
+                (connection,) = self.server.active
+                until(connection._slot.is_awaited)
+            self.assertIn(b"HTTP/1.1 202 ", client.recv(1_000))
+
 
 class IgnoredTest(ServerTest):
     """Parameters that an endpoint does not know: ignored, but named."""
