@@ -1247,6 +1247,13 @@ SCHEMA = (
             and dead_from = '' and blocked = 0 and state <> 1 and id > new.id;
     end
     """,
+    # The ids that a take of several messages has found, as a JSON array, for its other statements.
+    """
+    create table picked (
+        only integer primary key,
+        ids text not null
+    )
+    """,
     # Null is a parameter that was not given: the channel's setting or the default holds.
     """
     create table subscriptions (
@@ -1896,22 +1903,36 @@ LIMITED_IDS = MATCHING_IDS.format(
     f" from {LIMITED_CHANNEL} as chosen), 0))",
 )
 
+# The other statements of the take use what this one finds.  To find the same as the take before, as
+# nothing in an empty channel, writes nothing.
+PICK_BATCH = f"""
+insert into picked (only, ids)
+select 1, json_group_array(id)
+from {BATCH_IDS}
+where true
+on conflict (only) do update set ids = excluded.ids where ids <> excluded.ids
+"""
+
+PICK_LIMITED = PICK_BATCH.replace(BATCH_IDS, LIMITED_IDS)
+
+PICKED_IDS = "(select value from json_each((select ids from picked where only = 1)))"
+
 SELECT_BATCH = f"""
 select {DELIVERED_COLUMNS}
 from messages
-where id in {BATCH_IDS}
+where id in {PICKED_IDS}
 order by id
 """
 
 LEASE_BATCH = f"""
 update messages
 set {SET_LEASED}
-where id in {BATCH_IDS}
+where id in {PICKED_IDS}
 """
 
 DELETE_BATCH = f"""
 delete from messages
-where id in {BATCH_IDS}
+where id in {PICKED_IDS}
 """
 
 # The whole rows, for RESTORE_MESSAGE.
@@ -1920,14 +1941,9 @@ select id, channel, priority, timeout, deliver, delivered, lease, received, ling
     expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, dead_delivered,
     error, headers, group_key, body
 from messages
-where id in {BATCH_IDS}
+where id in {PICKED_IDS}
 order by id
 """
-
-SELECT_LIMITED, LEASE_LIMITED, DELETE_LIMITED, SELECT_LIMITED_ROWS = (
-    statement.replace(BATCH_IDS, LIMITED_IDS)
-    for statement in (SELECT_BATCH, LEASE_BATCH, DELETE_BATCH, SELECT_BATCH_ROWS)
-)
 
 RESTORE_MESSAGE = f"""
 insert into messages (id, channel, priority, state, due_at, timeout, deliver, delivered, lease,
@@ -7158,10 +7174,9 @@ class Deletion:
 NEXT_TAKES = ((NEXT_MESSAGE, LEASE_NEXT), (NEXT_IF_DELETED, LEASE_IF_DELETED))
 
 # For all but the usual takes; the second of each while a channel is limited, or may be.
-BATCH_TAKES = ((SELECT_BATCH, LEASE_BATCH), (SELECT_LIMITED, LEASE_LIMITED))
-AUTO_TAKES = (
-    (SELECT_BATCH_ROWS, SELECT_BATCH, DELETE_BATCH),
-    (SELECT_LIMITED_ROWS, SELECT_LIMITED, DELETE_LIMITED),
+BATCH_TAKES = tuple((pick, SELECT_BATCH, LEASE_BATCH) for pick in (PICK_BATCH, PICK_LIMITED))
+AUTO_TAKES = tuple(
+    (pick, SELECT_BATCH_ROWS, SELECT_BATCH, DELETE_BATCH) for pick in (PICK_BATCH, PICK_LIMITED)
 )
 
 

@@ -3714,6 +3714,13 @@ class BatchTest(BrokerTest):
         self.assertEqual((ids, dropped, [*kept]), ({"a": [1, 3], "b": [2, 4]}, [], []))
         self.assertEqual(self.bodies("b"), [b"1", b"2"])
 
+    def test_a_take_of_several_that_finds_nothing_writes_nothing(self):
+        changes = []
+        for _ in range(3):
+            self.assertEqual(self.broker.take(self.broker.consumer(["q"], 5)), [])
+            changes.append(self.broker._store._writer.total_changes)
+        self.assertEqual(changes[1:], changes[:1] * 2)
+
     def test_a_batch_delete_reports_the_outcome_of_each(self):
         self.broker.post_batch("q", self.items(b"1", b"2", b"3"))
         lease = self.broker.get("q").lease
@@ -6787,7 +6794,7 @@ class CopyTest(Folder):
     def test_every_table_is_looked_at_before_a_database_is_replaced(self):
         tables = re.findall(r"create table (\w+)", " ".join(linger.SCHEMA))
         found = re.findall(r"from (\w+)", linger.FIND_STORED)
-        self.assertEqual({*tables} - {*found}, {"config", "messages", "sessions"})
+        self.assertEqual({*tables} - {*found}, {"config", "messages", "picked", "sessions"})
 
     def test_a_server_starts_from_the_backup_of_a_cluster(self):
         broker = self.open(self.cluster.url)
@@ -7186,8 +7193,7 @@ class FeedTest(BrokerTest):
         seen = {name for name, sql in statements().items() if sql in linger.LOOK_UPS}
         self.assertEqual(changes - seen, {
             "LEASE_NEXT", "LEASE_IF_DELETED", "LEASE_IF_OPEN",  # of takes
-            "LEASE_BATCH", "LEASE_LIMITED",
-            "DELETE_BATCH", "DELETE_LIMITED",
+            "LEASE_BATCH", "DELETE_BATCH",
             "PUBLISH_MESSAGE", "PUBLISH_MATCHING", "BACKFILL",  # PUBLISHED follows
             "BLOCK_LATER", "TOUCH_MESSAGE", "CHANGE_MESSAGE", "TAKE_OVER_TIMES",
         })  # fmt: skip
@@ -17970,10 +17976,11 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     },  # up to the first row
     "NEXT_BY_CHANNEL": {"channels"},  # once, at the start
     "SUBSCRIPTION_TOTALS": {"patterns", "subscriptions"},
-    "SELECT_LIMITED": {"chosen"},  # of one row
-    "LEASE_LIMITED": {"chosen"},
-    "DELETE_LIMITED": {"chosen"},
-    "SELECT_LIMITED_ROWS": {"chosen"},
+    "PICK_LIMITED": {"chosen"},  # of one row
+    "SELECT_BATCH": {"json_each"},
+    "LEASE_BATCH": {"json_each"},
+    "DELETE_BATCH": {"json_each"},
+    "SELECT_BATCH_ROWS": {"json_each"},
     "TAKE_OVER_TIMES": {"messages"},  # once, of a database of 1.0.1
     "TOPIC_NAMES": {"subscriptions"},
 }
