@@ -3403,6 +3403,7 @@ class Committer:
         self._pending: collections.deque[Operation] = collections.deque()  # until they are done
         self._alarm = Alarm()
         self._sleeps = False
+        self._main_thread = threading.main_thread().ident
         self._batch: Optional[list[Operation]] = None  # the transaction under way
         self.commit_times = Histogram(SHORT_SECONDS)
         self.commit_sizes = Histogram(AMOUNTS)
@@ -3420,13 +3421,13 @@ class Committer:
             self._refuse_pending()
 
     def _wake(self) -> None:
-        """Wakes the committer thread; whoever submits meanwhile need not."""
-        try:
+        """Wakes the committer thread; whoever submits meanwhile need not.
+
+        But in the main thread a signal handler may run before `ring`: it may raise, or make a call.
+        """
+        if threading.get_ident() != self._main_thread:
             self._sleeps = False
-            self._alarm.ring()
-        except BaseException:  # of a signal handler: the next one that submits tries again
-            self._sleeps = True
-            raise
+        self._alarm.ring()
 
     def run(self, operation: Operation) -> Any:
         """Runs an operation and returns its result; by then it is committed.

@@ -369,12 +369,21 @@ class StoreTest(StoreCase):
         self.addCleanup(Drowsy(store).close)
         self.assertIs(done.get(timeout=PATIENCE), late)
 
-    def test_an_interrupt_as_the_committer_is_woken_delays_only_that_operation(self):
-        committer = self.open()
+    def test_a_signal_handler_may_call_or_raise_as_the_committer_is_woken(self):
+        committer, call, done = self.open(), linger.Operation(), queue.SimpleQueue()
+        call.done_callback = done.put
         until(lambda: committer._sleeps)
-        with unittest.mock.patch.object(committer._alarm, "ring", side_effect=KeyboardInterrupt):
-            self.assertRaises(KeyboardInterrupt, committer.submit, linger.Operation())
-        self.thread(committer.run, linger.Operation()).result(PATIENCE)
+
+        def handle():
+            patch.stop()
+            committer.submit(call)
+            done.get(timeout=PATIENCE)
+            raise KeyboardInterrupt
+
+        patch = unittest.mock.patch.object(committer._alarm, "ring", handle)
+        patch.start()
+        self.assertRaises(KeyboardInterrupt, committer.submit, linger.Operation())
+        committer.run(linger.Operation())
 
     def test_an_operation_that_joins_is_in_the_same_transaction(self):
         committer, joined = self.open(), linger.Operation((linger.GET_CONFIG,), {"key": "k"})
