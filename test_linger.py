@@ -6076,6 +6076,13 @@ class ScheduleTest(BrokerTest):
         self.assertEqual([s.body for s in self.schedules.read_all()], [b"x", b"new"])
 
 
+COUNTS = (  # of each channel: counted anew, and as they are kept
+    "select channel, sum(state = 0), sum(state = 1), sum(state = 2), sum(blocked),"
+    " sum(priority < 0), sum(priority > 0) from messages group by channel order by channel",
+    "select name, ready, in_flight, delayed, blocked, urgent, niced from channels order by name",
+)
+
+
 class ModelTest(BrokerTest):
     """Random calls, and after each the counts that are kept against the rows."""
 
@@ -6123,11 +6130,7 @@ class ModelTest(BrokerTest):
         self.assertEqual(self.broker._committer.read("select * from channels"), [[]])
 
     def check_counts(self):
-        counted, kept = self.broker._committer.read(
-            "select channel, sum(state = 0), sum(state = 1), sum(state = 2), sum(priority < 0),"
-            " sum(priority > 0) from messages group by channel order by channel",
-            "select name, ready, in_flight, delayed, urgent, niced from channels order by name",
-        )
+        counted, kept = self.broker._committer.read(*COUNTS)
         self.assertEqual(counted, kept)
 
 
@@ -13840,9 +13843,11 @@ class GroupCrashTest(ProcessCase):
                     "select group_key, sum(state = 1), count(*) - sum(blocked) from messages"
                     " where dead_from = '' group by group_key"
                 ).fetchall()
+                counted, kept = (connection.execute(sql).fetchall() for sql in COUNTS)
                 rows = connection.execute("select cast(body as text), dead_from from messages")
                 left = {tuple(map(int, body.split(":"))): dead for body, dead in rows}
         self.assertEqual([group for group in groups if group[1] > 1 or group[2] != 1], [])
+        self.assertEqual(counted, kept)
         self.assertEqual(self.posted.keys() - self.ended.keys() - left.keys(), set(), "lost")
         self.ended.update((body, 0) for body in left if left[body] and body not in self.ended)
 
