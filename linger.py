@@ -18684,7 +18684,9 @@ def _given_parameters(options: argparse.Namespace, table: Sequence[Parameter]) -
     values = ((name, getattr(options, name)) for name in (p.name.replace("-", "_") for p in table))
     given = {name: value for name, value in values if value is not None}
     if "headers" in given:
-        pairs = (text.partition(":") for text in given["headers"])
+        pairs = [text.partition(":") for text in given["headers"]]
+        if not all(colon for _, colon, _ in pairs):
+            raise BadRequest("--header must be NAME:VALUE, as 'trace-id: 4bf92f35'")
         given["headers"] = {name: value.strip(" ") for name, _, value in pairs}
     return given
 

@@ -15579,6 +15579,7 @@ class OwnHeadersTest(CommandCase, ClientCase):
         environment = linger._environment_of(linger.parse_message(shown))
         self.assertEqual(environment[b"LINGER_H_TRACE_ID"], b"7")
         self.assertIn("letters", self.refused("post", "q", "x", "--header", "a b: 1"))
+        self.assertIn("NAME:VALUE", self.refused("post", "q", "x", "--header", "a 1"))
 
 
 class PatternCallTest(CommandCase, ClientCase):
