@@ -17987,6 +17987,7 @@ class Client(ManagementClient):
         main thread), or with a `wait` of 0 when there is no message.  Raises the errors that no
         retry can repair.  Exceptions of the function and outages go to the logger "linger".
         """
+        threads = parse_integer("threads", threads, 1)
         stop = stop or threading.Event()
         outage = Outage(self._transport.warn, SERVER_IS_BACK)
         new_loop = functools.partial(

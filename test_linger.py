@@ -12744,6 +12744,11 @@ class WorkerTest(ClientCase):
         self.client.post("q", "x")
         self.assertEqual(self.client.read_message(1)[1], "ready")
 
+    def test_the_number_of_threads_is_checked(self):
+        for threads in (0, -1, 1.5):
+            with self.subTest(threads=threads), self.assertRaises(linger.BadRequest):
+                self.client.work("q", print, threads=threads, wait=0)
+
     def test_permanent_error_is_raised(self):
         with self.assertRaises(linger.BadRequest):
             self.client.work("", print, threads=2)
