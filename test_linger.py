@@ -14679,7 +14679,9 @@ def client_bodies(client, channel):
 
 
 if RQLITED:  # too slow for each run of the tests
-    BatchOnClusterTest = on_cluster(BatchTest)
+    BatchOnClusterTest = on_cluster(
+        BatchTest, ("test_a_take_of_several_that_finds_nothing_writes_nothing",)
+    )
     BoundsOnClusterTest = on_cluster(
         BoundsTest,
         (
