@@ -1363,6 +1363,14 @@ class BrokerTest(Folder):
             taken.append(message.body)
         return taken
 
+    @contextlib.contextmanager
+    def stopped_ticker(self):
+        """Lets nothing become due but by calls."""
+        with unittest.mock.patch.object(self.broker._state.timers, "is_stopping", lambda: False):
+            self.broker._state.timers.stop()
+            self.broker._state.timers.join()
+            yield
+
     def park(self, channel, wait=PATIENCE, **options):
         """A consumer that waits, as a future of its message, once it does."""
         before = count_waiting(self.broker, channel)
@@ -2170,7 +2178,7 @@ class WaitingTest(BrokerTest):
         broker.subscribe("q", "q")
         for add in (broker.post_batch, broker.publish_batch):
             broker._check_copies = lambda *_: None  # which reads, and so waits for the committer
-            with busy(broker._committer):
+            with self.stopped_ticker(), busy(broker._committer):
                 takes = [self.take_async("q")[1] for _ in two]
                 adding = self.thread(add, "q", two)
                 until(lambda: len(broker._committer._pending) == 3)
@@ -2455,14 +2463,6 @@ class BulkTest(BrokerTest):
     def fill(self, channel, count, **parameters):
         rows = [(b"%d" % n, "text/plain", parameters) for n in range(count)]
         return self.broker.post_batch(channel, rows)
-
-    @contextlib.contextmanager
-    def stopped_ticker(self):
-        """Lets nothing become due but by calls."""
-        with unittest.mock.patch.object(self.broker._state.timers, "is_stopping", lambda: False):
-            self.broker._state.timers.stop()
-            self.broker._state.timers.join()
-            yield
 
     def pieces(self, call):
         """The kinds of operations of a call, and those of a post from another thread that begins
@@ -4014,7 +4014,7 @@ class ConcurrencyTest(BrokerTest):
         self.assertEqual(waiting.result(PATIENCE).id, 3)
 
     def test_of_consumers_that_race_only_so_many_get_one(self):
-        with busy(self.broker._committer):
+        with self.stopped_ticker(), busy(self.broker._committer):
             takes = [self.thread(self.broker.get, "q", 0) for _ in range(6)]
             until(lambda: len(self.broker._committer._pending) == 6)
         self.assertEqual(sum(t.result(PATIENCE) is not None for t in takes), 2)
@@ -7159,7 +7159,7 @@ class FeedTest(BrokerTest):
         self.assertEqual((events[0].name, *events[0].message[8:11:2]), ("", "news", "text/x"))
 
     def test_events_are_seen_once_if_an_operation_beside_is_refused(self):
-        with busy(self.broker._committer):
+        with self.stopped_ticker(), busy(self.broker._committer):
             posts = [self.thread(self.broker.post, "q", b"x") for _ in range(2)]
             self.broker._committer.submit(linger.Operation(("select no_column",)))
             until(lambda: len(self.broker._committer._pending) == 3)
