@@ -6313,8 +6313,8 @@ class Consumer:
     """
 
     __slots__ = (
-        "auto", "channels", "closed", "deadline", "deleted_rows", "holder", "is_disconnected",
-        "memory", "n", "on_done", "ticket", "timeout", "waiting",
+        "acknowledged", "auto", "channels", "closed", "deadline", "deleted_rows", "holder",
+        "is_disconnected", "memory", "n", "on_done", "ticket", "timeout", "waiting",
     )  # fmt: skip
 
     on_done: DoneCallback
@@ -6337,6 +6337,7 @@ class Consumer:
         self.memory = memory  # for what it takes; None: no limit
         self.holder = holder  # its name in listings of messages in flight
         self.deleted_rows: list[tuple[Any, ...]] = []  # what was taken with `auto`, for an undo
+        self.acknowledged = False  # whether the message of `ack` has been deleted
         self.ticket = 0  # its place in the order of arrival; 0 before it waits
         self.waiting = False  # whether it is in the waiting list
         self.closed = False  # whether it must not wait, or not any longer
@@ -7278,8 +7279,10 @@ class Take(Operation):
         consumer, counters = self._consumer, self._state.counters
         if not self._woken_by:
             counters["msg-get"] += 1
-        if self.deletion is not None and not self.deletion.committed(self):
-            return
+        if self.deletion is not None:
+            consumer.acknowledged = self.deletion.committed(self)
+            if not consumer.acknowledged:
+                return
         rows = self.results[-2]  # in each kind of take
         if not rows:
             try:
@@ -7334,12 +7337,13 @@ class Take(Operation):
         self._state.wake(self._woken_by, 1, self._now)
 
     def result(self) -> list[Message]:
+        error = self.error or self._declined
+        if self._consumer.acknowledged and isinstance(error, (Unavailable, Full)):
+            return []  # no error, since the other message has been deleted, perhaps before the wait
         results = self.rows()
         if self.deletion is not None:
             self.deletion.check(self)
         if self._declined is not None:
-            if self.deletion is not None:
-                return []  # no error, since the other message has been deleted
             raise self._declined
         messages = [message_of(row[:-1]) for row in results[-2]]
         if len(messages) > 1:
@@ -10080,7 +10084,7 @@ class Broker(Administration):
         does after so many seconds.
         """
         consumer.on_done = on_done
-        consumer.closed = wait <= 0
+        consumer.acknowledged, consumer.closed = False, wait <= 0
         if wait > 0:
             # Before anything is done; `add` checks again.
             self._state.waiting.check_room(consumer)

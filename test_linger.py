@@ -3614,6 +3614,33 @@ class TakingTest(BrokerTest):
         self.broker.post("q", b"2")
         self.assertEqual(future.result(PATIENCE)[0].body, b"2")
 
+    def test_no_failure_of_the_wait_after_it_makes_an_acknowledgement_an_error(self):
+        memory = unittest.mock.Mock(
+            resize=unittest.mock.Mock(side_effect=linger.Unavailable("full"))
+        )
+        store = self.broker._store
+        transact = store.transact
+
+        def fail(batch):
+            if any(isinstance(operation, linger.Take) for operation in batch):
+                raise linger.TransactionFailed(linger.Full("full"))
+            return transact(batch)
+
+        for failing in ({"memory": memory}, {}):
+            self.broker.post("p", b"1")
+            (message,) = self.take("p")
+            options = {"wait": PATIENCE, "ack": message.id, **failing}
+            future = self.thread(functools.partial(self.take, **options))
+            until(lambda: count_waiting(self.broker, "q"))
+            self.broker.pause("q")
+            self.broker.post("q", b"2")
+            with contextlib.ExitStack() as stack:
+                if not failing:
+                    stack.enter_context(unittest.mock.patch.object(store, "transact", fail))
+                self.broker.resume("q")
+                self.assertEqual(future.result(PATIENCE), [])
+            self.broker.delete(self.take()[0].id)
+
     def test_auto_deletes_on_delivery(self):
         for n in range(3):
             self.broker.post("q", b"%d" % n)
