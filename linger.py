@@ -16390,13 +16390,18 @@ Delivery = tuple[int, Optional[int]]  # id of a message, and its lease or None f
 Item = Union[object, tuple[object, Optional[str], Mapping[str, object]]]  # of a batch
 
 TEXT_TYPE = f"{DEFAULT_TYPE}; charset=utf-8"
+TO_STRICT_JSON = json.JSONEncoder(  # without NaN and Infinity (RFC 8259 6)
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False
+).encode
 INTEGER_FIELDS = {name for name, kind in get_type_hints(Message).items() if kind is int}
 # What an event leaves out of its message.
 NO_MESSAGE_FIELDS = dict.fromkeys(INTEGER_FIELDS & set(MESSAGE_KEYS), 0) | {"channel": ""}
 
 
 def encode_text(text: str) -> bytes:
-    """Returns a text in UTF-8; `BadRequest` if it contains surrogates."""
+    """Returns a text in UTF-8; `BadRequest` if it is none, or contains surrogates."""
+    if not isinstance(text, str):
+        raise BadRequest(f"{text!r} must be text")
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
@@ -16414,7 +16419,11 @@ def encode_message(body: object, type: Optional[str]) -> tuple[bytes, str]:
         return bytes(body), type or DEFAULT_TYPE
     if isinstance(body, str):
         return encode_text(body), type or TEXT_TYPE
-    return encode_text(TO_JSON(body)), type or JSON_TYPE
+    try:
+        text = TO_STRICT_JSON(body)
+    except ValueError as error:  # of a float, or a list that contains itself
+        raise BadRequest(f"the body must be bytes, text or JSON: {error}") from None
+    return encode_text(text), type or JSON_TYPE
 
 
 def encode_item(table: Sequence[Parameter], item: Item) -> dict[str, object]:

@@ -11853,6 +11853,19 @@ class ClientTest(ClientCase):
         self.client.post("q", "x", "image/x; a=b")
         self.assertEqual(self.client.get("q").type, "image/x; a=b")
 
+    def test_a_wrong_name_or_body_is_refused_in_words(self):
+        endless = []
+        endless.append(endless)
+        for call, words in (
+            (lambda: self.client.post(5, "x"), "5 must be text"),
+            (lambda: self.client.get(["q", None]), "None must be text"),
+            (lambda: self.client.post("q", float("nan")), "must be bytes, text or JSON"),
+            (lambda: self.client.post_batch("q", [endless]), "must be bytes, text or JSON"),
+        ):
+            with self.subTest(words), self.assertRaisesRegex(linger.BadRequest, words):
+                call()
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 0, "hidden": 0})
+
     def test_message_arrives_as_the_broker_delivers_it(self):
         self.client.post(
             "q", b"\xff", priority=-3, timeout=9, deliver=4, linger=99, backoff="0", dead="d",
