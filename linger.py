@@ -15500,6 +15500,7 @@ class Connection:
                 self._drain_on_close = True
             while not self._closing:
                 self._serve_request()
+            self._await_reply(over=True)  # another thread closes before it has sent its reply
             if self._drain_on_close or self._stream.is_ready(select.POLLIN):
                 self._drain()
         except OSError:

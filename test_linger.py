@@ -10581,6 +10581,28 @@ class LongPollTest(ServerTest):
         self.assertTrue(answer.startswith(b"HTTP/1.1 204 "), answer)
         self.assertEqual(self.broker.get("q").delivered, 1)
 
+    def test_a_thread_that_is_late_does_not_close_before_the_204_is_sent(self):
+        """It comes round only when the reply to its request has begun to close the connection."""
+        real, disconnected = linger.Connection._serve_request, linger.PlainStream.is_disconnected
+
+        def serve_late(connection):
+            real(connection)
+            until(lambda: connection._closing)
+
+        def half_close(stream):
+            found = disconnected(stream)
+            client.shutdown(socket.SHUT_WR)
+            return found
+
+        with (
+            unittest.mock.patch.object(linger.Connection, "_serve_request", serve_late),
+            unittest.mock.patch.object(linger.PlainStream, "is_disconnected", half_close),
+        ):
+            client = self.park()
+            self.broker.post("q", b"x")
+            answer = client.recv(1000)
+        self.assertTrue(answer.startswith(b"HTTP/1.1 204 "), answer)
+
     def test_a_large_message_goes_to_a_client_that_is_slow_to_read_it(self):
         body = b"x" * linger.MAX_MESSAGE
         connection = socket.socket()
