@@ -9764,6 +9764,8 @@ class LiveTest(ServerTest):
         stream = self.listen("/topics/a%20b/live", "*/*")
         self.call("POST", "/topics/a%20b", b"\xff\n")
         lines = [stream.readline() for _ in range(3)]
+        while lines[1] == b":\n":  # a sign of life, from a server that is slow
+            lines = [lines[2], stream.readline(), stream.readline()]
         self.assertEqual(lines[::2], [b"\n", b"\n"])
         self.assertTrue(lines[1].startswith(b"data: "), lines)
         self.assertEqual(json.loads(lines[1][6:]), {
