@@ -12457,7 +12457,7 @@ const TITLES = {
 };
 const LOAD = 10;  // a call is repeated after so many times its own duration, or later
 const LONGEST_PAUSE = 30_000;  // milliseconds
-const {PARAMETERS, FORMS, STATES} = JSON.parse(document.getElementById("tables").textContent);
+const {PARAMETERS, FORMS, STATES, PAGE} = JSON.parse(document.getElementById("tables").textContent);
 
 let token = sessionStorage.getItem("linger-token") || "";
 let access = null;  // what the token may do
@@ -12752,8 +12752,6 @@ function count(title, value, look = "", show = number) {
         },
     };
 }
-
-const PAGE = 50;  // items that a page of a list shows
 
 // The pages of a list, each known by the last item of the one before.  `load(after)` returns the
 // items of a page.  What comes after another page was turned to is dropped.
@@ -13931,7 +13929,7 @@ def page_tables() -> str:
         for table in FORMS.values()
         for p in table
     }
-    tables = {"PARAMETERS": parameters, "FORMS": forms, "STATES": STATES}
+    tables = {"PARAMETERS": parameters, "FORMS": forms, "STATES": STATES, "PAGE": LISTED}
     return TO_JSON(tables).replace("<", "\\u003c")
 
 
