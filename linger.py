@@ -884,10 +884,13 @@ def parse_own_headers(name: str, value: object) -> str:
     own = {str(key).lower(): text for key, text in value.items()}
     for key, text in own.items():
         if not TOKEN.fullmatch(key):
-            raise BadRequest(f"the name of a header must consist of letters, digits and -: {key}")
+            raise BadRequest(
+                f"{name}: the name of a header must consist of letters, digits and"
+                f" !#$%&'*+-.^_`|~: {key}"
+            )
         if not isinstance(text, str) or text != text.strip(" ") or CONTROL.search(text):
             raise BadRequest(
-                f"header {key} must be text without control characters, or spaces at its ends"
+                f"{name}: {key} must be text without control characters, or spaces at its ends"
             )
     if len(own) < len(value):
         raise BadRequest(f"{name} must have different names, also in lower case")

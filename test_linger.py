@@ -15595,10 +15595,12 @@ class OwnHeadersTest(CommandCase, ClientCase):
 
     def test_a_bad_item_of_a_batch_is_refused_with_its_index(self):
         for value in ('"x"', "1", '{"a": 1}', '{"a": null}', '{"a b": ""}', '{"a": "\\n"}',
-                      '{"": ""}', '{"a": " x"}', '{"a": "\\ud800"}'):  # fmt: skip
+                      '{"": ""}', '{"a": " x"}', '{"a": "\\ud800"}',
+                      '{"\\ud800": ""}'):  # fmt: skip
             items = f'[{{"body": "1"}}, {{"body": "2", "headers": {value}}}]'
             status, error = self.json("POST", "/channels/q/batch", items, dict(self.JSON))
             self.assertEqual((status, error["index"]), (400, 1), value)
+            self.assertIn("headers", error["error"])
         for field in ("timeout", "dead", "backoff", "unique", "type", "encoding", "body"):
             items = f'[{{"body": "1", "{field}": {{"a": "1"}}}}]'
             status, error = self.json("POST", "/channels/q/batch", items, dict(self.JSON))
@@ -15650,7 +15652,10 @@ class OwnHeadersTest(CommandCase, ClientCase):
         self.assertEqual(self.broker.get("r").headers, {"a": "1"})
         environment = linger._environment_of(linger.parse_message(shown))
         self.assertEqual(environment[b"LINGER_H_TRACE_ID"], b"7")
-        self.assertIn("letters", self.refused("post", "q", "x", "--header", "a b: 1"))
+        self.linger("post", "s", "x", "--header", "!#$%&'*+-.^_`|~: 1")
+        self.assertEqual(self.broker.get("s").headers, {"!#$%&'*+-.^_`|~": "1"})
+        refused = self.refused("post", "q", "x", "--header", "a b: 1")
+        self.assertIn("letters, digits and !#$%&'*+-.^_`|~: a b", refused)
         self.assertIn("NAME:VALUE", self.refused("post", "q", "x", "--header", "a 1"))
 
 
