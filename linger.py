@@ -19883,7 +19883,7 @@ SINCE = _argument(
 )
 PATTERN = _flag("--pattern", "TOPIC is a pattern: words with dots between, * for one, # for any")
 BODY = _argument(
-    "body", metavar="BODY", nargs="?", help="the message; `-` or omitted: standard input"
+    "body", metavar="BODY", nargs="?", help="the content; `-` or omitted: standard input"
 )
 TYPE = _argument("--type", default=DEFAULT_TYPE, help="Content-Type of the body")
 ID = _number("id", "ID", "id of the message", 0)
