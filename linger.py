@@ -10680,7 +10680,8 @@ ROUTES = (
     Route("GET", "/channels/<channel>/messages", "list_messages", True, READ, "list its messages"),
     Route("GET", "/channels/<channel>/stats", "get_channel_stats", True, READ, "its counts"),
     Route("GET", "/channels/<channel>/info", "get_info", True, READ, "its state in full"),
-    Route("GET", "/channels/<channel>/live", "open_stream", True, READ, "stream its events"),
+    Route("GET", "/channels/<channel>/live", "open_stream_channels", True, READ,
+          "stream its events"),
     Route("GET", "/channels/<channel>/settings", "get_settings", True, READ, "show its settings"),
     Route("PUT", "/channels/<channel>/settings", "set_settings", False, ADMIN, "replace them"),
     Route("PATCH", "/channels/<channel>/settings", "change_settings", False, ADMIN, "change some"),
@@ -10761,12 +10762,13 @@ PARAMETERS_OF: dict[str, Sequence[str]] = {
     "release_message": ("msg", "lease", "delay", "uncounted"),
     "reject_message": ("msg", "lease"),
 }
-# Those of other endpoints that one refuses by name.
+# Parameters of other endpoints that an endpoint refuses by name, in place of ignoring them.
 REFUSED: dict[str, Sequence[str]] = {
     **dict.fromkeys(("set_settings", "change_settings", "subscribe"), names_in(SINGLE_PARAMETERS)),
     "subscribe_pattern": (*names_in(SINGLE_PARAMETERS), "since"),
     **dict.fromkeys(("publish_message", "publish_batch"), ("unique",)),
     "call": ("dedup", "dedup-for", "unique"),
+    "open_stream_channels": ("since",),
 }
 
 KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -14133,7 +14135,7 @@ ANSWERS: Mapping[str, Answer] = {
     "list_messages": Answer(200, _array(_named("Listed")), (404,)),
     "get_channel_stats": Answer(200, _object({"ready": COUNT, "hidden": COUNT})),
     "get_info": Answer(200, _named("Channel")),
-    "open_stream": Answer(200, (SSE, NDJSON)),
+    **dict.fromkeys(("open_stream_channels", "open_stream"), Answer(200, (SSE, NDJSON))),
     "list_dead_letters": Answer(200, _array(_named("Listed"))),
     "redrive": Answer(200, _object({"moved": COUNT})),
     "list_channel_topics": Answer(200, _object({"topics": NAMES})),
@@ -15087,7 +15089,31 @@ class Api(ManagementApi):
         visible = request.grant.visible("channels", ids)
         return {channel: ids[channel] for channel in visible}
 
+    def open_stream_channels(self, request: Request, channel: str) -> Response:
+        if request.parameter("since") is not None:
+            raise BadRequest("since is for the streams of topics, which may keep publications")
+        return self._stream(request, channel, lambda listen: listen())
+
     def open_stream(self, request: Request, name: str) -> Response:
+        """The events of topics, first those that are kept if a browser connects again, or the
+        request says so.
+
+        The id of the last event wins: a browser sends it with the URL that it was first given.
+        """
+        kind, since = request.segments[0], request.parameter("since")
+        last_id = request.headers.fields.get("last-event-id", "")
+        if re.fullmatch("[0-9]{1,18}", last_id):
+            since = last_id
+        replay = functools.partial(self._broker.retention.replay, kind, name, since)
+        return self._stream(request, name, replay)
+
+    def _stream(
+        self,
+        request: Request,
+        name: str,
+        to_reader: Callable[[Callable[[], Reader]], Union[Reader, Replay]],
+    ) -> Response:
+        """The response with events; `to_reader` makes their reader of a function that listens."""
         headers = f"{NO_STORE}X-Accel-Buffering: no\r\n"  # which lets nginx send events at once
         if request.method == "HEAD":
             return Response(200, headers=headers, stream=EventStream(request))
@@ -15095,26 +15121,9 @@ class Api(ManagementApi):
         request.connection.start_waiting()
         kind, connection = request.segments[0], request.connection
         listen = functools.partial(self._broker.listen, kind, name, connection, self._memory)
-        reader = self._reader(request, request.parameter("since"), listen)
+        reader = to_reader(listen)
         stream = EventStream(request, reader, lambda: self._is_allowed(request))
         return Response(200, headers=headers, undo=reader.close, stream=stream)
-
-    def _reader(
-        self, request: Request, since: Optional[str], listen: Callable[[], Reader]
-    ) -> Union[Reader, Replay]:
-        """A reader, first of what is kept if a browser connects again, or the request says so.
-
-        The id of the last event wins: a browser sends it with the URL that it was first given.
-        """
-        kind = request.segments[0]
-        last_id = request.headers.fields.get("last-event-id", "")
-        if kind != "channels" and re.fullmatch("[0-9]{1,18}", last_id):
-            since = last_id
-        if kind == "channels":
-            if since is not None:
-                raise BadRequest("since is for the streams of topics, which may keep publications")
-            return listen()
-        return self._broker.retention.replay(kind, request.names[0], since, listen)
 
     def _is_allowed(self, request: Request) -> bool:
         """Whether a request may still be made, after tokens may have been read again."""

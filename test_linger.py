@@ -8015,6 +8015,14 @@ class OpenApiTest(ServerTest):
         for value in ("0", "1001"):
             self.assertEqual(self.call("GET", f"/channels/q?nowait&n={value}")[0], 400)
 
+    def test_only_streams_that_may_replay_have_since(self):
+        paths = self.json("GET", "/openapi.json")[1]["paths"]
+        for kind, expected in (("channel", []), ("topic", ["since"]), ("pattern", ["since"])):
+            operation = paths[f"/{kind}s/{{{kind}}}/live"]["get"]
+            names = [parameter["name"] for parameter in operation["parameters"]]
+            self.assertEqual(names, [kind, *expected])
+            self.assertEqual(operation["operationId"], f"open_stream_{kind}s")
+
     def test_every_status_of_an_error_is_described(self):
         statuses = {
             call.args[1].value
@@ -11129,7 +11137,7 @@ class TokenTest(ServerTest):
             for right, token in {**tokens, "": None, "all": "b0ss"}.items():
                 with self.subTest(route=route.path, method=route.method, right=right):
                     query = "?nowait" if route.endpoint == "take_message" else ""
-                    method = "HEAD" if route.endpoint == "open_stream" else route.method
+                    method = "HEAD" if path.endswith("/live") else route.method
                     shown = bearer(token) if token else {}
                     status, _, _ = self.call(method, path + query, None, shown)
                     if route.right == "":
@@ -15894,7 +15902,8 @@ class RetentionCallTest(CommandCase, ClientCase):
         self.assertEqual(self.read(stream, 1), [(41, "new")])
         self.assertEqual(self.read(self.stream("?since=all", last_id=40), 1), [(41, "new")])
         self.assertEqual(self.json("GET", "/topics/t/live?since=x")[0], 400)
-        self.assertEqual(self.json("GET", "/channels/q/live?since=all")[0], 400)
+        for method in ("GET", "HEAD"):
+            self.assertEqual(self.call(method, "/channels/q/live?since=all")[0], 400)
         self.assertEqual(self.json("GET", "/patterns/%23/live?since=x")[0], 400)
 
     def replay_until(self, end):
