@@ -523,6 +523,7 @@ class Full(LingerError):
 
 
 ERRORS_BY_STATUS = {kind.status: kind for kind in LingerError.__subclasses__()}
+NOTHING_CHANGED = ", nothing was changed"  # in errors; not in those of a call that works in pieces
 
 
 def require_posix(program: str) -> None:
@@ -843,7 +844,7 @@ def integer_from(minimum: int, maximum: int = MAX_INTEGER) -> Callable[[str, obj
     return functools.partial(parse_integer, minimum=minimum, maximum=maximum)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+def check_choice(name: str, value: str, choices: Collection[str]) -> str:
     """Returns a value unchanged; `BadRequest` if it is none of the choices."""
     if value not in choices:
         raise BadRequest(f"{name} must be one of {', '.join(choices)}")
@@ -3852,7 +3853,7 @@ class DatabaseFile:
                 self._seen = stamp
                 return
         raise Unavailable(
-            f"{os.path.basename(self._path)} was overwritten while in use, nothing was changed:"
+            f"{os.path.basename(self._path)} was overwritten while in use{NOTHING_CHANGED}:"
             " restart the server, or restore a backup as README, Backup, says"
         )
 
@@ -3930,7 +3931,6 @@ MEMORY = ":memory:"
 SYNC_LEVELS = ("full", "normal", "off")
 OLDEST_SQLITE = (3, 31)
 IS_DURABLE = operator.attrgetter("durable")
-NOTHING_CHANGED = ", nothing was changed"  # in errors; not in those of a call that works in pieces
 SQLITE_IOERR = 10  # primary result codes, sqlite.org/rescode.html
 SQLITE_CORRUPT = 11
 SQLITE_FULL = 13
@@ -4178,7 +4178,7 @@ class SpaceGuard:
             try:
                 allocate(self._file, now, size)
             except OSError as error:
-                reason = f"the database cannot grow, nothing was changed: {error.strerror}"
+                reason = f"the database cannot grow{NOTHING_CHANGED}: {error.strerror}"
                 raise Full(reason) from error
         if adds:
             self._ahead = self._growth - MIN_GROWTH
@@ -4186,7 +4186,7 @@ class SpaceGuard:
     def _refuse(self) -> NoReturn:
         """Refuses one transaction, and all that add from now on if there is little room."""
         self._look(refused=True)
-        raise Full("there is no room for this on the disk, nothing was changed")
+        raise Full(f"there is no room for this on the disk{NOTHING_CHANGED}")
 
     def make_room(self, writer: sqlite3.Connection) -> None:
         """After SQLite found no room, and with no transaction under way.
@@ -4289,14 +4289,12 @@ class Store:
         the process dies.  `max_size`: bytes that the database may have, 0 for any number.
         """
         require_posix("a server of Linger")
-        if sync not in SYNC_LEVELS:
-            raise BadRequest(f"sync must be one of {', '.join(SYNC_LEVELS)}")
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise Unavailable(
                 f"SQLite {sqlite3.sqlite_version} is too old: Linger needs SQLite 3.31 or later"
             )
         self.path = path if path == MEMORY else os.path.realpath(path)
-        self.sync = sync
+        self.sync = check_choice("sync", sync, SYNC_LEVELS)
         self._lock = threading.RLock()  # guards the reading connection
         self._copying = threading.Lock()  # one copy is made at a time
         self._files: dict[str, tuple[int, int]] = {}  # the inodes of the open files
@@ -4496,7 +4494,7 @@ class Store:
     def _translate(self, error: Exception) -> Exception:
         """The error that a client sees; one that says that the database is malformed stays."""
         if is_malformed(error):
-            self._note_damage(f"the database is malformed, nothing was changed: {BACKUP_HINT}")
+            self._note_damage(f"the database is malformed{NOTHING_CHANGED}: {BACKUP_HINT}")
             return Unavailable(self._damage)
         return translate_error(error)
 
