@@ -1553,6 +1553,8 @@ values (:channel, :priority, :state, :due_at, :timeout, :deliver, :now, :linger,
     :expires_at, :type, :dead, :backoff, :body)
 """
 
+BATCH_FITS = "exists (select 1 from config where key = 'batch fits')"
+
 # A key that was not given is null.  For a batch, CHECK_BATCH_FITS has looked at the mark.
 POST_MESSAGE = f"""
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
@@ -1563,7 +1565,7 @@ select :channel, :priority, case when blocked then 2 else :state end, :due_at + 
 from (select {IS_BLOCKED.format(channel=":channel", group=":group")} as blocked)
 where case
         when :hlm = 0 then 1
-        when :batch then exists (select 1 from config where key = 'batch fits')
+        when :batch then {BATCH_FITS}
         else :hlm > coalesce(
             (select ready + in_flight + delayed from channels where name = :channel), 0)
     end
@@ -1719,16 +1721,18 @@ from {MATCHING_SUBSCRIPTIONS} {GETS_COPY}
 
 # -- publications that are kept
 
+# `seq` counts the publications of a topic, of which the first ones are deleted.
+FIRST_SEQ = "(select seq from publications where topic = {topic} order by id limit 1)"
+LAST_SEQ = "(select seq from publications where topic = {topic} order by id desc limit 1)"
+
 # Of a row of `publications`; {0} is its table, with a dot.
-TOO_OLD = """coalesce({0}seq <= (
-            select seq from publications where topic = :topic order by id desc limit 1
-        ) - (select keep from retention where topic = :topic), 0)
-        or coalesce({0}at <= :now - (select keep_for from retention where topic = :topic), 0)"""
+TOO_OLD = f"""coalesce({{0}}seq <= {LAST_SEQ.format(topic=":topic")}
+            - (select keep from retention where topic = :topic), 0)
+        or coalesce({{0}}at <= :now - (select keep_for from retention where topic = :topic), 0)"""
 
 KEEP_PUBLICATION = f"""
 insert into publications (topic, seq, at, type, headers, group_key, body)
-select :topic, 1 + coalesce(
-        (select seq from publications where topic = :topic order by id desc limit 1), 0),
+select :topic, 1 + coalesce({LAST_SEQ.format(topic=":topic")}, 0),
     :now, :type, :headers, :group, :body
 from retention
 where topic = :topic and coalesce(keep, 1) > 0 and (:dedup is null or not {DEDUP_EXISTS})
@@ -1812,7 +1816,7 @@ where id = (
     select id
     from messages
     where channel = :channel and state = 0 and {IS_ALIVE}
-        order by priority, id
+    order by priority, id
     limit 1
 )
 """
@@ -1824,8 +1828,8 @@ IS_AT_LIMIT = """exists (
         where channel = {name} and max_in_flight > 0 and max_in_flight <= (
             select in_flight from channels where name = {name}))"""
 
-# NEXT_MESSAGE and LEASE_NEXT after a DELETE_LEASED, if it has deleted its message; and while the
-# channel may be paused or limited, with :acks 1 as well.
+# NEXT_MESSAGE and LEASE_NEXT right after a DELETE_LEASED, which must have deleted its message; and
+# while the channel may be paused or limited: then :acks is 1 after a DELETE_LEASED, and else 0.
 IS_OPEN = f"""not exists (select 1 from pauses where channel = :channel)
     and not {IS_AT_LIMIT.format(name=":channel")}"""
 NEXT_IF_DELETED, LEASE_IF_DELETED, NEXT_IF_OPEN, LEASE_IF_OPEN = (
@@ -2415,9 +2419,8 @@ on conflict (topic, channel) do update set {REPLACE_PARAMETERS},
     created = excluded.created
 """
 
-IT_FITS = "and exists (select 1 from config where key = 'batch fits')"
-
-SUBSCRIBE_IF_IT_FITS = SUBSCRIBE.replace("\non conflict", f"\n    {IT_FITS}\non conflict")
+# After CHECK_BACKFILL_FITS.
+SUBSCRIBE_IF_IT_FITS = SUBSCRIBE.replace("\non conflict", f"\n    and {BATCH_FITS}\non conflict")
 
 SUBSCRIBE_PATTERN = f"""
 insert into patterns (pattern, channel, {PARAMETER_COLUMNS}, created)
@@ -2453,15 +2456,14 @@ where topic = :topic and keep = 0 and not exists (
 """
 
 # Those with publications to be deleted: the first one is the oldest, and has the lowest number.
-TOPICS_TO_TRIM = """
+TOPICS_TO_TRIM = f"""
 select topic
 from retention
 where keep = 0
     or (select at from publications where topic = retention.topic order by id limit 1)
         <= :now - keep_for
-    or (select seq from publications where topic = retention.topic order by id limit 1)
-        <= (select seq from publications where topic = retention.topic order by id desc limit 1)
-            - keep
+    or {FIRST_SEQ.format(topic="retention.topic")}
+        <= {LAST_SEQ.format(topic="retention.topic")} - keep
 """
 
 ALL_RETENTION = """
@@ -2628,11 +2630,10 @@ from json_each(:patterns) join patterns on pattern = value
 order by pattern, channel
 """
 
-# `seq` counts the publications of a topic, of which the first ones are deleted.
-KEPT_COUNTS = """
+KEPT_COUNTS = f"""
 select topic, 1 + coalesce(
-    (select seq from publications where topic = retention.topic order by id desc limit 1)
-        - (select seq from publications where topic = retention.topic order by id limit 1), -1)
+    {LAST_SEQ.format(topic="retention.topic")}
+        - {FIRST_SEQ.format(topic="retention.topic")}, -1)
 from retention
 order by topic
 """
