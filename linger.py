@@ -225,7 +225,7 @@ MAX_NAME = 255  # longest name of a channel or topic, bytes of UTF-8
 MAX_MESSAGE = 256_000  # default of --max-message, bytes; as Linger 1.0.1
 MAX_MESSAGE_OPTION = 100_000_000  # largest --max-message, bytes
 MAX_BATCH = 1_000  # messages per batch
-LISTED = 50  # messages of a listing that does not say how many
+LISTED = 50  # default of `n` of a listing: messages or publications
 MAX_BATCH_BYTES = 8_000_000  # size of a batch request, bytes
 MAX_BATCH_LINES = 4_000  # lines of a batch in NDJSON, empty lines included
 MAX_JSON_COMMAS = 32_000  # commas in a JSON batch: 32 fields per message
@@ -266,7 +266,7 @@ MAX_SUBSCRIBERS = 10_000  # channels per topic: each publication is copied to al
 MAX_KEPT = 10_000  # publications that a topic with `keep` keeps
 MAX_KEEPING_TOPICS = 1_000  # topics that keep publications: all are looked at once a minute
 TRIM_ROWS = 10  # publications that one more may remove: it is one more usually
-COMMIT_TIME = 60.0  # longest time between a publication and its commit, seconds
+COMMIT_TIME = 60.0  # how far times of publications may be out of the order of ids, seconds
 TRIM_INTERVAL = 60.0  # longest time between two looks for publications kept for long enough, s
 REPLAY_PAGE = 16  # kept publications that a stream reads at a time: each may have MAX_EVENT_BODY;
 # what it does not send at once it reads again
@@ -650,7 +650,8 @@ def tune_memory() -> None:
 
     Otherwise it raises the size from which it does so with the first block of some megabytes, and
     a process that has held 400 MB in bodies keeps as much again.  And lets the garbage collector
-    pass over the 20,000 objects of the program: a look at all took 5 to 15 ms, every few seconds.
+    pass over the 20,000 objects of the program: a look at all of them, every few seconds of work,
+    took about 15 ms on a busy machine.
     """
     gc.freeze()
     with contextlib.suppress(AttributeError, ImportError, OSError):  # another library
@@ -661,13 +662,13 @@ def tune_memory() -> None:
 
 @functools.cache  # after the first call it does not count any more
 def tune_sqlite() -> None:
-    """Lets SQLite not count the memory that it uses, as its developers recommend: that takes a
-    lock for each of the 140 blocks that a job needs.
+    """Keeps SQLite from counting the memory that it uses, as its developers recommend: that takes
+    a lock for each of the 140 blocks that a job needs.
 
-    Only while this process has no database open, with which SQLite must not be shut down
-    (sqlite.org/c3ref/initialize.html): as long as it counts, it has no memory then.
+    SQLite must be shut down for it, and must not be while this process has a database open
+    (sqlite.org/c3ref/initialize.html).  While SQLite still counts, a count of 0 says that none is.
     """
-    if not sys.platform.startswith("linux"):  # elsewhere the call may need the number of arguments
+    if not sys.platform.startswith("linux"):  # ctypes may pass variadic arguments wrongly elsewhere
         return
     with contextlib.suppress(AttributeError, ImportError, OSError):  # it is built in
         import _sqlite3
@@ -1072,8 +1073,9 @@ SUBTRACT_FROM_COUNTS = """
 """
 
 # SQLite keeps a journal of its own for each statement with a trigger that may fail and be undone
-# alone.  None has to: an error ends the whole transaction.  (In such a statement, do not call
-# functions, as max() with two arguments: SQLite supposes that they fail.)
+# alone.  None has to: an error ends the whole transaction.  (So the statements of a post, take and
+# delete use no upsert, nor a function such as max() with two arguments: SQLite supposes that these
+# fail.)
 NOT_NULL = "not null on conflict fail"
 
 SCHEMA = (
@@ -2979,13 +2981,14 @@ EVENTS = {
     "dead_lettered": "Messages moved from this channel to its dead channel.",
     "redriven": "Dead letters moved from this channel back to where they came from.",
 }
-Method = TypeVar("Method", bound=Callable[..., Any])
 # Upper bounds of histograms
 SHORT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 LONG_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3_600.0, 86_400.0)
 AMOUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_024)
 FAILURES = ("released", "rejected", "timed_out")  # of deliveries
 SAMPLED = ("posted", "delivered", "deleted", "failed", "published", "ready", "in-flight")
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def locked(method: Method) -> Method:
