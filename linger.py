@@ -9286,7 +9286,8 @@ class Schedules:
         for name in names:
             with contextlib.suppress(NotFound):
                 operations.append(self._operation(self.read(name), now, wall))
-                self._state.committer.submit(operations[-1])
+        for operation in operations:  # only now: a read waits for what was submitted before
+            self._state.committer.submit(operation)
         self._state.committer.run(Operation())
         for operation in operations:
             operation.rows()  # raises what it failed with: then the due time is not done

@@ -6059,6 +6059,26 @@ class ScheduleTest(BrokerTest):
             self.put(b"%d" % n, every=60, name=str(n))
         self.assertEqual(sorted(map(int, self.after(60))), list(range(150)))
 
+    def test_none_of_those_that_are_due_at_once_waits_for_the_commit_of_another(self):
+        for n in range(3):
+            self.put(every=60, name=str(n))
+        self.clock.now += 60
+        steps, committer = [], self.broker._committer
+        read, submit = self.schedules.read, committer.submit
+
+        def logged_read(name):
+            steps.append("read")
+            return read(name)
+
+        def logged_submit(operation):
+            if isinstance(operation, linger.PostScheduled):
+                steps.append("submit")
+            submit(operation)
+
+        self.schedules.read, committer.submit = logged_read, logged_submit
+        self.schedules.post_due()
+        self.assertEqual(steps, ["read"] * 3 + ["submit"] * 3)
+
     def test_it_can_be_posted_now_and_stays_due(self):
         self.put(every=60)
         self.assertEqual(self.schedules.post("s").id, 1)
