@@ -6806,6 +6806,8 @@ class State:
         """Counts the takes of consumers that were woken for a channel."""
         if channel and self.taking is not None:
             self.taking[channel] += change
+            if not self.taking[channel]:
+                del self.taking[channel]  # clients may use ever new names
 
     def wake(self, channel: str, count: int, now: float, join: bool = False) -> int:
         """Wakes up to `count` consumers of a channel to take a message; returns how many.
@@ -9554,7 +9556,8 @@ class Retention:
             since = str(self._read(NEWEST_PUBLICATION)[0][0][0])
         tree = PatternTree()
         tree.add(name, "")
-        matches = functools.cache(lambda topic: bool(tree.match(topic)))
+        # Bounded: during a long stream, topics may come and go.
+        matches = functools.lru_cache(MAX_KEEPING_TOPICS)(lambda topic: bool(tree.match(topic)))
 
         def topics() -> list[str]:
             if kind == "topics":

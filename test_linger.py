@@ -6959,6 +6959,13 @@ class TwoServersTest(OnCluster, BrokerTest):
         self.other.patterns.unsubscribe("q", "a.#")
         self.assertEqual(self.broker.publish("a.b", b"x")[0], {})
 
+    def test_a_channel_for_which_no_take_runs_any_more_is_forgotten(self):
+        for n in range(3):
+            future = self.park(f"q{n}")
+            self.broker.post(f"q{n}", b"x")
+            future.result(PATIENCE)
+        self.assertEqual(list(self.broker._state.taking), [])
+
     def replay(self, broker, since=None):
         listen = functools.partial(
             broker.listen, "topics", "t", NoListener(), linger.MemoryBudget(10**7)
