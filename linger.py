@@ -6871,8 +6871,8 @@ class State:
             self.events[channel]["dead_lettered"] += count
             self.messages_ready(target, count, now)
 
-    def group_ended(self, group: str, channel: str, now: float) -> None:
-        """After the statements that may have taken a message out of its group: the next one is due.
+    def unblock_group(self, group: str, channel: str, now: float) -> None:
+        """Unblocks the next message of a group, after statements that may have taken one out of it.
 
         In the same transaction, so that no other look at what is due is needed.
         """
@@ -7155,15 +7155,15 @@ class Deletion:
         return bool(operation.results[len(self.lookup)][0])
 
     def executed(self, operation: Operation) -> None:
-        """In the same transaction: reads the lease of a message that was not deleted, or lets the
-        next of its group be due."""
+        """In the same transaction: reads the lease of a message that was not deleted, or unblocks
+        the next one of its group."""
         if not self.is_done(operation):
             self._reason = Operation((LEASE_STATE,), operation.parameters)
             self._state.committer.join_transaction(self._reason)
             return
         if self.lookup:
             _, self._channel, self._group = operation.results[0][0]
-        self._state.group_ended(self._group, self._channel, self._now)
+        self._state.unblock_group(self._group, self._channel, self._now)
 
     def committed(self, operation: Operation) -> bool:
         """Counts the deletion; whether there was one."""
@@ -7255,7 +7255,7 @@ class Take(Operation):
             self.durable = any(map(DELIVER_OF, rows))
         if self._consumer.auto:
             for group, channel in {(row[GROUP_COLUMN], row[1]) for row in rows}:
-                self._state.group_ended(group, channel, self._now)
+                self._state.unblock_group(group, channel, self._now)
         if rows and memory is not None:
             try:
                 memory.resize(self._size_of(rows))
@@ -7472,7 +7472,7 @@ class DeleteBatch(Operation):
 
     def on_executed(self) -> None:
         for channel, group in {row[1:3] for row in self.results[0] if row[3]}:
-            self._state.group_ended(group, channel, self._now)
+            self._state.unblock_group(group, channel, self._now)
 
     def on_commit(self) -> None:
         ids = collections.defaultdict[str, list[int]](list)
@@ -7531,7 +7531,7 @@ class Release(Operation):
         self._now: float = parameters["now"]
 
     def on_executed(self) -> None:
-        _end_group(self._state, self.results[0], self._now)
+        _unblock_group(self._state, self.results[0], self._now)
 
     def on_commit(self) -> None:
         state = self._state
@@ -7569,7 +7569,7 @@ class Reject(Operation):
         self._now: float = parameters["now"]
 
     def on_executed(self) -> None:
-        _end_group(self._state, self.results[0], self._now)
+        _unblock_group(self._state, self.results[0], self._now)
 
     def on_commit(self) -> None:
         lease_state, (changed, _), *buried = self.results
@@ -7587,10 +7587,10 @@ class Reject(Operation):
             refuse_lease(self, lease_state, "rejected")
 
 
-def _end_group(state: State, lease_state: Sequence[Sequence[Any]], now: float) -> None:
-    """Lets the next of a group be due, from the LEASE_STATE of one that may have left it."""
+def _unblock_group(state: State, lease_state: Sequence[Sequence[Any]], now: float) -> None:
+    """Unblocks the next message of a group, from the LEASE_STATE of one that may have left it."""
     for _, _, channel, group in lease_state:
-        state.group_ended(group, channel, now)
+        state.unblock_group(group, channel, now)
 
 
 def refuse_lease(
