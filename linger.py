@@ -6289,9 +6289,7 @@ def _after_move(statement: str, message: Message, to: str) -> Message:
             channel=message.dead, dead_from=message.channel, delivered=0, linger=0,
             dead_delivered=message.delivered,
         )  # fmt: skip
-    return message._replace(
-        channel=to, dead_from="", dead_reason="", dead_delivered=0, delivered=0
-    )  # fmt: skip
+    return message._replace(channel=to, dead_from="", dead_reason="", dead_delivered=0, delivered=0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6670,14 +6668,14 @@ class Timers:
         return self._moments.get(channel, NEVER) <= now
 
     @locked
-    def due_channels(self, now: float, count: int) -> list[str]:
-        """Up to `count` channels in which something may be due, the earliest first.
+    def due_channels(self, now: float) -> list[str]:
+        """Up to MAX_DUE_CHANNELS in which something may be due, the earliest first.
 
         Takes nothing off the heap: a signal handler that raises would lose it.
         """
         found: dict[str, None] = {}
         heap, ahead = self._heap, [(moment, 0) for moment in self._heap[:1]]
-        while ahead and ahead[0][0][0] <= now and len(found) < count:
+        while ahead and ahead[0][0][0] <= now and len(found) < MAX_DUE_CHANNELS:
             (moment, channel), place = heapq.heappop(ahead)
             if self._moments.get(channel) == moment:
                 found[channel] = None
@@ -6797,7 +6795,8 @@ class State:
         piece = self.processing.get(channel)
         if piece is None or piece.now < now - PIECE_TIME:
             kind = EndPausesAndKeys if channel == ALL else ProcessDue
-            n = max(self.due_piece.rows // (len(self.processing) + 1) // 2, 1)
+            rows = self.due_piece.rows // (len(self.processing) + 1)
+            n = max(rows // 2, 1)  # up to n by their expiry, and n by their due time
             piece = self.processing[channel] = kind(self, channel, now, n)
             self.committer.submit(piece)
         return piece
@@ -7254,6 +7253,7 @@ class Take(Operation):
         if rows and not self.durable:
             self.durable = any(map(DELIVER_OF, rows))
         if self._consumer.auto:
+            self._consumer.deleted_rows = self.results[-3]
             for group, channel in {(row[GROUP_COLUMN], row[1]) for row in rows}:
                 self._state.unblock_group(group, channel, self._now)
         if rows and memory is not None:
@@ -7271,12 +7271,9 @@ class Take(Operation):
 
     def _decline(self, error: Unavailable) -> None:
         """Puts the messages back in the same transaction, as if they had not been taken."""
-        consumer = self._consumer
         self._declined = error
-        if consumer.auto:
-            consumer.deleted_rows = self.results[-3]
         messages = [message_of(row[:-1]) for row in self.results[-2]]
-        undo = UndoTake(self._state, consumer, messages, self._now)
+        undo = UndoTake(self._state, self._consumer, messages, self._now)
         self._state.committer.join_transaction(undo)
         self.results[-2] = [  # without bodies: many may be declined in one transaction
             (*row[:BODY_COLUMN], b"", *row[BODY_COLUMN + 1 :]) for row in self.results[-2]
@@ -7307,7 +7304,6 @@ class Take(Operation):
             messages = [message_of(row[:-1]) for row in rows]
             state.live.delivered(messages, deleted=consumer.auto)
         if consumer.auto:
-            consumer.deleted_rows = self.results[-3]
             counters["msg-delete"] += count
             state.events[channel]["deleted"] += count
         else:
@@ -8147,7 +8143,7 @@ class Administration:
         state, end = self._state, time.perf_counter() + seconds
         state.timers.schedule(ALL, self.now())  # old keys are not scheduled
         while state.timers.next_due <= (now := self.now()):
-            channels = state.timers.due_channels(now, MAX_DUE_CHANNELS)
+            channels = state.timers.due_channels(now)
             pieces = [state.process_due(channel, now) for channel in channels]
             self._committer.run(Operation())
             for piece in pieces:
@@ -8165,7 +8161,7 @@ class Administration:
             return
         if channel is not None and state.timers.is_due(channel, now):
             state.process_due(channel, now)
-        for name in state.timers.due_channels(now, MAX_DUE_CHANNELS):
+        for name in state.timers.due_channels(now):
             if name != channel and name not in state.backlogs:
                 state.process_due(name, now)
 
@@ -8189,7 +8185,8 @@ class Administration:
         parameters["newest"] = parameters["newest_key"] = newest[0][0] or 0
         with self._bulk.call("deleted") as call:
             while True:
-                piece = Drain(self._state, {**parameters, "n": max(call.rows() // 2, 1)})
+                n = max(call.rows() // 2, 1)  # up to n ready messages, and n others
+                piece = Drain(self._state, {**parameters, "n": n})
                 left -= call.run(piece)
                 if piece.is_last:
                     return
@@ -8415,7 +8412,8 @@ class Administration:
     ) -> list[tuple[Message, str]]:
         """Dead letters of all channels and their states: see `list_dead`."""
         self._submit_due()
-        return list_dead(self._read, n, after, reason, order, self.now())
+        self._read()  # waits for what was submitted before
+        return list_dead(self._store.read, n, after, reason, order, self.now())
 
     def info(self, channel: str) -> dict[str, Any]:
         """A channel's counts, age, consumers, subscriptions, pause and settings."""
