@@ -1913,8 +1913,8 @@ LIMITED_IDS = MATCHING_IDS.format(
     f" from {LIMITED_CHANNEL} as chosen), 0))",
 )
 
-# The other statements of the take use what this one finds.  To find the same as the take before, as
-# nothing in an empty channel, writes nothing.
+# The other statements of the take use what this one finds.  A take that finds the same as the one
+# before it, such as nothing in an empty channel, writes nothing.
 PICK_BATCH = f"""
 insert into picked (only, ids)
 select 1, json_group_array(id)
@@ -2645,13 +2645,13 @@ select count(*), coalesce(sum(last_error <> ''), 0)
 from schedules
 """
 
-# -- kept publications, for those that come later
+# -- kept publications: reading them, and copying them to a new subscriber
 
 IS_KEPT = f"""{{0}}topic = :topic and {{0}}id > :after and {{0}}at > :now - :seconds
     and not ({TOO_OLD})"""
 
-# Those of several topics, which :topics lists in JSON.  The next :n of all of them are of the :n
-# topics whose next one comes first.
+# The next :n of several topics, which :topics lists in JSON.  Only the :n topics whose own next one
+# comes first can have any of them.
 KEPT_PUBLICATIONS = f"""
 select id, topic, max(cast(:now - at as integer), 0), type, headers,
     substr(body, 1, :preview_bytes + 1)
@@ -2681,8 +2681,8 @@ where id in (
 order by id
 """
 
-# An id up to which all publications are older than :seconds.  Ids are in the order of time but for
-# the time that a commit may take, so it is found by halving, and not by reading all.
+# An id up to which all publications are older than :seconds.  Ids are in the order of time, give or
+# take :commit_time, so a binary search finds it and need not read all.
 IS_OLD = """coalesce((
         select at from publications where id >= (low + high) / 2 order by id limit 1
     ) <= :now - :seconds - :commit_time, 0)"""
@@ -2701,7 +2701,7 @@ select max(low)
 from halves
 """
 
-# What is to be copied to a new subscriber; it does not matter by how much that is too much.
+# What is to be copied to a new subscriber; the count ends above :max_copies, which is refused.
 KEPT_TOTALS = f"""
 select count(*), coalesce(sum(size), 0)
 from (
