@@ -14085,9 +14085,10 @@ SCHEMAS: Mapping[str, Schema] = {
     "Message": MESSAGE_SCHEMA,
     "Listed": {"allOf": [_named("Message"), _object({"state": TEXT}, cut=SWITCH)]},
     "Channel": _object({
-        "channel": NAME, "ready": COUNT, "delayed": COUNT, "in-flight": COUNT, "waiting": COUNT,
+        "channel": NAME,
+        **dict.fromkeys(("ready", "delayed", "blocked", "in-flight", "waiting"), COUNT),
         "oldest": {"type": ["integer", "null"]}, "topics": NAMES, "patterns": NAMES,
-        "paused": SWITCH, "settings": {"type": "object"},
+        "paused": SWITCH, "settings": {"type": "object"}, "events": {"type": ["object", "null"]},
     }),
     "History": _object({
         "interval": COUNT, "time": _array({"type": "number"}),

@@ -8043,6 +8043,10 @@ class OpenApiTest(ServerTest):
         for value in ("0", "1001"):
             self.assertEqual(self.call("GET", f"/channels/q?nowait&n={value}")[0], 400)
 
+    def test_all_that_is_told_of_a_channel_is_described(self):
+        info = self.json("GET", "/channels/q/info")[1]
+        self.assertEqual(set(linger.SCHEMAS["Channel"]["properties"]), set(info))
+
     def test_only_streams_that_may_replay_have_since(self):
         paths = self.json("GET", "/openapi.json")[1]["paths"]
         for kind, expected in (("channel", []), ("topic", ["since"]), ("pattern", ["since"])):
