@@ -12522,9 +12522,10 @@ async function get(target, signal) {
     return response.json().catch(() => { throw new Failure(0, OFFLINE); });
 }
 
-// What a button or the values of a form do: a call.  The values are its parameters, but for those
-// whose names begin with `_`.  `target` is its path or makes it of the values, as `said` makes the
-// sentence of the JSON of the response, the response and the values.
+// Returns what a button or a form runs: it makes a call and returns the sentence for the user.  The
+// values of a form are parameters of the call, but for those whose names begin with `_`.  `target`
+// is the path, or a function of the values; `said` is the sentence, or a function of the JSON of
+// the response, the response, and the values.
 const doing = (method, target, said) => async (values = {}) => {
     const parameters = Object.entries(values).filter(([name]) => name[0] !== "_");
     const place = typeof target === "string" ? target : target(values);
@@ -12798,7 +12799,7 @@ function paged(signal, period, list, load, onturn = () => {}) {
     return {element: h("div", list.element, pages), reset};
 }
 
-// The same for a list of which the server tells all at once.
+// What `load` returns of a list that the server sends whole: the page after the item `after`.
 async function pageOf(items, key, after) {
     const start = after == null ? 0 : items.findIndex(item => key(item) === after) + 1;
     if (after != null && !start) {
@@ -15009,7 +15010,7 @@ class Api(ManagementApi):
 
     @contextlib.contextmanager
     def _waiting(self, request: Request) -> Iterator[Callable[[], bool]]:
-        """Counts a request as a waiting consumer; yields the check that its client has gone."""
+        """Counts a request as a waiting consumer; yields what says whether its client has gone."""
         request.connection.start_waiting()
         try:
             yield request.connection.is_disconnected

@@ -10799,7 +10799,7 @@ class ProxyCase(ServerTest):
 
 
 class EachProxy:
-    """What holds for each of them."""
+    """The tests that each proxy passes."""
 
     def test_it_passes_all_that_linger_sends(self):
         """A long reason, many channels, large bodies, and names that must not be touched."""
@@ -15985,7 +15985,7 @@ class RetentionCallTest(CommandCase, ClientCase):
         publisher.result(PATIENCE)
         self.assertEqual(seen, [(n + 1, str(n)) for n in range(300)])
 
-    def test_so_does_one_of_a_pattern(self):
+    def test_so_does_a_reader_of_a_pattern(self):
         chance, topics = random.Random(8), ["a", "a.b", "a.b.c", "a.d", "b.a"]
         for topic in topics:
             self.client.set_topic_settings(topic, keep=1_000)
