@@ -32,7 +32,7 @@ The file reads downwards: a section uses only what stands above it.
     Changes       operations that change, move or drain messages
     Management    channels and topics, bulk work, and what there is
     Watch         what other servers of a cluster change, and how this one learns of it
-    Calls         request and reply, and waiting for the end of a channel
+    Calls         request and reply, and waiting until a channel is drained
     Schedules     messages that are posted at certain times
     Topics        subscriptions to patterns, publications that are kept
     Broker        the public calls of queue and pub-sub
@@ -237,7 +237,7 @@ PREVIEW_BYTES = 1_024  # part of a body that a listing shows, bytes
 MAX_CHANNELS_AT_ONCE = 100  # channels in one GET
 MAX_BACKOFF = 32  # steps of a message's backoff
 BACKOFF_WIDTH = 10  # characters per stored step: a fixed width lets SQL find step n
-MAX_WAIT = 3_600  # longest wait of a GET, a call or for the end of a channel, seconds
+MAX_WAIT = 3_600  # longest wait of a GET, a call, or until a channel is drained, seconds
 CALL_WAIT = 30  # wait of a call without `wait`, seconds
 REPLY_TTL = 60  # time for which a reply is kept, seconds: its caller takes it at once
 KEPT_REPLY = 1_024  # longest body of a reply that is kept when its caller has it, bytes
@@ -2351,7 +2351,7 @@ set state = 3, dead_reason = 'linger'
 where id = :id and expires_at > 0 and state <> 1 and expires_at <= :now
 """
 
-# A piece of END_PAUSES_AND_KEYS: pauses end, and old dedup keys are deleted.
+# A piece of EndPausesAndKeys: pauses end, and old dedup keys and replies are deleted.
 ENDED_PAUSES = """
 select pauses.channel, coalesce(ready, 0)
 from pauses left join channels on channels.name = pauses.channel
@@ -5815,7 +5815,7 @@ def _with_any_words(places: dict[int, tuple[Any, bool]]) -> dict[int, tuple[Any,
 # same for any number of readers; a thread of `Live` wakes those that wait.  Each reader has a
 # thread of its own, which may be slow.
 #
-# What an event shows and its operation does not know, `LOOK_UPS` read in the same transaction.
+# `LOOK_UPS` read, in the same transaction, what an event shows and its operation does not know.
 # While nobody listens to a channel, no operation has any.
 # ---------------------------------------------------------------------------------------------
 
@@ -5970,7 +5970,7 @@ class Feed:
         return slow
 
     def _forget_read(self) -> int:
-        """Forgets what all readers have read; how many bytes are kept."""
+        """Forgets what all readers have read; returns how many bytes are kept."""
         first = min((reader.position for reader in self.readers), default=self.end())
         del self._events[: first - self._first]
         self._first = first
@@ -6541,7 +6541,7 @@ class Channels:
     def reserve(self, channel: str) -> None:
         """`Full` if a channel that is to hold something would be one too many.
 
-        A channel that came to hold nothing is noticed only by a count.  Dead channels are not
+        A channel that no longer holds anything is noticed only by a count.  Dead channels are not
         checked: the dead letter would be lost.
         """
         if channel not in self._names:
@@ -6581,7 +6581,7 @@ class Timers:
 
     Callers process what is due in their channel before they look at its rows; the ticker does it
     for consumers that wait, and for messages that no consumer asks for.  The channel `ALL` stands
-    for pauses, of whatever channel.
+    for pauses, and for dedup keys and replies that are old.
     """
 
     def __init__(self, on_tick: Callable[[bool], None], clock: BrokerClock) -> None:
@@ -6952,7 +6952,7 @@ class Post(Operation):
 
 
 class PostBatch(Operation):
-    """Adds messages to a channel in order, all or none; their ids."""
+    """Adds messages to a channel in order, all or none; the result is their ids."""
 
     def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
         """`messages`: the parameters of POST_MESSAGE for each."""
@@ -7045,7 +7045,10 @@ def copies_of(rows: Iterable[Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 
 class Publish(Operation):
-    """Adds copies of messages to each channel subscribed to a topic; their `Publication`s."""
+    """Adds copies of messages to each channel subscribed to a topic.
+
+    The result is a `Publication` for each message.
+    """
 
     adds = MAX_BATCH_COPY_BYTES  # at most
 
@@ -7165,7 +7168,7 @@ class Deletion:
         self._state.unblock_group(self._group, self._channel, self._now)
 
     def committed(self, operation: Operation) -> bool:
-        """Counts the deletion; whether there was one."""
+        """Counts the deletion; returns whether there was one."""
         if not self.is_done(operation):
             return False
         self._state.messages_deleted((self._id,), self._channel, self._now)
@@ -7189,10 +7192,10 @@ AUTO_TAKES = tuple(
 
 
 class Take(Operation):
-    """Takes messages for a consumer, which waits if there are none and it may; the messages.
+    """Takes messages for a consumer, which waits if there are none and it may.
 
-    With `ack`, deletes that message first; if that cannot be done, takes nothing.  `woken_by` is
-    the channel that woke the consumer.
+    The result is the messages.  With `ack`, deletes that message first; if that cannot be done,
+    takes nothing.  `woken_by` is the channel that woke the consumer.
     """
 
     deletion: Optional[Deletion] = None  # of the message of `ack`
@@ -7355,7 +7358,7 @@ class Take(Operation):
 
 
 class EndWait(Operation):
-    """Ends the wait of a consumer without a message; an empty list, or the error of the wait."""
+    """Ends the wait of a consumer without a message: the result is empty, or raises the reason."""
 
     def __init__(self, consumer: Consumer, reason: Optional[BaseException] = None) -> None:
         super().__init__()
@@ -7454,7 +7457,7 @@ class Delete(Operation):
 
 
 class DeleteBatch(Operation):
-    """Deletes messages; the ids deleted, in conflict, and missing."""
+    """Deletes messages; the result is the ids deleted, in conflict, and missing."""
 
     def __init__(
         self, state: State, messages: list[tuple[int, Optional[int], Optional[str]]], now: float
@@ -7681,7 +7684,7 @@ class ProcessDue(Operation):
 
 
 class EndPausesAndKeys(ProcessDue):
-    """A piece of what is due in no certain channel: ends pauses, and deletes old dedup keys."""
+    """A piece of what is due under `ALL`: ends pauses, and deletes old dedup keys and replies."""
 
     statements = (ENDED_PAUSES, END_PAUSES, DELETE_OLD_DEDUPS, DELETE_OLD_REPLIES, NEXT_PAUSE)
 
@@ -7769,8 +7772,11 @@ def check_waits(id: int, before: Sequence[Any]) -> None:
 
 
 class Redrive(Operation):
-    """A piece of a redrive: moves ready messages to the channels that they came from, or all to
-    one; how many.  The next piece begins `after` the last message that this one looked at."""
+    """A piece of a redrive: moves ready messages to where they came from, or all to one channel.
+
+    The result is the number of messages.  The next piece begins `after` the last message that
+    this one looked at.
+    """
 
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
         super().__init__((REDRIVE_PIECE, REDRIVE_COUNTS, REDRIVE_MESSAGES), parameters)
@@ -7797,7 +7803,10 @@ class Redrive(Operation):
 
 
 class Drain(Operation):
-    """A piece of a drain: deletes messages of a channel and dedup keys; how many messages."""
+    """A piece of a drain: deletes messages of a channel, and dedup keys.
+
+    The result is the number of messages.
+    """
 
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
         super().__init__((DRAIN_READY, DRAIN_HIDDEN, DELETE_DEDUPS), parameters)
@@ -8629,7 +8638,7 @@ class Watch:
         self._changes: Optional[str] = None  # how often settings and pauses had changed
         self._joined: set[str] = set()  # new sessions for which broker time was recorded
         self._swept_at = -NEVER  # when what is due was last read
-        self._newest = -1  # the id of the newest publication then; of none 0
+        self._newest = -1  # the id of the newest publication then, 0 if there was none
         self._thread = threading.Thread(target=self._work, name="linger-watch", daemon=True)
 
     def start(self) -> None:
@@ -8704,8 +8713,9 @@ class Watch:
 
 
 # ---------------------------------------------------------------------------------------------
-# Calls: the calls that wait for a change of the rows: a reply to a message, the end of a channel.
-# Any server of a cluster may write it, so each looks again and again, at least every LONGEST_PAUSE.
+# Calls: the calls that wait for a change of the rows: for a reply to a message, or until a channel
+# is drained.  Any server of a cluster may change the rows, so each call looks at them again and
+# again, at least once in LONGEST_PAUSE.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -8799,7 +8809,7 @@ class Reply(Operation):
 
 
 class Calls:
-    """The calls that wait for rows: request and reply, and the end of a channel; thread-safe."""
+    """The calls that wait for a reply, or until a channel is drained; thread-safe."""
 
     disown = refuse_calls
 
@@ -8826,7 +8836,7 @@ class Calls:
             (rows,) = self._read(CHANNEL_COUNTS, channel=channel)
             return None if rows else True
 
-        return bool(self._waits.wait(f"end {channel}", look, wait, is_disconnected))
+        return bool(self._waits.wait(f"drained {channel}", look, wait, is_disconnected))
 
     def call(
         self,
@@ -8877,7 +8887,7 @@ class Calls:
         return found
 
     def _withdraw(self, id: int, channel: str) -> bool:
-        """Deletes a message that was called, unless it was delivered; whether it did."""
+        """Deletes a message that was called, unless it was delivered; returns whether it did."""
         state, now = self._state, self._state.clock.now()
 
         def effect(results: list[Any]) -> None:
@@ -9411,7 +9421,8 @@ class PatternSubscriptions:
 
 
 def parse_since(text: str) -> tuple[int, float]:
-    """What `since` stands for: the id after which publications are meant, and their age."""
+    """The id and the age that `since` stands for: it means publications after that id, and no
+    older than that many seconds."""
     if text == "all":
         return 0, NEVER
     found = re.fullmatch("([0-9]{1,18})([smhd]?)", text)
@@ -9459,7 +9470,7 @@ class Retention:
     def _set(
         self, statement: str, topic: str, keep: Optional[int], keep_for: Optional[int]
     ) -> bool:
-        """Whether it has changed anything."""
+        """Runs a statement that changes the settings of a topic; returns whether they changed."""
         values = {
             "topic": topic, "keep": keep, "keep_for": keep_for, "max_topics": MAX_KEEPING_TOPICS,
         }  # fmt: skip
@@ -9492,8 +9503,8 @@ class Retention:
             size.adapt(piece.seconds, is_full=True)
 
     def trim_due(self, seconds: float) -> None:
-        """Deletes what was kept for long enough, and what a server that was killed has left of
-        it, for so many seconds at most; the ticker calls this again and again."""
+        """Deletes publications that were kept for long enough, also those that a killed server has
+        left; begins no further piece after so many seconds.  The ticker calls this at each tick."""
         now, end = self._state.clock.now(), time.perf_counter() + seconds
         if self._state.retention and now - self._trimmed_at >= TRIM_INTERVAL:
             for (topic,) in self._store.read(TOPICS_TO_TRIM, now=now)[0]:

@@ -4215,7 +4215,7 @@ class CallReplyTest(BrokerTest):
         self.hasten(LOOK_PAUSE=2 * PATIENCE, LONGEST_PAUSE=2 * PATIENCE)
         call, message = self.call(wait=2 * PATIENCE)
         drained = [self.thread(self.broker.calls.drained, "q", 2 * PATIENCE) for _ in range(2)]
-        until(lambda: len(self.broker.calls._waits._wakeups.get("end q", ())) == 2)
+        until(lambda: len(self.broker.calls._waits._wakeups.get("drained q", ())) == 2)
         self.broker.calls.reply(message.id, b"5")
         self.assertEqual(call.result(PATIENCE)[0], b"5")
         self.broker.calls.drained("q", 0)  # it sees the end, and wakes the others
