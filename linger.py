@@ -18730,6 +18730,8 @@ def _given_parameters(options: argparse.Namespace, table: Sequence[Parameter]) -
         if not all(colon for _, colon, _ in pairs):
             raise BadRequest("--header must be NAME:VALUE, as 'trace-id: 4bf92f35'")
         given["headers"] = {name: value.strip(" ") for name, _, value in pairs}
+        if len(given["headers"]) < len(pairs):
+            raise BadRequest("each --header must have a different name")
     return given
 
 

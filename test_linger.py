@@ -15697,6 +15697,9 @@ class OwnHeadersTest(CommandCase, ClientCase):
         refused = self.refused("post", "q", "x", "--header", "a b: 1")
         self.assertIn("letters, digits and !#$%&'*+-.^_`|~: a b", refused)
         self.assertIn("NAME:VALUE", self.refused("post", "q", "x", "--header", "a 1"))
+        for twice in (("a:1", "--header", "a:2"), ("a:1", "--header", "A:2")):
+            refused = self.refused("post", "q", "x", "--header", *twice)
+            self.assertIn("different name", refused)
 
 
 class PatternCallTest(CommandCase, ClientCase):
