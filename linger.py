@@ -562,7 +562,7 @@ class MemoryBudget:
     """Counts reserved bytes up to a limit; for any thread.
 
     An amount that is large may use only a share of the limit, so that small ones find room.  One
-    amount alone may be of any size: nothing is refused for ever.
+    amount alone may be of any size: nothing is refused forever.
     """
 
     def __init__(self, limit: int) -> None:
@@ -3188,7 +3188,7 @@ _owners: weakref.WeakSet[Any] = weakref.WeakSet()  # of what a forked child must
 def disown_in_children(owner: Any) -> None:
     """Has `owner.disown()` called in each process that is forked from this one.
 
-    The child has the open files and none of the threads; their locks may be held for ever.
+    The child has the open files and none of the threads; their locks may be held forever.
     """
     _watch_forks()
     _owners.add(owner)
@@ -3395,7 +3395,7 @@ class Committer:
     No thread that waits here holds a lock, and none is shared with the committer thread: pending
     operations travel through `deque.append` and results through `SimpleQueue.put`, each of which
     happens whole or not at all.  (A Condition would not do: its lock is taken in Python code, and
-    an exception raised there by a signal handler leaves it locked for ever.)  The committer thread
+    an exception raised there by a signal handler leaves it locked forever.)  The committer thread
     says that it sleeps before it looks for the last time whether something is pending.
     """
 
@@ -7980,7 +7980,7 @@ class BulkCall:
                 raise
             reason = str(error).replace(NOTHING_CHANGED, "")
             raise type(error)(
-                f"only {self.total} messages were {self._done}, repeat the call for the others:"
+                f"only {self.total} messages were {self._done}; repeat the call for the others:"
                 f" {reason}"
             ) from error
         self.total += count
@@ -8099,7 +8099,7 @@ def listed_message(flights: Flights, row: Sequence[Any]) -> tuple[Message, str]:
 
 
 class ForkedBroker:
-    """A child's copy of a broker, which has no threads, and whose locks may be held for ever."""
+    """A child's copy of a broker, which has no threads, and whose locks may be held forever."""
 
     def close(self) -> None:
         """Nothing: it is the parent's."""
@@ -15333,7 +15333,7 @@ class TlsStream(PlainStream):
         self.receive = self._receive
 
     def handshake(self) -> bool:
-        """Takes the handshake a step further; whether it is complete.  OSError if it fails."""
+        """Takes the handshake further; returns whether it is complete.  OSError if it fails."""
         try:
             self._tls.do_handshake()
             return True
@@ -16010,7 +16010,7 @@ class FirstRequests:
                 self._started.add(connection)
 
     def end(self, connection: socket.socket) -> bool:
-        """Notes that nobody needs to wait for it any more; whether that is new."""
+        """Notes that nobody needs to wait for it any more; returns whether that is new."""
         with self._changed:
             self._started.discard(connection)
             if self._since.pop(connection, None) is None:
@@ -16282,7 +16282,7 @@ class Server(ThreadingHTTPServer):
             self._threadless.close()
 
     def _accept(self) -> bool:
-        """Accepts a connection; whether there may be more."""
+        """Accepts a connection; returns whether there may be more."""
         try:
             connection, address = self.socket.accept()
         except BlockingIOError:
@@ -18081,7 +18081,7 @@ class Client(ManagementClient):
 
         `since`: begins with what the topics have kept: `all`, what came after an id, or as `5m`.
         Where a topic keeps its publications, those made while the connection was lost follow.
-        Goes on for ever, across restarts of the server, or until `stop` is set, which takes a few
+        Goes on forever, across restarts of the server, or until `stop` is set, which takes a few
         seconds.  Takes no message.  The first event after the connection was lost has `gap` set:
         what happened meanwhile may not be seen.  Raises the errors that no retry can repair.
         """
