@@ -13607,6 +13607,11 @@ class NotifyTest(ProcessCase):
 class HangUpTest(ProcessCase):
     """SIGHUP where there is nothing to read again."""
 
+    def setUp(self):
+        super().setUp()
+        handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+        self.addCleanup(signal.signal, signal.SIGHUP, handler)
+
     def test_without_a_terminal_it_is_logged_and_the_server_goes_on(self):
         server = self.start(before=os.setsid)
         server.process.send_signal(signal.SIGHUP)
