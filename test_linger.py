@@ -10158,6 +10158,57 @@ class OverflowTest(ServerTest):
             self.assertEqual(idle, linger.PROBE_AFTER)
 
 
+class ConnectionThreadsTest(ServerTest):
+    """Threads that serve one connection after another."""
+
+    def setUp(self):
+        super().setUp()
+        self.used = []
+        run = linger.Connection.run
+
+        def note_thread(connection):
+            self.used.append(threading.get_ident())
+            run(connection)
+
+        noting = unittest.mock.patch.object(linger.Connection, "run", note_thread)
+        self.addCleanup(noting.stop)
+        noting.start()
+
+    def alive(self):
+        return sys._current_frames().keys() & set(self.used)
+
+    def serve_together(self, count):
+        """Serves so many connections at a time, of which each needs a thread."""
+        connections = [self.connect() for _ in range(count)]
+        until(lambda: len(self.server.active) == count)
+        for connection in connections:
+            connection.close()
+        until(lambda: not self.server.connections)
+
+    def test_a_thread_that_has_served_a_connection_serves_the_next(self):
+        for _ in range(5):
+            self.assertEqual(self.call("GET", "/health")[0], 200)
+            until(lambda: self.server._connection_threads._idle)
+        self.assertEqual((len(self.used), len(set(self.used))), (5, 1))
+
+    def test_few_of_them_wait(self):
+        with unittest.mock.patch.object(linger, "MAX_IDLE_THREADS", 2):
+            for count in (1, 2, 10):
+                self.serve_together(count)
+                until(
+                    lambda count=count: len(self.server._connection_threads._idle) == min(count, 2)
+                )
+        self.assertEqual(len(set(self.used)), 10)
+
+    def test_a_stop_ends_those_that_wait_and_those_that_serve(self):
+        self.serve_together(3)
+        idle = self.connect()
+        until(lambda: len(self.alive()) == 3 and self.server.active)
+        self.server.close()
+        until(lambda: not self.alive())
+        self.assertEqual(idle.recv(1), b"")
+
+
 class WaitingCapTest(ServerTest):
     options = types.MappingProxyType({"max_waiting": 2})
 
@@ -18444,9 +18495,10 @@ class ReadmeTest(Folder):
 
     INTERNAL_LIMITS = frozenset((
         "MAX_BLOB", "MAX_CACHED_HEAD", "MAX_DELAYED_FAILURES", "MAX_FAILING_ADDRESSES",
-        "MAX_IDLE_CHANNELS", "MAX_INTEGER", "MAX_LINES_BYTES", "MAX_REFUSED_CONNECTIONS",
-        "MAX_RECEIVE_SIZE", "MAX_REQUEST_HEAD", "MAX_REQUEST_LINE", "MAX_RETRY_DELAY",
-        "MAX_FLIGHTS", "MAX_GROWTH", "MAX_NOTED", "MAX_SHM", "MAX_SIMULTANEOUS", "MAX_TIMER",
+        "MAX_IDLE_CHANNELS", "MAX_IDLE_THREADS", "MAX_INTEGER", "MAX_LINES_BYTES",
+        "MAX_REFUSED_CONNECTIONS", "MAX_RECEIVE_SIZE", "MAX_REQUEST_HEAD", "MAX_REQUEST_LINE",
+        "MAX_RETRY_DELAY", "MAX_FLIGHTS", "MAX_GROWTH", "MAX_NOTED", "MAX_SHM",
+        "MAX_SIMULTANEOUS", "MAX_TIMER",
     ))  # fmt: skip
 
     def setUp(self):
