@@ -15440,50 +15440,33 @@ class ReplySlot:
 
         not pending --expect()--> pending --complete()--> not pending
 
-    The connection's thread calls `expect` and `wait`; the thread that has sent the reply calls
-    `complete`, after all else that it does for this connection.
+    The connection's thread calls all else; the thread that has sent the reply calls `complete`,
+    after all else that it does for this connection.
     """
 
-    __slots__ = ("_lock", "_waiting", "consumer", "deadline", "pending")
+    __slots__ = ("_lock", "complete", "consumer", "deadline", "expect", "is_awaited", "is_pending")
 
     def __init__(self) -> None:
-        self._lock = _thread.allocate_lock()  # guards `pending`, once set, and `_waiting`
-        self.pending = False  # may be read without the lock by the connection's thread
-        # Locked from the first wait until `complete`.
-        self._waiting: Optional[_thread.LockType] = None
+        self._lock = lock = _thread.allocate_lock()  # locked while a reply is pending
+        self.expect: Callable[[], object] = lock.acquire
+        """Makes a reply pending, when none is."""
+        self.complete: Callable[[], None] = lock.release
+        """Notes that the reply has been sent, or that it never will be."""
+        self.is_pending: Callable[[], bool] = lock.locked
         self.consumer: Optional[Consumer] = None  # the waiting consumer, if the reply is for one
         self.deadline = 0.0  # when its wait ends
-
-    def expect(self, consumer: Optional[Consumer] = None, deadline: float = 0.0) -> None:
-        """Makes a reply pending."""
-        self.consumer = consumer
-        self.deadline = deadline
-        self.pending = True  # without the lock: nobody else can know of this reply yet
-
-    def complete(self) -> None:
-        """Notes that the reply has been sent, or that it never will be."""
-        with self._lock:
-            self.pending = False
-            waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.release()
-
-    def is_awaited(self) -> bool:
-        """Whether the connection's thread has begun to wait for the reply, and so does nothing
-        else before `complete`; if not, it may be about to."""
-        return self._waiting is not None
+        # Whether the connection's thread has begun to wait for the reply, and so does nothing
+        # else before `complete`; if not, it may be about to.
+        self.is_awaited = False
 
     def wait(self, seconds: float = -1) -> bool:
         """Waits up to `seconds` for the reply to be sent; returns whether it has been."""
-        with self._lock:
-            if not self.pending:
-                return True
-            waiting = self._waiting
-            if waiting is None:
-                waiting = self._waiting = _thread.allocate_lock()
-                waiting.acquire()
-        waiting.acquire(timeout=seconds)
-        return not self.pending
+        self.is_awaited = True
+        if not self._lock.acquire(timeout=seconds):
+            return False
+        self.is_awaited = False
+        self._lock.release()
+        return True
 
 
 class Connection:
@@ -15586,7 +15569,7 @@ class Connection:
         if request.body:
             request.release_body()
         if response is not None:
-            if self._slot.pending:  # the operation could not be started
+            if self._slot.is_pending():  # the operation could not be started
                 self._complete_reply()
             self.input.release()
             self._send(request, response, request.close_after)
@@ -15609,7 +15592,7 @@ class Connection:
     def _read_request(self) -> Optional[Request]:
         """The next request; None when the connection is to be closed."""
         reader, stream = self._reader, self._stream
-        if self._slot.pending and (reader.buffer or (stream.is_shared and stream.has_data())):
+        if self._slot.is_pending() and (reader.buffer or (stream.is_shared and stream.has_data())):
             self._await_reply()
         if self._closing or not (reader.buffer or self._await_data()):
             return None
@@ -15696,7 +15679,7 @@ class Connection:
                 timeout = self._idle_time_left()
         if not data:
             self._closing = True  # the pending reply, if there is one, is the last
-        if slot.pending:
+        if slot.is_pending():
             self._await_reply(over=not data)
         self.idle = False
         self._reader.feed(data)
@@ -15708,7 +15691,7 @@ class Connection:
             self._server.first_requests.start(self._socket)
         if not self._stream.is_shared:
             return self._stream.receive(size)
-        if self._slot.pending:
+        if self._slot.is_pending():
             if not self._stream.peek():
                 return b""
             self._await_reply()
@@ -15752,9 +15735,8 @@ class Connection:
         if wait:
             self.input.resize(min(self.input.size, MAX_REQUEST_HEAD))  # the body is not kept
             self.start_waiting()
-            self._slot.expect(consumer, time.monotonic() + wait)
-        else:
-            self._slot.expect()
+            self._slot.consumer, self._slot.deadline = consumer, time.monotonic() + wait
+        self._slot.expect()
         return functools.partial(self._reply, request, to_response)
 
     def is_disconnected(self) -> bool:
@@ -15783,7 +15765,7 @@ class Connection:
         its time has passed or its client has disconnected."""
         slot = self._slot
         consumer = slot.consumer
-        while consumer is not None and slot.pending:
+        while consumer is not None and slot.is_pending():
             left = min(slot.deadline - time.monotonic(), DISCONNECT_CHECK_INTERVAL)
             if over or left <= 0 or self.is_disconnected():
                 self._server.broker.cancel(consumer)
@@ -15891,7 +15873,7 @@ class Connection:
         if self.input.size or self.output.size:
             self.input.release()
             self.output.release()
-        if self._closing and not self._slot.is_awaited():  # then it may be receiving
+        if self._closing and not self._slot.is_awaited:  # then it may be receiving
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RD)
         self._slot.complete()

@@ -8590,7 +8590,7 @@ class KeepAliveTest(ServerTest):
                 client.sendall(head + b"Content-Length: 1\r\n\r\nx")
                 until(lambda: self.server.active)
                 (connection,) = self.server.active
-                until(connection._slot.is_awaited)
+                until(lambda: connection._slot.is_awaited)
             self.assertIn(b"HTTP/1.1 202 ", client.recv(1_000))
 
 
@@ -9249,7 +9249,7 @@ class ReplySlotTest(unittest.TestCase):
     def test_wait_returns_at_once_when_no_reply_is_pending(self):
         self.assertTrue(self.slot.wait())
         self.slot.expect()
-        self.assertTrue(self.slot.pending)
+        self.assertTrue(self.slot.is_pending())
         self.slot.complete()
         self.assertTrue(self.slot.wait())
 
@@ -9257,8 +9257,10 @@ class ReplySlotTest(unittest.TestCase):
         self.slot.expect()
         for _ in range(2):
             self.assertFalse(self.slot.wait(0.001))
+            self.assertTrue(self.slot.is_awaited)
         self.slot.complete()
         self.assertTrue(self.slot.wait())
+        self.assertFalse(self.slot.is_awaited)
 
     def test_no_reply_is_missed_however_the_threads_meet(self):
         interval = sys.getswitchinterval()
