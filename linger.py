@@ -11764,6 +11764,16 @@ class EventStream:
         return b"%x\r\n%s\r\n" % (len(data), data) if self.is_chunked else data
 
 
+# In place of a request that is malformed, or is not read.
+NO_REQUEST = Request("-", "-", Headers({"connection": "close"}), http10=False)
+
+
+@functools.lru_cache(1)
+def date_line(now: int) -> str:
+    """The Date header (RFC 9110 6.6.1), made once a second."""
+    return f"Date: {email.utils.formatdate(now, usegmt=True)}\r\n"
+
+
 class Response(NamedTuple):
     """A response, and `undo`, which is called if it cannot be sent."""
 
@@ -11782,13 +11792,13 @@ class Response(NamedTuple):
             return os.fstat(self.file.fileno()).st_size
         return len(self.body) if self.array is None else self.array.length
 
-    def reserved(self, request: Optional[Request], memory: Reservation) -> Response:
+    def reserved(self, request: Request, memory: Reservation) -> Response:
         """This response, once memory is reserved for it; an error if there is none, and the
         request has changed nothing.  The endpoint has reserved what an array needs."""
         size = FILE_CHUNK if self.file is not None else len(self.body)
         if self.array is not None or size <= UNCOUNTED:
             return self
-        if request is not None and request.method not in ("GET", "HEAD", "OPTIONS"):
+        if request.method not in ("GET", "HEAD", "OPTIONS"):
             memory.force(size)
             return self
         try:
@@ -11799,23 +11809,28 @@ class Response(NamedTuple):
             return error_response(error)
         return self
 
-    def render(self, request: Optional[Request], date: str, connection: str) -> bytes:
-        """Its head, and its body if that is short.  `request` is None for one that is malformed;
-        `date` and `connection` are header lines."""
-        status, body, content_type, headers, _, file, array, stream = self
-        if stream is not None:
-            headers = f"{headers}Content-Type: {stream.type}\r\n"
-            headers += "Transfer-Encoding: chunked\r\n" if stream.is_chunked else ""
-        elif status not in (204, 304):  # which have no body (RFC 9110 8.6)
-            length = len(body) if file is None and array is None else self.length()
-            headers = f"{headers}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
-        base = "" if request is None else request.base_headers + request.ignored
-        lines = STATUS_LINES[status], date, base, headers, connection, "\r\n"
-        head = "".join(lines).encode("latin-1")
-        return head + body if body and len(body) <= SMALL_AMOUNT and has_body(request) else head
+    def head(self, request: Request, connection: str) -> bytes:
+        """Its status line and headers; `connection` is one of them."""
+        body, content = self.body, ""
+        if body:
+            content = f"Content-Type: {self.type}\r\nContent-Length: {len(body)}\r\n"
+        elif self.status not in (204, 304):  # which have no body (RFC 9110 8.6)
+            content = self._content_lines()
+        lines = (
+            STATUS_LINES[self.status], date_line(int(time.time())), request.base_headers,
+            request.ignored, self.headers, content, connection, "\r\n",
+        )  # fmt: skip
+        return "".join(lines).encode("latin-1")
 
-    def pieces(self, request: Optional[Request]) -> Iterator[bytes]:
-        """The rest of its bytes, after those of `render`."""
+    def _content_lines(self) -> str:
+        stream = self.stream
+        if stream is None:
+            return f"Content-Type: {self.type}\r\nContent-Length: {self.length()}\r\n"
+        chunked = "Transfer-Encoding: chunked\r\n" if stream.is_chunked else ""
+        return f"Content-Type: {stream.type}\r\n{chunked}"
+
+    def pieces(self, request: Request) -> Iterator[bytes]:
+        """Its body, unless that is short: then it is sent with the head."""
         if not has_body(request):
             return
         if self.file is not None:
@@ -11832,9 +11847,9 @@ class Response(NamedTuple):
 NO_CONTENT = Response(204)
 
 
-def has_body(request: Optional[Request]) -> bool:
+def has_body(request: Request) -> bool:
     """Whether the response to a request has a body (RFC 9110 9.3.2)."""
-    return request is None or request.method != "HEAD"
+    return request.method != "HEAD"
 
 
 def json_response(value: object, status: int = 200, headers: str = "") -> Response:
@@ -11887,8 +11902,9 @@ def type_in_header(type: str) -> str:
     return type if TYPE_IN_HEADER.fullmatch(type) else "application/octet-stream"
 
 
-def message_headers(message: Message, room: int = MAX_RESPONSE_HEAD) -> str:
-    """All of a message but its body and type, as header lines of at most `room` bytes.
+def message_headers(message: Message, request: Request, more: str = "") -> str:
+    """All of a message but its body and type, as header lines that fit into the head of the
+    response to a request, before `more` lines.
 
     A browser that shows the body must not run it as a page of this server, hence the sandbox.
     """
@@ -11906,8 +11922,9 @@ def message_headers(message: Message, room: int = MAX_RESPONSE_HEAD) -> str:
         f"x-linger-lease: {message.lease}\r\n"
     )
     if any(message[FIRST_OPTIONAL:]):
-        headers += _optional_headers(message, room - len(headers))
-    return headers
+        room = request.header_room() - len(headers) - len(more)
+        headers += _optional_headers(message, room)
+    return headers + more
 
 
 def _optional_headers(message: Message, room: int) -> str:
@@ -14673,8 +14690,7 @@ class ManagementApi:
         message, state = self._broker.read_message(parse_integer("id", id))
         if not request.grant.covers("channels", message.channel):
             raise NotFound(f"there is no message {message.id}")
-        line = f"x-linger-state: {state}\r\n"
-        headers = message_headers(message, request.header_room() - len(line)) + line
+        headers = message_headers(message, request, f"x-linger-state: {state}\r\n")
         return Response(200, message.body, type_in_header(message.type), headers)
 
     def drain_channel(self, _: Request, channel: str) -> Response:
@@ -14994,7 +15010,7 @@ class Api(ManagementApi):
             return self._batch_response(request, consumer, messages)
         undo = functools.partial(self._broker.undo_take, consumer, messages)
         message = messages[0]
-        headers = message_headers(message, request.header_room())
+        headers = message_headers(message, request)
         return Response(200, message.body, type_in_header(message.type), headers, undo)
 
     def _batch_response(
@@ -15281,7 +15297,7 @@ class PlainStream:
             sent = self._socket.send(data, MSG_DONTWAIT)
         except OSError:
             return data
-        return b"" if sent == len(data) else data[sent:]
+        return data[sent:]
 
     def send_encoded(self, data: bytes) -> None:
         """Sends all bytes, which are as they shall be on the wire."""
@@ -15391,7 +15407,7 @@ class TlsStream(PlainStream):
 
 def send_rest(
     stream: PlainStream,
-    request: Optional[Request],
+    request: Request,
     response: Response,
     memory: Reservation,
     large_work: threading.Lock,
@@ -15422,17 +15438,16 @@ def undo_unsent(response: Response) -> None:
             log(f"linger: a message that could not be sent stays hidden: {error}")
 
 
-def log_request(address: str, request: Optional[Request], status: int, began: float) -> None:
+def log_request(address: str, request: Request, status: int, began: float) -> None:
     """Logs a request on one line: the time of the response, the address, the name of the token in
     its file, the request (but a malformed one), the status, and how long it took."""
     milliseconds = (time.monotonic() - began) * 1000
-    name, line = "-", "- -"
-    if request is not None:  # the target has no control characters but those of latin-1
-        target = request.target.encode("ascii", "backslashreplace").decode()
-        name, line = request.grant.token_name, f"{request.method} {target}"
+    # The target has no control characters but those of latin-1.
+    target = request.target.encode("ascii", "backslashreplace").decode()
+    line = f"{request.grant.token_name} {request.method} {target} {status} {milliseconds:.1f} ms"
     now = time.time()
     utc = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
-    log(f"{utc} {address} {name} {line} {status} {milliseconds:.1f} ms")
+    log(f"{utc} {address} {line}")
 
 
 class ReplySlot:
@@ -15506,7 +15521,7 @@ class Connection:
                 self._start_tls(self._server.access.tls)
             if self._socket in self._server.refused:
                 error = Unavailable("too many connections: try again soon")
-                self._send(None, error_response(error), close=True)
+                self._send(NO_REQUEST, error_response(error))
                 self._answered[NO_ROUTE, error.status] = 1
                 self._drain_on_close = True
             while not self._closing:
@@ -15555,10 +15570,11 @@ class Connection:
             if request is None:
                 return
         except LingerError as error:
-            failed = self._reader.request
+            failed = self._reader.request or NO_REQUEST
+            self._closing = True
             self._reader.discard()
             self.input.release()
-            self._send(failed, error_response(error), close=True)
+            self._send(failed, error_response(error))
             self._note_answered(failed, error.status)
             self._drain_on_close = True
             return
@@ -15572,7 +15588,7 @@ class Connection:
             if self._slot.is_pending():  # the operation could not be started
                 self._complete_reply()
             self.input.release()
-            self._send(request, response, request.close_after)
+            self._send(request, response)
             self._note_answered(request, response.status)
         elif request.close_after and self._slot.consumer is None:
             self._slot.wait()  # nothing more is to be received
@@ -15784,10 +15800,11 @@ class Connection:
             if operation.is_large or self.output.size > SMALL_AMOUNT:
                 _thread.start_new_thread(self._reply_blocking, (request, to_response, operation))
                 return
-            response = self._response_of(request, to_response, operation)
-            data = self._render(request, response)
-            if len(response.body) > SMALL_AMOUNT:  # JSON may be longer than what was reserved
-                data = b"".join((data, *response.pieces(request)))
+            try:
+                response = to_response(request, operation)
+            except Exception as error:
+                response = self._response_to_error(request, error)
+            data = self._head(request, response) + response.body  # a HEAD is never deferred
             if response.undo is not None and self._is_abandoned():
                 _thread.start_new_thread(self._abandon_reply, (response, request))
                 return
@@ -15802,18 +15819,6 @@ class Connection:
             raise
         self._complete_reply()
 
-    def _response_of(
-        self, request: Request, to_response: ToResponse, operation: Operation
-    ) -> Response:
-        """The response that a finished operation stands for."""
-        try:
-            response = to_response(request, operation)
-        except Exception as error:
-            response = self._response_to_error(request, error)
-        if request.close_after or self._server.stopping:
-            self._closing = True
-        return response
-
     def _is_abandoned(self) -> bool:
         """Whether the consumer of the reply has waited, and its client has gone."""
         consumer = self._slot.consumer
@@ -15824,7 +15829,10 @@ class Connection:
     ) -> None:
         """As `_reply`, for a large response; in a thread of its own."""
         try:
-            response = self._response_of(request, to_response, operation)
+            try:
+                response = to_response(request, operation)
+            except Exception as error:
+                response = self._response_to_error(request, error)
             operation.results = []  # so that each message is freed once it is sent
             if response.undo is not None and self._is_abandoned():
                 self._abandon_reply(response, request)
@@ -15860,7 +15868,7 @@ class Connection:
             undo_unsent(response)
             if request is not None:
                 with contextlib.suppress(OSError):
-                    self._send(request, NO_CONTENT, close=True)
+                    self._send(request, NO_CONTENT)
                     self._note_answered(request, NO_CONTENT.status)
         finally:
             self._complete_reply()
@@ -15880,10 +15888,8 @@ class Connection:
 
     # -- sending
 
-    def _send(self, request: Optional[Request], response: Response, close: bool) -> None:
+    def _send(self, request: Request, response: Response) -> None:
         """Sends a response; undoes what it says if it cannot be sent."""
-        if close or self._server.stopping:
-            self._closing = True
         try:
             response = response.reserved(request, self.output)
             self._send_pieces(request, response)
@@ -15893,18 +15899,24 @@ class Connection:
         finally:
             self.output.release()
 
-    def _render(self, request: Optional[Request], response: Response) -> bytes:
-        connection = CLOSE if self._closing else self._server.keep_alive
-        return response.render(request, self._server.date_line(), connection)
+    def _head(self, request: Request, response: Response) -> bytes:
+        """The head of a response; notes if it is the last one of the connection."""
+        server = self._server
+        if request.close_after or server.stopping:
+            self._closing = True
+        return response.head(request, CLOSE if self._closing else server.keep_alive)
 
-    def _send_pieces(self, request: Optional[Request], response: Response) -> None:
+    def _send_pieces(self, request: Request, response: Response) -> None:
         """Sends a whole response."""
-        self._stream.send(self._render(request, response))
+        data = self._head(request, response)
+        if len(response.body) <= SMALL_AMOUNT and has_body(request):
+            data += response.body
+        self._stream.send(data)
         send_rest(self._stream, request, response, self.output, self._server.memory.large_work)
 
-    def _note_answered(self, request: Optional[Request], status: int) -> None:
+    def _note_answered(self, request: Request, status: int) -> None:
         self._answered_at = time.monotonic()
-        self._answered[NO_ROUTE if request is None else request.counted_as, status] += 1
+        self._answered[request.counted_as, status] += 1
         if self._first_request:
             self._first_request = False
             self._server.first_requests.end(self._socket)
@@ -16176,7 +16188,6 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = BACKLOG
     stopping = closed = False
-    _date = (0, "")
     _socket_inode = 0  # of its Unix socket
 
     def __init__(
@@ -16343,9 +16354,8 @@ class Server(ThreadingHTTPServer):
             self.shutdown_request(connection)
             return
         error = Unavailable("the system has no thread for this connection: try again soon")
-        self._threadless.add(
-            connection, error_response(error).render(None, self.date_line(), CLOSE)
-        )
+        response = error_response(error)
+        self._threadless.add(connection, response.head(NO_REQUEST, CLOSE) + response.body)
 
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection."""
@@ -16377,14 +16387,6 @@ class Server(ThreadingHTTPServer):
         """Stops counting a consumer."""
         with self._count_lock:
             self._waiting.discard(connection)
-
-    def date_line(self) -> str:
-        """The Date header (RFC 9110 6.6.1), made once a second."""
-        date = self._date
-        now = int(time.time())
-        if now != date[0]:
-            date = self._date = now, f"Date: {email.utils.formatdate(now, usegmt=True)}\r\n"
-        return date[1]
 
     def reload(self) -> None:
         """Reads the files of `access`; if one is invalid, logs that and keeps what was read."""

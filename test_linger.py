@@ -7792,7 +7792,7 @@ class CallTest(ServerTest):
 
     def test_a_bug_while_a_response_is_sent_closes_the_connection(self):
         with contextlib.redirect_stderr(io.StringIO()) as log:
-            with unittest.mock.patch.object(linger.Response, "render", side_effect=KeyError):
+            with unittest.mock.patch.object(linger.Response, "head", side_effect=KeyError):
                 self.assertEqual(self.talk(CANARY, half_close=False), b"")
             until(lambda: not self.server.active and "KeyError" in log.getvalue())
         self.assertEqual(self.call("POST", "/channels/q", b"x")[0], 202)
