@@ -1548,13 +1548,16 @@ IS_BLOCKED_AGAIN = """({group} <> '' and exists (
             and others.dead_from = '' and others.blocked = 0
             and (others.state = 1 or others.id < {id})))"""
 
-# The usual case: no keys, no high-level mark, no headers, no group.
+# The usual case: no keys, no high-level mark, no headers, no group (EXTRAS_OF).
 ADD_MESSAGE = """
 insert into messages (channel, priority, state, due_at, timeout, deliver, received, linger,
     expires_at, type, dead, backoff, body)
 values (:channel, :priority, :state, :due_at, :timeout, :deliver, :now, :linger,
     :expires_at, :type, :dead, :backoff, :body)
 """
+
+KEYS_OF = operator.itemgetter("dedup", "unique")  # None, or not empty
+EXTRAS_OF = operator.itemgetter("dedup", "unique", "hlm", "headers", "group")
 
 BATCH_FITS = "exists (select 1 from config where key = 'batch fits')"
 
@@ -6909,6 +6912,7 @@ class Change(Operation):
 # -- producing
 
 POST_KEYED = (FIND_DEDUP, FIND_UNIQUE, POST_MESSAGE, SAVE_DEDUP)
+KEYED_PLACE = POST_KEYED.index(POST_MESSAGE)
 
 
 def at_high_level_mark(hlm: int) -> str:
@@ -6919,31 +6923,39 @@ def at_high_level_mark(hlm: int) -> str:
 class Post(Operation):
     """Adds a message to a channel."""
 
+    _place = 0  # of the statement that adds it, among the others
+    _is_woken = False  # whether a consumer takes it in the same transaction
+
     def __init__(self, state: State, message: dict[str, Any]) -> None:
         """`message`: the parameters of POST_MESSAGE."""
-        is_plain = not (message["hlm"] or message["headers"] or message["group"])
-        statements: Sequence[str] = (ADD_MESSAGE,) if is_plain else (POST_MESSAGE,)
-        if message["dedup"] is not None or message["unique"] is not None:
-            statements = POST_KEYED
+        statements: Sequence[str] = (ADD_MESSAGE,)
+        if any(EXTRAS_OF(message)):
+            statements = (POST_MESSAGE,)
+            if any(KEYS_OF(message)):
+                statements, self._place = POST_KEYED, KEYED_PLACE
         super().__init__(statements, message)
         self.size = len(message["body"])
         self.adds = self.size + MESSAGE_OVERHEAD
         self._state = state
         self._message = message
-        self._woken = 0
 
     def on_executed(self) -> None:
         """A waiting consumer takes the message in the same transaction.
 
         One that begins to wait in that transaction is woken after it, by `on_commit`.
         """
-        message = self._message
-        if not message["state"] and _was_added(self.results):
-            self._woken = self._state.wake(message["channel"], 1, message["now"], join=True)
+        message, state = self._message, self._state
+        if state.waiting.is_empty(message["channel"]):
+            return
+        if self._is_added() and not message["state"]:
+            self._is_woken = state.wake(message["channel"], 1, message["now"], join=True) > 0
 
     def on_commit(self) -> None:
-        if _was_added(self.results):
-            self._state.message_added(self._message, self._message["now"], bool(self._woken))
+        if self._is_added():
+            self._state.message_added(self._message, self._message["now"], self._is_woken)
+
+    def _is_added(self) -> bool:
+        return bool(self.results[self._place][0])
 
     def result(self) -> PostResult:
         result = _post_result(self.rows())
@@ -6959,13 +6971,13 @@ class PostBatch(Operation):
         """`messages`: the parameters of POST_MESSAGE for each."""
         first = messages[0]
         self._hlm = first["hlm"]
-        self._keyed = any(m["dedup"] is not None or m["unique"] is not None for m in messages)
+        self._keyed = any(any(KEYS_OF(message)) for message in messages)
         if self._keyed:
             statements = POST_KEYED * len(messages)
             parameters: list[Any] = [message for message in messages for _ in POST_KEYED]
         else:
-            is_plain = not (self._hlm or any(m["headers"] or m["group"] for m in messages))
-            statements = (ADD_MESSAGE if is_plain else POST_MESSAGE, LAST_ID)
+            has_extras = any(any(EXTRAS_OF(message)) for message in messages)
+            statements = (POST_MESSAGE if has_extras else ADD_MESSAGE, LAST_ID)
             parameters = [messages, {"count": len(messages)}]
         fits = {"channel": first["channel"], "hlm": self._hlm, "count": len(messages)}
         super().__init__((CHECK_BATCH_FITS, *statements, CLEAR_BATCH_FITS), [fits, *parameters, {}])
@@ -7010,11 +7022,6 @@ class PostBatch(Operation):
         if len(ids) < len(self._messages):
             raise Full(f"the batch does not fit below the high-level mark of {self._hlm}")
         return ids
-
-
-def _was_added(results: Sequence[Any]) -> bool:
-    """Whether a message was added: that statement stands third in POST_KEYED."""
-    return bool(results[0 if len(results) == 1 else 2][0])
 
 
 def _post_result(results: list[Any]) -> Optional[PostResult]:
@@ -8161,22 +8168,26 @@ class Administration:
             if state.timers.is_stopping() or time.perf_counter() > end:
                 break
 
-    def _submit_due(self, channel: Optional[str] = None, now: Optional[float] = None) -> None:
-        """Submits a piece of what is due, in a channel and in others whose dead letters it may get.
+    def _submit_due(self, channels: Sequence[str] = (), now: Optional[float] = None) -> None:
+        """Submits a piece of what is due, in channels and in others whose dead letters they may
+        get.
 
         A backlog in another channel is left to the ticker.
         """
-        now, state = self.now() if now is None else now, self._state
+        state = self._state
+        if now is None:
+            now = self.now()
         if state.timers.next_due > now:
             return
-        if channel is not None and state.timers.is_due(channel, now):
-            state.process_due(channel, now)
+        for name in channels:
+            if state.timers.is_due(name, now):
+                state.process_due(name, now)
         for name in state.timers.due_channels(now):
-            if name != channel and name not in state.backlogs:
+            if name not in channels and name not in state.backlogs:
                 state.process_due(name, now)
 
-    def _run(self, operation: Operation, channel: Optional[str] = None) -> Any:
-        self._submit_due(channel)
+    def _run(self, operation: Operation, *channels: str) -> Any:
+        self._submit_due(channels)
         return self._committer.run(operation)
 
     # -- channels and topics
@@ -8187,7 +8198,7 @@ class Administration:
         In pieces: those that are there now, and not those that are posted meanwhile.
         """
         scope = f"channel {check_name('channel', channel)}"
-        self._submit_due(channel)
+        self._submit_due((channel,))
         newest, counts = self._read(NEWEST_MESSAGE, CHANNEL_COUNTS, channel=channel)
         left = sum(counts[0][:3]) if counts else 0
         parameters: dict[str, Any] = {"channel": channel, "scope": scope, "now": self.now()}
@@ -8213,7 +8224,7 @@ class Administration:
             raise BadRequest("to must be another channel than the one that is emptied")
         if to is not None:
             self._state.channels.reserve(to)
-        self._submit_due(check_name("channel", channel))
+        self._submit_due((check_name("channel", channel),))
         newest = self._read(NEWEST_MESSAGE)[0][0][0] or 0
         parameters = {"channel": channel, "to": to, "newest": newest, "now": self.now()}
         after: Optional[tuple[int, int]] = (MIN_INTEGER, 0)
@@ -8396,7 +8407,7 @@ class Administration:
         In the order of delivery for the state `ready`, else by id.  Bodies are cut to one byte
         more than `cut`.
         """
-        self._submit_due(channel)
+        self._submit_due((channel,))
         if state is not None:
             check_choice("state", state, STATES)
         if state == "ready" and after is not None:
@@ -8427,7 +8438,7 @@ class Administration:
 
     def info(self, channel: str) -> dict[str, Any]:
         """A channel's counts, age, consumers, subscriptions, pause and settings."""
-        self._submit_due(check_name("channel", channel))
+        self._submit_due((check_name("channel", channel),))
         return self._info(channel, self._read)
 
     def infos(self, channels: Iterable[str]) -> list[dict[str, Any]]:
@@ -8459,7 +8470,7 @@ class Administration:
 
     def channel_stats(self, channel: str) -> dict[str, int]:
         """How many messages of a channel are `ready`, and how many `hidden`."""
-        self._submit_due(channel)
+        self._submit_due((channel,))
         (rows,) = self._read(CHANNEL_COUNTS, channel=check_name("channel", channel))
         ready, in_flight, delayed, _ = rows[0] if rows else (0, 0, 0, 0)
         return {"ready": ready, "hidden": in_flight + delayed}
@@ -9354,7 +9365,8 @@ class PostScheduled(Post):
     ) -> None:
         error = at_high_level_mark(message["hlm"])
         super().__init__(state, {**message, **schedule, "error": error})
-        self.statements = (*POST_KEYED[:2], POST_SCHEDULED, SCHEDULE_POSTED)
+        self.statements = (*POST_KEYED[:KEYED_PLACE], POST_SCHEDULED, SCHEDULE_POSTED)
+        self._place = KEYED_PLACE
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9766,6 +9778,7 @@ class NewMessages:
         """`hlm`: where a channel has none of its own; `settings`: of all channels."""
         self._broker = broker
         self._hlm = hlm
+        self._usual = {**NEW_MESSAGE, "hlm": hlm}
         self._settings = settings
 
     def posted(
@@ -9773,12 +9786,9 @@ class NewMessages:
     ) -> dict[str, Any]:
         """The parameters of POST_MESSAGE."""
         _check_body(body, self._broker.max_message)
-        message = NEW_MESSAGE.copy()
-        message["hlm"] = self._hlm
-        message["channel"] = channel
-        message["body"] = body
-        message["type"] = type
-        message["now"] = message["due_at"] = self._broker.now()
+        now = self._broker.now()
+        own = {"channel": channel, "body": body, "type": type, "now": now, "due_at": now}
+        message = {**self._usual, **own}
         settings = self._settings.get(channel)
         if given or settings:
             message.update(settings or {})
@@ -9908,8 +9918,8 @@ class Broker(Administration):
         `Full` at the channel's high-level mark.
         """
         check_parameters(parameters, ALL_PARAMETERS)
-        operation = self._post(channel, body, type, parameters)
-        result: PostResult = self._committer.run(operation)
+        message = self._new_message(channel, body, type, parameters)
+        result: PostResult = self._committer.run(Post(self._state, message))
         return result
 
     def post_async(
@@ -9921,12 +9931,9 @@ class Broker(Administration):
         **parameters: object,
     ) -> None:
         """As `post`, for a caller that does not wait."""
-        operation = self._post(channel, body, type, parameters)
+        operation = Post(self._state, self._new_message(channel, body, type, parameters))
         operation.done_callback = on_done
         self._committer.submit(operation)
-
-    def _post(self, channel: str, body: bytes, type: str, given: Mapping[str, object]) -> Post:
-        return Post(self._state, self._new_message(channel, body, type, given))
 
     def _new_message(
         self, channel: str, body: bytes, type: str, given: Mapping[str, object]
@@ -9935,7 +9942,7 @@ class Broker(Administration):
         self._store.check_space()
         message = self._new.posted(check_name("channel", channel), body, type, given)
         self._state.channels.reserve(channel)
-        self._submit_due(channel, message["now"])
+        self._submit_due((channel,), message["now"])
         return message
 
     def post_batch(self, channel: str, messages: Sequence[BatchItem]) -> list[int]:
@@ -10104,14 +10111,12 @@ class Broker(Administration):
         """
         consumer.on_done = on_done
         consumer.acknowledged, consumer.closed = False, wait <= 0
-        if wait > 0:
+        if not consumer.closed:
             # Before anything is done; `add` checks again.
             self._state.waiting.check_room(consumer)
             consumer.deadline = self._clock.source.monotonic() + wait
-        now = self.now()
-        if self._state.timers.next_due <= now:
-            for channel in consumer.channels:
-                self._submit_due(channel, now)
+        now = self._clock.now()
+        self._submit_due(consumer.channels, now)
         self._committer.submit(Take(self._state, consumer, now, ack, lease, expected_channel))
 
     def cancel(self, consumer: Consumer) -> None:
@@ -10168,8 +10173,8 @@ class Broker(Administration):
         expected_channel: Optional[str] = None,
     ) -> None:
         """As `delete`, for a caller that does not wait."""
-        now = self.now()
-        self._submit_due(now=now)
+        now = self._clock.now()
+        self._submit_due((), now)
         operation = Delete(self._state, id, lease, expected_channel, now)
         operation.done_callback = on_done
         self._committer.submit(operation)
