@@ -1797,6 +1797,7 @@ DELIVERED_COLUMNS = f"""id, channel, priority, {TAKEN_TIMEOUT}, deliver, deliver
 
 BODY_COLUMN = Message._fields.index("body")  # among them
 GROUP_COLUMN = Message._fields.index("group")
+TIMEOUT_OF = operator.itemgetter(Message._fields.index("timeout"))
 DELIVER_OF = operator.itemgetter(Message._fields.index("deliver"))
 
 SET_LEASED = f"""state = 1, due_at = :now + {TAKEN_TIMEOUT}, delivered = delivered + 1,
@@ -6319,12 +6320,13 @@ class Consumer:
     raises.  The lock of the waiting list guards `waiting`, `closed` and `ticket`.
     """
 
-    __slots__ = (
-        "acknowledged", "auto", "channels", "closed", "deadline", "deleted_rows", "holder",
-        "is_disconnected", "memory", "n", "on_done", "ticket", "timeout", "waiting",
-    )  # fmt: skip
-
     on_done: DoneCallback
+    deleted_rows: Sequence[tuple[Any, ...]] = ()  # what was taken with `auto`, for an undo
+    acknowledged = False  # whether the message of `ack` has been deleted
+    ticket = 0  # its place in the order of arrival; 0 before it waits
+    waiting = False  # whether it is in the waiting list
+    closed = False  # whether it must not wait, or not any longer
+    deadline = NEVER  # when its wait ends, by the clock of elapsed time
 
     def __init__(
         self,
@@ -6343,12 +6345,6 @@ class Consumer:
         self.is_disconnected = is_disconnected
         self.memory = memory  # for what it takes; None: no limit
         self.holder = holder  # its name in listings of messages in flight
-        self.deleted_rows: list[tuple[Any, ...]] = []  # what was taken with `auto`, for an undo
-        self.acknowledged = False  # whether the message of `ack` has been deleted
-        self.ticket = 0  # its place in the order of arrival; 0 before it waits
-        self.waiting = False  # whether it is in the waiting list
-        self.closed = False  # whether it must not wait, or not any longer
-        self.deadline = NEVER  # when its wait ends, by the clock of elapsed time
 
 
 class WaitingList:
@@ -6521,6 +6517,7 @@ class Channels:
     ) -> None:
         self.is_shared = is_shared  # whether other servers may have changed them just now
         self.settings: dict[str, dict[str, Any]] = {}
+        self.limited: set[str] = set()  # those with a max-in-flight
         self.pauses: dict[str, float] = {}  # until when; NEVER: until it is ended
         (settings,), (pauses,) = read(ALL_SETTINGS), read(ALL_PAUSES)
         self.learn(settings, pauses)
@@ -6534,13 +6531,19 @@ class Channels:
 
     def learn(self, settings: Sequence[Sequence[Any]], pauses: Sequence[tuple[str, float]]) -> None:
         """Takes over the rows of ALL_SETTINGS and ALL_PAUSES."""
-        _renew(self.settings, {row[0]: settings_of(row[1:]) for row in settings})
         _renew(self.pauses, dict(pauses))
+        rows = {row[0]: [row[1:]] for row in settings}
+        for channel in {*self.settings, *rows}:
+            self.learn_settings(channel, rows.get(channel, ()))
 
-    def is_limited(self, channel: str) -> bool:
-        """Whether only so many messages of a channel may be in flight."""
-        settings = self.settings.get(channel)
-        return settings is not None and bool(settings.get("max-in-flight"))
+    def learn_settings(self, channel: str, rows: Sequence[Sequence[object]]) -> None:
+        """Takes over the row of SETTINGS_OF_CHANNEL, if there is one; other threads see no gap."""
+        settings = settings_of(rows[0]) if rows else {}
+        if rows:
+            self.settings[channel] = settings
+        else:
+            self.settings.pop(channel, None)
+        (self.limited.add if settings.get("max-in-flight") else self.limited.discard)(channel)
 
     def reserve(self, channel: str) -> None:
         """`Full` if a channel that is to hold something would be one too many.
@@ -6807,7 +6810,7 @@ class State:
 
     def count_taking(self, channel: str, change: int) -> None:
         """Counts the takes of consumers that were woken for a channel."""
-        if channel and self.taking is not None:
+        if self.taking is not None:
             self.taking[channel] += change
             if not self.taking[channel]:
                 del self.taking[channel]  # clients may use ever new names
@@ -6862,7 +6865,7 @@ class State:
 
     def flights_ended(self, channel: str, count: int, now: float) -> None:
         """After messages of a channel have left their flight: in a limited one others may begin."""
-        if count and self.channels.is_limited(channel):
+        if channel in self.channels.limited:
             self.wake(channel, count, now)
 
     def dead_buried(self, channel: str, results: Sequence[Any], now: float) -> None:
@@ -6874,23 +6877,21 @@ class State:
             self.events[channel]["dead_lettered"] += count
             self.messages_ready(target, count, now)
 
-    def unblock_group(self, group: str, channel: str, now: float) -> None:
+    def unblock_next(self, channel: str, now: float) -> None:
         """Unblocks the next message of a group, after statements that may have taken one out of it.
 
         In the same transaction, so that no other look at what is due is needed.
         """
-        if group:
-            self.committer.join_transaction(ProcessDue(self, channel, now, FIRST_PIECE))
+        self.committer.join_transaction(ProcessDue(self, channel, now, FIRST_PIECE))
 
-    def messages_deleted(self, ids: Collection[int], channel: str, now: float) -> None:
-        """After a client has deleted messages of a channel."""
-        self.counters["msg-delete"] += len(ids)
-        self.events[channel]["deleted"] += len(ids)
-        for id in ids:
-            flight = self.flights.pop(id)
-            if flight is not None:
-                self.flight_times.observe(now - flight.began)
-        self.flights_ended(channel, len(ids), now)
+    def message_deleted(self, id: int, channel: str, now: float) -> None:
+        """After a client has deleted a message of a channel."""
+        self.counters["msg-delete"] += 1
+        self.events[channel]["deleted"] += 1
+        flight = self.flights.pop(id)
+        if flight is not None:
+            self.flight_times.observe(now - flight.began)
+        self.flights_ended(channel, 1, now)
 
 
 class Change(Operation):
@@ -7149,43 +7150,48 @@ class Publish(Operation):
 class Deletion:
     """The part of an operation that deletes a message, with `lookup` and one statement more."""
 
-    __slots__ = ("_channel", "_group", "_id", "_now", "_reason", "_state", "lookup")
+    lookup: Sequence[str] = ()
+    is_done = False  # after the commit: whether the message was deleted
+    _channel = _group = ""
+    _reason: Optional[Operation] = None  # reads why it was not deleted
 
     def __init__(self, state: State, id: int, now: float) -> None:
         self._state = state
         self._id = id
         self._now = now
         flight = state.flights.find(id, now)
-        self._channel, self._group = (flight.channel, flight.group) if flight else ("", "")
-        self.lookup = () if flight else (CHANNEL_OF_MESSAGE,)
-        self._reason: Optional[Operation] = None  # reads why it was not deleted
+        if flight is None:
+            self.lookup = (CHANNEL_OF_MESSAGE,)
+        else:
+            self._channel, self._group = flight.channel, flight.group
 
-    def is_done(self, operation: Operation) -> bool:
-        """Whether the message was deleted."""
+    def _has_deleted(self, operation: Operation) -> bool:
         return bool(operation.results[len(self.lookup)][0])
 
-    def executed(self, operation: Operation) -> None:
+    def executed(self, operation: Operation) -> bool:
         """In the same transaction: reads the lease of a message that was not deleted, or unblocks
-        the next one of its group."""
-        if not self.is_done(operation):
+        the next one of its group; returns whether it was deleted."""
+        if not self._has_deleted(operation):
             self._reason = Operation((LEASE_STATE,), operation.parameters)
             self._state.committer.join_transaction(self._reason)
-            return
+            return False
         if self.lookup:
             _, self._channel, self._group = operation.results[0][0]
-        self._state.unblock_group(self._group, self._channel, self._now)
+        if self._group:
+            self._state.unblock_next(self._channel, self._now)
+        return True
 
     def committed(self, operation: Operation) -> bool:
         """Counts the deletion; returns whether there was one."""
-        if not self.is_done(operation):
-            return False
-        self._state.messages_deleted((self._id,), self._channel, self._now)
-        return True
+        self.is_done = self._has_deleted(operation)
+        if self.is_done:
+            self._state.message_deleted(self._id, self._channel, self._now)
+        return self.is_done
 
     def check(self, operation: Operation, otherwise: str = "") -> None:
         """Raises why the message was not deleted, if it was not; `otherwise` as for
         `refuse_lease`."""
-        if not self.is_done(operation):
+        if not self.is_done:
             lease_state = self._reason.rows()[0] if self._reason else ()
             refuse_lease(operation, lease_state, "deleted", otherwise)
 
@@ -7206,9 +7212,12 @@ class Take(Operation):
     takes nothing.  `woken_by` is the channel that woke the consumer.
     """
 
+    owner: Consumer
     deletion: Optional[Deletion] = None  # of the message of `ack`
     _waits = False
     _declined: Optional[Unavailable] = None  # no memory for the messages, or no room to wait
+    _woken_by = ""
+    _pieces: Sequence[ProcessDue] = ()
 
     def __init__(
         self,
@@ -7222,37 +7231,37 @@ class Take(Operation):
         pieces: Sequence[ProcessDue] = (),
     ) -> None:
         """`pieces`: what was processed in vain since the try before this one."""
-        channels, n = consumer.channels, consumer.n
+        names, n = consumer.channels, consumer.n
+        channels, timers = state.channels, state.timers
         parameters = {
-            "channel": channels[0], "timeout": consumer.timeout or 0, "now": now, "acks": 0,
+            "channel": names[0], "timeout": consumer.timeout or 0, "now": now, "acks": 0,
             "first_lease": state.committer.first_lease,
         }  # fmt: skip
         statements: tuple[str, ...] = NEXT_TAKES[ack is not None]
-        is_due = state.timers.next_due <= now and any(
-            state.timers.is_due(channel, now) for channel in channels
-        )
-        is_limited = state.channels.is_shared or any(map(state.channels.is_limited, channels))
-        if is_limited or state.channels.pauses:
+        is_due = timers.next_due <= now and any(timers.is_due(name, now) for name in names)
+        is_limited = channels.is_shared or not channels.limited.isdisjoint(names)
+        if is_limited or channels.pauses:
             statements = (NEXT_IF_OPEN, LEASE_IF_OPEN)
-        if consumer.auto or n > 1 or len(channels) > 1 or is_due:
+        if consumer.auto or n > 1 or len(names) > 1 or is_due:
             statements = (AUTO_TAKES if consumer.auto else BATCH_TAKES)[is_limited]
-            parameters.update(channels="\n".join(channels), n=n, max_bytes=MAX_BATCH_BYTES)
+            parameters.update(channels="\n".join(names), n=n, max_bytes=MAX_BATCH_BYTES)
             parameters["n_expired"] = MAX_EXPIRED if is_due else 0
+            self.begins = n > 1
+            self.size = min(n * TAKEN_BYTES, MAX_BATCH_BYTES) if n > 1 else 0
         if ack is not None:
             self.deletion = Deletion(state, ack, now)
             statements = (*self.deletion.lookup, DELETE_LEASED, *statements)
             parameters.update(id=ack, lease=lease, expected_channel=expected_channel, acks=1)
         super().__init__(statements, parameters)
-        self.owner = self._consumer = consumer
+        self.owner = consumer
         self._state, self._now = state, now
-        self._woken_by, self._pieces = woken_by, pieces
-        state.count_taking(woken_by, 1)
         self.durable = is_limited or consumer.auto or ack is not None
-        self.begins = n > 1
-        self.size = min(n * TAKEN_BYTES, MAX_BATCH_BYTES) if n > 1 else 0
+        if woken_by:
+            self._woken_by, self._pieces = woken_by, pieces
+            state.count_taking(woken_by, 1)
 
     def on_begin(self) -> None:
-        consumer, parameters = self._consumer, cast("dict[str, Any]", self.parameters)
+        consumer, parameters = self.owner, cast("dict[str, Any]", self.parameters)
         if consumer.memory is not None:
             room = consumer.memory.room() // (2 if consumer.auto else 1)
             parameters["max_bytes"] = min(MAX_BATCH_BYTES, max(room, 1))
@@ -7260,16 +7269,18 @@ class Take(Operation):
     def on_executed(self) -> None:
         if self.deletion is not None:
             self.deletion.executed(self)
-        rows, memory = self.results[-2], self._consumer.memory
-        if rows and not self.durable:
+        rows, consumer = self.results[-2], self.owner
+        if not rows:
+            return
+        if not self.durable:
             self.durable = any(map(DELIVER_OF, rows))
-        if self._consumer.auto:
-            self._consumer.deleted_rows = self.results[-3]
-            for group, channel in {(row[GROUP_COLUMN], row[1]) for row in rows}:
-                self._state.unblock_group(group, channel, self._now)
-        if rows and memory is not None:
+        if consumer.auto:
+            consumer.deleted_rows = self.results[-3]
+            for _, channel in {(row[GROUP_COLUMN], row[1]) for row in rows if row[GROUP_COLUMN]}:
+                self._state.unblock_next(channel, self._now)
+        if consumer.memory is not None:
             try:
-                memory.resize(self._size_of(rows))
+                consumer.memory.resize(self._size_of(rows))
             except Unavailable as error:
                 self._decline(error)
 
@@ -7278,20 +7289,21 @@ class Take(Operation):
         size: int = len(rows[0][BODY_COLUMN])
         if len(rows) > 1:
             size = sum(len(row[BODY_COLUMN]) for row in rows) + len(rows) * MESSAGE_BYTES
-        return 2 * size if self._consumer.auto else size
+        return 2 * size if self.owner.auto else size
 
     def _decline(self, error: Unavailable) -> None:
         """Puts the messages back in the same transaction, as if they had not been taken."""
         self._declined = error
         messages = [message_of(row[:-1]) for row in self.results[-2]]
-        undo = UndoTake(self._state, self._consumer, messages, self._now)
+        undo = UndoTake(self._state, self.owner, messages, self._now)
         self._state.committer.join_transaction(undo)
         self.results[-2] = [  # without bodies: many may be declined in one transaction
             (*row[:BODY_COLUMN], b"", *row[BODY_COLUMN + 1 :]) for row in self.results[-2]
         ]
 
     def on_commit(self) -> None:
-        consumer, counters = self._consumer, self._state.counters
+        state, consumer, now = self._state, self.owner, self._now
+        counters = state.counters
         if not self._woken_by:
             counters["msg-get"] += 1
         if self.deletion is not None:
@@ -7301,65 +7313,64 @@ class Take(Operation):
         rows = self.results[-2]  # in each kind of take
         if not rows:
             try:
-                self._waits = self._state.waiting.add(consumer) or self._try_again()
+                self._waits = state.waiting.add(consumer) or self._try_again()
             except Unavailable as error:
                 self._declined = error
             return
-        count, channel, state, now = len(rows), rows[0][1], self._state, self._now
-        for row in rows:
-            state.queue_times.observe(abs(now - row[-1]))  # it may be posted a moment after now
-        self.is_large = count > LARGE_COUNT
+        count, channel = len(rows), rows[0][1]
         counters["delivered"] += count
         state.events[channel]["delivered"] += count
-        if state.live.channels:
-            messages = [message_of(row[:-1]) for row in rows]
-            state.live.delivered(messages, deleted=consumer.auto)
         if consumer.auto:
             counters["msg-delete"] += count
             state.events[channel]["deleted"] += count
         else:
             counters["msg-hide"] += count
-            for row in rows:
+            state.timers.schedule(channel, now + min(map(TIMEOUT_OF, rows)))
+        for row in rows:
+            state.queue_times.observe(abs(now - row[-1]))  # it may be posted a moment after now
+            if not consumer.auto:
                 flight = (channel, now, now + row[3], row[9], consumer.holder, row[GROUP_COLUMN])
                 # Twice as fast as Flight().
                 state.flights.add(row[0], tuple.__new__(Flight, flight))
-            timeout = rows[0][3] if count == 1 else min(row[3] for row in rows)
-            state.timers.schedule(channel, now + timeout)
+        if state.live.channels:
+            messages = [message_of(row[:-1]) for row in rows]
+            state.live.delivered(messages, deleted=consumer.auto)
+        self.is_large = count > LARGE_COUNT
         if self._woken_by and self._woken_by != channel:
             self._wake_next()  # the message that woke this consumer is still there
 
     def _try_again(self) -> bool:
         """Submits another take if more is due in the channels than could be processed."""
-        state, channels = self._state, self._consumer.channels
+        state, channels = self._state, self.owner.channels
         backlogs = [channel for channel in channels if channel in state.backlogs]
         if not backlogs or state.timers.is_stopping() or any(p.error for p in self._pieces):
             return False
         pieces = [state.process_due(channel, self._now) for channel in backlogs]
         woken_by = self._woken_by or channels[0]  # it is counted already
-        take = Take(state, self._consumer, self._now, woken_by=woken_by, pieces=pieces)
+        take = Take(state, self.owner, self._now, woken_by=woken_by, pieces=pieces)
         state.committer.submit(take)
         return True
 
     def on_done(self) -> None:
-        self._state.count_taking(self._woken_by, -1)
-        if self.error is not None and self._woken_by:
-            self._wake_next()  # so that all consumers learn of it
+        if self._woken_by:
+            self._state.count_taking(self._woken_by, -1)
+            if self.error is not None:
+                self._wake_next()  # so that all consumers learn of it
         if not self._waits:
-            self._consumer.on_done(self)
+            self.owner.on_done(self)
 
     def _wake_next(self) -> None:
         self._state.wake(self._woken_by, 1, self._now)
 
     def result(self) -> list[Message]:
         error = self.error or self._declined
-        if self._consumer.acknowledged and isinstance(error, (Unavailable, Full)):
-            return []  # no error, since the other message has been deleted, perhaps before the wait
-        results = self.rows()
+        if error is not None:
+            if self.owner.acknowledged and isinstance(error, (Unavailable, Full)):
+                return []  # since the other message has been deleted, perhaps before the wait
+            raise error
         if self.deletion is not None:
             self.deletion.check(self)
-        if self._declined is not None:
-            raise self._declined
-        messages = [message_of(row[:-1]) for row in results[-2]]
+        messages = [message_of(row[:-1]) for row in self.results[-2]]
         if len(messages) > 1:
             messages.sort(key=lambda message: message.priority)  # the rows are sorted by id
         return messages
@@ -7478,16 +7489,13 @@ class DeleteBatch(Operation):
         self._now = now
 
     def on_executed(self) -> None:
-        for channel, group in {row[1:3] for row in self.results[0] if row[3]}:
-            self._state.unblock_group(group, channel, self._now)
+        for channel, _ in {row[1:3] for row in self.results[0] if row[2] and row[3]}:
+            self._state.unblock_next(channel, self._now)
 
     def on_commit(self) -> None:
-        ids = collections.defaultdict[str, list[int]](list)
         for id, channel, _, is_deleted in self.results[0]:
             if is_deleted:
-                ids[channel].append(id)
-        for channel, deleted in ids.items():
-            self._state.messages_deleted(deleted, channel, self._now)
+                self._state.message_deleted(id, channel, self._now)
 
     def result(self) -> tuple[list[int], list[int], list[int]]:
         rows = self.rows()[0]
@@ -7597,7 +7605,8 @@ class Reject(Operation):
 def _unblock_group(state: State, lease_state: Sequence[Sequence[Any]], now: float) -> None:
     """Unblocks the next message of a group, from the LEASE_STATE of one that may have left it."""
     for _, _, channel, group in lease_state:
-        state.unblock_group(group, channel, now)
+        if group:
+            state.unblock_next(channel, now)
 
 
 def refuse_lease(
@@ -8279,14 +8288,11 @@ class Administration:
 
     def _write_settings(self, statement: str, channel: str, settings: Mapping[str, Any]) -> None:
         """Runs a statement that changes the settings of a channel, and learns the result."""
-        now, kept = self.now(), self._state.channels.settings
+        now = self.now()
 
         def effect(results: list[Any]) -> None:
             _, rows, counts = results
-            if rows:
-                kept[channel] = settings_of(rows[0])
-            else:
-                kept.pop(channel, None)
+            self._state.channels.learn_settings(channel, rows)
             self._state.wake_for_all(channel, counts, now)
 
         unset = dict.fromkeys(names_in(CHANNEL_PARAMETERS))
@@ -8801,8 +8807,7 @@ class Reply(Operation):
         self._known: Optional[Operation] = None
 
     def on_executed(self) -> None:
-        self._deletion.executed(self)
-        if not self._deletion.is_done(self):
+        if not self._deletion.executed(self):
             self._known = Operation((READ_REPLY,), self.parameters)
             self._state.committer.join_transaction(self._known)
 
@@ -8813,7 +8818,7 @@ class Reply(Operation):
 
     def result(self) -> None:
         self.rows()
-        if not self._deletion.is_done(self):
+        if not self._deletion.is_done:
             id = self._values["id"]
             if self._known is not None and self._known.rows()[0]:
                 raise Conflict(f"message {id} was replied to already")
@@ -8904,7 +8909,7 @@ class Calls:
 
         def effect(results: list[Any]) -> None:
             if results[0][0]:
-                state.messages_deleted((id,), channel, now)
+                state.message_deleted(id, channel, now)
                 state.timers.schedule(channel, now)  # the next of its group
 
         change = Change((DELETE_CALLED,), {"id": id, "channel": channel}, effect)
@@ -10042,7 +10047,9 @@ class Broker(Administration):
         over.  It is called in the committer thread, as `on_done` is.  `memory`: where what is taken
         is reserved; without room `take` raises `Unavailable`.  `holder`: what listings call it.
         """
-        names = [check_name("channel", channel) for channel in dict.fromkeys(channels)]
+        names = list(dict.fromkeys(channels))
+        for name in names:
+            check_name("channel", name)
         if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
             raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
         return Consumer(names, n, timeout, auto, is_disconnected, memory, holder)
