@@ -15840,6 +15840,7 @@ class Connection:
         self, request: Request, to_response: ToResponse, operation: Operation
     ) -> None:
         """As `_reply`, for a large response; in a thread of its own."""
+        response = NO_CONTENT  # until there is one that may have to be undone
         try:
             try:
                 response = to_response(request, operation)

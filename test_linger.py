@@ -7797,6 +7797,13 @@ class CallTest(ServerTest):
             until(lambda: not self.server.active and "KeyError" in log.getvalue())
         self.assertEqual(self.call("POST", "/channels/q", b"x")[0], 202)
 
+    def test_an_error_while_a_large_response_is_made_closes_the_connection(self):
+        for _ in range(linger.LARGE_COUNT + 1):
+            self.broker.post("q", b"x")
+        with unittest.mock.patch.object(linger.Api, "_batch_response", side_effect=OSError):
+            take = b"GET /channels/q?nowait&n=99 HTTP/1.1\r\nHost: x\r\n\r\n"
+            self.assertEqual(self.talk(take, half_close=False), b"")
+
     def test_a_bug_is_500_and_logged_and_the_server_goes_on(self):
         broken = unittest.mock.patch.object(linger.Broker, "topics", side_effect=ZeroDivisionError)
         with broken, contextlib.redirect_stderr(io.StringIO()) as log:
