@@ -14480,8 +14480,8 @@ def posted_response(_: Request, operation: Operation) -> Response:
 
 def post_result_response(posted: PostResult) -> Response:
     """The response with the result of a post."""
-    text = '{"id":%d,"duplicate":true}\n' if posted.duplicate else '{"id":%d}\n'
-    return Response(202, (text % posted.id).encode())
+    text = b'{"id":%d,"duplicate":true}\n' if posted.duplicate else b'{"id":%d}\n'
+    return Response(202, text % posted.id)
 
 
 def tagged_response(
