@@ -792,8 +792,8 @@ class Message(NamedTuple):
 
 
 def message_of(row: Sequence[Any]) -> Message:
-    """The message in a row of NEXT_MESSAGE or READ_MESSAGE, without its last column."""
-    message = Message(*row)
+    """The message in a row of NEXT_MESSAGE or READ_MESSAGE; the last column is no field of it."""
+    message = Message(*row[:-1])
     return message._replace(backoff=backoff_text(message.backoff)) if message.backoff else message
 
 
@@ -6189,8 +6189,8 @@ class Live:
         """Adds the events of an operation to the feeds."""
         for look_up, rows in operation.looked_up:
             for row in rows:
-                *fields, _hidden_for, _state, cut, to = row
-                message, source = message_of(fields), ""
+                *columns, _state, cut, to = row  # the last of `columns`: hidden for
+                message, source = message_of(columns), ""
                 if look_up.statement in TARGETS:
                     message, source = _after_move(look_up.statement, message, to), message.channel
                 for name in look_up.events:
@@ -7183,10 +7183,10 @@ class Deletion:
 
     def committed(self, operation: Operation) -> bool:
         """Counts the deletion; returns whether there was one."""
-        self.is_done = self._has_deleted(operation)
-        if self.is_done:
+        self.is_done = is_done = self._has_deleted(operation)
+        if is_done:
             self._state.message_deleted(self._id, self._channel, self._now)
-        return self.is_done
+        return is_done
 
     def check(self, operation: Operation, otherwise: str = "") -> None:
         """Raises why the message was not deleted, if it was not; `otherwise` as for
@@ -7294,7 +7294,7 @@ class Take(Operation):
     def _decline(self, error: Unavailable) -> None:
         """Puts the messages back in the same transaction, as if they had not been taken."""
         self._declined = error
-        messages = [message_of(row[:-1]) for row in self.results[-2]]
+        messages = list(map(message_of, self.results[-2]))
         undo = UndoTake(self._state, self.owner, messages, self._now)
         self._state.committer.join_transaction(undo)
         self.results[-2] = [  # without bodies: many may be declined in one transaction
@@ -7333,8 +7333,7 @@ class Take(Operation):
                 # Twice as fast as Flight().
                 state.flights.add(row[0], tuple.__new__(Flight, flight))
         if state.live.channels:
-            messages = [message_of(row[:-1]) for row in rows]
-            state.live.delivered(messages, deleted=consumer.auto)
+            state.live.delivered(list(map(message_of, rows)), deleted=consumer.auto)
         self.is_large = count > LARGE_COUNT
         if self._woken_by and self._woken_by != channel:
             self._wake_next()  # the message that woke this consumer is still there
@@ -7370,7 +7369,7 @@ class Take(Operation):
             raise error
         if self.deletion is not None:
             self.deletion.check(self)
-        messages = [message_of(row[:-1]) for row in self.results[-2]]
+        messages = list(map(message_of, self.results[-2]))
         if len(messages) > 1:
             messages.sort(key=lambda message: message.priority)  # the rows are sorted by id
         return messages
@@ -7940,7 +7939,7 @@ def list_dead(
     statement = NEWEST_DEAD if newest else OLDEST_DEAD
     lists = [read(statement, reason=one, **parameters)[0] for one in reasons]
     rows = heapq.merge(*lists, key=lambda row: row[0], reverse=newest)
-    return [(message_of(row[:-1]), STATES[row[-1]]) for row in itertools.islice(rows, n)]
+    return [(message_of(row), STATES[row[-1]]) for row in itertools.islice(rows, n)]
 
 
 def topic_is_full() -> str:
@@ -8109,7 +8108,7 @@ class Statistics:
 
 def listed_message(flights: Flights, row: Sequence[Any]) -> tuple[Message, str]:
     """The message in a row of a listing, and its state."""
-    message, state = message_of(row[:-1]), STATES[row[-1]]
+    message, state = message_of(row), STATES[row[-1]]
     if state == "hidden":
         message = message._replace(holder=flights.holder_of(message.id, message.lease))
     return message, state
@@ -8177,17 +8176,19 @@ class Administration:
             if state.timers.is_stopping() or time.perf_counter() > end:
                 break
 
-    def _submit_due(self, channels: Sequence[str] = (), now: Optional[float] = None) -> None:
-        """Submits a piece of what is due, in channels and in others whose dead letters they may
+    def _submit_due(self, *channels: str) -> None:
+        """Submits what is due, before an operation on channels, if anything is."""
+        now = self.now()
+        if self._state.timers.next_due <= now:
+            self._submit_pieces(channels, now)
+
+    def _submit_pieces(self, channels: Collection[str], now: float) -> None:
+        """Submits a piece of what is due in channels, and in others whose dead letters they may
         get.
 
         A backlog in another channel is left to the ticker.
         """
         state = self._state
-        if now is None:
-            now = self.now()
-        if state.timers.next_due > now:
-            return
         for name in channels:
             if state.timers.is_due(name, now):
                 state.process_due(name, now)
@@ -8196,7 +8197,7 @@ class Administration:
                 state.process_due(name, now)
 
     def _run(self, operation: Operation, *channels: str) -> Any:
-        self._submit_due(channels)
+        self._submit_due(*channels)
         return self._committer.run(operation)
 
     # -- channels and topics
@@ -8207,7 +8208,7 @@ class Administration:
         In pieces: those that are there now, and not those that are posted meanwhile.
         """
         scope = f"channel {check_name('channel', channel)}"
-        self._submit_due((channel,))
+        self._submit_due(channel)
         newest, counts = self._read(NEWEST_MESSAGE, CHANNEL_COUNTS, channel=channel)
         left = sum(counts[0][:3]) if counts else 0
         parameters: dict[str, Any] = {"channel": channel, "scope": scope, "now": self.now()}
@@ -8233,7 +8234,7 @@ class Administration:
             raise BadRequest("to must be another channel than the one that is emptied")
         if to is not None:
             self._state.channels.reserve(to)
-        self._submit_due((check_name("channel", channel),))
+        self._submit_due(check_name("channel", channel))
         newest = self._read(NEWEST_MESSAGE)[0][0][0] or 0
         parameters = {"channel": channel, "to": to, "newest": newest, "now": self.now()}
         after: Optional[tuple[int, int]] = (MIN_INTEGER, 0)
@@ -8413,7 +8414,7 @@ class Administration:
         In the order of delivery for the state `ready`, else by id.  Bodies are cut to one byte
         more than `cut`.
         """
-        self._submit_due((channel,))
+        self._submit_due(channel)
         if state is not None:
             check_choice("state", state, STATES)
         if state == "ready" and after is not None:
@@ -8444,7 +8445,7 @@ class Administration:
 
     def info(self, channel: str) -> dict[str, Any]:
         """A channel's counts, age, consumers, subscriptions, pause and settings."""
-        self._submit_due((check_name("channel", channel),))
+        self._submit_due(check_name("channel", channel))
         return self._info(channel, self._read)
 
     def infos(self, channels: Iterable[str]) -> list[dict[str, Any]]:
@@ -8476,7 +8477,7 @@ class Administration:
 
     def channel_stats(self, channel: str) -> dict[str, int]:
         """How many messages of a channel are `ready`, and how many `hidden`."""
-        self._submit_due((channel,))
+        self._submit_due(channel)
         (rows,) = self._read(CHANNEL_COUNTS, channel=check_name("channel", channel))
         ready, in_flight, delayed, _ = rows[0] if rows else (0, 0, 0, 0)
         return {"ready": ready, "hidden": in_flight + delayed}
@@ -9778,10 +9779,15 @@ class NewMessages:
     """Checks what is posted or published, and completes the parameters of its statement."""
 
     def __init__(
-        self, broker: Administration, hlm: int, settings: Mapping[str, dict[str, Any]]
+        self,
+        broker: Administration,
+        clock: BrokerClock,
+        hlm: int,
+        settings: Mapping[str, dict[str, Any]],
     ) -> None:
         """`hlm`: where a channel has none of its own; `settings`: of all channels."""
         self._broker = broker
+        self._clock = clock
         self._hlm = hlm
         self._usual = {**NEW_MESSAGE, "hlm": hlm}
         self._settings = settings
@@ -9791,7 +9797,7 @@ class NewMessages:
     ) -> dict[str, Any]:
         """The parameters of POST_MESSAGE."""
         _check_body(body, self._broker.max_message)
-        now = self._broker.now()
+        now = self._clock.now()
         own = {"channel": channel, "body": body, "type": type, "now": now, "due_at": now}
         message = {**self._usual, **own}
         settings = self._settings.get(channel)
@@ -9828,7 +9834,7 @@ class NewMessages:
             "body": body,
             "type": type,
             "hlm": self._hlm,
-            "now": self._broker.now(),
+            "now": self._clock.now(),
             "scope": scope,
             "dedup": dedup,
             "dedup_for": keys.get("dedup-for", DEFAULTS["dedup-for"]),
@@ -9868,7 +9874,7 @@ class Broker(Administration):
             timers = Timers(self._on_tick, self._clock)
             state = State(committer, self._clock, channels, timers, EventCounts(metrics_channels))
             super().__init__(store, state, max_message)
-            self._new = NewMessages(self, hlm, channels.settings)
+            self._new = NewMessages(self, self._clock, hlm, channels.settings)
             self._watch = Watch(state, store.read) if store.is_shared else None
             self.schedules = Schedules(state, self._new_message)
             self.patterns = PatternSubscriptions(state, store)
@@ -9947,7 +9953,8 @@ class Broker(Administration):
         self._store.check_space()
         message = self._new.posted(check_name("channel", channel), body, type, given)
         self._state.channels.reserve(channel)
-        self._submit_due((channel,), message["now"])
+        if self._state.timers.next_due <= message["now"]:
+            self._submit_pieces((channel,), message["now"])
         return message
 
     def post_batch(self, channel: str, messages: Sequence[BatchItem]) -> list[int]:
@@ -10123,7 +10130,8 @@ class Broker(Administration):
             self._state.waiting.check_room(consumer)
             consumer.deadline = self._clock.source.monotonic() + wait
         now = self._clock.now()
-        self._submit_due(consumer.channels, now)
+        if self._state.timers.next_due <= now:
+            self._submit_pieces(consumer.channels, now)
         self._committer.submit(Take(self._state, consumer, now, ack, lease, expected_channel))
 
     def cancel(self, consumer: Consumer) -> None:
@@ -10181,7 +10189,8 @@ class Broker(Administration):
     ) -> None:
         """As `delete`, for a caller that does not wait."""
         now = self._clock.now()
-        self._submit_due((), now)
+        if self._state.timers.next_due <= now:
+            self._submit_pieces((), now)
         operation = Delete(self._state, id, lease, expected_channel, now)
         operation.done_callback = on_done
         self._committer.submit(operation)
