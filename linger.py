@@ -10887,8 +10887,8 @@ def allowed_methods(routes: Mapping[str, Route]) -> str:
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TCHAR + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 MESSAGE_HEAD = re.compile(  # a request line with a message's id in its path, or as its ack
-    rb"[A-Z]+ (/(?:messages/|channels/[^?&= ]+\?(?:[^ ]*&)?ack=)([0-9]+)(?![^&/? ])"
-    rb"[!-~\x80-\xff]*) "
+    rb"[A-Z]+ (/(?:messages/(?=[0-9]+[/? ])|channels/[^?&= ]+\?(?:[^ ]*&)?ack=)([0-9]+)"
+    rb"(?![^&/? ])[!-~\x80-\xff]*) "
 )
 # One pass over all header lines: no control characters (RFC 9110 5.5), hence no bare CR or LF
 # (RFC 9112 2.2), no folded lines (5.2), no space before the colon (5.1).
@@ -11128,14 +11128,14 @@ class Request:
         self.ignored = ""  # header line with those given that are not
         self.options: Any = None  # what the endpoint has parsed from the query
 
-    def retarget(self, target: str) -> None:
+    def retarget(self, target: str, id: str) -> None:
         """Takes another target, which differs only in a message's id, in path or query."""
         self.target = target
-        path, _, self.query = target.partition("?")
         if self.segments[0] == "messages":
-            self.segments = path[1:].split("/")
-            self.names = self.segments[1::2]
+            self.segments[1] = id
+            self.names = [id]
         else:
+            self.query = target.partition("?")[2]
             self._query_fields = None
 
     def fields(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -11394,32 +11394,29 @@ class HeaderCache:
         return headers
 
 
-class RequestCache:
+class RequestCache(dict[bytes, Request]):
     """Recent requests of a connection by their heads, so that a head is parsed only once.
 
-    The key of a request that names a message is its head without the id.
+    `cache[head]` is the request for any head, which may be one that was returned before.  The key
+    of a request that names a message is its head without the id, in a second dict.
     """
 
-    __slots__ = ("_connection", "_header_cache", "_requests", "_requests_without_id")
+    __slots__ = ("_connection", "_header_cache", "_without_id")
 
     def __init__(self, header_cache: HeaderCache, connection: Any = None) -> None:
         self._header_cache = header_cache
         self._connection = connection
-        self._requests: dict[bytes, Request] = {}
-        self._requests_without_id: dict[bytes, Request] = {}
+        self._without_id: dict[bytes, Request] = {}
 
-    def request(self, head: bytes) -> Request:
-        """The request for a head, which may be one that was returned before."""
-        request = self._requests.get(head)
-        if request is not None:
-            return request
-        cache, key = self._requests, head
-        found = MESSAGE_HEAD.match(head)
+    def __missing__(self, head: bytes) -> Request:
+        cache: dict[bytes, Request] = self
+        key, found = head, MESSAGE_HEAD.match(head)
         if found:
-            cache, key = self._requests_without_id, head[: found.start(2)] + head[found.end(2) :]
+            start, end = found.span(2)
+            cache, key = self._without_id, head[:start] + head[end:]
             if key in cache:
                 request = cache[key]
-                request.retarget(found[1].decode("latin-1"))
+                request.retarget(found[1].decode("latin-1"), found[2].decode("ascii"))
                 return request
         request = parse_head(head, self._header_cache)
         request.connection = self._connection
@@ -11431,8 +11428,8 @@ class RequestCache:
 
     def clear(self) -> None:
         """Drops all requests, since each refers to its connection."""
-        self._requests.clear()
-        self._requests_without_id.clear()
+        super().clear()
+        self._without_id.clear()
 
 
 class RequestReader:
@@ -11447,7 +11444,7 @@ class RequestReader:
 
     __slots__ = (
         "_cache", "_gathered", "_on_head", "_start", "_steps", "buffer", "expects_continue",
-        "in_body", "request", "wanted",
+        "in_body", "received", "request", "wanted",
     )  # fmt: skip
 
     def __init__(self, cache: RequestCache, on_head: Callable[[Request], int]) -> None:
@@ -11459,12 +11456,14 @@ class RequestReader:
         # The parser of a request that has come only in part:
         self._steps: Optional[Generator[None, None, None]] = None
         self.request: Optional[Request] = None  # the one being read, once its head has been read
+        self.received = 0  # bytes of that request
         self.in_body = False
         self.expects_continue = False  # whether its client waits for 100; the caller clears it
         self.wanted = RECEIVE_SIZE  # bytes that it makes sense to receive next
 
     def feed(self, data: bytes) -> None:
         """Adds bytes that were received."""
+        self.received += len(data)
         if self._gathered is None:
             self.buffer += data
         else:
@@ -11487,9 +11486,9 @@ class RequestReader:
         if self._steps is None:
             self.request = None
             head, separator, rest = self.buffer.partition(b"\r\n\r\n")
-            if separator and head[:1] > b"\r" and len(head) <= MAX_REQUEST_HEAD:
-                self.buffer = rest  # the head came in one piece, as most do
-                request = self.request = self._cache.request(head)
+            if separator and head > b" " and len(head) <= MAX_REQUEST_HEAD:
+                self.buffer = rest  # the head came in one piece, without an empty line before it
+                request = self.request = self._cache[head]
                 limit = self._on_head(request)
                 length = request.headers.length
                 if length:
@@ -11502,6 +11501,7 @@ class RequestReader:
                 self._steps = self._read_body(request, limit)
             else:
                 self._steps = self._read_in_pieces()
+            self.received = len(head) + len(separator) + len(rest)
         try:
             next(self._steps)
         except StopIteration:
@@ -11511,7 +11511,7 @@ class RequestReader:
 
     def _read_in_pieces(self) -> Generator[None, None, None]:
         head = yield from self._read_head()
-        request = self.request = self._cache.request(head)
+        request = self.request = self._cache[head]
         limit = self._on_head(request)
         if request.headers.length or request.headers.chunked:
             yield from self._read_body(request, limit)
@@ -15303,11 +15303,6 @@ class PlainStream:
         """Waits until something can be received; False if that is the end of the stream."""
         return bool(self._socket.recv(1, socket.MSG_PEEK))
 
-    def has_data(self) -> bool:
-        """Whether bytes have been taken from the socket that `receive` has not returned; only if
-        it `is_shared`."""
-        return False
-
     def send(self, data: bytes) -> None:
         """Sends all bytes."""
         self.send_encoded(data)
@@ -15401,10 +15396,7 @@ class TlsStream(PlainStream):
             self._flush()
 
     def peek(self) -> bool:
-        return self.has_data() or super().peek()
-
-    def has_data(self) -> bool:
-        return self._tls.pending() > 0 or self._incoming.pending > 0
+        return self._tls.pending() > 0 or self._incoming.pending > 0 or super().peek()
 
     def send(self, data: bytes) -> None:
         view = memoryview(data)
@@ -15628,18 +15620,19 @@ class Connection:
 
     def _read_request(self) -> Optional[Request]:
         """The next request; None when the connection is to be closed."""
-        reader, stream = self._reader, self._stream
-        if self._slot.is_pending() and (reader.buffer or (stream.is_shared and stream.has_data())):
+        reader = self._reader
+        if reader.buffer:  # it was sent before the last reply
             self._await_reply()
-        if self._closing or not (reader.buffer or self._await_data()):
+        else:
+            reader.buffer = self._await_data()
+        if self._closing:
             return None
         if self._server.log_requests:
             self._started_at = time.monotonic()
-        received = len(reader.buffer)
-        return reader.next_request() or self._read_rest(received)
+        return reader.next_request() or self._read_rest()
 
-    def _read_rest(self, received: int) -> Optional[Request]:
-        """Receives the rest of a request of which so many bytes have come."""
+    def _read_rest(self) -> Optional[Request]:
+        """Receives the rest of a request of which some bytes have come."""
         reader = self._reader
         request, in_body, deadline = None, None, 0.0
         try:
@@ -15655,8 +15648,7 @@ class Connection:
                     self._closing = True
                     reader.end()
                     return None
-                received += len(data)
-                self._reserve_input(received)
+                self._reserve_input(reader.received + len(data))
                 reader.feed(data)
                 request = reader.next_request()
         except TimeoutError:
@@ -15689,28 +15681,26 @@ class Connection:
             return data
         raise TimeoutError
 
-    def _await_data(self) -> bool:
-        """Receives the first bytes of a request; whether any came.
+    def _await_data(self) -> bytes:
+        """Receives the first bytes of a request; if there are none, the connection is to be closed.
 
         A reply may be pending meanwhile.  Here the wait of a consumer ends, in time or because
         its client has disconnected.
         """
         server, stream, slot = self._server, self._stream, self._slot
         timeout: float = server.idle_timeout
-        size, receive = RECEIVE_SIZE, stream.receive
-        if self._first_request or slot.consumer is not None:
-            size = FIRST_RECEIVE_SIZE
+        receive = stream.receive
+        if self._first_request or stream.is_shared or slot.consumer is not None:
+            receive = self._receive_first
             if slot.consumer is not None:
                 timeout = min(max(slot.deadline - time.monotonic(), 0.001), timeout)
-        if self._first_request or stream.is_shared:
-            receive = self._receive_first
         data = b""
         self.idle = True
         while timeout > 0 and not server.stopping:
             if timeout != stream.timeout:
                 stream.set_timeout(timeout)
             try:
-                data = receive(size)
+                data = receive(RECEIVE_SIZE)
                 break
             except BlockingIOError:
                 timeout = self._idle_time_left()
@@ -15719,10 +15709,12 @@ class Connection:
         if slot.is_pending():
             self._await_reply(over=not data)
         self.idle = False
-        self._reader.feed(data)
-        return not self._closing
+        return data
 
     def _receive_first(self, size: int) -> bytes:
+        """The first bytes of the first request, with TLS, or while a consumer waits."""
+        if self._first_request or self._slot.consumer is not None:
+            size = FIRST_RECEIVE_SIZE
         if self._first_request:  # until it is received, it can be seen in the socket
             self._stream.peek()
             self._server.first_requests.start(self._socket)

@@ -9236,15 +9236,18 @@ class ReaderTest(unittest.TestCase):
 
     def test_a_repeated_head_is_not_parsed_again(self):
         cache = linger.RequestCache(linger.HeaderCache())
-        first = cache.request(CALL[:-4])
-        self.assertIs(cache.request(CALL[:-4]), first)
+        first = cache[CALL[:-4]]
+        self.assertIs(cache[CALL[:-4]], first)
         head = b"DELETE /messages/%d?lease=2 HTTP/1.1\r\nHost: x"
-        first = cache.request(head % 1)
-        second = cache.request(head % 22)
+        first = cache[head % 1]
+        second = cache[head % 22]
         self.assertIs(second, first)
         self.assertEqual((second.target, second.names), ("/messages/22?lease=2", ["22"]))
-        self.assertIsNot(cache.request(CALL[:-4] + b"\r\nA: " + b"x" * 5_000),
-                         cache.request(CALL[:-4] + b"\r\nA: " + b"x" * 5_000))  # fmt: skip
+        for n in (1, 22):
+            request = cache[b"DELETE /messages/%d&a HTTP/1.1\r\nHost: x" % n]  # not an id
+            self.assertEqual(request.segments, ["messages", f"{n}&a"])
+        long = CALL[:-4] + b"\r\nA: " + b"x" * 5_000
+        self.assertIsNot(cache[long], cache[long])
 
 
 class ReplySlotTest(unittest.TestCase):
