@@ -819,9 +819,11 @@ def parse_integer(
     name: str, value: object, minimum: int = MIN_INTEGER, maximum: int = MAX_INTEGER
 ) -> int:
     """Returns the integer in a text or number; `BadRequest` names the parameter and its range."""
-    number = value if isinstance(value, int) and not isinstance(value, bool) else None
-    if isinstance(value, str) and INTEGER.fullmatch(value):
-        number = int(value)
+    number = None
+    if isinstance(value, str):
+        number = int(value) if INTEGER.fullmatch(value) else None
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
     if number is None or not minimum <= number <= maximum:
         raise BadRequest(f"{name} must be an integer from {minimum} to {maximum}")
     return number
@@ -10879,7 +10881,7 @@ def allowed_methods(routes: Mapping[str, Route]) -> str:
 #      `_read_chunks` for a chunked one),
 #   3. `Api.admit` checks Host and Origin (`Access.check_origin`), looks up the token
 #      (`Access.identify`), and says how long the body may be.
-#   4. `Api.handle` finds the endpoint, checks the token's rights (`authorize`), and calls it.
+#   4. `Api.find_endpoint` finds the endpoint and checks the token's rights (`authorize`).
 #   5. The endpoint calls the broker and returns a `Response`; `Connection._send` sends it.
 # A reply that waits for a commit is sent by another thread: see Connections.
 # ---------------------------------------------------------------------------------------------
@@ -11119,7 +11121,7 @@ class Request:
         self.grant = NO_ACCESS
         self.grants: object = None  # the Access.grants in which `grant` was found
         self.base_headers = ""  # header lines of every response to it
-        self.body_limit: Optional[int] = None  # bytes
+        self.body_limit = 0  # bytes
         self.body_kind = PARAMETERS  # Route.body
         self.is_plain = False  # whether it is a message without parameters, the usual POST
         self.endpoint: Optional[Callable[..., Any]] = None  # the method of Api
@@ -14525,27 +14527,11 @@ def parse_wait(request: Request, default: int) -> int:
 class TakeOptions(NamedTuple):
     """The options of `GET /channels/<channel>` that do not name a message."""
 
-    wait: int
+    new_consumer: Callable[[], Consumer]
     n: Optional[int]  # None: one message, not in a JSON array
-    timeout: Optional[int]
-    auto: bool
+    wait: int
     has_ack: bool
     lease: Optional[int]
-    holder: str
-
-    @classmethod
-    def parse(cls, request: Request) -> TakeOptions:
-        """The options in a request."""
-        wait = parse_wait(request, DEFAULT_WAIT)
-        return cls(
-            0 if request.switch("nowait") else wait,
-            request.integer("n", 1, MAX_BATCH),
-            request.integer("timeout", 1),
-            request.switch("auto"),
-            request.parameter("ack") is not None,
-            request.integer("lease"),
-            check_name("consumer", request.parameter("as") or request.connection.address),
-        )
 
 
 class ManagementApi:
@@ -14571,6 +14557,12 @@ class ManagementApi:
         channels = self._broker.channels_of(ids)
         names = (channels.get(id, "") for id in ids)
         return [name if name and grant.covers("channels", name) else "" for name in names]
+
+    def _expected_channel(self, request: Request, id: int) -> Optional[str]:
+        """The same for one message."""
+        if request.grant.channels is None:
+            return None
+        return self._expected_channels(request, id)[0]
 
     def _visible_names(self, request: Request, kind: str, names: Iterable[str]) -> Response:
         """The response with those of the channels, topics or patterns that a token covers."""
@@ -14669,7 +14661,7 @@ class ManagementApi:
     def list_messages(self, request: Request, channel: str) -> Response:
         whole = request.switch("whole")
         state, after = request.parameter("state") or None, request.integer("after")
-        if state == "ready" and after is not None and "" in self._expected_channels(request, after):
+        if state == "ready" and after is not None and self._expected_channel(request, after) == "":
             raise NotFound(f"there is no message {after}")  # the listing would reveal its place
         n = request.integer("n", 1, MAX_BATCH) or LISTED
         cut = None if whole else PREVIEW_BYTES
@@ -14759,13 +14751,13 @@ class ManagementApi:
     def redrive_message(self, request: Request, id: str) -> Response:
         number, to = parse_integer("id", id), request.parameter("to")
         self._check_target(request, to)
-        self._broker.redrive_message(number, to, *self._expected_channels(request, number))
+        self._broker.redrive_message(number, to, self._expected_channel(request, number))
         return NO_CONTENT
 
     def change_message(self, request: Request, id: str) -> Response:
         number = parse_integer("id", id)
         parameters = self._checked_parameters(request, CHANGE_PARAMETERS)
-        self._broker.change(number, *self._expected_channels(request, number), **parameters)
+        self._broker.change(number, self._expected_channel(request, number), **parameters)
         return NO_CONTENT
 
     def list_channel_topics(self, request: Request, channel: str) -> Response:
@@ -14903,7 +14895,6 @@ class Api(ManagementApi):
         """
         if request.grants is not self._access.grants:
             self._identify(request)
-        if request.body_limit is None:
             request.body_limit = self._body_limit(request)
         return request.body_limit
 
@@ -14961,14 +14952,11 @@ class Api(ManagementApi):
 
     # -- dispatch
 
-    def handle(self, request: Request) -> Optional[Response]:
-        """The response to a request; None if another thread will reply."""
-        endpoint = request.endpoint or self._find_endpoint(request)
-        response: Optional[Response] = endpoint(request, *request.names)
-        return response
+    def find_endpoint(self, request: Request) -> Callable[..., Optional[Response]]:
+        """The method for a request, which then may call it: the rights have been checked.
 
-    def _find_endpoint(self, request: Request) -> Callable[..., Optional[Response]]:
-        """The method for a request, which then may call it: the rights have been checked."""
+        The result is kept in the request, as `endpoint` and `names`.
+        """
         if request.method == "OPTIONS":
             return self.list_methods
         route = find_route(request.method, request.routes)
@@ -15004,20 +14992,26 @@ class Api(ManagementApi):
 
     def take_message(self, request: Request, *channels: str) -> None:
         if request.options is None or request.body:  # a form, which may hold some of them
-            request.options = TakeOptions.parse(request)
-        wait, n, timeout, auto, has_ack, lease, holder = request.options
+            request.options = self._take_options(request, channels)
+        new_consumer, _, wait, has_ack, lease = request.options
         ack = request.integer("ack") if has_ack else None
-        connection = request.connection
-        if not wait:
+        consumer = new_consumer()
+        expected_channel = None if ack is None else self._expected_channel(request, ack)
+        on_done = request.connection.defer(request, self._taken_response, consumer, wait)
+        self._broker.take_async(on_done, consumer, wait, ack, lease, expected_channel)
+
+    def _take_options(self, request: Request, channels: Sequence[str]) -> TakeOptions:
+        connection, wait = request.connection, parse_wait(request, DEFAULT_WAIT)
+        if request.switch("nowait") or not wait:
+            wait = 0
             connection.yield_to_simultaneous()
-        is_disconnected = connection.is_disconnected
-        consumer = self._broker.consumer(
-            channels, n or 1, timeout, auto, is_disconnected, connection.output, holder
-        )
-        request.release_body()
-        expected_channel = () if ack is None else self._expected_channels(request, ack)
-        on_done = connection.defer(request, self._taken_response, consumer, wait)
-        self._broker.take_async(on_done, consumer, wait, ack, lease, *expected_channel)
+        n, timeout = request.integer("n", 1, MAX_BATCH), request.integer("timeout", 1)
+        auto, has_ack = request.switch("auto"), request.parameter("ack") is not None
+        lease = request.integer("lease")
+        holder = check_name("consumer", request.parameter("as") or connection.address)
+        given = timeout, auto, connection.is_disconnected, connection.output, holder
+        new_consumer = functools.partial(self._broker.consumer, channels, n or 1, *given)
+        return TakeOptions(new_consumer, n, wait, has_ack, lease)
 
     def _taken_response(self, request: Request, operation: Operation) -> Response:
         messages, consumer = operation.result(), operation.owner
@@ -15080,8 +15074,8 @@ class Api(ManagementApi):
     def reply(self, request: Request, id: str) -> Response:
         number, lease = parse_integer("id", id), request.integer("lease")
         body, content_type = request.message()
-        expected_channel = self._expected_channels(request, number)
-        self._broker.calls.reply(number, body, content_type, lease, *expected_channel)
+        expected_channel = self._expected_channel(request, number)
+        self._broker.calls.reply(number, body, content_type, lease, expected_channel)
         return NO_CONTENT
 
     def await_end(self, request: Request, channel: str) -> Response:
@@ -15186,7 +15180,7 @@ class Api(ManagementApi):
             return True
         try:
             self.admit(request)
-            self._find_endpoint(request)
+            self.find_endpoint(request)
         except LingerError:
             return False
         return True
@@ -15195,9 +15189,9 @@ class Api(ManagementApi):
 
     def delete_message(self, request: Request, id: str) -> None:
         number, lease = parse_integer("id", id), request.integer("lease")
-        expected_channel = self._expected_channels(request, number)
+        expected_channel = self._expected_channel(request, number)
         on_done = request.connection.defer(request, done_response)
-        self._broker.delete_async(on_done, number, lease, *expected_channel)
+        self._broker.delete_async(on_done, number, lease, expected_channel)
 
     def delete_messages(self, request: Request, _: str) -> Response:
         wanted = []
@@ -15213,21 +15207,21 @@ class Api(ManagementApi):
     def touch_message(self, request: Request, id: str) -> Response:
         number, lease = parse_integer("id", id), request.integer("lease")
         timeout = request.integer("timeout", 1)
-        self._broker.touch(number, lease, timeout, *self._expected_channels(request, number))
+        self._broker.touch(number, lease, timeout, self._expected_channel(request, number))
         return NO_CONTENT
 
     def release_message(self, request: Request, id: str) -> Response:
         number, lease = parse_integer("id", id), request.integer("lease")
         delay, reason = request.integer("delay", 0), request.reason()
         uncounted = request.switch("uncounted")
-        (expected_channel,) = self._expected_channels(request, number)
+        expected_channel = self._expected_channel(request, number)
         self._broker.release(number, lease, delay, reason, expected_channel, uncounted)
         return NO_CONTENT
 
     def reject_message(self, request: Request, id: str) -> Response:
         number, lease = parse_integer("id", id), request.integer("lease")
-        expected_channel = self._expected_channels(request, number)
-        self._broker.reject(number, lease, request.reason(), *expected_channel)
+        expected_channel = self._expected_channel(request, number)
+        self._broker.reject(number, lease, request.reason(), expected_channel)
         return NO_CONTENT
 
 
@@ -15239,7 +15233,7 @@ class Api(ManagementApi):
 # thread replies.  The connection's thread meanwhile receives: so it need not be woken for each
 # reply, it notices a disconnect, and it ends the wait of a consumer in time.  `ReplySlot` is the
 # state that both threads share.  POST, GET and DELETE of a message:
-#   1. `_serve_request` reads the request, and `Api.handle` calls its endpoint.
+#   1. `_serve_request` reads the request, and calls its endpoint.
 #   2. The endpoint calls `defer`, which makes a reply pending, and then the broker's `post_async`,
 #      `take_async` or `delete_async`, which submits a `Post`, `Take` or `Delete`.
 #   3. The connection's thread is back in `_await_data`.  It handles no other request until
@@ -15592,7 +15586,8 @@ class Connection:
             self._drain_on_close = True
             return
         try:
-            response = self._api.handle(request)
+            endpoint = request.endpoint or self._api.find_endpoint(request)
+            response = endpoint(request, *request.names)
         except Exception as error:
             response = self._response_to_error(request, error)
         if request.body:
