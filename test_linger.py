@@ -1559,6 +1559,14 @@ class DeliveryTest(BrokerTest):
         self.assertEqual(self.broker.channel_stats("other"), {"ready": 1, "hidden": 0})
         self.assertEqual(self.broker.topics("q"), ["t"])
 
+    def test_an_expired_message_leaves_its_room_below_the_mark_to_a_post(self):
+        self.broker.set_settings("q", hlm=1)
+        with self.stopped_ticker():
+            self.broker.post("q", b"1", linger=5)
+            self.clock.now += 5
+            self.broker.post("q", b"2")
+        self.assertEqual(self.bodies("q"), [b"2"])
+
     def test_a_channel_at_its_mark_takes_no_more(self):
         self.restart(hlm=2)
         self.broker.post("q", b"1")
@@ -3576,6 +3584,14 @@ class TakingTest(BrokerTest):
         self.assertEqual(self.take(n=100), [])
         self.assertEqual(self.broker.channel_stats("q"), {"ready": 0, "hidden": 5})
 
+    def test_each_of_several_comes_back_after_its_own_timeout(self):
+        for timeout in (60, 5, 30):
+            self.broker.post("q", b"x", timeout=timeout)
+        with self.stopped_ticker():
+            self.take(n=3)
+            self.clock.now += 5
+            self.assertEqual([m.timeout for m in self.take()], [5])
+
     def test_several_are_bounded_in_bytes_but_one_always_comes(self):
         for size in (3, 3, 3, 20, 1):
             self.broker.post("q", b"x" * size)
@@ -4057,6 +4073,9 @@ class ConcurrencyTest(BrokerTest):
         self.assertEqual(take.statements, linger.BATCH_TAKES[0])
         take = linger.Take(state, self.broker.consumer(["q"]), self.clock.now)
         self.assertTrue(take.durable)  # or more than the limit may be in flight after a power cut
+        self.broker.clear_settings("q")
+        take = linger.Take(state, self.broker.consumer(["q"]), self.clock.now)
+        self.assertEqual(take.statements, (linger.NEXT_MESSAGE, linger.LEASE_NEXT))
 
 
 class CallReplyTest(BrokerTest):
