@@ -6316,7 +6316,7 @@ OUTDATED_MOMENTS = 1_000  # entries that `Timers` may keep beyond twice those it
 
 
 class Consumer:
-    """A consumer that takes messages of one or several channels, and waits until it is woken.
+    """A consumer for one `take`, which waits until it is woken, and which any thread may cancel.
 
     `on_done(operation)` is called once, when its take is over: the result is the messages, or it
     raises.  The lock of the waiting list guards `waiting`, `closed` and `ticket`.
@@ -6333,20 +6333,32 @@ class Consumer:
     def __init__(
         self,
         channels: Sequence[str],
-        n: int,
-        timeout: Optional[int],
-        auto: bool,
-        is_disconnected: Callable[[], bool],
+        n: int = 1,
+        timeout: Optional[int] = None,
+        auto: bool = False,
+        is_disconnected: Callable[[], bool] = bool,
         memory: Optional[Reservation] = None,
         holder: str = "",
     ) -> None:
-        self.channels = channels
+        """It takes up to `n` messages, from the first of the channels that has any.
+
+        `timeout`: seconds that they stay hidden, in place of their own; `auto`: they are deleted as
+        they are delivered.  `is_disconnected()` tells whether its client has gone away: then it is
+        passed over.  It is called in the committer thread, as `on_done` is.  `memory`: where what
+        is taken is reserved; without room the take raises `Unavailable`; None: no limit.
+        `holder`: what listings of messages in flight call it.
+        """
+        self.channels = names = list(dict.fromkeys(channels))
+        for name in names:
+            check_name("channel", name)
+        if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
+            raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
         self.n = n
         self.timeout = timeout
         self.auto = auto
         self.is_disconnected = is_disconnected
-        self.memory = memory  # for what it takes; None: no limit
-        self.holder = holder  # its name in listings of messages in flight
+        self.memory = memory
+        self.holder = holder
 
 
 class WaitingList:
@@ -10023,6 +10035,8 @@ class Broker(Administration):
 
     # -- consuming
 
+    consumer = Consumer  # for one `take`
+
     def get(
         self,
         channel: str,
@@ -10037,31 +10051,6 @@ class Broker(Administration):
         """
         messages = self.take(self.consumer([channel], 1, timeout, auto, is_disconnected), wait)
         return messages[0] if messages else None
-
-    def consumer(
-        self,
-        channels: Sequence[str],
-        n: int = 1,
-        timeout: Optional[int] = None,
-        auto: bool = False,
-        is_disconnected: Callable[[], bool] = bool,
-        memory: Optional[Reservation] = None,
-        holder: str = "",
-    ) -> Consumer:
-        """A consumer for one `take`, which another thread may `cancel`.
-
-        It takes up to `n` messages, from the first of the channels that has any.  `timeout`:
-        seconds that they stay hidden, in place of their own; `auto`: they are deleted as they are
-        delivered.  `is_disconnected()` tells whether its client has gone away: then it is passed
-        over.  It is called in the committer thread, as `on_done` is.  `memory`: where what is taken
-        is reserved; without room `take` raises `Unavailable`.  `holder`: what listings call it.
-        """
-        names = list(dict.fromkeys(channels))
-        for name in names:
-            check_name("channel", name)
-        if not 1 <= len(names) <= MAX_CHANNELS_AT_ONCE:
-            raise BadRequest(f"1 to {MAX_CHANNELS_AT_ONCE} channels may be asked at once")
-        return Consumer(names, n, timeout, auto, is_disconnected, memory, holder)
 
     def take(
         self,
