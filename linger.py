@@ -3053,6 +3053,10 @@ class EventCounts(dict[str, dict[str, int]]):
         failed = sum(counts[event] for event in FAILURES)
         return {**{name: counts[name] for name in SAMPLED[:3]}, SAMPLED[3]: failed}
 
+    def total(self, event: str) -> int:
+        """How often an event has happened in all channels.  For any thread."""
+        return sum(counts[event] for counts in self.copy().values())
+
     @locked
     def by_channel(self) -> dict[str, dict[str, int]]:
         """The counts of each channel, for any thread.
@@ -6311,6 +6315,7 @@ COUNTERS = (
     "publications", "channel-create", "channel-remove", "channel-drain", "subscription-add",
     "subscription-delete",
 )  # fmt: skip
+SUMS = {"msg-add": "posted", "delivered": "delivered"}  # of EVENTS, in all channels
 ALL = ""  # among the channels of `Timers`: no channel has this name
 OUTDATED_MOMENTS = 1_000  # entries that `Timers` may keep beyond twice those it needs
 
@@ -6862,7 +6867,6 @@ class State:
 
     def message_added(self, message: Mapping[str, Any], now: float, woken: bool) -> None:
         """After a message was added; wakes a consumer for it unless that was done before."""
-        self.counters["msg-add"] += 1
         self.events[message["channel"]]["posted"] += 1
         if message["expires_at"]:
             self.timers.schedule(message["channel"], message["expires_at"])
@@ -7332,7 +7336,6 @@ class Take(Operation):
                 self._declined = error
             return
         count, channel = len(rows), rows[0][1]
-        counters["delivered"] += count
         state.events[channel]["delivered"] += count
         if consumer.auto:
             counters["msg-delete"] += count
@@ -7446,7 +7449,6 @@ class UndoTake(Operation):
         events[self._channel]["expired"] += expired
         for id in self._ids:
             self._state.flights.pop(id)
-        counters["delivered"] -= count
         counters["msg-delete" if self._auto else "msg-hide"] -= count
         counters["msg-retention"] += expired
         self._state.dead_buried(self._channel, (dead, moved, deleted), self._now)
@@ -8155,7 +8157,6 @@ class Administration:
 
     def __init__(self, store: Transactions, state: State, max_message: int) -> None:
         self.max_message = max_message
-        self.counters = state.counters
         self._store = store
         self._state = state
         self._committer = state.committer
@@ -8168,6 +8169,12 @@ class Administration:
         ((row,),) = store.read(GET_CONFIG, key="server_id")
         self.id: str = row[0]
         disown_in_children(self)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Each of COUNTERS since the start."""
+        sums = {name: self._state.events.total(event) for name, event in SUMS.items()}
+        return {**self._state.counters, **sums}
 
     def now(self) -> float:
         """Broker time, in seconds."""
@@ -8281,7 +8288,7 @@ class Administration:
         )
 
     def _count(self, counter: str, count: int) -> None:
-        self.counters[counter] += count
+        self._state.counters[counter] += count
 
     def set_settings(self, channel: str, **parameters: Unpack[ChannelFields]) -> None:
         """Sets what holds for messages posted to a channel that do not say otherwise, and its
