@@ -3231,6 +3231,7 @@ class Operation:
 
     statements: Sequence[str] = ()
     parameters: Parameters = types.MappingProxyType({})  # of all statements; a list: of each one
+    results: list[Any]  # of each statement, once it has run: rows, or (rows changed, last id)
     begins = False  # whether `on_begin` is to be called
     durable = True  # whether no power failure may undo it; may be set until after `on_executed`
     done_callback: Optional[DoneCallback] = None  # called once with the finished operation
@@ -3247,7 +3248,6 @@ class Operation:
     def __init__(self, statements: Sequence[str] = (), parameters: Parameters = parameters) -> None:
         self.statements = statements
         self.parameters = parameters
-        self.results: list[Any] = []  # of each statement: rows, or (rows changed, last id)
 
     def on_begin(self) -> None:
         """May change `parameters`, which depend on the moment."""
@@ -3419,11 +3419,11 @@ class Committer:
         self.first_lease = store.first_lease
         self._store = store
         self._companion = companion
-        self._pending: collections.deque[Operation] = collections.deque()  # until they are done
+        self._pending: collections.deque[Operation] = collections.deque()
         self._alarm = Alarm()
         self._sleeps = False
         self._main_thread = threading.main_thread().ident
-        self._batch: Optional[list[Operation]] = None  # the transaction under way
+        self._batch: Optional[list[Operation]] = None  # off the list, and not yet committed
         self.commit_times = Histogram(SHORT_SECONDS)
         self.commit_sizes = Histogram(AMOUNTS)
         self._closing = False
@@ -3435,18 +3435,13 @@ class Committer:
         """Puts an operation on the list and returns; its `on_done` tells when it is done."""
         self._pending.append(operation)
         if self._sleeps:
-            self._wake()
+            # Whoever submits meanwhile need not ring.  But in the main thread a signal handler
+            # may run before `ring`: it may raise, or make a call.
+            if threading.get_ident() != self._main_thread:
+                self._sleeps = False
+            self._alarm.ring()
         if self._closed:
             self._refuse_pending()
-
-    def _wake(self) -> None:
-        """Wakes the committer thread; whoever submits meanwhile need not.
-
-        But in the main thread a signal handler may run before `ring`: it may raise, or make a call.
-        """
-        if threading.get_ident() != self._main_thread:
-            self._sleeps = False
-        self._alarm.ring()
 
     def run(self, operation: Operation) -> Any:
         """Runs an operation and returns its result; by then it is committed.
@@ -3477,7 +3472,7 @@ class Committer:
         A client may ask for that before it has its response.
         """
         self.check_thread()
-        if self._pending:
+        if self._pending or self._batch is not None:
             self.run(Operation())
         return self._store.read(*statements, **parameters)
 
@@ -3490,25 +3485,23 @@ class Committer:
         self._alarm.close()
 
     def _work(self) -> None:
-        while not self._closing or self._pending:
-            pending = self._pending.copy()
+        pending = self._pending
+        while not self._closing or pending:
             if not pending:
                 self._sleep()
                 continue
-            batch = _first_of(pending)
-            left = len(pending) - len(batch)
-            taken = set(batch) if left else ()
+            batch: list[Operation] = []
+            self._batch = batch  # before the list is empty: `read` looks at that first
+            batch.extend(itertools.islice(iter(pending.popleft, None), len(pending)))
+            if sum(map(SIZE_OF, batch)) > MAX_TRANSACTION_BYTES:
+                pending.extendleft(reversed(_take_large(batch)))
             companion = self._companion()
             if companion is not None:
                 batch.append(companion)
             if self.observer is not None:
                 _prepare(batch, self.observer)
             self._commit(batch)
-            for _ in pending:
-                self._pending.popleft()
-            if left:
-                later = [operation for operation in pending if operation not in taken]
-                self._pending.extendleft(reversed(later))
+            self._batch = None
             _run_done_callbacks(batch)
         self._closed = True
         self._refuse_pending()
@@ -3531,7 +3524,6 @@ class Committer:
     def _commit(self, batch: list[Operation], alone: bool = False) -> None:
         """Runs operations in one transaction; if it fails, each in one of its own, so that one
         that is refused harms no other.  If no transaction can begin, all fail at once."""
-        self._batch = batch
         began = time.perf_counter()
         try:
             late = self._store.transact(batch)
@@ -3542,7 +3534,7 @@ class Committer:
                 _fail(batch, error)
             else:
                 for operation in list(batch):
-                    again = [operation]
+                    self._batch = again = [operation]
                     self._commit(again, alone=True)
                     batch += again[1:]  # what joined its transaction
         else:
@@ -3551,30 +3543,28 @@ class Committer:
             for operation in late:
                 self.submit(operation)
             _run_commit_callbacks(batch, self.observer)
-        finally:
-            self._batch = None
 
 
 SIZE_OF = operator.attrgetter("size")
 
 
-def _first_of(pending: Collection[Operation]) -> list[Operation]:
-    """The operations for the next transaction.
+def _take_large(batch: list[Operation]) -> list[Operation]:
+    """Takes the large operations beyond MAX_TRANSACTION_BYTES out of a batch, and returns them.
 
-    Large ones beyond MAX_TRANSACTION_BYTES are left for later ones, so that small ones need not
-    wait for all of them.  No two are of one connection, so it does not matter which is first.
+    They are left for later transactions, so that small ones need not wait for all of them.  No two
+    are of one connection, so it does not matter which is first.
     """
-    if sum(map(SIZE_OF, pending)) <= MAX_TRANSACTION_BYTES:  # as usual
-        return list(pending)
-    batch = []
+    kept, taken = [], []
     size = 0
-    for operation in pending:
+    for operation in batch:
         if operation.size > SMALL_AMOUNT:
             if size and size + operation.size > MAX_TRANSACTION_BYTES:
+                taken.append(operation)
                 continue
             size += operation.size
-        batch.append(operation)
-    return batch
+        kept.append(operation)
+    batch[:] = kept
+    return taken
 
 
 def _fail(batch: Iterable[Operation], error: Exception) -> None:
@@ -5255,6 +5245,7 @@ class Cluster:
         A look-up that `on_executed` adds runs at once.
         """
         for operation in batch:
+            operation.results = []
             if operation.begins:
                 operation.on_begin()
         runs = [list(_runs_of(operation)) for operation in batch]

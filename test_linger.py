@@ -623,6 +623,21 @@ class StoreTest(StoreCase):
             until(lambda: len(committer._pending) == 2)
         self.assertEqual(read.result(PATIENCE), [[("1",)]])
 
+    def test_a_read_waits_for_the_transaction_under_way(self):
+        committer, begun, end = self.open(), threading.Event(), threading.Event()
+
+        class Slow(linger.Operation):
+            def on_executed(self):
+                begun.set()
+                end.wait(PATIENCE)
+
+        committer.submit(Slow((linger.SET_CONFIG,), {"key": "k", "value": "1"}))
+        begun.wait(PATIENCE)
+        read = self.thread(lambda: committer.read(linger.GET_CONFIG, key="k"))
+        until(lambda: committer._pending)
+        end.set()
+        self.assertEqual(read.result(PATIENCE), [[("1",)]])
+
     def test_reads_see_one_moment(self):
         committer = self.open()
         count = "select count(*) from config"
@@ -10572,8 +10587,9 @@ class MemoryTest(ServerTest):
         large, small = linger.Operation(), linger.Operation()
         large.size, small.size = 5_000_000, 1
         operations = [large, small] * 3
-        first = linger._first_of(operations)
-        self.assertEqual([operation.size for operation in first], [5_000_000, 1, 1, 1])
+        left = linger._take_large(operations)
+        self.assertEqual([operation.size for operation in operations], [5_000_000, 1, 1, 1])
+        self.assertEqual([operation.size for operation in left], [5_000_000, 5_000_000])
         with unittest.mock.patch.object(self.broker._store, "transact", record):
             for size in (5_000_000, 5_000_000, 1):
                 operation = linger.Operation()
