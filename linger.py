@@ -3618,6 +3618,7 @@ PAGE_SIZES = {1 << power for power in range(9, 17)}  # bytes
 SECTOR = 512  # bytes that a disk writes whole or not at all
 LOG_HEADER = 32  # bytes
 FRAME_HEADER = 24  # bytes before each page in the log
+FRAMES_AT_ONCE = 64  # frames of the log that are read at once
 MARK_TRIES = 3  # tries to record for which file a log was begun
 LOOKS = 3  # at a file that may be written at this moment, before it counts as changed
 ROLLBACK_MODE = b"\1\1"  # bytes 18 and 19 of a file that has no log, such as a backup
@@ -3716,12 +3717,15 @@ class LogFile:
 
     def frames(self) -> Iterator[tuple[int, int]]:
         """The number and the offset of each page that has been written since the last call."""
-        while self.page:
-            header = os.pread(self._file, FRAME_HEADER, self._offset)
-            if len(header) < FRAME_HEADER or header[8:16] != self.salts:
-                return
-            yield struct.unpack(">I", header[:4])[0], self._offset + FRAME_HEADER
-            self._offset += FRAME_HEADER + self.page
+        frame = struct.Struct(f">I4x8s8x{self.page}x")  # the page's number, the log's salts
+        is_end = not self.page
+        while not is_end:
+            content = os.pread(self._file, FRAMES_AT_ONCE * frame.size, self._offset)
+            whole = content[: len(content) // frame.size * frame.size]
+            numbers = [number for number, salts in frame.iter_unpack(whole) if salts == self.salts]
+            yield from zip(numbers, itertools.count(self._offset + FRAME_HEADER, frame.size))
+            self._offset += len(numbers) * frame.size
+            is_end = len(numbers) < FRAMES_AT_ONCE
 
     def read(self, offset: int) -> bytes:
         """A page."""

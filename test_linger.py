@@ -1057,6 +1057,27 @@ class LogTest(Folder):
             self.assertTrue(linger.is_malformed(sqlite3.DatabaseError(text)))
         self.assertFalse(linger.is_malformed(sqlite3.OperationalError("disk I/O error")))
 
+    def test_the_frames_are_the_same_however_many_are_read_at_once(self):
+        for number in range(9):
+            self.write(f"{number}" * 9_000)
+        self.checkpoint()
+        self.write("anew" * 9_000)  # over the first ones
+        size = os.path.getsize(self.dbfile + "-wal")
+        frames = []
+        for at_once in (1, 2, 3, 100):
+            self.hasten(FRAMES_AT_ONCE=at_once)
+            log_file = linger.LogFile(self.dbfile)
+            self.addCleanup(log_file.close)
+            frames.append(list(log_file.frames()))
+            self.assertEqual(list(log_file.frames()), [])
+            self.write(f"more {at_once}")
+            self.assertGreater(len(list(log_file.frames())), 0)
+        first = len(frames[0])
+        self.assertGreater(first, 5)
+        self.assertLess(frames[0][-1][1] + log_file.page, size)
+        for others in frames[1:]:
+            self.assertEqual(others[:first], frames[0])
+
     def test_frames_written_again_after_a_rollback_are_no_overwritten_file(self):
         path = str(self.folder / "watched.db")
         linger.Store(path).close()
