@@ -5631,7 +5631,7 @@ class BrokerClock:
         at most, whatever the wall clock says."""
         self.source = source
         wall = source.time()
-        self._latest = wall
+        self._latest = wall  # broker time of the latest transaction
         self._recorded_at = -NEVER  # broker time of the last record,
         self._tried_at = -NEVER  # and of the last try, which may have failed or stored nothing
         self._ahead = NEVER  # by how much the wall clock was ahead of broker time then, seconds
@@ -5648,11 +5648,10 @@ class BrokerClock:
 
     def now(self) -> float:
         """Broker time; raises what the source raises."""
-        self._latest = now = self._zero + self.source.monotonic()
-        return now
+        return self._zero + self.source.monotonic()
 
     def now_or_latest(self) -> float:
-        """Broker time, or if the source raises, what it was last."""
+        """Broker time, or if the source raises, what it was at the last transaction."""
         with contextlib.suppress(Exception):
             return self.now()
         return self._latest
@@ -5671,20 +5670,20 @@ class BrokerClock:
             now, wall = self.now(), self.source.time()
         except BaseException:  # of a test's clock: must not end the committer thread
             return None
+        self._latest = now
         stepped = abs(wall - now - self._ahead) > CLOCK_STEP
-        if not closing and not self._is_record_due(now, stepped, idle):
-            return None
+        if not closing:
+            if not stepped and now - self._recorded_at < TIME_RECORD_INTERVAL:  # as usual
+                return None
+            pause = TIME_RECORD_INTERVAL if idle and not stepped else TIME_RECORD_RETRY
+            if now - self._tried_at < pause:
+                return None
         self._tried_at = now
         return RecordTime(self, now, wall, always=stepped or not idle)
 
     def make_record(self, sessions: Iterable[str]) -> RecordTime:
         """The operation that records broker time in any case, for new sessions of a cluster."""
         return RecordTime(self, self.now(), self.source.time(), True, sessions)
-
-    def _is_record_due(self, now: float, stepped: bool, idle: bool) -> bool:
-        old = now - self._recorded_at >= TIME_RECORD_INTERVAL
-        pause = TIME_RECORD_INTERVAL if idle and not stepped else TIME_RECORD_RETRY
-        return (stepped or old) and now - self._tried_at >= pause
 
     def recorded(self, now: float, wall: float) -> None:
         """Notes, after a commit, what is the record."""
