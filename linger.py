@@ -3698,6 +3698,8 @@ class LogFile:
     A log begins anew, with other salts, when all of it has been written back into the database.
     """
 
+    marked = b""  # the salts of the last one that says to which file it belongs
+
     def __init__(self, path: str) -> None:
         self._file = os.open(path + "-wal", os.O_RDONLY)
         self.begin()
@@ -3714,6 +3716,13 @@ class LogFile:
     def has_begun_anew(self) -> bool:
         """Whether the log is not the one whose header was read."""
         return os.pread(self._file, len(self.salts) or 8, 16) != self.salts
+
+    def is_marked(self) -> bool:
+        """Whether the log is still the one that was `marked` last; not if it cannot be read."""
+        try:
+            return os.pread(self._file, 8, 16) == self.marked
+        except OSError:
+            return False
 
     def frames(self) -> Iterator[tuple[int, int]]:
         """The number and the offset of each page that has been written since the last call."""
@@ -3767,13 +3776,12 @@ class DatabaseFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._directory = os.path.dirname(path)
         self._inode = inode_of(path)
         self._file = os.open(path, os.O_RDWR)
         self._log: Optional[LogFile] = None
         self._root = 0  # the page of `config`
         self._known: Sectors = set()  # what may stand in the watched pages
-        self._seen = (0, 0)  # time and size of the file when it was last looked at
-        self._marked = ""  # the last log that has its mark
         try:
             self._lock()
         except BaseException:
@@ -3839,34 +3847,35 @@ class DatabaseFile:
             root, os.pread(self._file, page, (root - 1) * page), page
         )
 
-    def watch(self, root: int) -> None:
-        """After SQLite has opened the file: begins to watch it; `root` is the page of `config`."""
+    def watch(self, root: int) -> LogFile:
+        """After SQLite has opened the file: begins to watch it; `root` is the page of `config`.
+
+        Returns its log.
+        """
         self._root = root
         self._log = LogFile(self._path)
-        self._seen = self._stamp()
         self._known = self._watched(root) | self._log.sectors(1, root)
+        return self._log
 
-    def _stamp(self) -> tuple[int, int]:
+    def stamp(self) -> tuple[int, int, int]:
+        """Changes with the file, and when a file of its directory is made, moved or deleted."""
         status = os.fstat(self._file)
-        return status.st_mtime_ns, status.st_size
+        try:
+            directory_changed = os.stat(self._directory).st_mtime_ns
+        except OSError:
+            directory_changed = 0
+        return status.st_mtime_ns, status.st_size, directory_changed
 
-    def check(self) -> None:
-        """`Unavailable` if the file has other content than SQLite gave it."""
-        stamp = self._stamp()
-        if stamp == self._seen:
-            return
+    def is_own(self) -> bool:
+        """Whether the file has the content that SQLite gave it."""
         for look in range(LOOKS):
             if look:
                 time.sleep(0.01)
-            if self._is_own():
-                self._seen = stamp
-                return
-        raise Unavailable(
-            f"{os.path.basename(self._path)} was overwritten while in use{NOTHING_CHANGED}:"
-            " restart the server, or restore a backup as README, Backup, says"
-        )
+            if self._looks_own():
+                return True
+        return False
 
-    def _is_own(self) -> bool:
+    def _looks_own(self) -> bool:
         """Whether the watched pages hold what SQLite wrote to them.
 
         If another program has let the log begin anew, that is not known, and assumed.
@@ -3894,26 +3903,23 @@ class DatabaseFile:
         now: the file is what the log was begun for, or has some of its pages already.
         """
         assert self._log is not None
-        if self._log.salts.hex() == self._marked and not self._log.has_begun_anew():
+        if self._log.is_marked() or not self.is_own():  # what the log before had is still known
             return ""
-        with contextlib.suppress(Unavailable):
-            self.check()  # while what the log before had is still known
-            self._log.begin()
-            if not self._log.page:
-                return ""
-            watched = self._watched(self._root)
-            self._known = watched | self._log.sectors(1, self._root)
-            crcs = "".join(f"{crc:08x}" for _, _, crc in sorted(watched))
-            return f"{self._log.salts.hex()}:{self._root}:{crcs}"
-        return ""
+        self._log.begin()
+        if not self._log.page:
+            return ""
+        watched = self._watched(self._root)
+        self._known = watched | self._log.sectors(1, self._root)
+        crcs = "".join(f"{crc:08x}" for _, _, crc in sorted(watched))
+        return f"{self._log.salts.hex()}:{self._root}:{crcs}"
 
-    def note_marked(self, log: str) -> None:
-        """After the mark has been recorded in the log with these salts.
+    def note_marked(self) -> None:
+        """After the mark has been recorded in the log.
 
         With its frames most checks after a checkpoint need not read the others.
         """
         assert self._log is not None
-        self._marked = log
+        self._log.marked = self._log.salts
         self._known |= self._log.sectors(1, self._root)
 
     def close(self, forget: bool = True) -> None:
@@ -3940,6 +3946,7 @@ MEMORY = ":memory:"
 SYNC_LEVELS = ("full", "normal", "off")
 OLDEST_SQLITE = (3, 31)
 IS_DURABLE = operator.attrgetter("durable")
+BYTES_ADDED = operator.attrgetter("adds")
 SQLITE_IOERR = 10  # primary result codes, sqlite.org/rescode.html
 SQLITE_CORRUPT = 11
 SQLITE_FULL = 13
@@ -4031,7 +4038,7 @@ class SpaceGuard:
         self._look_at = 0.0
         self._spare = 0  # bytes of the disk that posts may use
         self._ahead = 0  # bytes that may be added until the size of the file is compared again
-        self._is_short = False  # whether that is little: each commit looks
+        self.is_short = False  # whether that is little: each commit looks
         self._is_full = False  # whether what adds is refused
         self.failures = 0  # how often SQLite found no room
 
@@ -4118,9 +4125,9 @@ class SpaceGuard:
         except OSError:
             return  # a deleted file: the transaction reports it
         self._spare = spare = free - log_room - self._reserve.missing
-        self._is_short = spare < self._unit
+        self.is_short = spare < self._unit
         self._look_at = time.monotonic() + SPACE_CHECK_INTERVAL
-        size, inside = self._measure() if self._is_short else (0, 0)
+        size, inside = self._measure() if self.is_short else (0, 0)
         room = inside + max(0, spare)
         if room >= self._unit or inside * 4 > size * 3:
             self._set_full(False)
@@ -4143,11 +4150,11 @@ class SpaceGuard:
         if adds and self._max_size:
             self._check_used(writer)
         self._ahead -= adds
-        if self._file < 0 or not (self._is_short or (adds and self._ahead < 0)):
+        if self._file < 0 or not (self.is_short or (adds and self._ahead < 0)):
             return
         pages = writer.execute("pragma page_count").fetchone()[0]
         self._extend(writer, pages * self._page, adds)
-        if self._is_short:
+        if self.is_short:
             self._look()
             inside = self._free_inside(writer, self._page)
             if adds and (self._is_full or inside + max(0, self._spare) < self._unit // 8):
@@ -4258,9 +4265,9 @@ def refuse_mount_point(path: str) -> None:
 
 
 @functools.cache
-def by_position(statement: str) -> tuple[str, Callable[[Any], Sequence[Any]]]:
-    """A statement whose parameters have numbers in place of names, and what puts those of a mapping
-    in that order.
+def by_position(statement: str) -> tuple[str, Callable[[Any], Sequence[Any]], bool]:
+    """A statement whose parameters have numbers in place of names, what puts those of a mapping in
+    that order, and whether it changes rows.
 
     For each name the sqlite3 module makes a text, and releases the interpreter, which then has to
     be got back from other threads.
@@ -4269,10 +4276,13 @@ def by_position(statement: str) -> tuple[str, Callable[[Any], Sequence[Any]]]:
     sql = re.sub(
         r":(\w+)", lambda found: f"?{numbers.setdefault(found[1], len(numbers) + 1)}", statement
     )
-    names = tuple(numbers)
-    if len(names) > 1:
-        return sql, operator.itemgetter(*names)
-    return sql, lambda parameters: tuple(parameters[name] for name in names)
+    changes = sql.lstrip().lower().startswith(("insert", "replace", "update", "delete"))
+    if len(numbers) > 1:
+        return sql, operator.itemgetter(*numbers), changes
+    if numbers:
+        (name,) = numbers
+        return sql, lambda parameters: (parameters[name],), changes
+    return sql, lambda parameters: (), changes
 
 
 class Store:
@@ -4304,12 +4314,13 @@ class Store:
             )
         self.path = path if path == MEMORY else os.path.realpath(path)
         self.sync = check_choice("sync", sync, SYNC_LEVELS)
-        self._lock = threading.RLock()  # guards the reading connection
+        self._lock = threading.RLock()  # guards the reading connection,
+        self._write_lock = self._lock if path == MEMORY else threading.RLock()  # and the other one
         self._copying = threading.Lock()  # one copy is made at a time
         self._files: dict[str, tuple[int, int]] = {}  # the inodes of the open files
-        self._directory = os.path.dirname(self.path)
-        self._directory_changed = -1  # when an entry of it was last made, moved or deleted
+        self._checked = (0, 0, 0)  # the stamp of the file when all of them were last checked
         self._file: Optional[DatabaseFile] = None
+        self._log: Optional[LogFile] = None
         self._closed = False
         self._space = SpaceGuard(self.path, max_size, self._measure)
         refuse_mount_point(self.path)
@@ -4333,6 +4344,7 @@ class Store:
         """Brings the file to our schema, then opens both connections."""
         if self.path == MEMORY:
             self._writer = self._reader = self._connect()
+            self._cursor = self._writer.cursor()
             create_schema(self._writer)
             return
         open_or_migrate(self.path)
@@ -4341,13 +4353,14 @@ class Store:
         remove_files(self.path, ".copy", ".copy-journal")  # of a server that was killed
         self._space.prepare()
         self._writer = self._connect()
+        self._cursor = self._writer.cursor()
         self._reader = self._connect()
         self._reader.execute("pragma query_only = on")
         for path in (self.path, self.path + "-wal"):
             self._files[path] = inode_of(path)
         self._space.start(self._writer)
         root = "select rootpage from sqlite_master where name = 'config'"
-        self._file.watch(self._reader.execute(root).fetchone()[0])
+        self._log = self._file.watch(self._reader.execute(root).fetchone()[0])
 
     def _limit_size(self, max_size: int) -> None:
         """Lets SQLite enforce the limit; a database that is larger still gets room for takes."""
@@ -4400,26 +4413,30 @@ class Store:
 
     def transact(self, batch: list[Operation]) -> list[Operation]:
         """Runs operations in one transaction and commits; see `Transactions`."""
-        with self._lock if self.path == MEMORY else contextlib.nullcontext():
+        with self._write_lock:
             try:
-                self._check_files()
+                if self._damage or (self._file is not None and self._file.stamp() != self._checked):
+                    self._check_files()
                 self._begin(batch)
             except Exception as error:
                 raise TransactionFailed(self._translate(error)) from error
             try:
-                adds = self._execute(batch)
+                self._execute(batch)
                 if not self._is_synced and any(map(IS_DURABLE, batch)):
-                    self._writer.execute("rollback")
+                    self._cursor.execute("rollback")
                     self._begin(batch)
-                    adds = self._execute(batch)
-                self._space.before_commit(self._writer, adds)
-                self._writer.execute("commit")
+                    self._execute(batch)
+                adds = sum(map(BYTES_ADDED, batch))
+                if adds or self._space.is_short:
+                    self._space.before_commit(self._writer, adds)
+                self._cursor.execute("commit")
             except BaseException as error:
                 self._roll_back(error)
                 if isinstance(error, sqlite3.Error):
                     raise self._translate(error) from error
                 raise
-            self._mark_log()
+            if self._log is not None and not self._log.is_marked():
+                self._mark_log()
         return []
 
     def _begin(self, batch: list[Operation]) -> None:
@@ -4427,52 +4444,49 @@ class Store:
         is_synced = not self._skips_sync or any(map(IS_DURABLE, batch))
         if is_synced != self._is_synced:
             level = self.sync if is_synced else "normal"
-            self._writer.execute(f"pragma synchronous = {level}")
+            self._cursor.execute(f"pragma synchronous = {level}")
             self._is_synced = is_synced
-        self._writer.execute("begin immediate")
+        self._cursor.execute("begin immediate")
 
-    def _execute(self, batch: list[Operation]) -> int:
-        """Runs the operations; about how many bytes of messages they add."""
-        cursor = self._writer.cursor()
+    def _execute(self, batch: list[Operation]) -> None:
+        """Runs the operations."""
+        cursor = self._cursor
         execute, fetchall = cursor.execute, cursor.fetchall
-        adds = 0
         for operation in batch:  # which may grow
             if operation.begins:
                 operation.on_begin()
             parameters: Any = operation.parameters
-            began = None if operation.seconds is None else time.perf_counter()
-            if type(parameters) is list:
-                self._execute_each(cursor, operation)
+            if operation.seconds is not None or type(parameters) is list:
+                self._execute_bulk(operation)
             else:
                 operation.results = results = []
                 for statement in operation.statements:
-                    sql, in_order = by_position(statement)
+                    sql, in_order, changes = by_position(statement)
                     execute(sql, in_order(parameters))
-                    rows = fetchall()
-                    changed = cursor.rowcount  # -1 after a select
-                    results.append(rows if changed < 0 else (changed, cursor.lastrowid))
-            if began is not None:
-                operation.seconds = time.perf_counter() - began
+                    results.append((cursor.rowcount, cursor.lastrowid) if changes else fetchall())
             if operation.look_ups:
                 operation.separate_look_ups()
             if not operation.executed:
                 operation.executed = True
                 operation.on_executed()
-            adds += operation.adds
-        return adds
 
-    def _execute_each(self, cursor: sqlite3.Cursor, operation: Operation) -> None:
-        """Runs statements that each have their own parameters, or a list of them."""
+    def _execute_bulk(self, operation: Operation) -> None:
+        """Runs and measures statements, which may each have their own parameters, or a list of
+        them."""
+        cursor, began = self._cursor, time.perf_counter()
+        given: Any = operation.parameters
         operation.results = []
-        for statement, parameters in zip(operation.statements, operation.parameters):
-            sql, in_order = by_position(statement)
+        each = given if type(given) is list else itertools.repeat(given)
+        for statement, parameters in zip(operation.statements, each):
+            sql, in_order, changes = by_position(statement)
             if type(parameters) is list:
                 cursor.executemany(sql, map(in_order, parameters))
             else:
                 cursor.execute(sql, in_order(parameters))
-            rows = cursor.fetchall()
-            changed = cursor.rowcount
-            operation.results.append(rows if changed < 0 else (changed, cursor.lastrowid))
+            result = (cursor.rowcount, cursor.lastrowid) if changes else cursor.fetchall()
+            operation.results.append(result)
+        if operation.seconds is not None:
+            operation.seconds = time.perf_counter() - began
 
     def _roll_back(self, error: BaseException) -> None:
         """Rolls a failed transaction back; frees space for the next one if the disk was full."""
@@ -4485,8 +4499,7 @@ class Store:
     def _mark_log(self) -> None:
         """Lets a log that has begun anew say to which file it belongs, before its first commit is
         acknowledged.  It may begin anew with just that."""
-        if self._file is None:
-            return
+        assert self._file is not None
         for _ in range(MARK_TRIES):
             try:
                 mark = self._file.next_mark()
@@ -4498,7 +4511,7 @@ class Store:
             except (sqlite3.Error, OSError) as error:
                 self._roll_back(error)
                 return
-            self._file.note_marked(mark.partition(":")[0])
+            self._file.note_marked()
 
     def _translate(self, error: Exception) -> Exception:
         """The error that a client sees; one that says that the database is malformed stays."""
@@ -4518,23 +4531,19 @@ class Store:
         """`Unavailable` if a file was deleted, replaced or overwritten, or is malformed: what is
         written would be lost.
 
-        One look at their directory is enough as long as nothing in it has been made or deleted.
+        Only a new stamp of the file makes this necessary.
         """
         if self._damage:
             raise Unavailable(self._damage)
         if self._file is None:
             return
-        try:
-            self._file.check()
-        except Unavailable as error:
-            self._note_damage(str(error))
-            raise
-        try:
-            changed = os.stat(self._directory).st_mtime_ns
-        except OSError:
-            changed = 0
-        if changed == self._directory_changed:
-            return
+        stamp = self._file.stamp()
+        if not self._file.is_own():
+            self._note_damage(
+                f"{os.path.basename(self.path)} was overwritten while in use{NOTHING_CHANGED}:"
+                " restart the server, or restore a backup as README, Backup, says"
+            )
+            raise Unavailable(self._damage)
         for path, inode in self._files.items():
             try:
                 same = inode_of(path) == inode
@@ -4545,7 +4554,7 @@ class Store:
                     f"{os.path.basename(path)} was deleted or replaced while in use:"
                     " put it back, or restart the server"
                 )
-        self._directory_changed = changed
+        self._checked = stamp
 
     def check_space(self) -> None:
         """`Full` when space is so short that only takes and deletes may go on."""
@@ -4685,7 +4694,7 @@ class Store:
 
     def disown(self) -> None:
         """In a forked child: gives up the locks, and never closes what SQLite has open."""
-        self._lock = threading.RLock()
+        self._lock = self._write_lock = threading.RLock()
         self._is_disowned = True
         self._damage = FORKED
         if not self._closed:
