@@ -6368,6 +6368,13 @@ class Consumer:
         self.memory = memory
         self.holder = holder
 
+    def again(self) -> Consumer:
+        """A consumer of the same kind, for another take."""
+        return Consumer(
+            self.channels, self.n, self.timeout, self.auto, self.is_disconnected, self.memory,
+            self.holder,
+        )  # fmt: skip
+
 
 class WaitingList:
     """The consumers that wait for each channel, in their order.
@@ -14526,7 +14533,7 @@ def parse_wait(request: Request, default: int) -> int:
 class TakeOptions(NamedTuple):
     """The options of `GET /channels/<channel>` that do not name a message."""
 
-    new_consumer: Callable[[], Consumer]
+    consumer: Consumer  # a take has another one of its kind
     n: Optional[int]  # None: one message, not in a JSON array
     wait: int
     has_ack: bool
@@ -14992,9 +14999,9 @@ class Api(ManagementApi):
     def take_message(self, request: Request, *channels: str) -> None:
         if request.options is None or request.body:  # a form, which may hold some of them
             request.options = self._take_options(request, channels)
-        new_consumer, _, wait, has_ack, lease = request.options
+        kind, _, wait, has_ack, lease = request.options
         ack = request.integer("ack") if has_ack else None
-        consumer = new_consumer()
+        consumer = kind.again()
         expected_channel = None if ack is None else self._expected_channel(request, ack)
         on_done = request.connection.defer(request, self._taken_response, consumer, wait)
         self._broker.take_async(on_done, consumer, wait, ack, lease, expected_channel)
@@ -15008,9 +15015,11 @@ class Api(ManagementApi):
         auto, has_ack = request.switch("auto"), request.parameter("ack") is not None
         lease = request.integer("lease")
         holder = check_name("consumer", request.parameter("as") or connection.address)
-        given = timeout, auto, connection.is_disconnected, connection.output, holder
-        new_consumer = functools.partial(self._broker.consumer, channels, n or 1, *given)
-        return TakeOptions(new_consumer, n, wait, has_ack, lease)
+        is_disconnected, memory = connection.is_disconnected, connection.output
+        consumer = self._broker.consumer(
+            channels, n or 1, timeout, auto, is_disconnected, memory, holder
+        )
+        return TakeOptions(consumer, n, wait, has_ack, lease)
 
     def _taken_response(self, request: Request, operation: Operation) -> Response:
         messages, consumer = operation.result(), operation.owner
