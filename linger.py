@@ -11434,10 +11434,12 @@ class RequestCache(dict[bytes, Request]):
             cache[key] = request
         return request
 
-    def clear(self) -> None:
-        """Drops all requests, since each refers to its connection."""
-        super().clear()
+    def close(self) -> None:
+        """Drops all requests and their connection, since it refers to them: nothing is to be left
+        for the garbage collector."""
+        self.clear()
         self._without_id.clear()
+        self._connection = None
 
 
 class RequestReader:
@@ -11480,7 +11482,7 @@ class RequestReader:
     def discard(self) -> None:
         """Frees what was received; nothing is read after that."""
         self.buffer = b""
-        self._gathered = self._steps = None
+        self._gathered = self._steps = self.request = None
 
     def end(self) -> None:
         """Notes that no more bytes will come; `BadRequest` in the middle of a request."""
@@ -15411,6 +15413,7 @@ class TlsStream(PlainStream):
         return super().send_at_once(self._outgoing.read())
 
     def end(self) -> None:
+        del self.receive  # which refers to this stream
         with contextlib.suppress(ssl.SSLError):
             self._tls.unwrap()
         self._flush()
@@ -15552,7 +15555,7 @@ class Connection:
     def finish(self) -> None:
         """Ends what `run` has begun, after it."""
         self._await_reply(over=True)
-        self._cache.clear()
+        self._cache.close()
         self._reader.discard()
         self.input.release()
         self.output.release()

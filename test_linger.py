@@ -11879,6 +11879,19 @@ class TlsTest(ServerTest):
         self.assertEqual(self.call("GET", "/channels/q")[2], body)
         self.assertEqual(self.call("GET", "/topics", None, {})[0], 401)
 
+    def test_a_closed_connection_leaves_nothing_to_the_garbage_collector(self):
+        kinds = linger.Connection, linger.Request, linger.TlsStream
+
+        def count():
+            return sum(type(thing) in kinds for thing in gc.get_objects())
+
+        gc.disable()
+        self.addCleanup(gc.enable)
+        before = count()
+        for _ in range(10):
+            self.assertEqual(self.call("GET", "/channels/q?nowait")[0], 204)
+        until(lambda: count() < before + 10)  # an idle thread may still know the last ones
+
     def test_an_error_can_be_read_while_the_body_is_still_being_sent(self):
         with self.open() as connection:
             connection.sendall(
