@@ -3223,7 +3223,7 @@ class Operation:
     Each kind of operation is a subclass that holds the whole logic of its call.  Until it is done
     an operation belongs to the committer thread, which calls its methods in this order:
 
-    - `on_begin` before its statements, if it `begins`;
+    - `on_begin` before its statements, if it `is_bulk`;
     - `on_executed` after its statements and before the commit;
     - `on_commit` after the commit, in the order of commits, unless the operation failed;
     - `on_done` last, whether it failed or not.
@@ -3232,13 +3232,13 @@ class Operation:
     statements: Sequence[str] = ()
     parameters: Parameters = types.MappingProxyType({})  # of all statements; a list: of each one
     results: list[Any]  # of each statement, once it has run: rows, or (rows changed, last id)
-    begins = False  # whether `on_begin` is to be called
+    is_bulk = False  # whether it may touch many rows, or has a list of parameters
     durable = True  # whether no power failure may undo it; may be set until after `on_executed`
     done_callback: Optional[DoneCallback] = None  # called once with the finished operation
     error: Optional[Exception] = None
     executed = False  # whether `on_executed` has been called
     adds = 0  # about how many bytes of messages it adds: refused while space is short
-    seconds: Optional[float] = None  # how long the statements took; None: not measured
+    seconds = 0.0  # how long the statements took, in bulk
     size = 0  # bytes that it reads or writes, if they may be many
     owner: Any = None  # for the done callback: whose operation it is
     is_large = False  # whether the reply is large: then a thread of its own renders it
@@ -4453,12 +4453,10 @@ class Store:
         cursor = self._cursor
         execute, fetchall = cursor.execute, cursor.fetchall
         for operation in batch:  # which may grow
-            if operation.begins:
-                operation.on_begin()
-            parameters: Any = operation.parameters
-            if operation.seconds is not None or type(parameters) is list:
+            if operation.is_bulk:
                 self._execute_bulk(operation)
             else:
+                parameters: Any = operation.parameters
                 operation.results = results = []
                 for statement in operation.statements:
                     sql, in_order, changes = by_position(statement)
@@ -4473,6 +4471,7 @@ class Store:
     def _execute_bulk(self, operation: Operation) -> None:
         """Runs and measures statements, which may each have their own parameters, or a list of
         them."""
+        operation.on_begin()
         cursor, began = self._cursor, time.perf_counter()
         given: Any = operation.parameters
         operation.results = []
@@ -4485,8 +4484,7 @@ class Store:
                 cursor.execute(sql, in_order(parameters))
             result = (cursor.rowcount, cursor.lastrowid) if changes else cursor.fetchall()
             operation.results.append(result)
-        if operation.seconds is not None:
-            operation.seconds = time.perf_counter() - began
+        operation.seconds = time.perf_counter() - began
 
     def _roll_back(self, error: BaseException) -> None:
         """Rolls a failed transaction back; frees space for the next one if the disk was full."""
@@ -5259,7 +5257,7 @@ class Cluster:
         """
         for operation in batch:
             operation.results = []
-            if operation.begins:
+            if operation.is_bulk:
                 operation.on_begin()
         runs = [list(_runs_of(operation)) for operation in batch]
         if any(runs):
@@ -5556,7 +5554,7 @@ def _set_results(operation: Operation, runs: Sequence[list[Run]], results: list[
     if errors:
         operation.error = OutcomeUnknown(f"the database could do only a part of this: {errors[0]}")
         return
-    if operation.seconds is not None:
+    if operation.is_bulk:
         operation.seconds = sum(result.get("time", 0.0) for result in results)
     operation.results = []
     rest = map(_result_of, results)
@@ -6780,9 +6778,9 @@ class PieceSize:
     def __init__(self, rows: int) -> None:
         self.rows = min(rows, PIECE_ROWS)
 
-    def adapt(self, seconds: Optional[float], is_full: bool) -> None:
+    def adapt(self, seconds: float, is_full: bool) -> None:
         """Adapts the size after a piece that took `seconds`; `is_full`: it used all its rows."""
-        if seconds is not None and seconds > PIECE_TIME:
+        if seconds > PIECE_TIME:
             self.rows = max(self.rows // 2, 1)
         elif is_full:
             self.rows = min(self.rows * 2, PIECE_ROWS)
@@ -6996,6 +6994,8 @@ class Post(Operation):
 class PostBatch(Operation):
     """Adds messages to a channel in order, all or none; the result is their ids."""
 
+    is_bulk = True
+
     def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
         """`messages`: the parameters of POST_MESSAGE for each."""
         first = messages[0]
@@ -7087,6 +7087,7 @@ class Publish(Operation):
     The result is a `Publication` for each message.
     """
 
+    is_bulk = True
     adds = MAX_BATCH_COPY_BYTES  # at most
 
     def __init__(self, state: State, messages: list[dict[str, Any]]) -> None:
@@ -7274,7 +7275,7 @@ class Take(Operation):
             statements = (AUTO_TAKES if consumer.auto else BATCH_TAKES)[is_limited]
             parameters.update(channels="\n".join(names), n=n, max_bytes=MAX_BATCH_BYTES)
             parameters["n_expired"] = MAX_EXPIRED if is_due else 0
-            self.begins = n > 1
+            self.is_bulk = n > 1
             self.size = min(n * TAKEN_BYTES, MAX_BATCH_BYTES) if n > 1 else 0
         if ack is not None:
             self.deletion = Deletion(state, ack, now)
@@ -7428,6 +7429,8 @@ RESTORED_COLUMNS = (
 
 class UndoTake(Operation):
     """Puts back messages that could not be handed over; those deliveries are not counted."""
+
+    is_bulk = True
 
     def __init__(
         self, state: State, consumer: Consumer, messages: Sequence[Message], now: float
@@ -7673,11 +7676,11 @@ class ProcessDue(Operation):
     """A piece of what is due in a channel: returns timed-out and delayed messages to ready,
     removes expired ones, and wakes the consumers waiting for them."""
 
+    is_bulk = True
     statements: Sequence[str] = PROCESS_DUE
 
     def __init__(self, state: State, channel: str, now: float, n: int) -> None:
         super().__init__(self.statements, {"channel": channel, "now": now, "n": n})
-        self.seconds = 0.0
         self.now = now
         self._state = state
         self._channel = channel
@@ -7820,9 +7823,10 @@ class Redrive(Operation):
     this one looked at.
     """
 
+    is_bulk = True
+
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
         super().__init__((REDRIVE_PIECE, REDRIVE_COUNTS, REDRIVE_MESSAGES), parameters)
-        self.seconds = 0.0
         self.after: Optional[tuple[int, int]] = None  # priority and id; None: there is no more
         self._state = state
         self._channel: str = parameters["channel"]
@@ -7850,9 +7854,10 @@ class Drain(Operation):
     The result is the number of messages.
     """
 
+    is_bulk = True
+
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
         super().__init__((DRAIN_READY, DRAIN_HIDDEN, DELETE_DEDUPS), parameters)
-        self.seconds = 0.0
         self.is_last = False
         self._state = state
         self._channel: str = parameters["channel"]
@@ -9548,7 +9553,7 @@ class Retention:
             n = size.rows
             values = {"topic": topic, "trim": n, "now": self._state.clock.now()}
             piece = Change((TRIM_PUBLICATIONS, FORGET_RETENTION), values, effect)
-            piece.seconds = 0.0
+            piece.is_bulk = True
             ((deleted, _), _) = self._state.committer.run(piece)
             size.adapt(piece.seconds, is_full=True)
 

@@ -2522,7 +2522,7 @@ class BulkTest(BrokerTest):
                 done = lambda operation: kinds.append(type(operation).__name__)  # noqa: E731
                 posted.append(self.broker.post_async(done, "other", b"x"))
             late = transact(batch)
-            kinds.extend(type(o).__name__ for o in batch if o.seconds is not None)
+            kinds.extend(type(o).__name__ for o in batch if o.is_bulk)
             return late
 
         with unittest.mock.patch.object(self.broker._store, "transact", spy):
