@@ -3619,6 +3619,7 @@ SECTOR = 512  # bytes that a disk writes whole or not at all
 LOG_HEADER = 32  # bytes
 FRAME_HEADER = 24  # bytes before each page in the log
 FRAMES_AT_ONCE = 64  # frames of the log that are read at once
+NUMBER_OF = operator.itemgetter(0)
 MARK_TRIES = 3  # tries to record for which file a log was begun
 LOOKS = 3  # at a file that may be written at this moment, before it counts as changed
 ROLLBACK_MODE = b"\1\1"  # bytes 18 and 19 of a file that has no log, such as a backup
@@ -3731,10 +3732,13 @@ class LogFile:
         while not is_end:
             content = os.pread(self._file, FRAMES_AT_ONCE * frame.size, self._offset)
             whole = content[: len(content) // frame.size * frame.size]
-            numbers = [number for number, salts in frame.iter_unpack(whole) if salts == self.salts]
-            yield from zip(numbers, itertools.count(self._offset + FRAME_HEADER, frame.size))
-            self._offset += len(numbers) * frame.size
-            is_end = len(numbers) < FRAMES_AT_ONCE
+            found = list(frame.iter_unpack(whole))
+            while found and found[-1][1] != self.salts:
+                found.pop()  # of an earlier log, which was longer
+            offsets = itertools.count(self._offset + FRAME_HEADER, frame.size)
+            yield from zip(map(NUMBER_OF, found), offsets)
+            self._offset += len(found) * frame.size
+            is_end = len(found) < FRAMES_AT_ONCE
 
     def read(self, offset: int) -> bytes:
         """A page."""
