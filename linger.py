@@ -3588,7 +3588,7 @@ def _run_commit_callbacks(batch: Iterable[Operation], observer: Optional[Observe
             if operation.error is not None:
                 continue
             try:
-                if operation.looked_up and observer is not None:
+                if observer is not None and operation.looked_up:
                     observer.report(operation)
             finally:
                 operation.on_commit()
@@ -3862,7 +3862,7 @@ class DatabaseFile:
         return self._log
 
     def stamp(self) -> tuple[int, int, int]:
-        """Changes with the file, and when a file of its directory is made, moved or deleted."""
+        """Time and size of the file, and when one of its directory was made, moved or deleted."""
         status = os.fstat(self._file)
         try:
             directory_changed = os.stat(self._directory).st_mtime_ns
@@ -4540,7 +4540,7 @@ class Store:
         if self._file is None:
             return
         stamp = self._file.stamp()
-        if not self._file.is_own():
+        if stamp[:2] != self._checked[:2] and not self._file.is_own():
             self._note_damage(
                 f"{os.path.basename(self.path)} was overwritten while in use{NOTHING_CHANGED}:"
                 " restart the server, or restore a backup as README, Backup, says"

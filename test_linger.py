@@ -993,6 +993,13 @@ class LogTest(Folder):
                 connection.execute("insert or replace into config values ('other', random())")
         self.assertEqual(self.value(self.crash()), ("19" * 300, ""))
 
+    def test_other_files_in_the_directory_ask_for_no_look_into_the_database(self):
+        self.write("1")
+        with unittest.mock.patch.object(linger.DatabaseFile, "is_own") as is_own:
+            (self.folder / "other").touch()
+            self.write("2")
+        is_own.assert_not_called()
+
     def overwrite(self, copy):
         """Puts other content into the file in use; the errors that follow, and the log."""
         Path(self.dbfile).write_bytes(Path(copy).read_bytes())
