@@ -10625,7 +10625,7 @@ class MemoryTest(ServerTest):
                 operation.size = size
                 self.broker._committer.submit(operation)
             self.broker._committer.run(linger.Operation())
-            until(lambda: sum(map(len, batches)) == 4)
+            until(lambda: sum(batch.count(5_000_000) for batch in batches) == 2)
         self.assertTrue(all(batch.count(5_000_000) <= 1 for batch in batches), batches)
 
 
