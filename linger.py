@@ -3948,6 +3948,8 @@ def abandon(connection: sqlite3.Connection) -> None:
 
 MEMORY = ":memory:"
 SYNC_LEVELS = ("full", "normal", "off")
+SYNC_FULL = "pragma synchronous = full"
+SYNC_NORMAL = "pragma synchronous = normal"
 OLDEST_SQLITE = (3, 31)
 IS_DURABLE = operator.attrgetter("durable")
 BYTES_ADDED = operator.attrgetter("adds")
@@ -4447,8 +4449,7 @@ class Store:
         """Begins a transaction, which SQLite lets choose only before it whether it is synced."""
         is_synced = not self._skips_sync or any(map(IS_DURABLE, batch))
         if is_synced != self._is_synced:
-            level = self.sync if is_synced else "normal"
-            self._cursor.execute(f"pragma synchronous = {level}")
+            self._cursor.execute(SYNC_FULL if is_synced else SYNC_NORMAL)
             self._is_synced = is_synced
         self._cursor.execute("begin immediate")
 
