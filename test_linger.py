@@ -4238,11 +4238,9 @@ class CallReplyTest(BrokerTest):
         self.assertEqual(self.replies(), [])
 
     def test_old_replies_are_deleted_in_pieces_without_a_pause(self):
-        self.broker._committer.run(
-            linger.Operation(
-                ["insert into replies values (:id, '', '', 0)"] * 3, [{"id": id} for id in range(3)]
-            )
-        )
+        for id in range(3):
+            values = ("insert into replies values (:id, '', '', 0)",), {"id": id}
+            self.broker._committer.run(linger.Operation(*values))
         self.broker._state.due_piece.rows = 2
         self.broker.process_due()
         self.assertEqual(self.replies(), [])
