@@ -11159,11 +11159,11 @@ class Request:
     def fields(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """The fields of the query, and those of the body."""
         query_fields = self._fields_of_query()
-        if self._form is None:
-            self._form = self._parse_body() if self.body else {}
+        if self._form is None and self.body:  # an empty chunked one says nothing about the next
+            self._form = self._parse_body()
             if self._form:
                 self.note_ignored(self._form)
-        return query_fields, self._form
+        return query_fields, self._form or {}
 
     def _fields_of_query(self) -> dict[str, bytes]:
         if self._query_fields is None:
@@ -15009,7 +15009,8 @@ class Api(ManagementApi):
     # -- consuming and producing
 
     def take_message(self, request: Request, *channels: str) -> None:
-        if request.options is None or request.body:  # a form, which may hold some of them
+        # Some may be in a form, which with chunks is not there each time.
+        if request.options is None or request.body or request.headers.chunked:
             request.options = self._take_options(request, channels)
         kind, _, wait, has_ack, lease = request.options
         ack = request.integer("ack") if has_ack else None
@@ -15377,17 +15378,17 @@ class TlsStream(PlainStream):
         super().__init__(connection, timeval)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self.receive = self._receive
 
     def handshake(self) -> bool:
         """Takes the handshake further; returns whether it is complete.  OSError if it fails."""
         try:
             self._tls.do_handshake()
-            return True
         except ssl.SSLWantReadError:
             return False
         finally:
             self._flush()  # an alert, if it failed
+        self.receive = self._receive  # refers to this stream until `end`
+        return True
 
     def feed(self, data: bytes) -> None:
         """Takes what was received by `PlainStream.receive`; empty at the end of the stream."""
@@ -15423,7 +15424,7 @@ class TlsStream(PlainStream):
         return super().send_at_once(self._outgoing.read())
 
     def end(self) -> None:
-        del self.receive  # which refers to this stream
+        del self.receive
         with contextlib.suppress(ssl.SSLError):
             self._tls.unwrap()
         self._flush()

@@ -7729,6 +7729,19 @@ class CallTest(ServerTest):
             headers = {"Content-Type": type}
             self.assertEqual(self.call("GET", "/channels", '{"info"}', headers)[0], 200)
 
+    def test_chunked_bodies_after_the_same_head_have_nothing_to_do_with_each_other(self):
+        def send(head, *bodies):
+            head += "\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Type: "
+            head += FORM["Content-Type"] + "\r\n\r\n"
+            chunks = (f"{len(b):x}\r\n{b}\r\n" if b else "" for b in bodies)
+            return self.talk("".join(f"{head}{c}0\r\n\r\n" for c in chunks).encode())
+
+        self.assertIn(b" 400 ", send("POST /channels/q HTTP/1.1", "", "msg=1", "", "msg=2"))
+        self.broker.post("q", b"3")
+        answers = send("GET /channels/q?nowait HTTP/1.1", "", "n=1", "", "auto=1")
+        self.assertEqual(re.findall(rb'(?:"body":"|\r\n\r\n)(\d)', answers), [b"1", b"2", b"3"])
+        self.assertEqual(answers.count(b'[{"id":2,'), 1)
+
     def test_switches_are_on_unless_their_value_is_one_of_four(self):
         for query, on in (
             ("auto", True), ("auto=", True), ("auto=1", True), ("auto=yes", True),
@@ -11896,6 +11909,14 @@ class TlsTest(ServerTest):
         for _ in range(10):
             self.assertEqual(self.call("GET", "/channels/q?nowait")[0], 204)
         until(lambda: count() < before + 10)  # an idle thread may still know the last ones
+
+    def test_a_failed_handshake_leaves_nothing_to_the_garbage_collector(self):
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for _ in range(10):
+            self.talk(b"no TLS")
+        until(lambda: not self.server.connections)
+        until(lambda: not any(type(thing) is linger.TlsStream for thing in gc.get_objects()))
 
     def test_an_error_can_be_read_while_the_body_is_still_being_sent(self):
         with self.open() as connection:
