@@ -15403,7 +15403,10 @@ class TlsStream(PlainStream):
             try:
                 return self._tls.read(size)
             except ssl.SSLWantReadError:
-                self.feed(self._socket.recv(RECEIVE_SIZE))
+                data = self._socket.recv(RECEIVE_SIZE)
+                if not data:  # to OpenSSL that is an error, and it sends an alert
+                    return b""
+                self.feed(data)
                 return self._tls.read(size)
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return b""
@@ -15424,7 +15427,7 @@ class TlsStream(PlainStream):
         return super().send_at_once(self._outgoing.read())
 
     def end(self) -> None:
-        del self.receive
+        self.receive = self._socket.recv  # what still comes is only to be discarded
         with contextlib.suppress(ssl.SSLError):
             self._tls.unwrap()
         self._flush()
@@ -15757,6 +15760,7 @@ class Connection:
 
     def _drain(self) -> None:
         """Lets a client that is still sending read its response first (RFC 9112 9.6)."""
+        self._stream.end()
         self._socket.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGERING_CLOSE_TIMEOUT
         left = LINGERING_CLOSE_BYTES

@@ -11947,6 +11947,21 @@ class TlsTest(ServerTest):
             connection.suppress_ragged_eofs = False
             self.assertEqual(connection.recv(1000), b"")
 
+    def test_the_end_of_a_wait_and_an_error_are_followed_by_close_notify(self):
+        get = b"GET /channels/q HTTP/1.0\r\nAuthorization: Bearer T0ken\r\n\r\n"
+        for request, status in ((get, b"200"), (b"x\r\n\r\n", b"400"), (get, b"204")):
+            with self.open() as connection:
+                connection.suppress_ragged_eofs = False
+                connection.sendall(request)
+                if status != b"400":
+                    until(lambda: count_waiting(self.broker, "q"))
+                    if status == b"200":
+                        self.broker.post("q", b"x")
+                    else:
+                        self.server.close()
+                self.assertEqual(connection.recv(1000).split()[1], status)
+                self.assertEqual(connection.recv(1000), b"")
+
     def test_the_client_trusts_only_the_given_certificates(self):
         body = random.Random(1).getrandbits(8 * 250_000).to_bytes(250_000, "big")
         with linger.Client(self.server.url, "T0ken", cafile=str(self.cert)) as client:
