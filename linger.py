@@ -3886,8 +3886,8 @@ class DatabaseFile:
         """
         assert self._log is not None
         watched = self._watched(self._root)  # before the log, to which it was written first
-        if os.pread(self._file, 2, 18) == ROLLBACK_MODE:
-            return False
+        if not watched or os.pread(self._file, 2, 18) == ROLLBACK_MODE:
+            return False  # it is empty or zeroed, or a backup
         if watched <= self._known:  # as usual: without a look at each frame of the log
             return True
         is_new = self._log.has_begun_anew()

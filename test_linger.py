@@ -1029,6 +1029,21 @@ class LogTest(Folder):
         self.committer.close()
         self.store.close()
 
+    def test_a_file_emptied_while_in_use_is_not_written_to(self):
+        copy = self.folder / "copy"
+        for size in (0, 1 << 20):
+            with self.subTest(size):
+                self.committer.close()
+                self.store.close()
+                self.dbfile = str(self.folder / f"{size}.db")
+                self.store = linger.Store(self.dbfile)
+                self.committer = linger.Committer(self.store)
+                self.write("old")
+                copy.write_bytes(bytes(size))
+                (error,) = self.overwrite(copy)
+                self.assertRegex(error, "overwritten while in use.* restart the server")
+                self.assertEqual(Path(self.dbfile).read_bytes(), bytes(size))
+
     def test_a_malformed_database_takes_nothing_more(self):
         for code, text in ((11, "x"), (26 | 256, "y")):
             with self.subTest(code):
