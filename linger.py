@@ -8212,8 +8212,9 @@ class Administration:
             channels = state.timers.due_channels(now)
             pieces = [state.process_due(channel, now) for channel in channels]
             self._committer.run(Operation())
-            for piece in pieces:
-                piece.rows()  # raises what it failed with
+            for piece in pieces:  # of which another thread may be about to submit one
+                if piece.error is not None:
+                    raise piece.error
             if state.timers.is_stopping() or time.perf_counter() > end:
                 break
 

@@ -2349,6 +2349,15 @@ class WaitingTest(BrokerTest):
         self.assertIsNone(future.result(PATIENCE))
         self.assertIsNone(self.broker.get("q", PATIENCE))
 
+    def test_what_another_thread_is_about_to_process_is_no_failure(self):
+        self.broker.post("q", b"x", delay=5)
+        state, self.clock.now = self.broker._state, self.clock.now + 6
+        piece = linger.ProcessDue(state, "q", self.clock.now, 1)
+        state.processing["q"] = piece
+        self.broker.process_due(0)
+        state.committer.submit(piece)
+        self.assertEqual(self.broker.get("q").body, b"x")
+
 
 class InterruptTest(Folder):
     """Signals whose handlers raise, in a program that embeds a broker."""
