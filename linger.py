@@ -5794,33 +5794,35 @@ class PatternTree:
     def match(self, topic: str) -> list[str]:
         """The patterns that match a topic, sorted.
 
-        Goes through the tree by one word of the topic after the other, at all places at once.
+        Looks at each node once at most, with all the places in the topic that it stands for: bit n
+        is set if the words up to the node match the first n words.
         """
-        places = _with_any_words({id(self._root): (self._root, False)})
+        before: dict[Optional[str], int] = {}  # the places before each word of the topic
+        end = 1  # the place after its last word
         for word in topic.split("."):
-            reached: dict[int, tuple[Any, bool]] = {}
-            for node, stays in places.values():
-                for name in {word, ONE_WORD} - {ANY_WORDS}:
-                    child = node.get(name)
-                    if child is not None:
-                        reached[id(child)] = child, False
-                if stays:
-                    reached[id(node)] = node, True
-            places = _with_any_words(reached)
-        return sorted(node[None] for node, _ in places.values() if None in node)
+            before[word] = before.get(word, 0) | end
+            end <<= 1
+        before[ONE_WORD] = end - 1
+        before[ANY_WORDS] = 0
+        found = []
+        reached = [(self._root, 1)]
+        for node, places in reached:  # which grows
+            if places >= end and None in node:
+                found.append(node[None])
+            for name in node if len(node) < len(before) else before:
+                if name in before and name in node:
+                    after = (places & before[name]) << 1
+                    if after:
+                        reached.append((node[name], after))
+            if ANY_WORDS in node:
+                first = places & -places
+                reached.append((node[ANY_WORDS], 2 * end - first))  # and all after it
+        return sorted(found)
 
     def match_json(self, topic: str) -> str:
         """The same as a JSON array; an empty text if there are none."""
         patterns = self.match(topic) if self else []
         return json.dumps(patterns) if patterns else ""
-
-
-def _with_any_words(places: dict[int, tuple[Any, bool]]) -> dict[int, tuple[Any, bool]]:
-    """Adds the nodes that are reached by an ANY_WORDS for no words; they stay for any others."""
-    for node, _ in list(places.values()):
-        while (node := node.get(ANY_WORDS)) is not None:
-            places[id(node)] = node, True
-    return places
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5318,6 +5318,16 @@ class PatternTreeTest(unittest.TestCase):
             expected = sorted(p for p in patterns if matches(p.split("."), topic.split(".")))
             self.assertEqual(tree.match(topic), expected, topic)
 
+    def test_a_match_looks_at_each_word_of_the_patterns_once_at_most(self):
+        topic = "a." * 60 + "a"
+        for part in (".#", ".#.a", ".#.*", ".a"):
+            tree, patterns = linger.PatternTree(), [f"{start}.#{part * 40}.b" for start in "*#a"]
+            tree.learn((pattern, "q") for pattern in patterns)
+            words = topic.split(".") + ".".join(patterns).split(".")
+            # `is_interrupted`: after so many opcodes the match still runs
+            call = functools.partial(tree.match, topic)
+            self.assertFalse(is_interrupted(call, 100 * len(words)), part)
+
     def test_a_pattern_stays_until_its_last_owner_has_gone(self):
         tree = linger.PatternTree()
         tree.learn([("old.#", "q")])
