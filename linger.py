@@ -7187,7 +7187,6 @@ class Deletion:
     """The part of an operation that deletes a message, with `lookup` and one statement more."""
 
     lookup: Sequence[str] = ()
-    is_done = False  # after the commit: whether the message was deleted
     _channel = _group = ""
     _reason: Optional[Operation] = None  # reads why it was not deleted
 
@@ -7201,13 +7200,14 @@ class Deletion:
         else:
             self._channel, self._group = flight.channel, flight.group
 
-    def _has_deleted(self, operation: Operation) -> bool:
+    def has_deleted(self, operation: Operation) -> bool:
+        """Whether the message was deleted, from the results."""
         return bool(operation.results[len(self.lookup)][0])
 
     def executed(self, operation: Operation) -> bool:
         """In the same transaction: reads the lease of a message that was not deleted, or unblocks
         the next one of its group; returns whether it was deleted."""
-        if not self._has_deleted(operation):
+        if not self.has_deleted(operation):
             self._reason = Operation((LEASE_STATE,), operation.parameters)
             self._state.committer.join_transaction(self._reason)
             return False
@@ -7219,17 +7219,19 @@ class Deletion:
 
     def committed(self, operation: Operation) -> bool:
         """Counts the deletion; returns whether there was one."""
-        self.is_done = is_done = self._has_deleted(operation)
-        if is_done:
+        has_deleted = self.has_deleted(operation)
+        if has_deleted:
             self._state.message_deleted(self._id, self._channel, self._now)
-        return is_done
+        return has_deleted
 
     def check(self, operation: Operation, otherwise: str = "") -> None:
         """Raises why the message was not deleted, if it was not; `otherwise` as for
         `refuse_lease`."""
-        if not self.is_done:
-            lease_state = self._reason.rows()[0] if self._reason else ()
-            refuse_lease(operation, lease_state, "deleted", otherwise)
+        if self.has_deleted(operation):
+            return
+        if self._reason is None:  # it was deleted in a transaction that failed, and not in the next
+            raise Unavailable(f"message {self._id} could not be deleted{NOTHING_CHANGED}")
+        refuse_lease(operation, self._reason.rows()[0], "deleted", otherwise)
 
 
 NEXT_TAKES = ((NEXT_MESSAGE, LEASE_NEXT), (NEXT_IF_DELETED, LEASE_IF_DELETED))
@@ -8863,7 +8865,7 @@ class Reply(Operation):
 
     def result(self) -> None:
         self.rows()
-        if not self._deletion.is_done:
+        if not self._deletion.has_deleted(self):
             id = self._values["id"]
             if self._known is not None and self._known.rows()[0]:
                 raise Conflict(f"message {id} was replied to already")

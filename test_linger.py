@@ -3141,6 +3141,28 @@ class LeaseAndReleaseTest(BrokerTest):
         self.clock.now += 10
         self.assertEqual(self.broker.get("q").delivered, 3)
 
+    def test_a_delete_says_nothing_wrong_after_a_try_that_was_undone(self):
+        self.broker.post("q", b"x", timeout=1)
+        message, done = self.broker.get("q"), queue.SimpleQueue()
+        self.clock.now += 1
+        self.broker.process_due()
+
+        def before_commit(_, adds):
+            if adds:
+                raise linger.Full("full")
+
+        self.broker._store._space.before_commit = before_commit
+        with busy(self.broker._committer):
+            self.broker.post_async(done.put, "q", b"first", priority=-1)
+            self.broker.take_async(done.put, self.broker.consumer(["q"]), 0)
+            self.broker.delete_async(done.put, message.id, message.lease)
+        post, take, delete = (done.get(timeout=PATIENCE) for _ in range(3))
+        self.assertRaises(linger.Full, post.result)
+        self.assertEqual(take.result()[0].lease, message.lease + 1)
+        self.assertRaises(linger.Unavailable, delete.result)
+        with self.assertRaisesRegex(linger.Conflict, "overtaken"):
+            self.broker.delete(message.id, message.lease)
+
     def test_touch_keeps_the_lease(self):
         id = self.broker.post("q", b"x").id
         lease = self.broker.get("q").lease
