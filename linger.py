@@ -3353,32 +3353,32 @@ class Transactions(Protocol):
         """Closes the database; calls after this fail."""
 
 
-class Alarm:
-    """Lets one thread sleep until another one wakes it, or for some seconds.
+class Waker:
+    """Lets one thread wait until another one wakes it, or for some seconds.
 
     Not a Condition: until Python 3.10, and on macOS, its timeout follows the wall clock, and a
-    sleep of a second becomes one of an hour when that clock is set back by an hour.  Nor a lock or
+    wait of a second becomes one of an hour when that clock is set back by an hour.  Nor a lock or
     a SimpleQueue: a thread that is woken by one would have to wait for the interpreter, which
-    `ring` gives up while it writes.
+    `wake` gives up while it writes.
     """
 
     def __init__(self) -> None:
         self._pipe: Optional[Pipe] = Pipe()
 
-    def sleep(self, seconds: Optional[float] = None) -> None:
-        """Sleeps; returns at once if `ring` was called since the last sleep."""
+    def wait(self, seconds: Optional[float] = None) -> None:
+        """Waits; returns at once if `wake` was called since the last time."""
         pipe = self._pipe
         if pipe is not None and (seconds is None or pipe.poller.poll(seconds * 1000)):
             os.read(pipe.receiver, 4_096)
 
-    def ring(self) -> None:
-        """Ends the sleep of the other thread."""
+    def wake(self) -> None:
+        """Ends the wait of the other thread."""
         pipe = self._pipe
         if pipe is not None:
             try:
                 os.write(pipe.sender, b"!")
             except BlockingIOError:
-                return  # it has been rung thousands of times
+                return  # it has been woken thousands of times
 
     def close(self) -> None:
         """Gives back the file descriptors, when no thread uses them any more."""
@@ -3386,7 +3386,7 @@ class Alarm:
 
 
 class Pipe:
-    """The file descriptors of an `Alarm`, open as long as anything refers to them: the number of
+    """The file descriptors of a `Waker`, open as long as anything refers to them: the number of
     one that is closed while a thread is about to write soon belongs to another file."""
 
     def __init__(self) -> None:
@@ -3420,7 +3420,7 @@ class Committer:
         self._store = store
         self._companion = companion
         self._pending: collections.deque[Operation] = collections.deque()
-        self._alarm = Alarm()
+        self._waker = Waker()
         self._sleeps = False
         self._main_thread = threading.main_thread().ident
         self._batch: Optional[list[Operation]] = None  # off the list, and not yet committed
@@ -3435,18 +3435,18 @@ class Committer:
         """Puts an operation on the list and returns; its `on_done` tells when it is done."""
         self._pending.append(operation)
         if self._sleeps:
-            # Whoever submits meanwhile need not ring.  But in the main thread a signal handler
-            # may run before `ring`: it may raise, or make a call.
+            # Whoever submits meanwhile need not wake it.  But in the main thread a signal handler
+            # may run before `wake`: it may raise, or make a call.
             if threading.get_ident() != self._main_thread:
                 self._sleeps = False
-            self._alarm.ring()
+            self._waker.wake()
         if self._closed:
             self._refuse_pending()
 
     def run(self, operation: Operation) -> Any:
         """Runs an operation and returns its result; by then it is committed.
 
-        An exception in this thread (Ctrl-C, an alarm) ends only the waiting.
+        An exception in this thread (Ctrl-C, SIGALRM) ends only the waiting.
         """
         self.check_thread()
         done: queue.SimpleQueue[Operation] = queue.SimpleQueue()
@@ -3480,9 +3480,9 @@ class Committer:
         """Finishes what is pending and ends the thread; operations after this fail."""
         self.check_thread()
         self._closing = True
-        self._alarm.ring()
+        self._waker.wake()
         self._thread.join()
-        self._alarm.close()
+        self._waker.close()
 
     def _work(self) -> None:
         pending = self._pending
@@ -3510,7 +3510,7 @@ class Committer:
         """Sleeps until an operation is submitted, or this closes."""
         self._sleeps = True
         if not self._pending and not self._closing:
-            self._alarm.sleep()
+            self._waker.wait()
         self._sleeps = False
 
     def _refuse_pending(self) -> None:
@@ -6086,7 +6086,7 @@ class Live:
         self._flights = flights
         self._watched = ""  # the names of `channels`, as IS_WATCHED wants them
         self._with_news: set[Feed] = set()  # those with events for readers that wait
-        self._alarm: Optional[Alarm] = None  # of the thread, which the first reader starts
+        self._waker: Optional[Waker] = None  # of the thread, which the first reader starts
         self._is_asleep = False
 
     def listen(self, kind: str, name: str, listener: Listener, memory: MemoryBudget) -> Reader:
@@ -6100,10 +6100,10 @@ class Live:
                 self._observe(feed)
             reader = Reader(self, feed, listener)
             feed.readers.add(reader)
-            if self._alarm is None:
-                self._alarm = Alarm()
+            if self._waker is None:
+                self._waker = Waker()
                 threading.Thread(target=self._run, name="linger-live", daemon=True).start()
-            self._alarm.ring()
+            self._waker.wake()
         return reader
 
     def leave(self, reader: Reader, feed: Feed) -> None:
@@ -6149,8 +6149,8 @@ class Live:
             busy = [reader for feed in feeds for reader in feed.readers - feed.waiting]
             for feed in feeds:
                 feed.waiting.clear()
-            if self._alarm is not None:
-                self._alarm.ring()
+            if self._waker is not None:
+                self._waker.wake()
         for reader in waiting:
             reader.wake()
         for reader in busy:
@@ -6236,9 +6236,9 @@ class Live:
             slow = feed.add(event)
             if feed.waiting:
                 self._with_news.add(feed)
-                if self._is_asleep and self._alarm is not None:
+                if self._is_asleep and self._waker is not None:
                     self._is_asleep = False
-                    self._alarm.ring()
+                    self._waker.wake()
         for reader in slow:
             reader.listener.disconnect()
             reader.wake()
@@ -6246,8 +6246,8 @@ class Live:
     # -- in the thread that wakes readers
 
     def _run(self) -> None:
-        alarm = self._alarm
-        assert alarm is not None
+        waker = self._waker
+        assert waker is not None
         checked_at = time.monotonic()
         while not self.is_closed:
             with self.lock:
@@ -6255,7 +6255,7 @@ class Live:
                 is_needed = bool(self.channels or self.topics or self.patterns)
             if self._is_asleep:
                 left = checked_at + LISTENER_CHECK_INTERVAL - time.monotonic()
-                alarm.sleep(max(left, 0.0) if is_needed else CHANNEL_TTL)
+                waker.wait(max(left, 0.0) if is_needed else CHANNEL_TTL)
             readers = self._readers_with_news()
             if time.monotonic() >= checked_at + LISTENER_CHECK_INTERVAL:
                 checked_at = time.monotonic()
@@ -6263,7 +6263,7 @@ class Live:
             for reader in readers:
                 reader.wake()
             time.sleep(min(len(readers) * STREAM_PACE, BEHIND_TIME / 2))
-        alarm.close()
+        waker.close()
 
     def _readers_with_news(self) -> list[Reader]:
         with self.lock:
@@ -6631,10 +6631,10 @@ class Timers:
         self.tick_at = NEVER  # when the ticker is to tick for another reason; it alone writes this
         self._on_tick = on_tick
         self._clock = clock
-        self._lock = threading.RLock()  # guards the moments, `_sleeps_until` and the alarm
+        self._lock = threading.RLock()  # guards the moments, `_sleeps_until` and the waker
         self._moments: dict[str, float] = {}  # of each channel
         self._heap: list[tuple[float, str]] = []  # the same, in order, and some that are outdated
-        self._alarm = Alarm()
+        self._waker = Waker()
         self._sleeps_until = NEVER  # when the ticker wakes by itself, in broker time
         self._swept_at = clock.now_or_latest()  # when messages were last processed, due or not
         self._ticked_at = time.monotonic()
@@ -6649,12 +6649,12 @@ class Timers:
     def stop(self) -> None:
         """Tells the ticker to end."""
         self._stopping = True
-        self._alarm.ring()
+        self._waker.wake()
 
     def join(self) -> None:
         """Waits until the ticker has ended."""
         self._thread.join()
-        self._alarm.close()
+        self._waker.close()
 
     def is_alive(self) -> bool:
         """Whether the ticker runs."""
@@ -6694,7 +6694,7 @@ class Timers:
         self.next_due = moment = self._earliest()
         if moment < self._sleeps_until:
             self._sleeps_until = moment  # it need not be woken again for a later one
-            self._alarm.ring()
+            self._waker.wake()
 
     def _earliest(self) -> float:
         while self._heap:
@@ -6728,13 +6728,13 @@ class Timers:
         while not self._stopping:
             self._ticked_at = time.monotonic()
             try:
-                self._alarm.sleep(self._time_to_sleep())
+                self._waker.wait(self._time_to_sleep())
                 if not self._stopping:
                     self._on_tick(self._begin_sweep())
             except Exception as error:  # of the database, or of the clock
                 log(f"linger: messages that are due are processed later: {error!r}")
                 if not self._stopping:
-                    self._alarm.sleep(TICKER_RETRY_DELAY)
+                    self._waker.wait(TICKER_RETRY_DELAY)
 
     def _time_to_sleep(self) -> float:
         """Seconds until something is due, or the clocks are to be looked at."""
@@ -8698,7 +8698,7 @@ class Watch:
     def __init__(self, state: State, read: Callable[..., list[list[Any]]]) -> None:
         self._state = state
         self._read = read
-        self._alarm = Alarm()
+        self._waker = Waker()
         self._stopping = False
         self._changes: Optional[str] = None  # how often settings and pauses had changed
         self._joined: set[str] = set()  # new sessions for which broker time was recorded
@@ -8709,28 +8709,28 @@ class Watch:
     def start(self) -> None:
         """Starts the thread."""
         self._state.taking = collections.Counter()
-        self._state.waiting.on_first = self._alarm.ring
+        self._state.waiting.on_first = self._waker.wake
         self._thread.start()
 
     def stop(self) -> None:
         """Tells the thread to end."""
         if not self._stopping:
             self._stopping = True
-            self._alarm.ring()
+            self._waker.wake()
 
     def join(self) -> None:
         """Waits until the thread has ended."""
         self._state.waiting.on_first = lambda: None
         if self._thread.is_alive():
             self._thread.join()
-        self._alarm.close()
+        self._waker.close()
 
     def _work(self) -> None:
         seconds = 0.0
         while not self._stopping:
             idle = self._state.waiting.is_empty()
             pause = IDLE_LOOK_INTERVAL if idle else LOOK_INTERVAL
-            self._alarm.sleep(max(pause, seconds / LOOK_SHARE))
+            self._waker.wait(max(pause, seconds / LOOK_SHARE))
             began = time.monotonic()
             try:
                 if not self._stopping:

@@ -380,7 +380,7 @@ class StoreTest(StoreCase):
             done.get(timeout=PATIENCE)
             raise KeyboardInterrupt
 
-        patch = unittest.mock.patch.object(committer._alarm, "ring", handle)
+        patch = unittest.mock.patch.object(committer._waker, "wake", handle)
         patch.start()
         self.assertRaises(KeyboardInterrupt, committer.submit, linger.Operation())
         committer.run(linger.Operation())
