@@ -15268,10 +15268,10 @@ class Api(ManagementApi):
 #      is put on the waiting list.  The next `Post` to its channel takes for it, in its own
 #      transaction: `Post.on_executed` calls `State.wake`.
 #   5. The committer calls `_reply`: it renders the response and sends it, without blocking; a
-#      large response is left to a new thread.  At the deadline of a wait, or when the client
-#      disconnects, `_await_reply` cancels the consumer, and so calls `_reply` itself.
-#   6. What the socket does not take at once is sent by a new thread (`_finish_reply_blocking`).
-#      A delivery that cannot be sent is undone (`_abandon_reply`), and counts as if not made.
+#      large response is left to a new thread (`_reply_large`).  At the deadline of a wait, or when
+#      the client disconnects, `_await_reply` cancels the consumer, and so calls `_reply` itself.
+#   6. What the socket does not take at once is sent by a new thread (`_finish_reply`).  A delivery
+#      that cannot be sent is undone, and counts as if not made.
 #   7. `_complete_reply` ends the pending reply.
 # ---------------------------------------------------------------------------------------------
 
@@ -15635,8 +15635,6 @@ class Connection:
         """The response to an exception in an endpoint: every one ends here."""
         if isinstance(error, LingerError):
             return error_response(error)
-        if isinstance(error, OSError):
-            raise error
         log("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         request.close_after = True
         return error_response(LingerError("internal server error; see the server log"))
@@ -15837,7 +15835,7 @@ class Connection:
         """
         try:
             if operation.is_large or self.output.size > SMALL_AMOUNT:
-                _thread.start_new_thread(self._reply_blocking, (request, to_response, operation))
+                _thread.start_new_thread(self._reply_large, (request, to_response, operation))
                 return
             try:
                 response = to_response(request, operation)
@@ -15845,11 +15843,11 @@ class Connection:
                 response = self._response_to_error(request, error)
             data = self._head(request, response) + response.body  # a HEAD is never deferred
             if response.undo is not None and self._is_abandoned():
-                _thread.start_new_thread(self._abandon_reply, (response, request))
+                _thread.start_new_thread(self._finish_reply, (request, response))
                 return
             rest = self._stream.send_at_once(data)
             if rest:
-                _thread.start_new_thread(self._finish_reply_blocking, (request, response, rest))
+                _thread.start_new_thread(self._finish_reply, (request, response, rest))
                 return
             self._note_answered(request, response.status)
         except Exception:  # no more threads, or a bug
@@ -15863,53 +15861,40 @@ class Connection:
         consumer = self._slot.consumer
         return consumer is not None and consumer.ticket > 0 and self.is_disconnected()
 
-    def _reply_blocking(
-        self, request: Request, to_response: ToResponse, operation: Operation
-    ) -> None:
+    def _reply_large(self, request: Request, to_response: ToResponse, operation: Operation) -> None:
         """As `_reply`, for a large response; in a thread of its own."""
-        response = NO_CONTENT  # until there is one that may have to be undone
+        response = NO_CONTENT  # if not even the error can be rendered
         try:
-            try:
-                response = to_response(request, operation)
-            except Exception as error:
-                response = self._response_to_error(request, error)
+            response = to_response(request, operation)
+        except Exception as error:
+            response = self._response_to_error(request, error)
+        finally:
             operation.results = []  # so that each message is freed once it is sent
-            if response.undo is not None and self._is_abandoned():
-                self._abandon_reply(response, request)
-                return
-            self._send_pieces(request, response)
-            self._note_answered(request, response.status)
-        except OSError:
-            self._abandon_reply(response)
-            return
-        except BaseException:
-            self._closing = True
-            self._complete_reply()
-            raise
-        self._complete_reply()
+            self._finish_reply(request, response)
 
-    def _finish_reply_blocking(self, request: Request, response: Response, rest: bytes) -> None:
-        """Sends the rest of a reply; in a thread of its own."""
-        try:
-            self._stream.send_encoded(rest)
-            self._note_answered(request, response.status)
-            self._complete_reply()
-        except OSError:
-            self._abandon_reply(response)
+    def _finish_reply(
+        self, request: Request, response: Response, rest: Optional[bytes] = None
+    ) -> None:
+        """Sends the pending reply, or the `rest` of it; in a thread of its own.
 
-    def _abandon_reply(self, response: Response, request: Optional[Request] = None) -> None:
-        """Undoes what a reply would have said, since it cannot be sent; in a thread of its own.
-
-        With `request`, nothing has been sent: the client may have closed its sending side only,
-        and reads a 204 then.
+        Undoes what it says if it cannot be sent.  A client that has gone may have closed its
+        sending side only: it reads a 204 then.
         """
-        self._closing = True
         try:
+            if rest is not None:
+                self._stream.send_encoded(rest)
+            else:
+                if response.undo is not None and self._is_abandoned():
+                    self._closing = True
+                    undo_unsent(response)
+                    response = NO_CONTENT
+                self._send_pieces(request, response)
+            self._note_answered(request, response.status)
+        except BaseException as error:
+            self._closing = True
             undo_unsent(response)
-            if request is not None:
-                with contextlib.suppress(OSError):
-                    self._send(request, NO_CONTENT)
-                    self._note_answered(request, NO_CONTENT.status)
+            if not isinstance(error, OSError):
+                raise
         finally:
             self._complete_reply()
 

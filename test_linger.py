@@ -7927,12 +7927,42 @@ class CallTest(ServerTest):
             until(lambda: not self.server.active and "KeyError" in log.getvalue())
         self.assertEqual(self.call("POST", "/channels/q", b"x")[0], 202)
 
-    def test_an_error_while_a_large_response_is_made_closes_the_connection(self):
+    def statuses_of_a_bug(self, owner, name, data):
+        """What the server answers until it closes the connection, while a function fails."""
+        broken = unittest.mock.patch.object(owner, name, side_effect=OSError("a bug"))
+        with broken, contextlib.redirect_stderr(io.StringIO()) as log:
+            statuses = self.statuses(data, half_close=False)
+            until(lambda: not self.server.active)
+        self.assertIn("OSError: a bug", log.getvalue())
+        return statuses
+
+    def test_an_error_while_a_large_response_is_made_is_500_too(self):
         for _ in range(linger.LARGE_COUNT + 1):
             self.broker.post("q", b"x")
-        with unittest.mock.patch.object(linger.Api, "_batch_response", side_effect=OSError):
-            take = b"GET /channels/q?nowait&n=99 HTTP/1.1\r\nHost: x\r\n\r\n"
-            self.assertEqual(self.talk(take, half_close=False), b"")
+        take = b"GET /channels/q?nowait&n=99" + HOST + b"\r\n"
+        self.assertEqual(self.statuses_of_a_bug(linger.Api, "_batch_response", take), [500])
+
+    def test_an_error_while_that_error_is_rendered_leaves_no_request_unanswered(self):
+        for _ in range(linger.LARGE_COUNT + 1):
+            self.broker.post("q", b"x")
+        data = b"GET /channels/q?nowait&n=99" + HOST + b"\r\n" + GET + b"Connection: close\r\n\r\n"
+        rendering = unittest.mock.patch.object(
+            linger.Connection, "_response_to_error", side_effect=MemoryError
+        )
+        with rendering, unittest.mock.patch("sys.unraisablehook"):
+            broken = unittest.mock.patch.object(linger.Api, "_batch_response", side_effect=KeyError)
+            with broken:
+                self.assertEqual(self.statuses(data, half_close=False), [204, 200])
+
+    def test_an_error_before_an_operation_is_submitted_keeps_no_connection(self):
+        for name, data in (
+            ("post_async", CANARY),
+            ("take_async", b"GET /channels/q" + HOST + b"\r\n"),
+            ("delete_async", b"DELETE /messages/1" + HOST + b"\r\n"),
+        ):
+            with self.subTest(name):
+                self.assertEqual(self.statuses_of_a_bug(linger.Broker, name, data), [500])
+        self.assertEqual(self.call("POST", "/channels/q", b"x")[0], 202)
 
     def test_a_bug_is_500_and_logged_and_the_server_goes_on(self):
         broken = unittest.mock.patch.object(linger.Broker, "topics", side_effect=ZeroDivisionError)
