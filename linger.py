@@ -61,7 +61,7 @@ The file reads downwards: a section uses only what stands above it.
 
 Where to look for the rules that matter most:
 
-    a lease is checked           `DELETE_LEASED` in SQL, `refuse_lease` in Operations
+    a lease is checked           `IS_DELIVERY` in SQL, `refuse_lease` in Operations
     a message is taken           `Take` in Operations
     a consumer waits, is woken   `WaitingList` in State, `State.wake` in Operations
     operations share a commit    `Committer` in Commits
@@ -1075,6 +1075,16 @@ SUBTRACT_FROM_COUNTS = """
             and urgent = 0 and niced = 0;
 """
 
+# The columns for MESSAGE_PARAMETERS, of a subscription or as settings.  Null is a parameter
+# that was not given: the channel's setting or the default holds.
+PARAMETER_TYPES = """priority integer,
+        timeout integer,
+        deliver integer,
+        linger integer,
+        delay integer,
+        dead text,
+        backoff text"""
+
 # SQLite keeps a journal of its own for each statement with a trigger that may fail and be undone
 # alone.  None has to: an error ends the whole transaction.  (So the statements of a post, take and
 # delete use no upsert, nor a function such as max() with two arguments: SQLite supposes that these
@@ -1263,18 +1273,11 @@ SCHEMA = (
         ids text not null
     )
     """,
-    # Null is a parameter that was not given: the channel's setting or the default holds.
-    """
+    f"""
     create table subscriptions (
         topic text not null,
         channel text not null,
-        priority integer,
-        timeout integer,
-        deliver integer,
-        linger integer,
-        delay integer,
-        dead text,
-        backoff text,
+        {PARAMETER_TYPES},
         created real not null,
         primary key (topic, channel)
     ) without rowid
@@ -1283,16 +1286,10 @@ SCHEMA = (
     """
     create index subscriptions_by_channel on subscriptions (channel, topic)
     """,
-    """
+    f"""
     create table settings (
         channel text primary key,
-        priority integer,
-        timeout integer,
-        deliver integer,
-        linger integer,
-        delay integer,
-        dead text,
-        backoff text,
+        {PARAMETER_TYPES},
         hlm integer,
         max_in_flight integer
     ) without rowid
@@ -1330,17 +1327,11 @@ SCHEMA = (
     create index publications_by_topic on publications (topic, id)
     """,
     # As `subscriptions`, but to all topics that match a pattern.
-    """
+    f"""
     create table patterns (
         pattern text not null,
         channel text not null,
-        priority integer,
-        timeout integer,
-        deliver integer,
-        linger integer,
-        delay integer,
-        dead text,
-        backoff text,
+        {PARAMETER_TYPES},
         created real not null,
         primary key (pattern, channel)
     ) without rowid
@@ -1636,9 +1627,10 @@ delete from config
 where key = 'batch fits'
 """
 
-# MESSAGE_PARAMETERS in `subscriptions`, `patterns` and `settings`
-PARAMETER_COLUMNS = "priority, timeout, deliver, linger, delay, dead, backoff"
-PARAMETER_VALUES = ":priority, :timeout, :deliver, :linger, :delay, :dead, :backoff"
+PARAMETER_NAMES = names_in(MESSAGE_PARAMETERS)  # in `subscriptions`, `patterns` and `settings`
+PARAMETER_COLUMNS = ", ".join(PARAMETER_NAMES)
+PARAMETER_VALUES = ", ".join(map(":{}".format, PARAMETER_NAMES))
+REPLACE_PARAMETERS = ", ".join(map("{0} = excluded.{0}".format, PARAMETER_NAMES))
 
 # The subscriptions for a publication while patterns match its topic, which :patterns lists in
 # JSON: one for each channel, to the topic itself or else to the first pattern by name.  (A column
@@ -1995,11 +1987,15 @@ where id = :id and lease = :lease and leased = 1
 
 # -- acknowledging
 
-# With :expected_channel, only if the message is in that channel: its id alone is not enough.
-LEASE_STATE = """
+# The message of a call.  With :expected_channel, only if it is in that channel: its id alone is not
+# enough.  With :lease, only if it has not been delivered again.
+IS_MESSAGE = "id = :id and channel = coalesce(:expected_channel, channel)"
+IS_DELIVERY = f"{IS_MESSAGE} and lease = coalesce(:lease, lease)"
+
+LEASE_STATE = f"""
 select lease, leased, channel, group_key
 from messages
-where id = :id and channel = coalesce(:expected_channel, channel)
+where {IS_MESSAGE}
 """
 
 CHANNEL_OF_MESSAGE = """
@@ -2018,8 +2014,7 @@ where id = :id
 TOUCH_MESSAGE = f"""
 update messages
 set state = 1, due_at = :now + coalesce(:timeout, timeout)
-where id = :id and leased = 1 and lease = coalesce(:lease, lease)
-    and channel = coalesce(:expected_channel, channel)
+where {IS_DELIVERY} and leased = 1
     and (state = 1 or not {IS_AT_LIMIT.format(name="messages.channel")})
 """
 
@@ -2028,10 +2023,9 @@ delete from messages
 where id = :id
 """
 
-DELETE_LEASED = """
+DELETE_LEASED = f"""
 delete from messages
-where id = :id and lease = coalesce(:lease, lease)
-    and channel = coalesce(:expected_channel, channel)
+where {IS_DELIVERY}
 """
 
 # For :messages, a JSON array of ids, leases and expected channels (or null), as DELETE_LEASED does.
@@ -2059,8 +2053,7 @@ ADD_REPLY = f"""
 insert into replies (id, type, body, until)
 select id, :type, :body, :now + :ttl
 from messages
-where id = :id and lease = coalesce(:lease, lease)
-    and channel = coalesce(:expected_channel, channel)
+where {IS_DELIVERY}
     and instr(headers, '{REPLY_LINE.rstrip()} ' || char(13)) > 0
 """
 
@@ -2102,34 +2095,29 @@ set leased = 0,
     error = case when :reason = '' then error else :reason end,
     state = case when coalesce(:delay, {BACKOFF_STEP}) > 0 then 2 else 0 end,
     due_at = :now + coalesce(:delay, {BACKOFF_STEP})
-where id = :id and leased = 1 and lease = coalesce(:lease, lease)
-    and channel = coalesce(:expected_channel, channel) and (deliver = 0 or delivered < deliver)
+where {IS_DELIVERY} and leased = 1 and (deliver = 0 or delivered < deliver)
 """
 
-RELEASE_UNCOUNTED = """
+RELEASE_UNCOUNTED = f"""
 update messages
 set leased = 0,
     delivered = delivered - 1,
     error = case when :reason = '' then error else :reason end,
     state = case when coalesce(:delay, 0) > 0 then 2 else 0 end,
     due_at = :now + coalesce(:delay, 0)
-where id = :id and leased = 1 and lease = :lease
-    and channel = coalesce(:expected_channel, channel)
+where {IS_MESSAGE} and leased = 1 and lease = :lease
 """
 
-EXHAUST_RELEASED = """
+EXHAUST_RELEASED = f"""
 update messages
 set state = 3, dead_reason = 'deliver', error = case when :reason = '' then error else :reason end
-where id = :id and leased = 1 and lease = coalesce(:lease, lease)
-    and channel = coalesce(:expected_channel, channel) and deliver > 0 and delivered >= deliver
+where {IS_DELIVERY} and leased = 1 and deliver > 0 and delivered >= deliver
 """
 
-REJECT_MESSAGE = """
+REJECT_MESSAGE = f"""
 update messages
 set state = 3, dead_reason = 'reject', error = case when :reason = '' then error else :reason end
-where id = :id and lease = coalesce(:lease, lease)
-    and channel = coalesce(:expected_channel, channel)
-    and (:lease is null or leased = 1)
+where {IS_DELIVERY} and (:lease is null or leased = 1)
 """
 
 # For a message that moves to the channel {target}: its key, unless another message there has it.
@@ -2203,21 +2191,21 @@ where id in ({REDRIVE_IDS})
 
 # -- changing: a message that waits
 
-WAITING_MESSAGE = """
+WAITING_MESSAGE = f"""
 select channel, state, delivered, dead_from, blocked
 from messages
-where id = :id and channel = coalesce(:expected_channel, channel)
+where {IS_MESSAGE}
 """
 
 REDRIVE_MESSAGE = f"""
 update messages
 set {SET_REDRIVEN}
-where id = :id and state <> 1 and channel = coalesce(:expected_channel, channel)
+where {IS_MESSAGE} and state <> 1
     and (:to is not null or dead_from <> '') and channel <> coalesce(:to, dead_from)
 """
 
 # Without :delay it stays ready or delayed, until when it was; if it is blocked, it stays so.
-CHANGE_MESSAGE = """
+CHANGE_MESSAGE = f"""
 update messages
 set priority = coalesce(:priority, priority),
     timeout = coalesce(:timeout, timeout),
@@ -2225,7 +2213,7 @@ set priority = coalesce(:priority, priority),
     dead = coalesce(:dead, dead),
     state = case when :delay is null or blocked then state when :delay > 0 then 2 else 0 end,
     due_at = coalesce(:now + :delay + blocked * 1e12, due_at)
-where id = :id and state <> 1 and channel = coalesce(:expected_channel, channel)
+where {IS_MESSAGE} and state <> 1
     and (coalesce(:deliver, 0) = 0 or delivered < :deliver)
     and (expires_at = 0 or coalesce(:delay, 0) = 0 or :now + :delay < expires_at)
 """
@@ -2240,15 +2228,7 @@ where id in (
 )
 """
 
-DRAIN_HIDDEN = """
-delete from messages
-where id in (
-    select id
-    from messages
-    where channel = :channel and state > 0 and id <= :newest
-    limit :n
-)
-"""
+DRAIN_HIDDEN = DRAIN_READY.replace("state = 0", "state > 0")
 
 DELETE_DEDUPS = """
 delete from dedups
@@ -2408,15 +2388,6 @@ from pauses
 # rules hold.
 # ---------------------------------------------------------------------------------------------
 
-REPLACE_PARAMETERS = """
-    priority = excluded.priority,
-    timeout = excluded.timeout,
-    deliver = excluded.deliver,
-    linger = excluded.linger,
-    delay = excluded.delay,
-    dead = excluded.dead,
-    backoff = excluded.backoff"""
-
 IS_SUBSCRIBED = "exists (select 1 from subscriptions where topic = :topic and channel = :channel)"
 
 SUBSCRIBE = f"""
@@ -2424,8 +2395,7 @@ insert into subscriptions (topic, channel, {PARAMETER_COLUMNS}, created)
 select :topic, :channel, {PARAMETER_VALUES}, :now
 where ({IS_SUBSCRIBED}
     or (select count(*) from subscriptions where topic = :topic) < :max_subscribers)
-on conflict (topic, channel) do update set {REPLACE_PARAMETERS},
-    created = excluded.created
+on conflict (topic, channel) do update set {REPLACE_PARAMETERS}, created = excluded.created
 """
 
 # After CHECK_BACKFILL_FITS.
@@ -2436,8 +2406,7 @@ insert into patterns (pattern, channel, {PARAMETER_COLUMNS}, created)
 select :pattern, :channel, {PARAMETER_VALUES}, :now
 where exists (select 1 from patterns where pattern = :pattern and channel = :channel)
     or (select count(*) from patterns) < :max_patterns
-on conflict (pattern, channel) do update set {REPLACE_PARAMETERS},
-    created = excluded.created
+on conflict (pattern, channel) do update set {REPLACE_PARAMETERS}, created = excluded.created
 """
 
 UNSUBSCRIBE = """
@@ -2493,28 +2462,21 @@ where channel = :channel
 order by pattern
 """
 
+SETTING_NAMES = (*PARAMETER_NAMES, "hlm", "max_in_flight")
+SETTING_COLUMNS = ", ".join(SETTING_NAMES)
+SETTING_VALUES = ", ".join(map(":{}".format, SETTING_NAMES))
+REPLACE_SETTINGS = ", ".join(map("{0} = excluded.{0}".format, SETTING_NAMES))
+
 SET_SETTINGS = f"""
-insert into settings (channel, {PARAMETER_COLUMNS}, hlm, max_in_flight)
-values (:channel, {PARAMETER_VALUES}, :hlm, :max_in_flight)
-on conflict (channel) do update set {REPLACE_PARAMETERS},
-    hlm = excluded.hlm,
-    max_in_flight = excluded.max_in_flight
+insert into settings (channel, {SETTING_COLUMNS})
+values (:channel, {SETTING_VALUES})
+on conflict (channel) do update set {REPLACE_SETTINGS}
 """
 
-CHANGE_SETTINGS = f"""
-insert into settings (channel, {PARAMETER_COLUMNS}, hlm, max_in_flight)
-values (:channel, {PARAMETER_VALUES}, :hlm, :max_in_flight)
-on conflict (channel) do update set
-    priority = coalesce(excluded.priority, priority),
-    timeout = coalesce(excluded.timeout, timeout),
-    deliver = coalesce(excluded.deliver, deliver),
-    linger = coalesce(excluded.linger, linger),
-    delay = coalesce(excluded.delay, delay),
-    dead = coalesce(excluded.dead, dead),
-    backoff = coalesce(excluded.backoff, backoff),
-    hlm = coalesce(excluded.hlm, hlm),
-    max_in_flight = coalesce(excluded.max_in_flight, max_in_flight)
-"""
+# Only those that are given.
+CHANGE_SETTINGS = SET_SETTINGS.replace(
+    REPLACE_SETTINGS, ", ".join(map("{0} = coalesce(excluded.{0}, {0})".format, SETTING_NAMES))
+)
 
 CLEAR_RETENTION = """
 update retention
@@ -2528,13 +2490,13 @@ where channel = :channel
 """
 
 SETTINGS_OF_CHANNEL = f"""
-select {PARAMETER_COLUMNS}, hlm, max_in_flight
+select {SETTING_COLUMNS}
 from settings
 where channel = :channel
 """
 
 ALL_SETTINGS = f"""
-select channel, {PARAMETER_COLUMNS}, hlm, max_in_flight
+select channel, {SETTING_COLUMNS}
 from settings
 """
 
