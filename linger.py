@@ -8749,8 +8749,9 @@ class Watch:
 class Waits:
     """Threads that wait, each for a key, until a look at the rows finds something.
 
-    The thread that finds it wakes the others that wait for its key; not by an Event, whose lock
-    an exception of a signal handler may leave locked.
+    A thread that finds it wakes the others that wait for its key, unless it was woken itself: then
+    they have been, too.  Not by an Event, whose lock an exception of a signal handler may leave
+    locked.
     """
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
@@ -8769,13 +8770,14 @@ class Waits:
         """What a look finds within some seconds; None if it finds nothing, or the client has
         gone.  `Unavailable` when the server stops."""
         wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
-        deadline = time.monotonic() + seconds
+        deadline, woken = time.monotonic() + seconds, False
         self._add(key, wakeups, 1)
         try:
             while True:
                 found = look()
                 if found is not None:
-                    self.notify(key)
+                    if not woken:
+                        self.notify(key)
                     return found
                 left = deadline - time.monotonic()
                 if left <= 0 or is_disconnected():
@@ -8783,8 +8785,10 @@ class Waits:
                 if self._is_stopping():
                     raise Unavailable("the server stops")
                 share = LOOK_PAUSE * max(self._count / LOOKS_AT_ONCE, 1)
+                woken = False
                 with contextlib.suppress(queue.Empty):
                     wakeups.get(timeout=min(left, share, LONGEST_PAUSE))
+                    woken = True
         finally:
             self._add(key, wakeups, -1)
 

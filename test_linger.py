@@ -4331,6 +4331,18 @@ class CallReplyTest(BrokerTest):
             (self.broker.calls._waits._wakeups, self.broker.calls._waits._count), ({}, 0)
         )
 
+    def test_who_was_woken_wakes_no_others(self):
+        self.hasten(LOOK_PAUSE=2 * PATIENCE, LONGEST_PAUSE=2 * PATIENCE)
+        waits, looks, found = linger.Waits(bool), [], []
+        look = lambda: looks.append(1) or (found or None)  # noqa: E731
+        waiting = [self.thread(waits.wait, "key", look, 2 * PATIENCE, bool) for _ in range(9)]
+        until(lambda: len(looks) == 9)
+        with unittest.mock.patch.object(waits, "notify", wraps=waits.notify) as notify:
+            found.append("it")
+            waits.wait("key", look, 0, bool)
+            self.assertEqual([w.result(PATIENCE) for w in waiting], [["it"]] * 9)
+        self.assertEqual(notify.call_count, 1)
+
     def test_what_wakes_nobody_is_found_by_looking_again(self):
         self.hasten(LONGEST_PAUSE=2 * PATIENCE)
         self.broker.post("q", b"x")
