@@ -1944,11 +1944,13 @@ delete from messages
 where id in {PICKED_IDS}
 """
 
+RESTORED_COLUMNS = """id, channel, priority, timeout, deliver, delivered, lease, received, linger,
+    expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, dead_delivered,
+    error, headers, group_key, body"""
+
 # The whole rows, for RESTORE_MESSAGE.
 SELECT_BATCH_ROWS = f"""
-select id, channel, priority, timeout, deliver, delivered, lease, received, linger,
-    expires_at, topic, type, dead, backoff, unique_key, dead_from, dead_reason, dead_delivered,
-    error, headers, group_key, body
+select {RESTORED_COLUMNS}
 from messages
 where id in {PICKED_IDS}
 order by id
@@ -6909,11 +6911,7 @@ class Change(Operation):
 
 POST_KEYED = (FIND_DEDUP, FIND_UNIQUE, POST_MESSAGE, SAVE_DEDUP)
 KEYED_PLACE = POST_KEYED.index(POST_MESSAGE)
-
-
-def at_high_level_mark(hlm: int) -> str:
-    """The error of a message that a channel has no room for."""
-    return f"the channel is at its high-level mark of {hlm} messages"
+CHANNEL_IS_FULL = "the channel is at its high-level mark of {} messages"
 
 
 class Post(Operation):
@@ -6956,7 +6954,7 @@ class Post(Operation):
     def result(self) -> PostResult:
         result = _post_result(self.rows())
         if result is None:
-            raise Full(at_high_level_mark(self._message["hlm"]))
+            raise Full(CHANNEL_IS_FULL.format(self._message["hlm"]))
         return result
 
 
@@ -7391,13 +7389,6 @@ class EndWait(Operation):
         return []
 
 
-RESTORED_COLUMNS = (
-    "id", "channel", "priority", "timeout", "deliver", "delivered", "lease", "received", "linger",
-    "expires_at", "topic", "type", "dead", "backoff", "unique_key", "dead_from", "dead_reason",
-    "dead_delivered", "error", "headers", "group_key", "body",
-)  # fmt: skip
-
-
 class UndoTake(Operation):
     """Puts back messages that could not be handed over; those deliveries are not counted."""
 
@@ -7409,7 +7400,8 @@ class UndoTake(Operation):
         restored: list[dict[str, Any]] = []  # those of groups
         if consumer.auto:
             statement = RESTORE_MESSAGE
-            rows = [dict(zip(RESTORED_COLUMNS, row), now=now) for row in consumer.deleted_rows]
+            names = re.findall(r"\w+", RESTORED_COLUMNS)
+            rows = [dict(zip(names, row), now=now) for row in consumer.deleted_rows]
             restored = [row for row in rows if row["group_key"]]
         else:
             statement = UNDO_TAKE
@@ -7852,6 +7844,7 @@ class Drain(Operation):
 # work in pieces, and read what there is.
 # ---------------------------------------------------------------------------------------------
 
+TOPIC_IS_FULL = f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made"
 DEAD_ORDERS = ("newest", "oldest")  # of dead letters: which come first
 ChannelRow = tuple[str, int, Optional[float]]  # name, ready messages, when the oldest was posted
 CHANNEL_ORDERS: Mapping[str, Callable[[ChannelRow], Any]] = {
@@ -7944,47 +7937,28 @@ def list_dead(
     return [(message_of(row), STATES[row[-1]]) for row in itertools.islice(rows, n)]
 
 
-def topic_is_full() -> str:
-    """The error of a subscription that a topic has no room for."""
-    return f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made"
-
-
-class BulkWork:
-    """The calls that touch many rows.  Each runs a piece at a time, and those of all calls at the
-    same time are together as large as that of one."""
-
-    def __init__(self, committer: Committer) -> None:
-        self._committer = committer
-        self._lock = threading.RLock()  # guards the number
-        self._calls = 0
-
-    @contextlib.contextmanager
-    def call(self, done: str) -> Iterator[BulkCall]:
-        """A call that works in pieces; `done`: what it does with messages."""
-        self._count(1)
-        try:
-            yield BulkCall(self._committer, lambda: self._calls, done)
-        finally:
-            self._count(-1)
-
-    @locked
-    def _count(self, calls: int) -> None:
-        self._calls += calls
-
-
 class BulkCall:
-    """A call that works in pieces; used by one thread."""
+    """A call that touches many rows: it runs a piece at a time, and the pieces of all such calls
+    at the same time are together as large as that of one.  Used by one thread."""
 
-    def __init__(self, committer: Committer, count_calls: Callable[[], int], done: str) -> None:
+    def __init__(self, committer: Committer, calls: set[BulkCall], done: str) -> None:
+        """`calls`: those at this time; `done`: what it does with messages."""
         self.total = 0  # messages done
         self._committer = committer
-        self._count_calls = count_calls
+        self._calls = calls
         self._done = done
         self._size = PieceSize(FIRST_PIECE)
 
+    def __enter__(self) -> BulkCall:
+        self._calls.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._calls.discard(self)
+
     def rows(self) -> int:
         """How many rows the next piece may touch."""
-        return max(self._size.rows // max(self._count_calls(), 1), 1)
+        return max(self._size.rows // len(self._calls), 1)
 
     def run(self, piece: Operation) -> int:
         """Runs a piece; returns how many messages it has done.
@@ -8147,7 +8121,7 @@ class Administration:
         self._state = state
         self._committer = state.committer
         self._read = state.committer.read
-        self._bulk = BulkWork(state.committer)
+        self._bulk_calls: set[BulkCall] = set()
         self._started = state.clock.now()
         self.start = int(state.clock.source.time())  # Unix time, to be shown
         self.statistics = Statistics(store, state)
@@ -8222,7 +8196,7 @@ class Administration:
         parameters: dict[str, Any] = {"channel": channel, "scope": scope, "now": self.now()}
         parameters["batch_scope"] = f"batch {scope}"
         parameters["newest"] = parameters["newest_key"] = newest[0][0] or 0
-        with self._bulk.call("deleted") as call:
+        with BulkCall(self._committer, self._bulk_calls, "deleted") as call:
             while True:
                 n = max(call.rows() // 2, 1)  # up to n ready messages, and n others
                 piece = Drain(self._state, {**parameters, "n": n})
@@ -8246,7 +8220,7 @@ class Administration:
         newest = self._read(NEWEST_MESSAGE)[0][0][0] or 0
         parameters = {"channel": channel, "to": to, "newest": newest, "now": self.now()}
         after: Optional[tuple[int, int]] = (MIN_INTEGER, 0)
-        with self._bulk.call("moved") as call:
+        with BulkCall(self._committer, self._bulk_calls, "moved") as call:
             while after is not None and (n is None or call.total < n):
                 rows = call.rows() if n is None else min(call.rows(), n - call.total)
                 place = {"after_priority": after[0], "after_id": after[1], "n": rows}
@@ -8265,7 +8239,7 @@ class Administration:
             Change((SUBSCRIBE,), values, lambda r: self._count("subscription-add", r[0][0]))
         )
         if not changed:
-            raise Full(topic_is_full())
+            raise Full(TOPIC_IS_FULL)
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; it is no error if there is none."""
@@ -8619,41 +8593,6 @@ def _check_no_keys(parameters: Mapping[str, object]) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class LearnSettings(Operation):
-    """Reads what this server keeps copies of again, in the order of commits."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__((ALL_SETTINGS, ALL_PAUSES, ALL_PATTERNS, ALL_RETENTION))
-        self._state = state
-
-    def on_commit(self) -> None:
-        channels = self._state.channels
-        channels.learn(*self.results[:2])
-        self._state.patterns.learn(self.results[2])
-        self._state.learn_retention(self.results[3])
-        for moment in channels.pauses.values():
-            self._state.timers.schedule(ALL, moment)
-
-
-class Notice(Operation):
-    """Wakes consumers for messages that other servers made ready, and schedules what is due."""
-
-    def __init__(
-        self, state: State, ready: Sequence[tuple[str, int]], due: Sequence[tuple[Any, ...]]
-    ) -> None:
-        super().__init__()
-        self._state = state
-        self._ready = ready
-        self._due = due
-
-    def on_commit(self) -> None:
-        self._state.timers.schedule_rows(self._due)
-        state, now = self._state, self._state.clock.now()
-        for channel, count in self._ready:
-            being_taken = state.taking[channel] if state.taking else 0
-            state.wake(channel, count - being_taken, now)
-
-
 class Watch:
     """A thread that looks again and again at what other servers of the cluster have changed."""
 
@@ -8720,13 +8659,35 @@ class Watch:
             state.clock.advance(latest)
         if changes != self._changes:
             self._changes = changes
-            state.committer.submit(LearnSettings(state))
+            copied = (ALL_SETTINGS, ALL_PAUSES, ALL_PATTERNS, ALL_RETENTION)
+            state.committer.submit(Change(copied, {}, self._learn))
         joined = set((joining or "").split())
         if joined - self._joined:
             state.committer.submit(state.clock.make_record(joined))
         self._joined = joined
         if ready or any(due):
-            state.committer.submit(Notice(state, ready, due[0] if due else ()))
+            notice = functools.partial(self._notice, ready, due[0] if due else ())
+            state.committer.submit(Change((), {}, notice))
+
+    def _learn(self, results: list[Any]) -> None:
+        """Takes over what this server keeps copies of."""
+        state = self._state
+        settings, pauses, patterns, retention = results
+        state.channels.learn(settings, pauses)
+        state.patterns.learn(patterns)
+        state.learn_retention(retention)
+        for moment in state.channels.pauses.values():
+            state.timers.schedule(ALL, moment)
+
+    def _notice(
+        self, ready: Sequence[tuple[str, int]], due: Sequence[tuple[Any, ...]], _: list[Any]
+    ) -> None:
+        """Wakes consumers for messages that other servers made ready, and schedules what is due."""
+        state, now = self._state, self._state.clock.now()
+        state.timers.schedule_rows(due)
+        for channel, count in ready:
+            being_taken = state.taking[channel] if state.taking else 0
+            state.wake(channel, count - being_taken, now)
 
     def _look_for_publications(self, newest: int) -> None:
         """Has streams look for what was published, up to the id `newest`, since the last look."""
@@ -9312,7 +9273,9 @@ class Schedules:
         look_at = [now + SCHEDULE_LOOK, wall + SCHEDULE_LOOK]
         due = []
         for name, cron, _, next_at, done_until in rows:
-            if next_at <= (wall if cron else now) or (cron and _is_corrected(done_until, wall)):
+            # The wall clock was wrong when it said that all due times up to then were done.
+            was_wrong = cron and done_until > wall + CLOCK_CORRECTION
+            if was_wrong or next_at <= (wall if cron else now):
                 due.append(name)
             look_at[bool(cron)] = min(look_at[bool(cron)], next_at)
         if not due:
@@ -9370,18 +9333,13 @@ def _first_due(
     return now + parse_integer("every", every, 1, MAX_EVERY)
 
 
-def _is_corrected(done_until: float, wall: float) -> bool:
-    """Whether the wall clock was wrong when it said that all due times up to then were done."""
-    return done_until > wall + CLOCK_CORRECTION
-
-
 class PostScheduled(Post):
     """Posts the message of a schedule, unless its due time is done."""
 
     def __init__(
         self, state: State, message: Mapping[str, Any], schedule: Mapping[str, Any]
     ) -> None:
-        error = at_high_level_mark(message["hlm"])
+        error = CHANNEL_IS_FULL.format(message["hlm"])
         super().__init__(state, {**message, **schedule, "error": error})
         self.statements = (*POST_KEYED[:KEYED_PLACE], POST_SCHEDULED, SCHEDULE_POSTED)
         self._place = KEYED_PLACE
@@ -9658,7 +9616,7 @@ class Backfill(Operation):
             hlm = self._state.channels.settings.get(self._channel, {}).get("hlm", self._hlm)
             raise Full(f"the publications do not fit below the channel's high-level mark of {hlm}")
         if not subscribed:
-            raise Full(topic_is_full())
+            raise Full(TOPIC_IS_FULL)
 
 
 def kept_together(publications: Sequence[Publication]) -> range:
