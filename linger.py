@@ -29,7 +29,7 @@ The file reads downwards: a section uses only what stands above it.
     Live          events: what happens to messages, as it happens, for clients that listen
     State         what is in memory: waiting consumers, channels, timers
     Operations    a class for each kind of call: statements, effects, result
-    Changes       operations that change, move or drain messages
+    Changes       operations that touch, release, reject, change, move or drain messages
     Management    channels and topics, bulk work, and what there is
     Watch         what other servers of a cluster change, and how this one learns of it
     Calls         request and reply, and waiting until a channel is drained
@@ -6728,21 +6728,6 @@ DEAD_REASONS = ("deliver", "linger", "reject")
 BURY_DEAD = (DEAD_COUNTS, MOVE_DEAD, DELETE_DEAD)
 
 
-class BatchKey(str):
-    """A dedup key given for a whole batch: sending the batch again adds nothing.
-
-    Each of its messages has the key together with its position, apart from the keys of single
-    messages.
-    """
-
-    position: int
-
-    def __new__(cls, key: str, position: int) -> BatchKey:
-        batch_key = super().__new__(cls, key)
-        batch_key.position = position
-        return batch_key
-
-
 class PieceSize:
     """How many rows a piece of bulk work may touch: fewer after one that took long."""
 
@@ -7498,108 +7483,6 @@ class DeleteBatch(Operation):
         )
 
 
-class Touch(Operation):
-    """Restarts the visibility timeout of a message in flight."""
-
-    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
-        super().__init__((LEASE_STATE, TOUCH_MESSAGE, DUE_TIMES), parameters)
-        self._state = state
-
-    def on_commit(self) -> None:
-        _, (changed, _), due_times = self.results
-        if changed:
-            self._state.counters["msg-touch"] += 1
-            self._state.timers.schedule(due_times[0][0], due_times[0][2])
-
-    def result(self) -> None:
-        lease_state, (changed, _), _ = self.rows()
-        if not changed:
-            refuse_lease(self, lease_state, "touched")
-
-
-class Release(Operation):
-    """Gives a message in flight back; if that was its last delivery, it is a dead letter.
-
-    If it is `uncounted`, that cannot be: it is as if it had not been delivered, and it is ready
-    now or after `delay`.
-    """
-
-    def __init__(self, state: State, parameters: dict[str, Any], uncounted: bool = False) -> None:
-        if uncounted and parameters["lease"] is None:
-            raise BadRequest("an uncounted release needs the lease of the delivery")
-        release = RELEASE_UNCOUNTED if uncounted else RELEASE_MESSAGE
-        super().__init__(
-            (LEASE_STATE, release, EXHAUST_RELEASED, EXPIRE_MESSAGE, *BURY_DEAD, DUE_TIMES),
-            parameters,
-        )
-        self._state = state
-        self._id: int = parameters["id"]
-        self._now: float = parameters["now"]
-
-    def on_executed(self) -> None:
-        _unblock_group(self._state, self.results[0], self._now)
-
-    def on_commit(self) -> None:
-        state = self._state
-        lease_state, (changed, _), (exhausted, _), (expired, _), *buried, due_times = self.results
-        if not changed + exhausted:
-            return
-        ((_, _, channel, _),) = lease_state
-        state.flights.pop(self._id)
-        state.counters["msg-release"] += 1
-        state.events[channel]["released"] += 1
-        state.counters["msg-retention"] += expired
-        state.events[channel]["expired"] += expired
-        state.dead_buried(channel, buried, self._now)
-        state.flights_ended(channel, 1, self._now)
-        for channel, delayed, due_at, expires_at in due_times if changed else ():
-            state.timers.schedule(channel, expires_at or due_at)
-            if delayed:
-                state.timers.schedule(channel, due_at)
-            else:
-                state.wake(channel, 1, self._now)
-
-    def result(self) -> None:
-        lease_state, (changed, _), (exhausted, _), *_ = self.rows()
-        if not (changed or exhausted):
-            refuse_lease(self, lease_state, "released")
-
-
-class Reject(Operation):
-    """Moves a message to its dead channel, or deletes it."""
-
-    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
-        super().__init__((LEASE_STATE, REJECT_MESSAGE, *BURY_DEAD), parameters)
-        self._state = state
-        self._id: int = parameters["id"]
-        self._now: float = parameters["now"]
-
-    def on_executed(self) -> None:
-        _unblock_group(self._state, self.results[0], self._now)
-
-    def on_commit(self) -> None:
-        lease_state, (changed, _), *buried = self.results
-        if changed:
-            ((_, _, channel, _),) = lease_state
-            self._state.flights.pop(self._id)
-            self._state.counters["msg-reject"] += 1
-            self._state.events[channel]["rejected"] += 1
-            self._state.dead_buried(channel, buried, self._now)
-            self._state.flights_ended(channel, 1, self._now)
-
-    def result(self) -> None:
-        lease_state, (changed, _), *_ = self.rows()
-        if not changed:
-            refuse_lease(self, lease_state, "rejected")
-
-
-def _unblock_group(state: State, lease_state: Sequence[Sequence[Any]], now: float) -> None:
-    """Unblocks the next message of a group, from the LEASE_STATE of one that may have left it."""
-    for _, _, channel, group in lease_state:
-        if group:
-            state.unblock_next(channel, now)
-
-
 def refuse_lease(
     operation: Operation, lease_state: Sequence[Sequence[Any]], done: str, otherwise: str = ""
 ) -> NoReturn:
@@ -7708,8 +7591,116 @@ class EndPausesAndKeys(ProcessDue):
 
 
 # ---------------------------------------------------------------------------------------------
-# Changes: the operations that change or move messages that wait, and that drain a channel.
+# Changes: the other operations on messages.  They keep or end a flight, change or move what waits,
+# and drain a channel.
 # ---------------------------------------------------------------------------------------------
+
+# -- in flight
+
+
+class Touch(Operation):
+    """Restarts the visibility timeout of a message in flight."""
+
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__((LEASE_STATE, TOUCH_MESSAGE, DUE_TIMES), parameters)
+        self._state = state
+
+    def on_commit(self) -> None:
+        _, (changed, _), due_times = self.results
+        if changed:
+            self._state.counters["msg-touch"] += 1
+            self._state.timers.schedule(due_times[0][0], due_times[0][2])
+
+    def result(self) -> None:
+        lease_state, (changed, _), _ = self.rows()
+        if not changed:
+            refuse_lease(self, lease_state, "touched")
+
+
+class Release(Operation):
+    """Gives a message in flight back; if that was its last delivery, it is a dead letter.
+
+    If it is `uncounted`, that cannot be: it is as if it had not been delivered, and it is ready
+    now or after `delay`.
+    """
+
+    def __init__(self, state: State, parameters: dict[str, Any], uncounted: bool = False) -> None:
+        if uncounted and parameters["lease"] is None:
+            raise BadRequest("an uncounted release needs the lease of the delivery")
+        release = RELEASE_UNCOUNTED if uncounted else RELEASE_MESSAGE
+        super().__init__(
+            (LEASE_STATE, release, EXHAUST_RELEASED, EXPIRE_MESSAGE, *BURY_DEAD, DUE_TIMES),
+            parameters,
+        )
+        self._state = state
+        self._id: int = parameters["id"]
+        self._now: float = parameters["now"]
+
+    def on_executed(self) -> None:
+        _unblock_group(self._state, self.results[0], self._now)
+
+    def on_commit(self) -> None:
+        state = self._state
+        lease_state, (changed, _), (exhausted, _), (expired, _), *buried, due_times = self.results
+        if not changed + exhausted:
+            return
+        ((_, _, channel, _),) = lease_state
+        state.flights.pop(self._id)
+        state.counters["msg-release"] += 1
+        state.events[channel]["released"] += 1
+        state.counters["msg-retention"] += expired
+        state.events[channel]["expired"] += expired
+        state.dead_buried(channel, buried, self._now)
+        state.flights_ended(channel, 1, self._now)
+        for channel, delayed, due_at, expires_at in due_times if changed else ():
+            state.timers.schedule(channel, expires_at or due_at)
+            if delayed:
+                state.timers.schedule(channel, due_at)
+            else:
+                state.wake(channel, 1, self._now)
+
+    def result(self) -> None:
+        lease_state, (changed, _), (exhausted, _), *_ = self.rows()
+        if not (changed or exhausted):
+            refuse_lease(self, lease_state, "released")
+
+
+class Reject(Operation):
+    """Moves a message to its dead channel, or deletes it."""
+
+    def __init__(self, state: State, parameters: dict[str, Any]) -> None:
+        super().__init__((LEASE_STATE, REJECT_MESSAGE, *BURY_DEAD), parameters)
+        self._state = state
+        self._id: int = parameters["id"]
+        self._now: float = parameters["now"]
+
+    def on_executed(self) -> None:
+        _unblock_group(self._state, self.results[0], self._now)
+
+    def on_commit(self) -> None:
+        lease_state, (changed, _), *buried = self.results
+        if changed:
+            ((_, _, channel, _),) = lease_state
+            self._state.flights.pop(self._id)
+            self._state.counters["msg-reject"] += 1
+            self._state.events[channel]["rejected"] += 1
+            self._state.dead_buried(channel, buried, self._now)
+            self._state.flights_ended(channel, 1, self._now)
+
+    def result(self) -> None:
+        lease_state, (changed, _), *_ = self.rows()
+        if not changed:
+            refuse_lease(self, lease_state, "rejected")
+
+
+def _unblock_group(state: State, lease_state: Sequence[Sequence[Any]], now: float) -> None:
+    """Unblocks the next message of a group, from the LEASE_STATE of one that may have left it."""
+    for _, _, channel, group in lease_state:
+        if group:
+            state.unblock_next(channel, now)
+
+
+# -- waiting
 
 
 class ChangeMessage(Operation):
@@ -9743,6 +9734,21 @@ READY, DELAYED = STATES.index("ready"), STATES.index("delayed")
 BatchItem = tuple[bytes, str, Mapping[str, object]]  # body, type and parameters of a message
 # All that POST_MESSAGE asks for and that a message need not say.
 NEW_MESSAGE = {**DEFAULTS, "scope": "", "dedup_for": 0, "batch": 0, "state": READY, "expires_at": 0}
+
+
+class BatchKey(str):
+    """A dedup key given for a whole batch: sending the batch again adds nothing.
+
+    Each of its messages has the key together with its position, apart from the keys of single
+    messages.
+    """
+
+    position: int
+
+    def __new__(cls, key: str, position: int) -> BatchKey:
+        batch_key = super().__new__(cls, key)
+        batch_key.position = position
+        return batch_key
 
 
 class NewMessages:
