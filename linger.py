@@ -10543,7 +10543,8 @@ class Access:
         This holds for every method, since a GET takes a message.  Clients that are not browsers
         send neither Origin nor Sec-Fetch-Site, and pass.
         """
-        authority = self.check_host(headers)
+        host = headers.get("host", "").lower()
+        self.check_host(host)
         origin = headers.get("origin", "").lower()
         lines = "Vary: Origin\r\n" if self._origins and "*" not in self._origins else ""
         if origin and not self._origins.isdisjoint((origin, "*")):
@@ -10551,7 +10552,7 @@ class Access:
             lines += f"Access-Control-Allow-Origin: {allowed}\r\n"
             lines += "Access-Control-Expose-Headers: *\r\n"
             return lines + (PREFLIGHT if "access-control-request-method" in headers else "")
-        same = not origin or origin.endswith("://" + authority)
+        same = not origin or origin.endswith("://" + host)
         if headers.get("sec-fetch-site", "none" if same else "").lower() in ("none", "same-origin"):
             return lines
         raise AccessDenied("a web page of another site sent this: if it is yours, use --cors")
@@ -10582,21 +10583,16 @@ class Access:
             " or a page of this server, may take or change something"
         )
 
-    def check_host(self, headers: Mapping[str, str]) -> str:
-        """Returns the Host of a request; `AccessDenied` if it may be no name of this server."""
-        authority = headers.get("host", "").lower()
-        if authority:
-            self._check_host(re.sub(r":[0-9]*$", "", authority))
-        return authority
-
-    def _check_host(self, host: str) -> None:
-        """`AccessDenied` unless a Host, without its port, may be a name or address of this server.
+    def check_host(self, host: str) -> None:
+        """`AccessDenied` unless a Host, if there is one, may be a name or address of this server.
 
         Addresses count only as browsers write them: what else a browser would take for an address
         is refused.  So are 0.0.0.0, :: and IPv4-mapped addresses, on any server: they lead to
         loopback, but browsers omit the headers by which a foreign page is recognized.
         """
-        name = host.removesuffix(".")
+        if not host:
+            return
+        name = re.sub(r":[0-9]*$", "", host.lower()).removesuffix(".")
         address: Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None] = None
         with contextlib.suppress(ValueError):
             address = ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
@@ -11670,7 +11666,7 @@ def publication_object(publication: Message, cut: Optional[int]) -> dict[str, ob
     value.update(topic=publication.topic, type=publication.type)
     if publication.header_lines:
         value["headers"] = publication.headers
-    return {**value, **cut_body(publication.body, cut)}
+    return {**value, **body_object(publication.body, cut)}
 
 
 def event_json(event: Event) -> bytes:
@@ -11681,8 +11677,7 @@ def event_json(event: Event) -> bytes:
     value: dict[str, object] = {"event": event.name}
     if event.source:
         value["from"] = event.source
-    value.update(message_object(message._replace(body=b"")))
-    return TO_JSON({**value, **cut_body(message.body, event.cut)}).encode()
+    return TO_JSON({**value, **message_object(message, event.cut)}).encode()
 
 
 class EventStream:
@@ -11954,10 +11949,10 @@ OPTIONAL_KEYS = tuple(name.replace("_", "-") for name in Message._fields[FIRST_O
 HEADERS_KEY = "header-lines"  # in JSON they are an object, `headers`
 
 
-def message_object(message: Message) -> dict[str, object]:
-    """A message as a JSON object; `body` is text, or base64 where it is not UTF-8."""
+def message_object(message: Message, cut: Optional[int] = None) -> dict[str, object]:
+    """A message as a JSON object, with the first `cut` bytes of its body (None: all of it)."""
     value: dict[str, object] = dict(zip(MESSAGE_KEYS, message))
-    value.update(body_object(message.body))
+    value.update(body_object(message.body, cut))
     optional = zip(OPTIONAL_KEYS, message[FIRST_OPTIONAL:])
     value.update({name: field for name, field in optional if field and name != HEADERS_KEY})
     if message.headers:
@@ -11985,16 +11980,8 @@ def message_json(message: Message) -> str:
 
 
 def listed_object(message: Message, state: str, cut: Optional[int]) -> dict[str, object]:
-    """A message of a listing, with only the first `cut` bytes of its body."""
-    value = {**message_object(message._replace(body=b"")), "state": state}
-    return {**value, **cut_body(message.body, cut)}
-
-
-def cut_body(body: bytes, cut: Optional[int]) -> dict[str, object]:
-    """The first `cut` bytes of a body in JSON, which says so if there are more."""
-    if cut is None or len(body) <= cut:
-        return body_object(body)
-    return {"cut": True, **body_object(body[:cut], is_cut=True)}
+    """A message of a listing, with the first `cut` bytes of its body (None: all of it)."""
+    return {**message_object(message, cut), "state": state}
 
 
 def schedule_object(
@@ -12022,18 +12009,26 @@ def schedule_object(
         "last-error": schedule.last_error or None,
         **json.loads(schedule.parameters),
         "type": schedule.type,
-        **cut_body(schedule.body, cut),
+        **body_object(schedule.body, cut),
     }
 
 
-def body_object(body: bytes, is_cut: bool = False) -> dict[str, object]:
-    """A body in JSON.  If it was cut, a partial character at its end is dropped."""
+def body_object(body: bytes, cut: Optional[int] = None) -> dict[str, object]:
+    """A body in JSON: text, or base64 where it is not UTF-8.
+
+    If it has more than `cut` bytes, only so many, but no part of a character.
+    """
+    is_cut = cut is not None and len(body) > cut
+    value: dict[str, object] = {"cut": True} if is_cut else {}
+    kept = body[:cut]
     try:
         if is_cut:
-            return {"body": codecs.getincrementaldecoder("utf-8")().decode(body)}
-        return {"body": body.decode("utf-8")}
+            value["body"] = codecs.getincrementaldecoder("utf-8")().decode(kept)
+        else:
+            value["body"] = kept.decode("utf-8")
     except UnicodeDecodeError:
-        return {"body": base64.b64encode(body).decode("ascii"), "encoding": "base64"}
+        value.update(body=base64.b64encode(kept).decode("ascii"), encoding="base64")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14855,7 +14850,7 @@ class Api(ManagementApi):
         """Finds the grant of a request; `AccessDenied` if it has none, or for a foreign page."""
         headers, grants = request.headers, self._access.grants
         if request.routes is PAGE_ROUTES:  # static: a link on any site may lead to it
-            self._access.check_host(headers.fields)
+            self._access.check_host(headers.fields.get("host", ""))
             request.grant, request.grants = NO_ACCESS, grants
             return
         if headers.cors_headers is None:
