@@ -1002,10 +1002,7 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_parameters(given: Mapping[str, object], table: Sequence[Parameter]) -> None:
-    """Raises `BadRequest` for a parameter that is not in the table.
-
-    `parse_parameters` would silently ignore it.
-    """
+    """`BadRequest` for a parameter that is not in the table: `parse_parameters` ignores it."""
     if given:
         check_names("parameter", given, names_in(table))
 
@@ -3014,8 +3011,9 @@ class EventCounts(dict[str, dict[str, int]]):
             if len(self) > self._max_channels:
                 return None
             counts = dict.fromkeys(EVENTS, 0)
-        failed = sum(counts[event] for event in FAILURES)
-        return {**{name: counts[name] for name in SAMPLED[:3]}, SAMPLED[3]: failed}
+        totals = {event: counts[event] for event in ("posted", "delivered", "deleted")}
+        totals["failed"] = sum(counts[event] for event in FAILURES)
+        return totals
 
     def total(self, event: str) -> int:
         """How often an event has happened in all channels.  For any thread."""
@@ -3154,6 +3152,7 @@ class History:
 # ---------------------------------------------------------------------------------------------
 
 Parameters = Union[Mapping[str, object], Sequence[Any]]
+Run = tuple[str, Mapping[str, Any]]  # a statement and its parameters
 T = TypeVar("T")
 
 FORKED = "this process was forked from the one that has the server: use a Client here"
@@ -3583,7 +3582,6 @@ SECTOR = 512  # bytes that a disk writes whole or not at all
 LOG_HEADER = 32  # bytes
 FRAME_HEADER = 24  # bytes before each page in the log
 FRAMES_AT_ONCE = 64  # frames of the log that are read at once
-NUMBER_OF = operator.itemgetter(0)
 MARK_TRIES = 3  # tries to record for which file a log was begun
 LOOKS = 3  # at a file that may be written at this moment, before it counts as changed
 ROLLBACK_MODE = b"\1\1"  # bytes 18 and 19 of a file that has no log, such as a backup
@@ -3700,7 +3698,7 @@ class LogFile:
             while found and found[-1][1] != self.salts:
                 found.pop()  # of an earlier log, which was longer
             offsets = itertools.count(self._offset + FRAME_HEADER, frame.size)
-            yield from zip(map(NUMBER_OF, found), offsets)
+            yield from ((number, offset) for (number, _), offset in zip(found, offsets))
             self._offset += len(found) * frame.size
             is_end = len(found) < FRAMES_AT_ONCE
 
@@ -3854,8 +3852,7 @@ class DatabaseFile:
             return False  # it is empty or zeroed, or a backup
         if watched <= self._known:  # as usual: without a look at each frame of the log
             return True
-        is_new = self._log.has_begun_anew()
-        if is_new:
+        if self._log.has_begun_anew():
             self._log.begin()
             self._known = watched
         self._known |= self._log.sectors(1, self._root)
@@ -4812,12 +4809,19 @@ def create_schema(
 ) -> None:
     """Creates the tables in one transaction; `before` and `after` are those of a migration."""
     connection.execute("begin exclusive")
-    for statement in (*before, *SCHEMA, *after):
-        connection.execute(statement)
-    connection.execute(ADD_CONFIG, {"key": "server_id", "value": os.urandom(16).hex()})
-    connection.execute(f"pragma application_id = {APPLICATION_ID}")
-    connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
+    for run in schema_runs(before, after):
+        connection.execute(*run)
     connection.execute("commit")
+
+
+def schema_runs(before: Sequence[str] = (), after: Sequence[str] = ()) -> list[Run]:
+    """What `create_schema` runs between the beginning and the end of its transaction."""
+    return [
+        *((statement, {}) for statement in (*before, *SCHEMA, *after)),
+        (ADD_CONFIG, {"key": "server_id", "value": os.urandom(16).hex()}),
+        (f"pragma application_id = {APPLICATION_ID}", {}),
+        (f"pragma user_version = {SCHEMA_VERSION}", {}),
+    ]
 
 
 def save_original(path: str) -> None:
@@ -4937,6 +4941,9 @@ class ClusterUrl(NamedTuple):
         return {"Authorization": f"Basic {login}"}
 
 
+Content = Union[bytes, BinaryIO]  # of a request: statements, or a file
+
+
 class Nodes:
     """Sends requests to the nodes of a cluster; for any thread.
 
@@ -5014,11 +5021,7 @@ class Nodes:
         return results
 
     def ask_once(
-        self,
-        path: str,
-        body: Union[bytes, BinaryIO],
-        timeout: float = 0.0,
-        into: Optional[BinaryIO] = None,
+        self, path: str, body: Content, timeout: float = 0.0, into: Optional[BinaryIO] = None
     ) -> bytes:
         """Sends a request to a node and returns its answer, or writes it `into` a file.
 
@@ -5027,10 +5030,8 @@ class Nodes:
         place = self._place
         if not self._forwards:
             path += "&redirect" if "?" in path else "?redirect"
-        size = len(body) if isinstance(body, bytes) else os.fstat(body.fileno()).st_size
-        timeout = (timeout or NODE_TIMEOUT) + size / NODE_RATE
         try:
-            status, headers, content = self._exchange(place, path, body, size, timeout, into)
+            status, headers, content = self._exchange(place, path, body, timeout, into)
         except NodeFailed:
             self._move(place, place + 1)
             raise
@@ -5053,17 +5054,13 @@ class Nodes:
         raise NodeFailed(f"{self._url.nodes[place]} says {status}: {text}", may_be_done)
 
     def _exchange(
-        self,
-        place: int,
-        path: str,
-        body: Union[bytes, BinaryIO],
-        size: int,
-        timeout: float,
-        into: Optional[BinaryIO],
+        self, place: int, path: str, body: Content, timeout: float, into: Optional[BinaryIO]
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        node = self._url.nodes[place]
-        connection = self._connection(place, timeout)
-        kind = "application/json" if isinstance(body, bytes) else "application/octet-stream"
+        if isinstance(body, bytes):
+            kind, size = "application/json", len(body)
+        else:
+            kind, size = "application/octet-stream", os.fstat(body.fileno()).st_size
+        connection = self._connection(place, (timeout or NODE_TIMEOUT) + size / NODE_RATE)
         headers = {**self._headers, "Content-Type": kind, "Content-Length": str(size)}
         content = b""
         try:
@@ -5075,7 +5072,8 @@ class Nodes:
                 content = response.read()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise NodeFailed(f"{node}: {error or type(error).__name__}") from error
+            reason = f"{self._url.nodes[place]}: {error or type(error).__name__}"
+            raise NodeFailed(reason) from error
         except BaseException:  # also Ctrl-C: the rest would be taken for the next answer
             connection.close()
             raise
@@ -5160,13 +5158,7 @@ class Cluster:
         if not self._is_created():
             if not create:
                 raise NotFound(f"there is no database of Linger at {self.path}")
-            statements: list[Run] = [(statement, {}) for statement in SCHEMA]
-            statements += [
-                (ADD_CONFIG, {"key": "server_id", "value": os.urandom(16).hex()}),
-                (f"pragma application_id = {APPLICATION_ID}", {}),
-                (f"pragma user_version = {SCHEMA_VERSION}", {}),
-            ]
-            body = encode_request(encode_statement(text, values) for text, values in statements)
+            body = encode_request(encode_statement(*run) for run in schema_runs())
             with contextlib.suppress(OutcomeUnknown):
                 self._nodes.ask("/db/request?transaction", lambda: body)
             if not self._is_created():
@@ -5434,8 +5426,6 @@ def _open_unused(path: str, is_new: bool, stack: contextlib.ExitStack) -> Transa
 
 
 # -- statements and results as rqlite has them
-
-Run = tuple[str, Mapping[str, Any]]  # a statement and its parameters
 
 
 def _runs_of(operation: Operation) -> Iterator[list[Run]]:
@@ -6529,7 +6519,10 @@ class Channels:
 
     def learn(self, settings: Sequence[Sequence[Any]], pauses: Sequence[tuple[str, float]]) -> None:
         """Takes over the rows of ALL_SETTINGS and ALL_PAUSES."""
-        _renew(self.pauses, dict(pauses))
+        paused = dict(pauses)
+        self.pauses.update(paused)  # in place: other threads find in it what stays
+        for channel in self.pauses.keys() - paused.keys():
+            del self.pauses[channel]
         rows = {row[0]: [row[1:]] for row in settings}
         for channel in {*self.settings, *rows}:
             self.learn_settings(channel, rows.get(channel, ()))
@@ -6565,13 +6558,6 @@ class Channels:
         (rows,) = self._read(CHANNEL_NAMES)
         self._names = {name for (name,) in rows}.union(self.settings.copy(), self.pauses.copy())
         self._counted_at = self._clock.source.monotonic()
-
-
-def _renew(kept: dict[str, Any], now: dict[str, Any]) -> None:
-    """Changes a dict in place, so that other threads find in it what stays."""
-    kept.update(now)
-    for channel in kept.keys() - now.keys():
-        del kept[channel]
 
 
 def settings_of(values: Sequence[object]) -> dict[str, Any]:
