@@ -7890,30 +7890,6 @@ class ChannelList:
             after = rows[-1][0]
 
 
-def list_dead(
-    read: Callable[..., list[list[Any]]],
-    n: int,
-    after: Optional[int],
-    reason: str,
-    order: str,
-    now: float,
-) -> list[tuple[Message, str]]:
-    """Up to `n` dead letters of all channels and their states, those after the message `after`:
-    the `newest` or `oldest` first, of one of DEAD_REASONS or of all.
-
-    Bodies are cut to one byte more than PREVIEW_BYTES.
-    """
-    reasons = (check_choice("reason", reason, DEAD_REASONS),) if reason else DEAD_REASONS
-    newest = check_choice("order", order, DEAD_ORDERS) == "newest"
-    if after is None:
-        after = MAX_INTEGER if newest else MIN_INTEGER
-    parameters = {"n": n, "after": after, "preview_bytes": PREVIEW_BYTES, "now": now}
-    statement = NEWEST_DEAD if newest else OLDEST_DEAD
-    lists = [read(statement, reason=one, **parameters)[0] for one in reasons]
-    rows = heapq.merge(*lists, key=lambda row: row[0], reverse=newest)
-    return [(message_of(row), STATES[row[-1]]) for row in itertools.islice(rows, n)]
-
-
 class BulkCall:
     """A call that touches many rows: it runs a piece at a time, and the pieces of all such calls
     at the same time are together as large as that of one.  Used by one thread."""
@@ -8397,10 +8373,22 @@ class Administration:
     def dead_letters(
         self, n: int = LISTED, after: Optional[int] = None, reason: str = "", order: str = "newest"
     ) -> list[tuple[Message, str]]:
-        """Dead letters of all channels and their states: see `list_dead`."""
+        """Up to `n` dead letters of all channels and their states, those after the message `after`:
+        the `newest` or `oldest` first, of one of DEAD_REASONS or of all.
+
+        Bodies are cut to one byte more than PREVIEW_BYTES.
+        """
+        reasons = (check_choice("reason", reason, DEAD_REASONS),) if reason else DEAD_REASONS
+        newest = check_choice("order", order, DEAD_ORDERS) == "newest"
+        if after is None:
+            after = MAX_INTEGER if newest else MIN_INTEGER
         self._submit_due()
         self._read()  # waits for what was submitted before
-        return list_dead(self._store.read, n, after, reason, order, self.now())
+        values = {"n": n, "after": after, "preview_bytes": PREVIEW_BYTES, "now": self.now()}
+        statement = NEWEST_DEAD if newest else OLDEST_DEAD
+        lists = [self._store.read(statement, reason=one, **values)[0] for one in reasons]
+        rows = heapq.merge(*lists, key=lambda row: row[0], reverse=newest)
+        return [listed_message(self._state.flights, row) for row in itertools.islice(rows, n)]
 
     def info(self, channel: str) -> dict[str, Any]:
         """A channel's counts, age, consumers, subscriptions, pause and settings."""

@@ -5113,6 +5113,13 @@ class HolderTest(BrokerTest):
         self.assertEqual(self.broker.list_messages("q"), [(message, state)])
         return state, message.hidden_for, message.holder
 
+    def test_a_dead_letter_in_flight_shows_its_holder(self):
+        self.broker.post("q", b"x", dead="d")
+        self.broker.reject(1)
+        self.take("me", "d", timeout=60)
+        self.assertEqual(self.broker.dead_letters(), self.broker.list_messages("d"))
+        self.assertEqual(self.broker.dead_letters()[0][0].holder, "me")
+
     def test_a_message_in_flight_shows_its_holder_and_its_time(self):
         self.broker.post("q", b"x")
         self.assertEqual(self.seen(), ("ready", 0, ""))
