@@ -10241,6 +10241,7 @@ def _each(items: Sequence[Any], convert: Callable[[Any], dict[str, Any]]) -> lis
 
 READ, WRITE, ADMIN, METRICS_ONLY = "read", "write", "admin", "metrics"
 RIGHTS = (READ, WRITE, ADMIN, METRICS_ONLY)  # admin includes metrics
+OF_TOPICS = "topic:"  # before a token's pattern for topics
 PUBLIC = ""  # the right that needs no token
 AUTHENTICATED = "any token"  # the right that every token gives
 
@@ -10309,24 +10310,21 @@ def parse_grant(rights: str, patterns: Sequence[str]) -> Grant:
     named = frozenset(rights.split(","))
     if not named.issubset(RIGHTS):
         raise BadRequest(f"the rights must be among {', '.join(RIGHTS)}, separated by commas")
+    named |= {PUBLIC, AUTHENTICATED}
     if ADMIN in named:
         named |= {METRICS_ONLY}
     if len(patterns) > MAX_PATTERNS or any(len(pattern) > MAX_NAME for pattern in patterns):
         raise BadRequest(f"the limit is {MAX_PATTERNS} patterns of {MAX_NAME} characters")
     if not patterns:
-        return FULL_ACCESS if named.issuperset(RIGHTS) else Grant(named | {PUBLIC, AUTHENTICATED})
-    channels: list[re.Pattern[str]] = []
-    topics: list[re.Pattern[str]] = []
-    prefixes: list[re.Pattern[str]] = []
-    for pattern in patterns:
-        kind, colon, rest = pattern.partition(":")
-        of_topics = bool(colon) and kind == "topic"
-        compiled = re.compile(fnmatch.translate(rest if of_topics else pattern))
-        (topics if of_topics else channels).append(compiled)
-        if of_topics and rest.endswith("*"):
-            prefixes.append(compiled)
-    given = named | {PUBLIC, AUTHENTICATED}
-    return Grant(given, tuple(channels), tuple(topics), tuple(prefixes))
+        return Grant(named)
+    topics = [pattern[len(OF_TOPICS) :] for pattern in patterns if pattern.startswith(OF_TOPICS)]
+    channels = [pattern for pattern in patterns if not pattern.startswith(OF_TOPICS)]
+    prefixes = [topic for topic in topics if topic.endswith("*")]
+    return Grant(named, _compile(channels), _compile(topics), _compile(prefixes))
+
+
+def _compile(patterns: Iterable[str]) -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(fnmatch.translate(pattern)) for pattern in patterns)
 
 
 def load_tokens(path: str) -> dict[bytes, Grant]:
