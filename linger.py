@@ -12360,8 +12360,10 @@ label.checkbox { grid-template-columns: auto 1fr; gap: 4px 8px; }
 .checkbox small { grid-column: 1 / -1; }
 small { font-weight: 400; }
 textarea { min-height: 120px; resize: vertical; }
+.grid textarea { min-height: 0; }
 form > .actions { justify-content: flex-end; padding: 14px 24px 20px; }
 .wrong { color: var(--bad); margin: 0; }
+form > .wrong { padding: 14px 24px 0; }
 summary { cursor: pointer; margin-bottom: 12px; }
 .narrow { max-width: 460px; margin: 48px auto; }
 
@@ -12463,14 +12465,27 @@ function query(parameters) {
     return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
+// A message's own headers, a line each, as those of a request.
+const ownHeaders = text => text.split("\n").filter(line => line.trim()).map(line => {
+    const [, name, value] = /^([\w!#$%&'*+.^`|~-]+):(.*)$/.exec(line.trim()) || [];
+    if (!name) {
+        throw new Failure(400, `Write each header as name: text, and not as ${line}`);
+    }
+    return [`x-linger-h-${name}`, value];
+});
+
 // The response to a call; a Failure with a sentence in any other case.
-async function call(method, target, {body, type, signal, accept = "application/json"} = {}) {
-    const headers = {"Accept": accept, "X-Requested-With": "Linger"};
+async function call(method, target,
+        {body, type, signal, accept = "application/json", own = ""} = {}) {
+    const headers = [["Accept", accept], ["X-Requested-With", "Linger"], ...ownHeaders(own)];
     if (token) {
-        headers.Authorization = `Bearer ${token}`;
+        headers.push(["Authorization", `Bearer ${token}`]);
     }
     if (type) {
-        headers["Content-Type"] = type;
+        headers.push(["Content-Type", type]);
+    }
+    for (const header of headers) {  // in UTF-8: `fetch` takes no character beyond Latin-1
+        header[1] = String.fromCharCode(...new TextEncoder().encode(header[1]));
     }
     let response;
     try {
@@ -12502,7 +12517,8 @@ const doing = (method, target, said) => async (values = {}) => {
     const parameters = Object.entries(values).filter(([name]) => name[0] !== "_");
     const place = typeof target === "string" ? target : target(values);
     const response = await call(method, place + query(Object.fromEntries(parameters)),
-        values._body && {body: values._body, type: values._type || "text/plain"});
+        values._body && {body: values._body, type: values._type || "text/plain",
+            own: values._headers});
     return typeof said === "string" ? said
         : said(await response.json().catch(() => ({})), response, values);
 };
@@ -12695,10 +12711,10 @@ function table(label, columns, key, none) {
         h("th", {scope: "col", class: look, "data-by": by}, head || title));
     const list = h("div.scroll", {hidden: true},
         h("table", {"aria-label": label}, h("thead", h("tr", heads)), body));
-    const empty = h("div.none", {hidden: true}, none);  // until it is known
+    const empty = h("div.none", {hidden: true});  // until it is known
     const make = item =>
         h("tr", columns.map(column => h("td", {class: column.look}, column.make?.(item))));
-    function update(items) {
+    function update(items, reason = none) {
         rows = new Map(items.map(item => [key(item), rows.get(key(item)) || make(item)]));
         for (const item of items) {
             const {cells} = rows.get(key(item));
@@ -12709,6 +12725,7 @@ function table(label, columns, key, none) {
                 || elements.some((element, n) => element !== body.children[n])) {
             body.replaceChildren(...elements);
         }
+        put(empty, reason);
         list.hidden = !items.length;
         empty.hidden = !list.hidden;
         return [...rows.keys()];
@@ -12735,11 +12752,12 @@ function count(title, value, look = "", show = number) {
     };
 }
 
-// The pages of a list, each known by the last item of the one before.  `load(after)` returns the
-// items of a page.  What comes after another page was turned to is dropped.
+// The pages of a list, each known by the last item of the one before.  `load(after, like)` returns
+// the items of a page, only those with the text of the filter, which `filter(label)` returns.  What
+// comes after another page was turned to is dropped.
 function paged(signal, period, list, load, onturn = () => {}) {
     const starts = [null];
-    let keys = [], turns = 0;
+    let keys = [], turns = 0, like = "";
     const turn = change => {
         change();
         turns++;
@@ -12753,7 +12771,7 @@ function paged(signal, period, list, load, onturn = () => {}) {
     const pages = h("div.pages", {hidden: true}, note, back, next);
     poll(period, async () => {
         const asked = turns, after = starts.at(-1);
-        const items = await load(after).catch(error => {
+        const items = await load(after, like).catch(error => {
             if (error.status !== 404 || after == null) {
                 throw error;
             }
@@ -12761,14 +12779,24 @@ function paged(signal, period, list, load, onturn = () => {}) {
         if (!items) {
             reset();  // that after which the page begins has gone
         } else if (asked === turns) {
-            keys = list.update(items);
+            keys = list.update(items, like ? "Nothing matches the filter." : undefined);
             back.disabled = starts.length === 1;
             next.disabled = keys.length < PAGE;
             put(note, starts.length > 1 ? `Page ${starts.length}` : "");
             pages.hidden = back.disabled && next.disabled;
         }
     }, signal);
-    return {element: h("div", list.element, pages), reset};
+    let timer = 0;
+    const filter = label => h("input", {
+        type: "search", placeholder: label, "aria-label": label, oninput: event => {
+            clearTimeout(timer);
+            timer = setTimeout(() => {
+                like = event.target.value.toLowerCase();
+                reset();
+            }, 200);
+        },
+    });
+    return {element: h("div", list.element, pages), reset, filter};
 }
 
 // What `load` returns of a list that the server sends whole: the page after the item `after`.
@@ -12778,14 +12806,6 @@ async function pageOf(items, key, after) {
         throw new Failure(404, "");
     }
     return items.slice(start, start + PAGE);
-}
-
-function search(label, onchange) {
-    let timer = 0;
-    return h("input", {type: "search", placeholder: label, "aria-label": label, oninput: event => {
-        clearTimeout(timer);
-        timer = setTimeout(() => onchange(event.target.value.toLowerCase()), 200);
-    }});
 }
 
 // -- Forms
@@ -12807,8 +12827,8 @@ function form(title, options, done) {
     const shown = fields.filter(Boolean);
     const element = h("form", h("h2", {id: "dialog-title"}, title),
         h("div.fields", text && h("p.hint", text), some && grid(some), shown.map(control),
-            more && h("details", h("summary", "More parameters"), grid(more)), wrong),
-        actions(extra, submit));
+            more && h("details", h("summary", "More parameters"), grid(more))),
+        wrong, actions(extra, submit));
     const must = shown.filter(field => field.must);
     const check = () => {
         submit.disabled = must.some(field => element.elements[field.name].value !== field.must);
@@ -12845,7 +12865,9 @@ function ask(title, {clear, ...options}) {
 
 const parameterFields = (kind, values = {}) => FORMS[kind].map(name => {
     const [help, placeholder] = PARAMETERS[name];
-    return {name, label: name, help, value: values[name], placeholder};
+    return name === "headers"
+        ? {name: "_headers", label: name, help, kind: "textarea", placeholder: "name: text"}
+        : {name, label: name, help, value: values[name], placeholder};
 });
 
 const contentFields = named => [
@@ -13071,7 +13093,7 @@ function rateOf(channel, event) {
 }
 
 function channelList(signal) {
-    let order = "name", like = "";
+    let order = "name";
     const sortable = (by, column) => ({...column, by, head: button(column.title, () => {
         order = by;
         mark();
@@ -13093,18 +13115,15 @@ function channelList(signal) {
         "No channels. One appears when a message is posted or a consumer waits.");
     const mark = () => list.heads.forEach(head => head.setAttribute("aria-sort",
         head.dataset.by !== order ? "none" : order === "name" ? "ascending" : "descending"));
-    const pages = paged(signal, 1000, list, async after => {
+    const pages = paged(signal, 1000, list, async (after, like) => {
         const target = "channels" + query({info: 1, n: PAGE, order, like, after});
         const {channels} = await get(target, signal);
         channels.forEach(addLook);
         return channels;
     });
-    const filter = search("Filter channels", text => {
-        like = text;
-        pages.reset();
-    });
     mark();
-    return card(h("h1", "Channels"), actions(filter, can("write") && postButton()), pages.element);
+    return card(h("h1", "Channels"),
+        actions(pages.filter("Filter channels"), can("write") && postButton()), pages.element);
 }
 
 const channelCell = ({channel}) => [linkTo("channels", channel), " ", h("span")];
@@ -13377,12 +13396,13 @@ const SHOWN_HEX = 16_384;  // and in hexadecimal
 const KNOWN = ["body", "encoding", "cut", "id", "name", "state"];
 
 function messageView(signal, id) {
+    const before = BigInt(id) - 1n;
     const facts = h("dl.list");
     const history = h("ul");
     const mark = h("span.mark");
     const place = h("span");
     const tools = actions();
-    const body = h("div.inside", "Loading…");
+    const body = h("div.inside", NONE);
     let loaded = false;
     const gone = error => {
         if (error.status !== 404) {
@@ -13395,7 +13415,7 @@ function messageView(signal, id) {
         const {headers} = await call("HEAD", path("messages", id), {signal});
         const channel = decodeURIComponent(headers.get("x-linger-channel"));
         const [message] = await get(path("channels", channel,
-            `/messages?n=1&after=${BigInt(id) - 1n}`), signal);
+            `/messages?n=1&after=${before}`), signal);
         if (String(message?.id) !== id) {
             return gone({status: 404});
         }
@@ -13438,7 +13458,7 @@ function messageHistory(message) {
             .replace("deliverys", "deliveries")}: ${REASONS[message["dead-reason"]]}`,
         (message.delivered ? `Delivered ${plural(message.delivered, "time")}` : "Not delivered")
             + (message.deliver ? `, of at most ${plural(message.deliver, "time")}` : "")
-            + (from ? ", since then" : ""),
+            + (from ? " since then" : ""),
         message.error && `Last error: ${message.error}`,
         message.holder && `In flight with ${message.holder}`,
         message["hidden-for"] != null && `Hidden for ${duration(message["hidden-for"])} more`,
@@ -13492,14 +13512,17 @@ async function beginning(reader, limit) {
     return data.subarray(0, Math.min(length, limit));
 }
 
+// JSON laid out in lines; "" for what is none.  Numbers keep their digits, also beyond 2^53.
 function formatJson(text, type) {
     if (!/json/i.test(type) && !/^\s*[[{]/.test(text)) {
         return "";
     }
+    const exact = (_, value, {source}) =>
+        typeof value === "number" ? JSON.rawJSON(source) : value;
     try {
-        return JSON.stringify(JSON.parse(text), null, 2);
+        return JSON.stringify(JSON.parse(text, exact), null, 2);
     } catch {
-        return "";
+        return "";  // a browser before 2025 lays out nothing
     }
 }
 
@@ -13562,7 +13585,6 @@ function liveCard(signal, target, what) {
 // -- Topics
 
 function topicList(signal) {
-    let like = "";
     const list = table("Topics", [column("Topic", kindCell, "wide")], kindKey,
         "No topics. One appears when a channel subscribes to it.");
     const open = button("Open a topic", () => ask("Open a topic", {
@@ -13573,18 +13595,14 @@ function topicList(signal) {
             return "";
         },
     }));
-    const pages = paged(signal, 5000, list, async after => {
+    const pages = paged(signal, 5000, list, async (after, like) => {
         const [{topics}, {patterns}] = await Promise.all(
             ["topics", "patterns"].map(target => get(target, signal)));
         const found = both(topics, patterns).filter(({name}) => name.toLowerCase().includes(like));
         return pageOf(found, kindKey, after);
     });
-    const filter = search("Filter topics", text => {
-        like = text;
-        pages.reset();
-    });
-    return card(h("h1", "Topics"),
-        actions(filter, can("admin") && open, can("write") && publishButton()), pages.element);
+    return card(h("h1", "Topics"), actions(pages.filter("Filter topics"),
+        can("admin") && open, can("write") && publishButton()), pages.element);
 }
 
 const topicHead = (name, ...tools) => heading(crumb("Topics", "#/topics"), bdi(name), tools);
@@ -13659,7 +13677,6 @@ function scheduleView(signal, name) {
 }
 
 function scheduleList(signal) {
-    let like = "";
     const moment = text => text?.replace("T", " ");
     const list = table("Schedules", [
         column("Schedule", ({name}) => linkTo("schedules", name)),
@@ -13671,14 +13688,10 @@ function scheduleList(signal) {
         texts("Last error", s => s["last-error"], "wide"),
         action(({name}) => scheduleActions(name)),
     ], ({name}) => name, "No schedules. They post messages at certain times.");
-    const pages = paged(signal, 5000, list, async after => {
+    const pages = paged(signal, 5000, list, async (after, like) => {
         const {schedules} = await get("schedules", signal);
         return pageOf(schedules.filter(({name, channel}) =>
             `${name} ${channel}`.toLowerCase().includes(like)), ({name}) => name, after);
-    });
-    const filter = search("Filter schedules", text => {
-        like = text;
-        pages.reset();
     });
     const create = button("New schedule", () => ask("New schedule", {
         text: "It replaces one that has the same name.",
@@ -13696,7 +13709,8 @@ function scheduleList(signal) {
         more: parameterFields("schedule"), action: "Save",
         send: doing("PUT", ({_name}) => path("schedules", _name), "Schedule saved"),
     }), "main");
-    return card(h("h1", "Schedules"), actions(filter, can("admin") && create), pages.element);
+    return card(h("h1", "Schedules"),
+        actions(pages.filter("Filter schedules"), can("admin") && create), pages.element);
 }
 
 // -- Dead letters
@@ -13905,7 +13919,7 @@ def entity_tag(body: bytes) -> str:
 
 def page_tables() -> str:
     """The tables that the script needs, as JSON that may stand in a document."""
-    forms = {name: [p.name for p in table if p.name != "headers"] for name, table in FORMS.items()}
+    forms = {name: names_in(table) for name, table in FORMS.items()}
     parameters = {
         p.name: (p.help, "" if p.default is None else p.default)
         for table in FORMS.values()

@@ -17741,6 +17741,8 @@ class DashboardTest(DashboardCase):
         self.until(lambda: self.column("Channels")[:2] == ["c1500", "c0000"])
         self.fill(Filter_channels="77")
         self.until(lambda: len(self.column("Channels")) == 38)
+        self.fill(Filter_channels="none")
+        self.await_seen(re.compile("Nothing matches the filter"), "text")
 
     def test_a_message_is_posted_to_a_new_channel_and_shown(self):
         self.open()
@@ -17758,6 +17760,34 @@ class DashboardTest(DashboardCase):
         self.await_seen('{"a": [1, "b"]}', "body")
         self.await_value("priority", "-7")
         self.await_value("unique", "only")
+
+    def test_numbers_in_json_keep_their_digits(self):
+        broker = self.open("topics")
+        broker.post("q", b'{"id": 12345678901234567890, "n": [1.0, 1e2]}')
+        self.go("messages/1")
+        expected = '{\n  "id": 12345678901234567890,\n  "n": [\n    1.0,\n    1e2\n  ]\n}'
+        self.await_seen(expected, "body")
+
+    def test_a_message_is_posted_with_headers_of_its_own(self):
+        broker = self.open("channels/q")
+        self.click("Post")
+        self.click("More parameters")
+        self.fill(Message="x", headers="trace: 4711\n\ntenant")
+        self.click("Post")
+        self.await_seen("Write each header as name: text, and not as tenant", "wrong")
+        self.fill(headers="trace: 4711\n\nTenant: Zo\u00eb \u20ac: 7")
+        self.click("Post")
+        self.await_seen("Posted as message 1", "toast")
+        own = {"trace": "4711", "tenant": "Zo\u00eb \u20ac: 7"}
+        self.assertEqual(broker.read_message(1)[0].headers, own)
+        self.go("topics/t")
+        self.click("Publish")
+        self.click("More parameters")
+        self.fill(Message="x", headers="trace: 1")
+        broker.subscribe("q", "t")
+        self.click("Publish")
+        self.await_seen("Published to 1 channel", "toast")
+        self.assertEqual(broker.read_message(2)[0].headers, {"trace": "1"})
 
     def test_a_binary_body_is_shown_in_hexadecimal_and_a_long_one_is_cut(self):
         broker = self.open("topics", max_message=300_000)
@@ -17895,6 +17925,7 @@ class DashboardTest(DashboardCase):
         self.go("messages/1")
         self.await_seen(re.compile("Given up in q after 1 delivery: a consumer rejected"), "text")
         self.await_seen(re.compile("Last error: <b>no</b> paper"), "text")
+        self.await_seen(re.compile("Download"), "text")
         self.assertEqual(self.see("buttons")[-4:], ["Reject", "Redrive", "Delete", "Download"])
         self.browser.run("[...document.querySelectorAll('button')].at(-2).focus()")
         self.await_seen(re.compile("Posted [1-9] s ago"), "text")  # it has been renewed
@@ -18119,6 +18150,29 @@ class DashboardTest(DashboardCase):
         self.open("channels/..")
         self.await_seen(re.compile("A browser cannot send the name"), "text")
 
+    def test_a_message_that_is_not_there_is_not_awaited(self):
+        self.open("messages/7")
+        self.await_seen(re.compile("Message 7 gone"), "text")
+        self.assertNotIn("Loading", self.see("text"))
+        self.go("messages/x")
+        self.await_seen(re.compile("This cannot be shown"), "text")
+        self.browser.log()  # which says so, too
+
+    def test_an_error_is_in_sight_however_long_the_form(self):
+        self.addCleanup(self.browser.resize, 1280, 900)
+        self.browser.resize(1280, 500)
+        self.open("channels/q")
+        self.click("Post")
+        self.click("More parameters")
+        self.fill(Message="x", timeout="soon")
+        self.click("Post")
+        self.await_seen(re.compile("timeout must be an integer"), "wrong")
+        script = """
+            const box = document.querySelector("dialog .wrong").getBoundingClientRect();
+            return document.elementFromPoint(box.left + 5, box.top + 5)?.className;
+        """
+        self.assertEqual(self.browser.run(script), "wrong")
+
     def test_an_error_is_shown_in_the_servers_words_and_the_form_stays(self):
         self.open(hlm=1)
         for _ in range(2):
@@ -18313,8 +18367,9 @@ class DashboardTokenTest(DashboardCase):
         self.click("Sign in")
 
     def test_it_asks_for_a_token_and_keeps_it_for_the_tab(self):
-        self.sign_in("wrong")
-        self.await_seen(re.compile("The token is not valid"), "text")
+        for token in ("wrong", "\u20ac"):
+            self.sign_in(token)
+            self.await_seen(re.compile("The token is not valid"), "text")
         self.fill(Token="b0ss")
         self.click("Sign in")
         self.await_column(["jobs", "mail"], "Channels")
