@@ -5760,7 +5760,8 @@ class PatternTree:
         before[ANY_WORDS] = 0
         found = []
         reached = [(self._root, 1)]
-        for node, places in reached:  # which grows
+        while reached:
+            node, places = reached.pop()
             if places >= end and None in node:
                 found.append(node[None])
             for name in node if len(node) < len(before) else before:
