@@ -4624,7 +4624,7 @@ class Store:
 
         It is made beside the database, one at a time.
         """
-        with self._copying, contextlib.ExitStack() as undo:
+        with self._copying, writing("a copy"), contextlib.ExitStack() as undo:
             path = self.path + ".copy"
             if self.path == MEMORY:
                 directory = undo.enter_context(tempfile.TemporaryDirectory(prefix="linger-"))
@@ -4864,16 +4864,24 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
     if not replace and os.path.lexists(path):
         raise Conflict(f"there is already a file {path}: choose another name, or replace it")
     part = path + ".part"
-    try:
+    with writing(path):
         create_file(part)
-        yield part
-        with open(part, "rb+") as file:  # Windows syncs only what may be written
-            os.fsync(file.fileno())
-        os.rename(part, path)
+        try:
+            yield part
+            with open(part, "rb+") as file:  # Windows syncs only what may be written
+                os.fsync(file.fileno())
+            os.rename(part, path)
+        finally:
+            remove_files(part, "", "-journal")
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """`Unavailable` if the system does not let this process write something."""
+    try:
+        yield
     except OSError as error:
-        raise Unavailable(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        remove_files(part, "", "-journal")
+        raise Unavailable(f"cannot write {what}: {error.strerror or error}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5097,7 +5105,7 @@ class Nodes:
         connection = self._connect(node, timeout=timeout)
         try:
             connection.connect()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be the name of a host
             connection.close()
             raise NodeFailed(f"{node}: {error}", may_be_done=False) from error
         return connection
@@ -5345,7 +5353,8 @@ class Cluster:
 
     def open_snapshot(self) -> BinaryIO:
         """The same in a file that is gone when it is closed; one is made at a time."""
-        with self._copying, tempfile.TemporaryDirectory(prefix="linger-") as directory:
+        with self._copying, writing("a copy"), contextlib.ExitStack() as undo:
+            directory = undo.enter_context(tempfile.TemporaryDirectory(prefix="linger-"))
             path = os.path.join(directory, "copy")
             self.copy(path)
             return open(path, "rb")

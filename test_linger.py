@@ -1234,6 +1234,15 @@ class BackupTest(Folder):
                 self.assertEqual(file.read(15), b"SQLite format 3")
         self.assertEqual(self.bodies(self.copy), [b"x"])
 
+    def test_a_copy_that_cannot_be_written_fails_with_a_reason(self):
+        os.mkdir(self.broker._store.path + ".copy")
+        memory = linger.Broker(linger.Store())
+        self.addCleanup(memory.close)
+        with unittest.mock.patch.object(tempfile, "tempdir", str(self.folder / "no")):
+            for broker in (self.broker, memory):
+                with self.assertRaisesRegex(linger.Unavailable, "cannot write a copy: .*"):
+                    broker.open_copy()
+
     def test_a_copy_is_of_one_moment_and_ends_though_others_write_between_its_pages(self):
         self.broker.post_batch("q", [(b"%d" % n + b"x" * 4000, "x", {}) for n in range(100)])
         looks = []
@@ -1255,8 +1264,9 @@ class BackupTest(Folder):
         with self.assertRaisesRegex(linger.Conflict, "already"):
             self.broker.backup(self.copy)
         self.assertEqual(Path(self.copy).read_text(), "mine")
-        with self.assertRaisesRegex(linger.Unavailable, "No such file"):
-            self.broker.backup(str(self.folder / "no" / "such"))
+        for path in (self.folder / "no" / "such", f"{self.copy}/x", self.folder / ("x" * 252)):
+            with self.assertRaisesRegex(linger.Unavailable, "cannot write .*: (No|File)"):
+                self.broker.backup(str(path))
         other = str(self.folder / "other.db")
         much = unittest.mock.patch.multiple(linger, DISK_RESERVE=1 << 62, DISK_RESERVE_SHARE=1)
         with much, self.assertRaisesRegex(linger.Full, "no room"):
@@ -6633,10 +6643,11 @@ class ClusterTest(Folder):
         self.assertEqual(broker.post("q", b"x").id, 1)
 
     def test_what_was_sent_to_nobody_is_503(self):
-        nodes = linger.Nodes(linger.ClusterUrl.parse("http://127.0.0.1:1"))
-        nodes.patience = 0
-        with self.assertRaisesRegex(linger.Unavailable, "refused"):
-            nodes.ask("/db/request", lambda: b"[]")
+        for url, reason in (("http://127.0.0.1:1", "refused"), ("http://a..b", "label empty")):
+            nodes = linger.Nodes(linger.ClusterUrl.parse(url))
+            nodes.patience = 0
+            with self.assertRaisesRegex(linger.Unavailable, reason):
+                nodes.ask("/db/request", lambda: b"[]")
 
     def test_a_consumer_of_the_same_server_is_served_in_the_next_transaction(self):
         broker = self.quiet()
