@@ -12022,7 +12022,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Sample = tuple[str, float]  # the rest of the name with its labels, and the value
 LABEL_ESCAPES = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"}
 # By method and path of the route, and status
-Answered = collections.defaultdict[tuple[tuple[str, str], int], int]
+Answered = collections.Counter[tuple[tuple[str, str], int]]
 
 
 class RequestCounts:
@@ -12033,12 +12033,12 @@ class RequestCounts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards both
-        self._ended: Answered = collections.defaultdict(int)  # on connections that are closed
+        self._ended: Answered = collections.Counter()  # on connections that are closed
         self._open: dict[int, Answered] = {}
 
     def begin(self) -> Answered:
         """The counts of a new connection."""
-        counts: Answered = collections.defaultdict(int)
+        counts: Answered = collections.Counter()
         with self._lock:
             self._open[id(counts)] = counts
         return counts
@@ -12047,22 +12047,16 @@ class RequestCounts:
         """Keeps the counts of a connection that is closed."""
         with self._lock:
             del self._open[id(counts)]
-            add_counts(self._ended, counts)
+            self._ended.update(counts)
 
     def samples(self) -> Iterator[Sample]:
         """The counts, labeled with route and status."""
         with self._lock:
             total = self._ended.copy()
             for counts in self._open.values():
-                add_counts(total, counts.copy())
+                total.update(counts.copy())
         for ((method, path), status), count in sorted(total.items()):
             yield labels(method=method, route=path, status=str(status)), count
-
-
-def add_counts(total: Answered, counts: Answered) -> None:
-    """Adds counts to others."""
-    for key, count in counts.items():
-        total[key] += count
 
 
 def labels(**values: str) -> str:
@@ -13947,7 +13941,7 @@ class Page(NamedTuple):
     headers: str
 
 
-@functools.lru_cache(None)
+@functools.cache
 def page() -> Page:
     """The dashboard, without the comments and most of the white space of its source.
 
@@ -14094,6 +14088,31 @@ SCHEMAS: Mapping[str, Schema] = {
 }  # fmt: skip
 
 
+def delivery_header(field: str) -> str:
+    """The header that has a field of a message in the response with that message."""
+    return "x-linger-" + ("msg-id" if field == "id" else field.replace("_", "-"))
+
+
+DELIVERY_HEADERS = {
+    delivery_header(name): {"schema": schema}
+    for name, schema in MESSAGE_SCHEMA["properties"].items()
+    if name in Message._fields and name not in ("type", "body")
+}
+
+PUBLISH_HEADERS = {
+    PUBLICATION_HEADER: {
+        "description": "If the topic keeps it: its id, or the first and the last one of a batch.",
+        "schema": {"type": "string", "pattern": "^[0-9]+(-[0-9]+)?$"},
+    },
+    "x-linger-dropped": {
+        "description": "Channels at their high-level mark, which got no copy.", "schema": TEXT,
+    },
+    "x-linger-dropped-count": {
+        "description": "Their number, if their names do not fit.", "schema": COUNT,
+    },
+}  # fmt: skip
+
+
 class Answer(NamedTuple):
     """What an endpoint answers, beside the errors that all may have."""
 
@@ -14101,6 +14120,7 @@ class Answer(NamedTuple):
     content: Union[Schema, Sequence[str], None] = None  # of JSON; or media types; or no body
     others: Sequence[int] = ()  # other statuses
     body: Optional[Schema] = None  # of the items of a request that has many
+    headers: Mapping[str, Schema] = types.MappingProxyType({})
 
 
 DELETION = {"anyOf": [_whole(), _object({"id": _whole()}, lease={"type": ["integer", "null"]})]}
@@ -14129,11 +14149,11 @@ ANSWERS: Mapping[str, Answer] = {
     "list_channels": Answer(
         200, _object({"channels": _array({"anyOf": [NAME, _named("Channel")]})})
     ),
-    "take_message": Answer(200, ("*/*",), (204, 404, 409)),
+    "take_message": Answer(200, ("*/*",), (204, 404, 409), headers=DELIVERY_HEADERS),
     "post_message": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
     "call": Answer(200, ("*/*",), (502, 504)),
     "await_end": Answer(204, None, (408,)),
-    "post_batch": Answer(202, _object({"ids": _array(COUNT)}), (), ITEM),
+    "post_batch": Answer(202, _object({"ids": _array(COUNT)}), body=ITEM),
     "list_messages": Answer(200, _array(_named("Listed")), (404,)),
     "get_channel_stats": Answer(200, _object({"ready": COUNT, "hidden": COUNT})),
     "get_info": Answer(200, _named("Channel")),
@@ -14145,20 +14165,19 @@ ANSWERS: Mapping[str, Answer] = {
     "list_patterns": Answer(200, _object({"patterns": NAMES})),
     "list_publications": Answer(200, _array({"type": "object"})),
     "list_topics": Answer(200, _object({"topics": NAMES})),
-    "publish_message": Answer(202, {"type": "object"}),
-    "publish_batch": Answer(202, {"type": "object"}, (), ITEM),
+    "publish_message": Answer(202, {"type": "object"}, headers=PUBLISH_HEADERS),
+    "publish_batch": Answer(202, {"type": "object"}, body=ITEM, headers=PUBLISH_HEADERS),
     "list_subscribers": Answer(
         200,
         _object({"channels": NAMES}, patterns={"type": "object", "additionalProperties": NAMES}),
     ),
     "list_schedules": Answer(200, _object({"schedules": _array({"type": "object"})})),
     "run_schedule": Answer(202, _object({"id": COUNT}, duplicate=SWITCH)),
-    "read_message": Answer(200, ("*/*",)),
+    "read_message": Answer(200, ("*/*",), headers=DELIVERY_HEADERS),
     "delete_messages": Answer(
         200,
         _object(dict.fromkeys(("deleted", "conflict", "missing"), _array(_whole()))),
-        (),
-        DELETION,
+        body=DELETION,
     ),
 }  # fmt: skip
 
@@ -14179,30 +14198,6 @@ LINKS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     ),
 }
 
-
-def delivery_header(field: str) -> str:
-    """The header that has a field of a message in the response with that message."""
-    return "x-linger-" + ("msg-id" if field == "id" else field.replace("_", "-"))
-
-
-DELIVERY_HEADERS = {
-    delivery_header(name): {"schema": schema}
-    for name, schema in MESSAGE_SCHEMA["properties"].items()
-    if name in Message._fields and name not in ("type", "body")
-}
-
-PUBLISH_HEADERS = {
-    PUBLICATION_HEADER: {
-        "description": "If the topic keeps it: its id, or the first and the last one of a batch.",
-        "schema": {"type": "string", "pattern": "^[0-9]+(-[0-9]+)?$"},
-    },
-    "x-linger-dropped": {
-        "description": "Channels at their high-level mark, which got no copy.", "schema": TEXT,
-    },
-    "x-linger-dropped-count": {
-        "description": "Their number, if their names do not fit.", "schema": COUNT,
-    },
-}  # fmt: skip
 
 # What each status of an error means.
 ERRORS: Mapping[int, str] = {
@@ -14282,17 +14277,16 @@ def _describe_answers(route: Route) -> dict[str, Schema]:
         else {"description": WITHOUT_BODY[status]}
         for status in sorted({*statuses, *answer.others})
     }  # fmt: skip
-    success: Schema = {"description": route.summary}
+    links = LINKS.get(route.endpoint, {})
+    success: Schema = {
+        "description": route.summary,
+        "headers": dict(answer.headers),
+        "links": {op: {"operationId": op, "parameters": links[op]} for op in links},
+    }
     if isinstance(answer.content, dict):
         success["content"] = {JSON_TYPE: {"schema": answer.content}}
     elif answer.content is not None:
         success["content"] = {media_type: {} for media_type in answer.content}
-    if "*/*" in (answer.content or ()):
-        success["headers"] = DELIVERY_HEADERS
-    elif route.endpoint in ("publish_message", "publish_batch"):
-        success["headers"] = PUBLISH_HEADERS
-    links = LINKS.get(route.endpoint, {})
-    success["links"] = {op: {"operationId": op, "parameters": links[op]} for op in links}
     return {str(answer.status): success, **answers}
 
 
@@ -14607,33 +14601,31 @@ class ManagementApi:
         state, after = request.parameter("state") or None, request.integer("after")
         if state == "ready" and after is not None and self._expected_channel(request, after) == "":
             raise NotFound(f"there is no message {after}")  # the listing would reveal its place
-        n = request.integer("n", 1, MAX_BATCH) or LISTED
         cut = None if whole else PREVIEW_BYTES
         read = self._broker.list_whole if whole else self._broker.list_messages
-        return self._listing(request, n, cut, lambda: read(channel, state, n, after))
+        return self._listing(request, cut, lambda n: read(channel, state, n, after))
 
     def list_dead_letters(self, request: Request) -> Response:
-        n, after = request.integer("n", 1, MAX_BATCH) or LISTED, request.integer("after")
-        reason, order = request.parameter("reason") or "", request.parameter("order") or "newest"
-        read = functools.partial(self._broker.dead_letters, n, after, reason, order)
-        return self._listing(request, n, PREVIEW_BYTES, read)
+        after, reason = request.integer("after"), request.parameter("reason") or ""
+        order, read = request.parameter("order") or "newest", self._broker.dead_letters
+        return self._listing(request, PREVIEW_BYTES, lambda n: read(n, after, reason, order))
 
     def _listing(
         self,
         request: Request,
-        n: int,
         cut: Optional[int],
-        read: Callable[[], Iterable[tuple[Any, ...]]],
+        read: Callable[[int], Iterable[tuple[Any, ...]]],
         to_object: Callable[..., Mapping[str, object]] = listed_object,
     ) -> Response:
-        """The response with the up to `n` messages that `read` returns, each with what else
+        """The response with the messages that `read(n)` returns, n at most, each with what else
         `to_object` is called with."""
+        n = request.integer("n", 1, MAX_BATCH) or LISTED
         output, asked = request.connection.output, time.monotonic()
         with self._memory.large_work:
             if time.monotonic() > asked + GONE_AFTER and request.connection.is_disconnected():
                 raise Unavailable("the client has gone, or the server has too much to do")
             output.resize(self._most_of_listing(n, cut))
-            array = JsonArray(read(), lambda *item: TO_JSON(to_object(*item, cut=cut)))
+            array = JsonArray(read(n), lambda *item: TO_JSON(to_object(*item, cut=cut)))
             output.force(array.size)
         return Response(200, array=array)
 
@@ -14750,12 +14742,9 @@ class ManagementApi:
 
     def list_publications(self, request: Request, topic: str) -> Response:
         since, retention = request.parameter("since") or "all", self._broker.retention
-        n = request.integer("n", 1, MAX_BATCH) or LISTED
         cut = None if request.switch("whole") else PREVIEW_BYTES
         read = retention.kept_whole if cut is None else retention.kept
-        return self._listing(
-            request, n, cut, lambda: zip(read(topic, since, n)), publication_object
-        )
+        return self._listing(request, cut, lambda n: zip(read(topic, since, n)), publication_object)
 
     def list_patterns(self, request: Request) -> Response:
         return self._visible_names(request, "patterns", self._broker.patterns.names())
@@ -14766,10 +14755,11 @@ class ManagementApi:
     def list_subscribers(self, request: Request, topic: str) -> Response:
         grant, found = request.grant, self._broker.pattern_subscribers(topic)
         channels = grant.visible("channels", self._broker.subscribers(topic))
-        patterns = {
-            p: grant.visible("channels", found[p]) for p in grant.visible("patterns", found)
+        shown = {
+            pattern: names
+            for pattern in grant.visible("patterns", found)
+            if (names := grant.visible("channels", found[pattern]))
         }
-        shown = {pattern: names for pattern, names in patterns.items() if names}
         return json_response({"channels": channels, **({"patterns": shown} if shown else {})})
 
     # -- schedules
@@ -15073,17 +15063,14 @@ class Api(ManagementApi):
         publications: str,
         duplicate: bool = False,
     ) -> Response:
-        visible = request.grant.visible("channels", dropped)
+        """The response with what became of a publication in the channels that the token covers."""
         header = f"{PUBLICATION_HEADER}: {publications}\r\n" if publications else ""
-        if visible:
+        if visible := request.grant.visible("channels", dropped):
             header += list_header("x-linger-dropped", visible, request.header_room())
-        answer = {**self._visible_ids(request, ids), **({"duplicate": True} if duplicate else {})}
+        answer = {channel: ids[channel] for channel in request.grant.visible("channels", ids)}
+        if duplicate:
+            answer["duplicate"] = True
         return json_response(answer, 202, header)
-
-    def _visible_ids(self, request: Request, ids: Mapping[str, object]) -> Mapping[str, object]:
-        """The ids of a publication's copies in those channels that the token covers."""
-        visible = request.grant.visible("channels", ids)
-        return {channel: ids[channel] for channel in visible}
 
     def open_stream_channels(self, request: Request, channel: str) -> Response:
         if request.parameter("since") is not None:
@@ -15234,11 +15221,9 @@ class PlainStream:
 
     def set_timeout(self, seconds: float) -> None:
         """Sets how long `receive` and `peek` may block."""
-        if seconds != self.timeout:
-            self.timeout = seconds
-            whole = int(seconds)
-            timeval = struct.pack(self._timeval, whole, max(int((seconds - whole) * 1e6), 1))
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        self.timeout, whole = seconds, int(seconds)
+        timeval = struct.pack(self._timeval, whole, max(int((seconds - whole) * 1e6), 1))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
     def peek(self) -> bool:
         """Waits until something can be received; False if that is the end of the stream."""
@@ -15361,30 +15346,6 @@ class TlsStream(PlainStream):
     def _flush(self) -> None:
         if self._outgoing.pending:
             self.send_encoded(self._outgoing.read())
-
-
-def send_rest(
-    stream: PlainStream,
-    request: Request,
-    response: Response,
-    memory: Reservation,
-    large_work: threading.Lock,
-) -> None:
-    """Sends the pieces of a long response after its head; gives memory back as it is sent."""
-    pieces, length, sent = response.pieces(request), response.length(), 0
-    reserved = memory.size
-    with response.file or contextlib.nullcontext():
-        while True:
-            with contextlib.nullcontext() if response.array is None else large_work:
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            if response.stream is not None:
-                memory.force(len(piece))
-            stream.send(piece)
-            sent += len(piece)
-            if response.array is not None:
-                memory.force(reserved * (length - sent) // length)
 
 
 def undo_unsent(response: Response) -> None:
@@ -15853,12 +15814,25 @@ class Connection:
         return response.head(request, CLOSE if self._closing else server.keep_alive)
 
     def _send_pieces(self, request: Request, response: Response) -> None:
-        """Sends a whole response."""
+        """Sends a whole response; gives the memory of a long one back as it is sent."""
         data = self._head(request, response)
         if len(response.body) <= SMALL_AMOUNT and has_body(request):
             data += response.body
         self._stream.send(data)
-        send_rest(self._stream, request, response, self.output, self._server.memory.large_work)
+        pieces, length, sent = response.pieces(request), response.length(), 0
+        reserved, is_array = self.output.size, response.array is not None
+        with response.file or contextlib.nullcontext():
+            while True:
+                with self._server.memory.large_work if is_array else contextlib.nullcontext():
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                if response.stream is not None:
+                    self.output.force(len(piece))
+                self._stream.send(piece)
+                sent += len(piece)
+                if is_array:
+                    self.output.force(reserved * (length - sent) // length)
 
     def _note_answered(self, request: Request, status: int) -> None:
         self._answered_at = time.monotonic()

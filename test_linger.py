@@ -8277,6 +8277,20 @@ class OpenApiTest(ServerTest):
         info = self.json("GET", "/channels/q/info")[1]
         self.assertEqual(set(linger.SCHEMAS["Channel"]["properties"]), set(info))
 
+    def test_the_headers_of_answers_are_those_that_are_sent(self):
+        paths = self.json("GET", "/openapi.json")[1]["paths"]
+
+        def described(path, method, status):
+            return set(paths[path][method]["responses"][status]["headers"])
+
+        self.broker.post("q", b"x")
+        sent = {name.lower() for name in self.call("GET", "/channels/q?nowait")[1]}
+        for path in ("/channels/{channel}", "/messages/{id}"):
+            self.assertIn("x-linger-lease", described(path, "get", "200") & sent)
+        self.assertEqual(described("/channels/{channel}/call", "post", "200"), set())
+        for path in ("/topics/{topic}", "/topics/{topic}/batch"):
+            self.assertIn(linger.PUBLICATION_HEADER, described(path, "post", "202"))
+
     def test_only_streams_that_may_replay_have_since(self):
         paths = self.json("GET", "/openapi.json")[1]["paths"]
         for kind, expected in (("channel", []), ("topic", ["since"]), ("pattern", ["since"])):
