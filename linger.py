@@ -3603,8 +3603,8 @@ def lock_database(path: str, check: Callable[[str], object]) -> int:
     Nothing of the database is touched before.  The lock ends with the process; the file stays.  So
     `check(path)` may refuse another program's file before a lock is made beside it.
     """
-    if os.path.isdir(path):
-        raise Unavailable(f"cannot open the database {path}: it is a directory")
+    if is_special(path):
+        raise Unavailable(f"cannot open the database {path}: it is a directory or a device")
     with contextlib.suppress(OSError):
         if inode_of(path) in open_inodes:  # closing a descriptor of it would drop SQLite's locks
             raise in_use(path)
@@ -3621,6 +3621,11 @@ def lock_database(path: str, check: Callable[[str], object]) -> int:
         os.close(descriptor)
         raise in_use(path) from error
     return descriptor
+
+
+def is_special(path: str) -> bool:
+    """Whether there is something that is no file, such as /dev/null, which root could replace."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def in_use(path: str) -> Unavailable:
@@ -4859,6 +4864,8 @@ def atomic_write(path: str, replace: bool = False) -> Iterator[str]:
     If writing fails, nothing is left.  Only with `replace` may there be a file already, but no
     database with a log: a server uses it, or SQLite would replay that log into the new file.
     """
+    if is_special(path):
+        raise Conflict(f"{path} is a directory or a device: choose another name")
     if replace and os.path.lexists(path + "-wal"):
         raise Conflict(f"{path} is a database in use, or was not closed: choose another name")
     if not replace and os.path.lexists(path):

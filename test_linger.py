@@ -1144,6 +1144,17 @@ class LockTest(Folder):
             store.transact([linger.Operation()])
         linger.Store(self.dbfile).close()
 
+    def test_what_is_no_file_is_not_replaced_by_one(self):
+        special = str(self.folder / "device")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(special)
+        for path in (special, str(self.folder)):
+            with self.assertRaisesRegex(linger.Unavailable, "is a directory or a device"):
+                linger.Store(path)
+            with self.assertRaises(linger.Conflict), linger.atomic_write(path, replace=True):
+                pass
+        self.assertEqual(os.listdir(self.folder), ["device"])
+
 
 class LostTakeTest(Folder):
     """A power failure may undo takes that were not synced; no lease is given out twice."""
