@@ -4016,7 +4016,7 @@ class SpaceGuard:
 
     def prepare(self) -> None:
         """Before SQLite opens the database, which takes some room."""
-        free, self._unit = free_space(os.statvfs(os.path.dirname(self._path)))
+        free, self._unit = free_space(os.path.dirname(self._path))
         self._step = self._unit // RESERVE_STEPS
         self._log_limit = min(self._unit, LOG_SIZE_LIMIT)
         growth = self._unit // 8 // MIN_GROWTH * MIN_GROWTH  # in whole pages
@@ -4088,12 +4088,12 @@ class SpaceGuard:
         is room for a whole reserve, or the queue is nearly empty.
         """
         try:
-            free, _ = free_space(os.statvfs(self._path))
+            free, _ = free_space(self._path)
             log_room = max(0, self._log_limit - os.stat(self._path + "-wal").st_size)
             missing = self._reserve.missing
             if missing and free >= missing + log_room + self._growth:
                 self._reserve.fill()
-                free, _ = free_space(os.statvfs(self._path))
+                free, _ = free_space(self._path)
         except OSError:
             return  # a deleted file: the transaction reports it
         self._spare = spare = free - log_room - self._reserve.missing
@@ -4191,7 +4191,7 @@ class SpaceGuard:
                 break
             except sqlite3.Error:
                 self._reserve.give_up(self._step)
-        free, _ = free_space(os.statvfs(self._path))
+        free, _ = free_space(self._path)
         if free < self._step:
             self._reserve.give_up(self._step)
         self._look(refused=True)
@@ -4202,8 +4202,10 @@ def reserve_of(total: int) -> int:
     return min(DISK_RESERVE, total // DISK_RESERVE_SHARE)
 
 
-def free_space(disk: os.statvfs_result) -> tuple[int, int]:
-    """The bytes that are free on a disk, and how many of all are kept for takes and deletes."""
+def free_space(path: str) -> tuple[int, int]:
+    """The bytes free on a file's disk, and how many of all its bytes are kept for takes and
+    deletes."""
+    disk = os.statvfs(path)
     return disk.f_bavail * disk.f_frsize, reserve_of(disk.f_blocks * disk.f_frsize)
 
 
@@ -4577,7 +4579,7 @@ class Store:
         usage = {"linger_database_bytes": self.size()}
         with contextlib.suppress(OSError):
             usage["linger_log_bytes"] = os.stat(self.path + "-wal").st_size
-            usage["linger_disk_free_bytes"], _ = free_space(os.statvfs(self.path))
+            usage["linger_disk_free_bytes"], _ = free_space(self.path)
         return usage
 
     # -- copies
@@ -4608,7 +4610,7 @@ class Store:
             source.execute("begin")
             pages: int = source.execute("pragma page_count").fetchone()[0]
             size = pages * source.execute("pragma page_size").fetchone()[0]
-            free, reserve = free_space(os.statvfs(path))
+            free, reserve = free_space(path)
             if free < size + reserve:
                 raise Full(f"there is no room on the disk for a copy of {size} bytes")
             failures = self._space.failures
@@ -5750,15 +5752,14 @@ class PatternTree:
         owners.discard(owner)
         if owners or self._owners.pop(pattern, None) is None:
             return
-        words = pattern.split(".")
-        path = [self._root]
-        for word in words:
-            path.append(path[-1][word])
-        del path.pop()[None]
-        for word in reversed(words):
-            if not path[-1][word]:
-                del path[-1][word]
-            path.pop()
+        node, path = self._root, []
+        for word in pattern.split("."):
+            path.append((node, word))
+            node = node[word]
+        del node[None]
+        for parent, word in reversed(path):
+            if not parent[word]:
+                del parent[word]
 
     @locked
     def match(self, topic: str) -> list[str]:
