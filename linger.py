@@ -9453,7 +9453,8 @@ class Retention:
 
         ((changed, _),) = self._state.committer.run(Change((statement,), values, effect))
         if changed:
-            self._trim(topic)
+            with contextlib.suppress(LingerError):  # the change is made: the ticker trims the rest
+                self._trim(topic)
         return bool(changed)
 
     def _trim(self, topic: str, end: float = NEVER) -> None:

@@ -5628,6 +5628,19 @@ class RetentionTest(BrokerTest):
         self.assertEqual(self.count(), 1)
         self.assertEqual(self.broker.retention.settings("t"), {"keep": 2, "keep-for": 10})
 
+    def test_settings_are_set_although_the_database_fails_while_it_trims(self):
+        self.hasten(TRIM_INTERVAL=0.0)
+        self.broker.retention.put("t", keep=9)
+        self.publish(b"1", b"2")
+        with unittest.mock.patch.object(self.broker.retention, "_trim") as trim:
+            trim.side_effect = linger.Unavailable(f"no disk{linger.NOTHING_CHANGED}")
+            self.broker.retention.put("t", keep=1)
+            self.assertEqual(self.kept(), [b"2"])
+            self.broker.retention.clear("t")
+            self.assertEqual(self.kept(), [])
+        self.broker.retention.trim_due(PATIENCE)
+        self.assertEqual(self.count(), 0)
+
     def test_only_topics_with_something_to_delete_are_trimmed(self):
         for topic, settings in (("a", {"keep": 9}), ("b", {"keep_for": 90}), ("c", {"keep": 1})):
             self.broker.retention.put(topic, **settings)
