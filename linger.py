@@ -7717,12 +7717,12 @@ class ChangeMessage(Operation):
 
     def on_commit(self) -> None:
         before, (changed, _) = self.results
-        if changed and self._values["delay"] is not None:
-            channel, was_hidden = before[0][:2]
-            now, delay = self._values["now"], self._values["delay"]
+        now, delay = self._values["now"], self._values["delay"]
+        if changed and delay is not None:
+            channel, was_hidden, _, _, blocked = before[0]
             if delay:
                 self._state.timers.schedule(channel, now + delay)
-            elif was_hidden and not before[0][4]:
+            elif was_hidden and not blocked:
                 self._state.messages_ready(channel, 1, now)
 
     def result(self) -> None:
@@ -7954,9 +7954,8 @@ class BulkCall:
 class HealthCheck:
     """Whether the database can be written to: what a write found at most HEALTH_INTERVAL ago."""
 
-    def __init__(self, write: Callable[[], object], monotonic: Callable[[], float]) -> None:
-        self._write = write
-        self._monotonic = monotonic
+    def __init__(self, state: State) -> None:
+        self._state = state
         self._lock = threading.RLock()  # guards the two below, and is held while writing
         self._written_at = -NEVER  # when the last write began
         self._error: Optional[LingerError] = None
@@ -7964,11 +7963,12 @@ class HealthCheck:
     @locked
     def check(self) -> None:
         """Raises the error of the last write, if it had one."""
-        now = self._monotonic()
+        now = self._state.clock.source.monotonic()
         if not 0 <= now - self._written_at < HEALTH_INTERVAL:
             self._written_at, self._error = now, None
+            parameters = {"key": "health", "value": str(self._state.clock.now())}
             try:
-                self._write()
+                self._state.committer.run(Operation((SET_CONFIG,), parameters))
             except LingerError as error:
                 self._error = error
         if self._error is not None:
@@ -8061,30 +8061,11 @@ def listed_message(flights: Flights, row: Sequence[Any]) -> tuple[Message, str]:
     return message, state
 
 
-class ForkedBroker:
-    """A child's copy of a broker, which has no threads, and whose locks may be held forever."""
-
-    def close(self) -> None:
-        """Nothing: it is the parent's."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise Unavailable(FORKED)
-
-
-def refuse_calls(owner: object) -> None:
-    """The `disown` of what has public calls: in a forked child each raises an error at once."""
-    object.__setattr__(owner, "__class__", ForkedBroker)
-
-
 class Administration:
     """The calls that neither produce nor consume: they set up channels and topics, and read.
 
     What they read is as of the last commit.
     """
-
-    disown = refuse_calls
 
     def __init__(self, store: Transactions, state: State, max_message: int) -> None:
         self.max_message = max_message
@@ -8096,10 +8077,9 @@ class Administration:
         self._started = state.clock.now()
         self.start = int(state.clock.source.time())  # Unix time, to be shown
         self.statistics = Statistics(store, state)
-        self._health = HealthCheck(self._write_health, state.clock.source.monotonic)
+        self._health = HealthCheck(state)
         ((row,),) = store.read(GET_CONFIG, key="server_id")
         self.id: str = row[0]
-        disown_in_children(self)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -8516,10 +8496,6 @@ class Administration:
         self._committer.run(Operation())
         return self._state.timers.has_ticked(max(seconds, 10 * TICK_INTERVAL))
 
-    def _write_health(self) -> None:
-        parameters = {"key": "health", "value": str(self.now())}
-        self._committer.run(Operation((SET_CONFIG,), parameters))
-
 
 Listed = TypeVar("Listed", bound=tuple[Any, ...])  # a message, and what else belongs to it
 
@@ -8785,8 +8761,6 @@ class Reply(Operation):
 class Calls:
     """The calls that wait for a reply, or until a channel is drained; thread-safe."""
 
-    disown = refuse_calls
-
     def __init__(
         self,
         state: State,
@@ -8798,7 +8772,6 @@ class Calls:
         self._read = read
         self._new_message = new_message
         self._waits = Waits(state.timers.is_stopping)
-        disown_in_children(self)
 
     def drained(
         self, channel: str, wait: float, is_disconnected: Callable[[], bool] = bool
@@ -9057,6 +9030,25 @@ def find_zone(name: str) -> datetime.tzinfo:
     raise BadRequest(problem)
 
 
+class Schedule(NamedTuple):
+    """A schedule as it is stored."""
+
+    name: str
+    channel: str
+    cron: str  # or empty
+    tz: str
+    every: int  # seconds, or 0
+    catch_up: int  # whether to post once after due times were missed
+    next_at: float  # in Unix time for cron, in broker time for `every`
+    last_at: Optional[float]  # when it was posted, or was to be, the last time, in Unix time
+    last_id: Optional[int]  # of its message
+    last_error: str  # why that was not posted, or empty
+    parameters: str  # of the message, in JSON
+    version: int  # grows with each change
+    type: str
+    body: bytes
+
+
 # While cron, tz and every stay the same, so does the next due time.
 SAME_TIMES = "cron = excluded.cron and tz = excluded.tz and every = excluded.every"
 
@@ -9092,18 +9084,14 @@ select name, cron, tz, next_at, done_until
 from schedules
 """
 
-# The fields of a `Schedule`.
-SCHEDULE_COLUMNS = """name, channel, cron, tz, every, catch_up, next_at, last_at, last_id,
-    last_error, parameters, version, type"""
-
 READ_SCHEDULE = f"""
-select {SCHEDULE_COLUMNS}, body
+select {", ".join(Schedule._fields)}
 from schedules
 where name = :schedule
 """
 
 LIST_SCHEDULES = f"""
-select {SCHEDULE_COLUMNS}, substr(body, 1, :preview_bytes + 1)
+select {", ".join(Schedule._fields[:-1])}, substr(body, 1, :preview_bytes + 1)
 from schedules
 order by name
 """
@@ -9115,29 +9103,8 @@ where {IS_EXPECTED}
 """
 
 
-class Schedule(NamedTuple):
-    """A schedule as it is stored."""
-
-    name: str
-    channel: str
-    cron: str  # or empty
-    tz: str
-    every: int  # seconds, or 0
-    catch_up: int  # whether to post once after due times were missed
-    next_at: float  # in Unix time for cron, in broker time for `every`
-    last_at: Optional[float]  # when it was posted, or was to be, the last time, in Unix time
-    last_id: Optional[int]  # of its message
-    last_error: str  # why that was not posted, or empty
-    parameters: str  # of the message, in JSON
-    version: int  # grows with each change
-    type: str
-    body: bytes
-
-
 class Schedules:
     """The calls for schedules; thread-safe.  The ticker posts what is due."""
-
-    disown = refuse_calls
 
     def __init__(self, state: State, new_message: Callable[..., dict[str, Any]]) -> None:
         """`new_message(channel, body, type, given)` checks a message that is to be posted, and
@@ -9149,7 +9116,6 @@ class Schedules:
         self._look_at = (0.0, 0.0)  # when to look otherwise, in broker time and in Unix time
         self._ahead = 0.0  # by how much the wall clock was ahead of broker time, seconds
         self._lock = threading.Lock()  # held while what is due is posted
-        disown_in_children(self)
 
     def _clocks(self) -> tuple[float, float]:
         """Broker time and Unix time."""
@@ -9340,14 +9306,11 @@ class PatternSubscriptions:
     match its topic, and in the rows which channels are subscribed to them.
     """
 
-    disown = refuse_calls
-
     def __init__(self, state: State, store: Transactions) -> None:
         self._state = state
         self._store = store
         self._read = state.committer.read
         state.patterns.learn(store.read(ALL_PATTERNS)[0])
-        disown_in_children(self)
 
     def subscribe(self, channel: str, pattern: str, **parameters: Unpack[MessageFields]) -> None:
         """Subscribes a channel to all topics that match a pattern: copies get `parameters`;
@@ -9412,8 +9375,6 @@ class Retention:
     topic keeps any.
     """
 
-    disown = refuse_calls
-
     def __init__(self, state: State, store: Transactions, hlm: int, max_message: int) -> None:
         self._state = state
         self._store = store
@@ -9422,7 +9383,6 @@ class Retention:
         self._read = state.committer.read
         self._trimmed_at = 0.0
         state.learn_retention(store.read(ALL_RETENTION)[0])
-        disown_in_children(self)
 
     def put(self, topic: str, keep: Optional[int] = None, keep_for: Optional[int] = None) -> None:
         """Keeps the last `keep` publications of a topic, each for at most `keep_for` seconds, from
@@ -9812,6 +9772,18 @@ class NewMessages:
         }
 
 
+class ForkedBroker:
+    """A child's copy of a broker, which has no threads, and whose locks may be held forever."""
+
+    def close(self) -> None:
+        """Nothing: it is the parent's."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise Unavailable(FORKED)
+
+
 class Broker(Administration):
     """Channels, topics and messages over a `Store`; usable from any thread, without HTTP.
 
@@ -9858,6 +9830,12 @@ class Broker(Administration):
         except BaseException:
             committer.close()
             raise
+        disown_in_children(self)
+
+    def disown(self) -> None:
+        """In a forked child: lets each call raise an error at once."""
+        for owner in (self.schedules, self.patterns, self.calls, self.retention, self):
+            object.__setattr__(owner, "__class__", ForkedBroker)
 
     def close(self) -> None:
         """Ends all waits and closes the store."""
