@@ -7839,7 +7839,7 @@ class Drain(Operation):
 # work in pieces, and read what there is.
 # ---------------------------------------------------------------------------------------------
 
-TOPIC_IS_FULL = f"the topic has {MAX_SUBSCRIBERS} subscriptions, and no more can be made"
+TOPIC_IS_FULL = "the topic has {} subscriptions, and no more can be made"
 DEAD_ORDERS = ("newest", "oldest")  # of dead letters: which come first
 ChannelRow = tuple[str, int, Optional[float]]  # name, ready messages, when the oldest was posted
 CHANNEL_ORDERS: Mapping[str, Callable[[ChannelRow], Any]] = {
@@ -8190,7 +8190,7 @@ class Administration:
             Change((SUBSCRIBE,), values, lambda r: self._count("subscription-add", r[0][0]))
         )
         if not changed:
-            raise Full(TOPIC_IS_FULL)
+            raise Full(TOPIC_IS_FULL.format(MAX_SUBSCRIBERS))
 
     def unsubscribe(self, channel: str, topic: str) -> None:
         """Ends a subscription; it is no error if there is none."""
@@ -9560,7 +9560,7 @@ class Backfill(Operation):
             hlm = self._state.channels.settings.get(self._channel, {}).get("hlm", self._hlm)
             raise Full(f"the publications do not fit below the channel's high-level mark of {hlm}")
         if not subscribed:
-            raise Full(TOPIC_IS_FULL)
+            raise Full(TOPIC_IS_FULL.format(MAX_SUBSCRIBERS))
 
 
 def kept_together(publications: Sequence[Publication]) -> range:
