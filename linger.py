@@ -12227,7 +12227,7 @@ body {
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
-main:focus, h1:focus { outline: none; }
+main:focus { outline: none; }
 h1 { font-size: 1.4rem; font-weight: 650; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1rem; font-weight: 600; margin: 0; }
 pre, .mono { font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
@@ -12395,7 +12395,6 @@ pre.hex { white-space: pre; overflow-wrap: normal; }
     .bar { padding: 8px 14px; }
     .bar nav { order: 1; width: 100%; margin-left: -8px; gap: 0; flex-wrap: wrap; }
     .bar nav a { padding: 6px 8px; }
-    .server { gap: 12px; }
     main { padding: 14px 12px 56px; }
     .alert { padding: 10px 14px; }
     th, td { padding: 9px 10px; }
@@ -12663,7 +12662,7 @@ async function act(work) {
 
 const NONE = "\u2013";
 const number = value => value.toLocaleString("en");
-const plural = (n, noun) => `${number(n)} ${noun}${n === 1 ? "" : "s"}`;
+const plural = (n, noun) => `${number(n)} ${n === 1 ? noun : `${noun.replace(/y$/, "ie")}s`}`;
 const short = value => value.toLocaleString("en", {notation: "compact"});
 
 function rate(value) {
@@ -13278,8 +13277,10 @@ function messageList(signal, channel) {
 }
 
 function preview({body, encoding, cut}) {
-    const text = encoding ? `${atob(body).length} bytes, binary` : body.slice(0, 200);
-    return cut || (!encoding && body.length > 200) ? `${text}…` : text;
+    if (encoding) {
+        return `${cut ? "over " : ""}${atob(body).length} bytes, binary`;
+    }
+    return cut || body.length > 200 ? `${body.slice(0, 200)}…` : body;
 }
 
 // What can be done to messages, one or many: each gets what the call says, and they are counted.
@@ -13388,7 +13389,7 @@ const KNOWN = ["body", "encoding", "cut", "id", "name", "state"];
 
 function messageView(signal, id) {
     const before = BigInt(id) - 1n;
-    const facts = h("dl.list");
+    const values = h("dl.list");
     const history = h("ul");
     const mark = h("span.mark");
     const place = h("span");
@@ -13408,12 +13409,12 @@ function messageView(signal, id) {
         const [message] = await get(path("channels", channel,
             `/messages?n=1&after=${before}`), signal);
         if (String(message?.id) !== id) {
-            return gone({status: 404});
+            throw new Failure(404, "");  // it has just been moved
         }
         put(mark, stateName(message.state));
         renew(place, channel, () => [crumb("Channels", "#/"), " / ", linkTo("channels", channel)]);
         const size = bytes(Number(headers.get("content-length")));
-        facts.replaceChildren(...factsOf({size, ...message}));
+        values.replaceChildren(...factsOf({size, ...message}));
         history.replaceChildren(...messageHistory(message).map(text => h("li", text)));
         renew(tools, message.state + message["dead-from"], () => messageActions(() => [message]));
         if (!loaded) {
@@ -13426,7 +13427,7 @@ function messageView(signal, id) {
         heading(place, [`Message ${id} `, mark], tools),
         card("Body", null, body),
         h("div.pair",
-            card("Parameters", null, h("div.inside", facts)),
+            card("Parameters", null, h("div.inside", values)),
             card("History", null, h("div.inside", history))),
     ];
 }
@@ -13445,8 +13446,8 @@ function messageHistory(message) {
         `Posted ${duration(message.received)} ago`
             + (message.topic ? ` on the topic ${message.topic}` : ""),
         message["reply-to"] && "Its sender waits for a reply",
-        from && `Given up in ${from} after ${plural(message["dead-delivered"], "delivery")
-            .replace("deliverys", "deliveries")}: ${REASONS[message["dead-reason"]]}`,
+        from && `Given up in ${from} after ${plural(message["dead-delivered"], "delivery")}: ${
+            REASONS[message["dead-reason"]]}`,
         (message.delivered ? `Delivered ${plural(message.delivered, "time")}` : "Not delivered")
             + (message.deliver ? `, of at most ${plural(message.deliver, "time")}` : "")
             + (from ? " since then" : ""),
@@ -13654,16 +13655,16 @@ const scheduleActions = name => [
 
 function scheduleView(signal, name) {
     const body = h("pre.body", {dir: "auto", tabindex: "0", "aria-label": "Body"});
-    const facts = h("dl.list");
+    const values = h("dl.list");
     poll(5000, async () => {
         const schedule = await get(path("schedules", name), signal);
         put(body, schedule.encoding ? preview(schedule) : schedule.body);
-        facts.replaceChildren(...factsOf(schedule));
+        values.replaceChildren(...factsOf(schedule));
     }, signal);
     return [
         heading(crumb("Schedules", "#/schedules"), bdi(name), scheduleActions(name)),
         card("Message", null, h("div.inside", body)),
-        card("Parameters", null, h("div.inside", facts)),
+        card("Parameters", null, h("div.inside", values)),
     ];
 }
 

@@ -17849,6 +17849,10 @@ class DashboardTest(DashboardCase):
         self.go("messages/2")
         self.await_seen(re.compile("The first 262 kB of 300 kB"), "text")
         self.assertEqual(self.see("body"), 87_381 * "\u20ac")
+        broker.post("q", b"\xff" * 2_000)
+        self.go("channels/q")
+        previews = ["17 bytes, binary", 200 * "\u20ac" + "…", "over 1024 bytes, binary"]
+        self.await_column(previews, "Messages", 2)
 
     def test_messages_are_paged_by_state(self):
         broker = self.open("channels/q")
