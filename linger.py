@@ -10805,7 +10805,7 @@ def allowed_methods(routes: Mapping[str, Route]) -> str:
 TCHAR = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TCHAR + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 MESSAGE_HEAD = re.compile(  # a request line with a message's id in its path, or as its ack
-    rb"[A-Z]+ (/(?:messages/(?=[0-9]+[/? ])|channels/[^?&= ]+\?(?:[^ ]*&)?ack=)([0-9]+)"
+    rb"[A-Z]+ (/(?:messages/(?=[0-9]+[/? ])|channels/[^?&= ]+\?(?:[^ ]*&)?ack=)([0-9]{1,18})"
     rb"(?![^&/? ])[!-~\x80-\xff]*) "
 )
 # One pass over all header lines: no control characters (RFC 9110 5.5), hence no bare CR or LF
@@ -11041,7 +11041,7 @@ class Request:
         self.body_kind = PARAMETERS  # Route.body
         self.is_plain = False  # whether it is a message without parameters, the usual POST
         self.endpoint: Optional[Callable[..., Any]] = None  # the method of Api
-        self.names: Sequence[str] = ()  # those in the path
+        self.names: Sequence[Any] = ()  # those in the path, or the id
         self.known: Sequence[str] = ()  # parameters of the endpoint
         self.ignored = ""  # header line with those given that are not
         self.options: Any = None  # what the endpoint has parsed from the query
@@ -11051,7 +11051,7 @@ class Request:
         self.target = target
         if self.segments[0] == "messages":
             self.segments[1] = id
-            self.names = [id]
+            self.names = [int(id)]
         else:
             self.query = target.partition("?")[2]
             self._query_fields = None
@@ -14623,8 +14623,8 @@ class ManagementApi:
         bodies = min(n * largest, MAX_BATCH_BYTES + largest)
         return bodies + n * MESSAGE_BYTES + JSON_EXPANSION * largest
 
-    def read_message(self, request: Request, id: str) -> Response:
-        message, state = self._broker.read_message(parse_integer("id", id))
+    def read_message(self, request: Request, id: int) -> Response:
+        message, state = self._broker.read_message(id)
         if not request.grant.covers("channels", message.channel):
             raise NotFound(f"there is no message {message.id}")
         headers = message_headers(message, request, f"x-linger-state: {state}\r\n")
@@ -14672,16 +14672,15 @@ class ManagementApi:
                 raise AccessDenied("a restricted token must name the target: to=<channel>")
             request.grant.check_name("channels", to)
 
-    def redrive_message(self, request: Request, id: str) -> Response:
-        number, to = parse_integer("id", id), request.parameter("to")
+    def redrive_message(self, request: Request, id: int) -> Response:
+        to = request.parameter("to")
         self._check_target(request, to)
-        self._broker.redrive_message(number, to, self._expected_channel(request, number))
+        self._broker.redrive_message(id, to, self._expected_channel(request, id))
         return NO_CONTENT
 
-    def change_message(self, request: Request, id: str) -> Response:
-        number = parse_integer("id", id)
+    def change_message(self, request: Request, id: int) -> Response:
         parameters = self._checked_parameters(request, CHANGE_PARAMETERS)
-        self._broker.change(number, self._expected_channel(request, number), **parameters)
+        self._broker.change(id, self._expected_channel(request, id), **parameters)
         return NO_CONTENT
 
     def list_channel_topics(self, request: Request, channel: str) -> Response:
@@ -14804,8 +14803,8 @@ class ManagementApi:
 class Api(ManagementApi):
     """The endpoints of a server, one method each; stateless, and called by all connections.
 
-    An endpoint takes the request and the names in its path.  It returns the response, or None
-    after `request.connection.defer`: then the thread that commits the operation replies.
+    An endpoint takes the request, and the names or the id in its path.  It returns the response, or
+    None after `request.connection.defer`: then the thread that commits the operation replies.
     """
 
     # -- before the body is read
@@ -14901,7 +14900,8 @@ class Api(ManagementApi):
         names = [decode_name(segment) for segment in segments]
         if request.grant is not FULL_ACCESS:
             authorize(route, kinds, names, request.grant)
-        request.names = names
+        is_message = "<id>" in route.path
+        request.names = [parse_integer("id", id) for id in names] if is_message else names
         request.endpoint = getattr(self, route.endpoint)
         return request.endpoint
 
@@ -14996,11 +14996,11 @@ class Api(ManagementApi):
             )
         return Response(200, reply, type_in_header(reply_type), SANDBOX)
 
-    def reply(self, request: Request, id: str) -> Response:
-        number, lease = parse_integer("id", id), request.integer("lease")
+    def reply(self, request: Request, id: int) -> Response:
+        lease = request.integer("lease")
         body, content_type = request.message()
-        expected_channel = self._expected_channel(request, number)
-        self._broker.calls.reply(number, body, content_type, lease, expected_channel)
+        expected_channel = self._expected_channel(request, id)
+        self._broker.calls.reply(id, body, content_type, lease, expected_channel)
         return NO_CONTENT
 
     def await_end(self, request: Request, channel: str) -> Response:
@@ -15109,11 +15109,10 @@ class Api(ManagementApi):
 
     # -- acknowledging
 
-    def delete_message(self, request: Request, id: str) -> None:
-        number, lease = parse_integer("id", id), request.integer("lease")
-        expected_channel = self._expected_channel(request, number)
+    def delete_message(self, request: Request, id: int) -> None:
+        lease, expected_channel = request.integer("lease"), self._expected_channel(request, id)
         on_done = request.connection.defer(request, done_response)
-        self._broker.delete_async(on_done, number, lease, expected_channel)
+        self._broker.delete_async(on_done, id, lease, expected_channel)
 
     def delete_messages(self, request: Request, _: str) -> Response:
         wanted = []
@@ -15126,24 +15125,21 @@ class Api(ManagementApi):
         results = self._broker.delete_batch(wanted, expected_channels)
         return json_response(dict(zip(("deleted", "conflict", "missing"), results)))
 
-    def touch_message(self, request: Request, id: str) -> Response:
-        number, lease = parse_integer("id", id), request.integer("lease")
-        timeout = request.integer("timeout", 1)
-        self._broker.touch(number, lease, timeout, self._expected_channel(request, number))
+    def touch_message(self, request: Request, id: int) -> Response:
+        lease, timeout = request.integer("lease"), request.integer("timeout", 1)
+        self._broker.touch(id, lease, timeout, self._expected_channel(request, id))
         return NO_CONTENT
 
-    def release_message(self, request: Request, id: str) -> Response:
-        number, lease = parse_integer("id", id), request.integer("lease")
-        delay, reason = request.integer("delay", 0), request.reason()
-        uncounted = request.switch("uncounted")
-        expected_channel = self._expected_channel(request, number)
-        self._broker.release(number, lease, delay, reason, expected_channel, uncounted)
+    def release_message(self, request: Request, id: int) -> Response:
+        lease, delay = request.integer("lease"), request.integer("delay", 0)
+        reason, uncounted = request.reason(), request.switch("uncounted")
+        expected_channel = self._expected_channel(request, id)
+        self._broker.release(id, lease, delay, reason, expected_channel, uncounted)
         return NO_CONTENT
 
-    def reject_message(self, request: Request, id: str) -> Response:
-        number, lease = parse_integer("id", id), request.integer("lease")
-        expected_channel = self._expected_channel(request, number)
-        self._broker.reject(number, lease, request.reason(), expected_channel)
+    def reject_message(self, request: Request, id: int) -> Response:
+        lease, reason = request.integer("lease"), request.reason()
+        self._broker.reject(id, lease, reason, self._expected_channel(request, id))
         return NO_CONTENT
 
 

@@ -9488,10 +9488,11 @@ class ReaderTest(unittest.TestCase):
         first = cache[head % 1]
         second = cache[head % 22]
         self.assertIs(second, first)
-        self.assertEqual((second.target, second.names), ("/messages/22?lease=2", ["22"]))
+        self.assertEqual((second.target, second.names), ("/messages/22?lease=2", [22]))
         for n in (1, 22):
             request = cache[b"DELETE /messages/%d&a HTTP/1.1\r\nHost: x" % n]  # not an id
             self.assertEqual(request.segments, ["messages", f"{n}&a"])
+        self.assertIsNot(cache[head % 10**18], first)  # which may be too large
         long = CALL[:-4] + b"\r\nA: " + b"x" * 5_000
         self.assertIsNot(cache[long], cache[long])
 
