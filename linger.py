@@ -534,12 +534,21 @@ def require_posix(program: str) -> None:
 
 
 def log(text: str) -> None:
-    """Writes a line to standard error if there is one; a failing log stops nothing."""
-    if sys.stderr is None:  # closed at the start: `print` would write to standard output
-        return
-    with contextlib.suppress(OSError, ValueError):
-        text = printable(text, sys.stderr)
-        print(text + "\n", end="", file=sys.stderr, flush=True)  # one write: lines never mix
+    """Writes a line to standard error, as `write_line`."""
+    write_line(text, sys.stderr)
+
+
+def write_line(text: str, file: Optional[TextIO]) -> None:
+    """Writes a line to a standard stream, if that is open; a failure stops nothing."""
+    if file is not None:  # None: `print` would write to standard output
+        with contextlib.suppress(OSError, ValueError):
+            line = printable(text, file) + "\n"
+            print(line, end="", file=file, flush=True)  # one write: lines never mix
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what an error says; of one of the system without its number and path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def printable(text: str, file: TextIO) -> str:
@@ -18189,10 +18198,11 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"linger: {message}\n")
+        self.exit(2, f"linger: {message} (see {self.prog} --help)\n")
 
     def exit(self, status: int = 0, message: Optional[str] = None) -> NoReturn:
-        sys.stdout.flush()  # reports a closed pipe here, where `main` expects it
+        if sys.stdout is not None:
+            sys.stdout.flush()  # reports a closed pipe here, where `main` expects it
         super().exit(status, message)
 
 
@@ -18495,8 +18505,7 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     signal.set_wakeup_fd(server.wake_fd)  # the system may deliver a signal to any thread
-    line = _start_line(server, options)
-    print(printable(line, sys.stdout), flush=True)
+    write_line(_start_line(server, options), sys.stdout)
     with server:
         manager.notify("READY=1", f"STATUS=listening on {server.url}")
         if manager.watchdog:
@@ -18543,8 +18552,18 @@ def open_client(url: Optional[str], options: argparse.Namespace) -> Client:
 
 def _write(data: bytes) -> None:
     """Writes to standard output; the bytes have left this process when this returns."""
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    rest, file = memoryview(data), sys.stdout.buffer
+    try:
+        while rest:
+            written = file.write(rest)  # without a buffer (`python -u`) perhaps only a part,
+            if written is None:  # or nothing, where the file would block
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            rest = rest[written:]
+        file.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise LingerError(f"cannot write to standard output: {reason_of(error)}") from error
 
 
 def _write_body(body: bytes, end: bytes = b"") -> None:
@@ -19229,19 +19248,6 @@ def _input_file(body: bytes) -> BinaryIO:
     return cast(BinaryIO, file)
 
 
-def _open_standard_streams() -> None:
-    """Opens /dev/null for those of the standard streams that are closed.
-
-    Otherwise the next file or connection would become a standard stream of the commands.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-            os.set_inheritable(opened, True)
-
-
 def _work_below_init() -> Optional[int]:
     """Forks, as process 1 of a container; returns None in the child, which is to do the work.
 
@@ -19279,7 +19285,6 @@ class Worker:
 
     def __init__(self, client: Client, options: argparse.Namespace) -> None:
         require_posix("linger work")
-        _open_standard_streams()
         self._client = client
         client.name = client.name or f"{socket.gethostname()}:{os.getpid()}"
         self._options = options
@@ -20174,6 +20179,21 @@ def _parse(command: Command, arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _open_standard_streams() -> None:
+    """Opens /dev/null for those of the standard streams that are closed.
+
+    Otherwise the next file or connection would become one, also of the commands of a worker.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(opened, True)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+
+
 def _exit_on_signal(number: int, _: object) -> None:
     """Ends a command gracefully, with the exit status that a shell uses."""
     raise SystemExit(128 + number)
@@ -20237,6 +20257,8 @@ def _split_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
 def _run(arguments: Sequence[str]) -> int:
     """Runs a command; returns its exit status."""
     command, rest = _split_command(arguments)
+    if sys.stdout is None and command.name not in ("serve", "work"):
+        raise BadRequest("standard output is closed: to discard it, use /dev/null")
     if command.name == "help":
         command, rest = _find_command(_parse(command, rest).topic or "serve"), ["--help"]
     if command.name == "serve":
@@ -20258,6 +20280,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     output is gone.
     """
     try:
+        _open_standard_streams()
         return _run(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # or Python reports it again at exit

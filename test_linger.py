@@ -13440,6 +13440,23 @@ class ProcessTest(ProcessCase):
                     self.assertTrue(waiting.recv(1000).startswith(b"HTTP/1.1 204 "))
                 self.assertFalse(os.path.exists(self.dbfile + "-wal"))
 
+    @unittest.skipUnless(os.path.exists("/dev/full"), "a full disk to write to")
+    def test_it_starts_without_standard_streams_and_with_a_full_disk_for_its_output(self):
+        path = self.folder / "socket"
+        url = f"http+unix://{urllib.parse.quote(str(path), safe='')}"
+        for streams in ("<&- >&- 2>&-", ">/dev/full 2>/dev/full"):
+            arguments = (compiled, "--host", f"unix:{path}", "--dbfile", self.dbfile)
+            process = subprocess.Popen(
+                ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, *STRICT, *arguments]
+            )
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+            with linger.Client(url) as client:
+                until(client.health)
+                self.assertEqual(client.post("q", "x").duplicate, False)
+            process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE)
+
     @unittest.skipUnless(sys.platform == "linux", "the threads of a process are in /proc")
     def test_a_signal_that_another_thread_gets_stops_it_too(self):
         server = self.start()
@@ -16461,6 +16478,62 @@ class CommandProcessTest(CommandProcessCase):
         os.close(writer)
         self.assertEqual(process.communicate(timeout=PATIENCE)[1], "")
         self.assertEqual(process.returncode, 128 + signal.SIGPIPE)
+
+    def spawn_without(self, streams, *arguments, **options):
+        """Runs a command whose standard streams of these numbers are closed."""
+        closed = " ".join(f"{number}>&-" for number in streams)
+        script = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *STRICT, compiled]
+        return subprocess.run(
+            [*script, *arguments], env={**os.environ, "LINGER_URL": self.url},
+            capture_output=True, text=True, timeout=PATIENCE, **options,
+        )  # fmt: skip
+
+    def test_a_closed_standard_output_is_refused_before_anything_is_done(self):
+        self.client.post("p", "x")
+        for command in (["post", "q", "x"], ["get", "p", "--auto"], ["help", "get"]):
+            ended = self.spawn_without([1], *command)
+            self.assertEqual(ended.returncode, 2, ended)
+            self.assertRegex(ended.stderr, r"^linger: standard output is closed: [^\n]*\n$")
+        self.assertEqual(self.client.channel_stats("p"), {"ready": 1, "hidden": 0})
+        self.assertEqual(self.client.channels(), ["p"])
+
+    def test_a_closed_standard_input_is_an_empty_one(self):
+        for command, said in (
+            (["post", "q"], "message is empty"),
+            (["post", "q", "-"], "message is empty"),
+            (["drain", "q"], "--yes"),
+        ):
+            ended = self.spawn_without([0], *command)
+            self.assertEqual((ended.returncode, ended.stderr.count("\n")), (2, 1), ended)
+            self.assertIn(said, ended.stderr)
+        for command in (["post", "q", "--lines"], ["load"]):
+            ended = self.spawn_without([0], *command)
+            self.assertEqual((ended.returncode, ended.stdout, ended.stderr), (0, "0\n", ""))
+
+    def test_a_message_that_does_not_fit_into_an_unbuffered_file_is_given_back(self):
+        self.client.post("q", b"x" * 10_000)
+
+        def limit_files():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, 4_096))
+
+        unbuffered = unittest.mock.patch.dict(os.environ, PYTHONUNBUFFERED="1")
+        with tempfile.TemporaryFile() as file, unbuffered:
+            process = self.spawn("get", "q", "--ack", stdout=file, preexec_fn=limit_files)
+            _, errors = process.communicate(timeout=PATIENCE)
+        self.assertEqual(errors, "linger: cannot write to standard output: File too large\n")
+        self.assertEqual(process.returncode, 2)
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_an_output_that_would_block_loses_no_message(self):
+        self.client.post("q", b"x" * 200_000)  # a pipe takes 65,536 bytes
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        os.set_blocking(writer, False)
+        with open(writer, "wb") as file, unittest.mock.patch.dict(os.environ, PYTHONUNBUFFERED="1"):
+            process = self.spawn("get", "q", "--ack", stdout=file)
+            _, errors = process.communicate(timeout=PATIENCE)
+        self.assertRegex(errors, "^linger: cannot write to standard output: .*unavailable\n$")
+        self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
 
     def test_follow_survives_a_restart_and_ends_gracefully(self):
         self.client.post("q", "a")
