@@ -16605,7 +16605,7 @@ class Transport:
         request: bytes,
         timeout: float,
         repeatable: bool = True,
-        done_statuses: Sequence[int] = (),
+        done: Collection[type[LingerError]] = (),
         into: Optional[BinaryIO] = None,
         stop: Optional[threading.Event] = None,
     ) -> tuple[http.client.HTTPMessage, bytes]:
@@ -16630,9 +16630,11 @@ class Transport:
             else:
                 if status != OutcomeUnknown.status or is_last:
                     break
-        if status < 300 or (repeated and status in done_statuses):
-            return fields, content
-        raise error_in_response(self.url, status, content)
+        if status >= 300:
+            failure = error_in_response(self.url, status, content)
+            if not (repeated and type(failure) in done):
+                raise failure
+        return fields, content
 
     def stream(
         self,
@@ -16849,13 +16851,17 @@ def _is_idle(sock: socket.socket) -> bool:
 
 
 def error_in_response(url: str, status: int, body: bytes) -> LingerError:
-    """Returns the error that a response reports."""
+    """Returns the error that a response reports.
+
+    `NotFound` and `Conflict` say something about a message, and only Linger can know it.
+    """
     value = None
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(body)
+    kind = ERRORS_BY_STATUS.get(REPORTED_AS.get(status, status), LingerError)
     if not isinstance(value, dict) or not isinstance(value.get("error"), str):
         value = {"error": f"{url} responds with status {status}, and not as Linger does"}
-    kind = ERRORS_BY_STATUS.get(REPORTED_AS.get(status, status), LingerError)
+        kind = LingerError if kind in (NotFound, Conflict) else kind
     error = kind(value["error"], status)
     if isinstance(value.get("index"), int):
         error.index = value["index"]
@@ -17617,7 +17623,7 @@ class ManagementClient:
 
     def unschedule(self, name: str) -> None:
         """Deletes a schedule; `NotFound`."""
-        self._requests.send("DELETE", encode_path("schedules", name), done_statuses=[404])
+        self._requests.send("DELETE", encode_path("schedules", name), done=[NotFound])
 
     def run_schedule(self, name: str) -> PostResult:
         """Posts the message of a schedule now; its due times stay as they are."""
@@ -18075,13 +18081,14 @@ class Client(ManagementClient):
     def _settle(self, action: str, delivery: Delivery, reason: str = "", **query: object) -> None:
         """Ends a delivery.  Repeatable if it deletes, or with a lease, which is valid only once."""
         id, lease = delivery
-        if action == "delete":
-            method, path, done_statuses = "DELETE", f"/messages/{id}", [404]
-        else:
-            method, path, done_statuses = "POST", f"/messages/{id}/{action}", [404, 409]
+        done: list[type[LingerError]] = [NotFound]
+        method, path = "DELETE", f"/messages/{id}"
+        if action != "delete":
+            method, path = "POST", f"{path}/{action}"
+            done.append(Conflict)
         self._requests.send(
             method, path, {**query, "lease": lease}, encode_text(reason), DEFAULT_TYPE,
-            repeatable=lease is not None or action == "delete", done_statuses=done_statuses,
+            repeatable=lease is not None or method == "DELETE", done=done,
         )  # fmt: skip
         self._unsettled.discard(id, lease)
 
@@ -20266,10 +20273,15 @@ def _run(arguments: Sequence[str]) -> int:
     options = _parse(command, rest)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
-    if command.run is None:
-        return command.local(options) if command.local else 0
-    with open_client(options.url, options) as client:
-        return command.run(client, options) or 0
+    try:
+        if command.run is None:
+            return command.local(options) if command.local else 0
+        with open_client(options.url, options) as client:
+            return command.run(client, options) or 0
+    except NotFound as error:
+        if command.nothing:
+            raise
+        raise LingerError(str(error)) from error  # the status 1 has no meaning then
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -20286,9 +20298,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         with contextlib.suppress(OSError, ValueError):  # or Python reports it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
-    except (LingerError, OSError) as error:
+    except LingerError as error:
         log(f"linger: {error}")
         return 1 if isinstance(error, NotFound) else 2
+    except OSError as error:
+        place = "" if error.filename is None else f"{os.fspath(error.filename)}: "
+        log(f"linger: {place}{reason_of(error)}")
+        return 2
 
 
 if __name__ == "__main__":

@@ -12867,6 +12867,14 @@ class ConnectionTest(Folder):
         client.delete(1, 1)
         self.assertEqual(len(script.requests), 2)
 
+    def test_only_linger_says_that_a_message_is_missing_or_was_delivered_again(self):
+        for status in (404, 409):
+            _, client = self.start(self.UNKNOWN, response(status, b"<html>"))
+            with self.assertRaisesRegex(linger.LingerError, "not as Linger does") as caught:
+                client.release(1, lease=1)
+            self.assertEqual((type(caught.exception), caught.exception.status),
+                             (linger.LingerError, status))  # fmt: skip
+
     def test_other_request_is_not_sent_again_and_its_result_is_unknown(self):
         for call in (
             lambda c: c.post("q", "x"),
