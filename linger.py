@@ -14865,7 +14865,8 @@ class Api(ManagementApi):
                 throttle.slots.release()
         is_script = "x-requested-with" in request.headers.fields  # a browser must not ask for it
         challenge = BEARER_CHALLENGE if is_script else CHALLENGE
-        raise AccessDenied("a token is needed: `Authorization: Bearer <token>`", 401, challenge)
+        reason = "a valid token is needed: `Authorization: Bearer <token>`"
+        raise AccessDenied(reason, 401, challenge)
 
     def _body_limit(self, request: Request) -> int:
         route = request.routes.get(request.method)
@@ -16382,7 +16383,7 @@ def encode_message(body: object, type: Optional[str]) -> tuple[bytes, str]:
 
     The type of bytes is text/plain, as the server's: their character set is not known.
     """
-    if type is not None and not HEADER_VALUE.fullmatch(type):
+    if type is not None and not (isinstance(type, str) and HEADER_VALUE.fullmatch(type)):
         raise BadRequest("type must be a valid header value")
     if isinstance(body, (bytes, bytearray, memoryview)):
         return bytes(body), type or DEFAULT_TYPE
@@ -16390,7 +16391,7 @@ def encode_message(body: object, type: Optional[str]) -> tuple[bytes, str]:
         return encode_text(body), type or TEXT_TYPE
     try:
         text = TO_STRICT_JSON(body)
-    except ValueError as error:  # of a float, or a list that contains itself
+    except (TypeError, ValueError, RecursionError) as error:  # of a set, a NaN, a deep list
         raise BadRequest(f"the body must be bytes, text or JSON: {error}") from None
     return encode_text(text), type or JSON_TYPE
 
@@ -16537,8 +16538,10 @@ class Transport:
 
     def __init__(self, url: str, token: str, timeout: float, cafile: Optional[str]) -> None:
         """`timeout`: seconds that connecting may take; the other arguments are as of `Client`."""
-        if not VISIBLE.fullmatch(token):
+        if not (isinstance(token, str) and VISIBLE.fullmatch(token)):
             raise BadRequest("a token must be visible ASCII without spaces")
+        if not (isinstance(timeout, (int, float)) and 0 < timeout <= MAX_TIMER):
+            raise BadRequest(f"timeout must be a number of seconds above 0, up to {MAX_TIMER}")
         scheme, authority, host, port, self._prefix = _split_url(url)
         self.url = url
         self._base_headers = f"Host: {authority}\r\n"
@@ -16612,7 +16615,7 @@ class Transport:
         """Sends a request; returns the headers and body of the response, or raises its error.
 
         `timeout`: seconds that the server may be silent.  After a broken connection or a 504, a
-        `repeatable` request is sent once more; then a status in `done_statuses` means that the
+        `repeatable` request is sent once more; then an error that is in `done` means that the
         first one was executed.  `into` receives a good body.  `stop` ends the server's wait.
         """
         for repeated in (False, True):
@@ -16625,7 +16628,7 @@ class Transport:
                 if is_last or self.closed:
                     raise Unavailable(
                         f"the connection to {self.url} was lost before the response: it is not"
-                        f" known whether the request was executed: {error}"
+                        f" known whether the request was executed: {reason_of(error)}"
                     ) from error
             else:
                 if status != OutcomeUnknown.status or is_last:
@@ -16651,7 +16654,8 @@ class Transport:
         try:
             yield from connection.lines(request, timeout, stop)
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"the connection to {self.url} was lost: {error}") from error
+            reason = reason_of(error)
+            raise Unavailable(f"the connection to {self.url} was lost: {reason}") from error
         finally:
             connection.close()
 
@@ -16774,7 +16778,12 @@ class _HTTPConnection:
             connection.connect()
         except OSError as error:
             connection.close()
-            raise Unavailable(f"cannot connect to {self.url}: {error}") from error
+            reason = reason_of(error)
+            if isinstance(error, ssl.SSLCertVerificationError):
+                reason += "; `cafile` can name a certificate to trust"
+            elif isinstance(error, ssl.SSLError):
+                reason += "; perhaps it has no TLS, and its URL begins with http:"
+            raise Unavailable(f"cannot connect to {self.url}: {reason}") from error
         self._connection = connection
         return connection.sock
 
@@ -16929,7 +16938,8 @@ def _tls_context(cafile: Optional[str]) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=cafile)
     except OSError as error:
-        raise BadRequest(f"cannot read the certificates in {cafile}: {error}") from error
+        reason = reason_of(error)
+        raise BadRequest(f"cannot read the certificates in {cafile}: {reason}") from error
 
 
 class _Requests:
@@ -18248,7 +18258,7 @@ def read_config(path: str) -> dict[str, str]:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:  # as of a dbfile
             lines = file.read().splitlines()
     except OSError as error:
-        raise BadRequest(f"cannot read {path}: {error}") from error
+        raise BadRequest(f"cannot read {path}: {reason_of(error)}") from error
     options = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -18260,7 +18270,7 @@ def read_config(path: str) -> dict[str, str]:
             raise BadRequest(
                 f"{path}, line {number}: expected `name = value` with an option's name"
             )
-        quoted = re.fullmatch(r"""(["'])(.*?)\1\s*(?:#.*)?|([^#]*?)\s*(?:\s#.*)?""", value)
+        quoted = re.fullmatch(r"""(["'])(.*?)\1\s*(?:#.*)?|(?!["'])([^#]*?)\s*(?:\s#.*)?""", value)
         if not quoted:
             raise BadRequest(f"{path}, line {number}: the quotes of the value do not match")
         options[name] = quoted[2] if quoted[1] else quoted[3]
@@ -18497,10 +18507,10 @@ def run_server(arguments: Sequence[str], commands: str) -> int:
     try:
         server = _create_server(options)
     except OSError as error:
-        address, reason = options["host"], error.strerror or error
+        address = options["host"]
         if not address.startswith(UNIX):
             address += f" port {options['port']}"
-        raise Unavailable(f"cannot listen on {address}: {reason}") from error
+        raise Unavailable(f"cannot listen on {address}: {reason_of(error)}") from error
 
     def stop(number: int, _: object) -> None:
         if server.stopping:
@@ -19140,7 +19150,7 @@ class Job:
                     self._start(command, file, output, stderr, environment)
         except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no more threads
             self._end()
-            reason = getattr(error, "strerror", None) or str(error) or "no memory"
+            reason = reason_of(error) or "no memory"
             raise CannotStart(f"cannot run {command[0]}: {reason}") from error
         except LingerError:
             self._end()
@@ -19312,7 +19322,7 @@ class Worker:
         """Works; returns the exit status, or raises the error that stopped it."""
         options = self._options
         if shutil.which(options.command[0]) is None:
-            raise BadRequest(f"there is no command {options.command[0]}")
+            raise BadRequest(f"there is no executable command {options.command[0]}")
         if os.getpid() == 1 and threading.active_count() == 1:
             status = _work_below_init()
             if status is not None:
@@ -20084,9 +20094,11 @@ COMMANDS = (
                       ("--delete", "CHANNEL", "only the NAME is needed"),
                       ("--delete", "--run", "these are two calls"),
                       ("--cron", "--every", "these are two ways to say when")),
-            requires=(("--cron", "CHANNEL", "the message is posted there"),
-                      ("--every", "CHANNEL", "the message is posted there"),
-                      ("--tz", "--cron", "it has no other use"))),
+            requires=[("--tz", "--cron", "it has no other use"),
+                      *((option, "CHANNEL", "without one, a schedule is shown and not set")
+                        for option in ("--cron", "--every", "--no-catch-up", "--type",
+                                       *(flags[0] for flags, _ in
+                                         _parameters(SCHEDULE_PARAMETERS))))]),
     Command("schedules", "list the schedules", "linger schedules", _schedules, (JSON,),
             nothing="there are no schedules", columns=SCHEDULE_COLUMNS_SHOWN),
     Command("dump", "write the messages of all channels, or of some, for load",

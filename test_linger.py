@@ -12283,6 +12283,8 @@ class ClientTest(ClientCase):
             (lambda: self.client.get(["q", None]), "None must be text"),
             (lambda: self.client.post("q", float("nan")), "must be bytes, text or JSON"),
             (lambda: self.client.post_batch("q", [endless]), "must be bytes, text or JSON"),
+            (lambda: self.client.post("q", {1, 2}), "must be bytes, text or JSON"),
+            (lambda: self.client.post("q", "x", type=b"text/plain"), "header value"),
         ):
             with self.subTest(words), self.assertRaisesRegex(linger.BadRequest, words):
                 call()
@@ -12450,6 +12452,10 @@ class ClientTest(ClientCase):
             with self.subTest(url), self.assertRaisesRegex(linger.BadRequest, "URL must be"):
                 linger.Client(url)
         self.assertRaises(linger.BadRequest, linger.Client, token="a b")
+        self.assertRaises(linger.BadRequest, linger.Client, token=b"secret")
+        for timeout in (0, -1, math.nan, math.inf, 1e9, "30", None):
+            with self.subTest(timeout), self.assertRaisesRegex(linger.BadRequest, "seconds"):
+                linger.Client(timeout=timeout)
         self.assertRaises(linger.BadRequest, linger.Client, "https://x", cafile="/no/such")
 
     def test_each_thread_has_a_connection_until_it_ends(self):
@@ -13550,6 +13556,8 @@ class ProcessTest(ProcessCase):
         self.addCleanup(serving.stop)
         config = self.folder / "bad.conf"
         config.write_text("import os\n")
+        quoted = self.folder / "quoted.conf"
+        quoted.write_text("dbfile = 'linger.db\n")
         busy = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(busy.close)
         for arguments, reason in (
@@ -13564,7 +13572,8 @@ class ProcessTest(ProcessCase):
             ([f"--dbfile={self.folder}"], "directory"),
             ([f"--dbfile={config}"], "not a database"),
             ([f"--config={config}"], "line 1"),
-            (["--config=/no/such/file"], "No such file"),
+            ([f"--config={quoted}"], "line 1: the quotes of the value do not match"),
+            (["--config=/no/such/file"], "cannot read /no/such/file: No such file or directory\n"),
             (["--no-auth", "--token=T0ken"], "no-auth gives everybody access"),
         ):
             with self.subTest(arguments), unittest.mock.patch.object(os, "umask"):
@@ -15332,7 +15341,7 @@ class CommandTest(CommandCase):
         for arguments, reason in (
             (["psot", "q"], "psot"),
             (["post"], "CHANNEL"),
-            (["post", "q", "x", "y"], "y"),
+            (["post", "q", "x", "y"], "y (see linger post --help)"),
             (["post", "q", "x", "--deliver", "-1"], "deliver must be an integer from 0"),
             (["post", "q", "x", "--prio", "1"], "--prio"),
             (["post", "q", "x", "--lines"], "standard input"),
@@ -15342,6 +15351,10 @@ class CommandTest(CommandCase):
             (["get", "", "--ack"], "channel's name"),
             (["work", "q"], "COMMAND"),
             (["work", "q", "--", "no-such-command"], "no-such-command"),
+            (["work", "q", "--", "/"], "no executable command /"),
+            (["copy", "/no/such", "x"], "there is no database /no/such"),
+            (["stats", "--url", f"{self.server.url}/below"], "no such path"),
+            (["bench", "--folder", "/no/such", "--seconds", "0.01"], "No such file"),
             (["drain", "q"], "--yes"),
             (["backup", "/no/such/folder/x"], "No such file"),
             (["stats", "--url", "http://127.0.0.1:1"], "cannot connect"),
@@ -15511,7 +15524,8 @@ class CommandTest(CommandCase):
             """Returns an argument as it is given, with a value that is valid."""
             for flags, settings in linger._arguments_of(command):
                 if name in (*flags, settings.get("metavar")):
-                    value = [*settings.get("choices", ()), "1"][: "action" not in settings]
+                    takes_value = settings.get("action") in (None, "append")
+                    value = [*settings.get("choices", ()), "1"][:takes_value]
                     return [name, *value] if name[0] == "-" else ["http://127.0.0.1:1"]
             raise AssertionError(f"{command.name} has no argument {name}")
 
@@ -16450,7 +16464,8 @@ class ScheduleCallTest(CommandCase, ClientCase):
         self.nothing("schedule", "s")
         self.nothing("schedules")
         self.assertIn("either", self.refused("schedule", "s", "q", "x"))
-        self.assertIn("needs CHANNEL", self.refused("schedule", "s", "--every", 9))
+        for option in (["--every", 9], ["--priority", 9], ["--header", "a:b"], ["--no-catch-up"]):
+            self.assertIn("needs CHANNEL", self.refused("schedule", "s", *option))
 
 
 class CommandProcessTest(CommandProcessCase):
