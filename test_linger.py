@@ -98,6 +98,14 @@ def until(claim, patience=PATIENCE):
         select.select([], [], [], max(0.001, min(waited / 20, 0.02)))
 
 
+def run_python(program, *arguments, options=STRICT):
+    """Runs a program that may import linger; what has ended, with its output and errors."""
+    return subprocess.run(
+        [sys.executable, *options, "-c", program, *arguments],
+        cwd=os.path.dirname(compiled), capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+
+
 class FakeClock:
     """Clocks that move only when they are told to."""
 
@@ -205,6 +213,7 @@ class Folder(unittest.TestCase):
 
 # Made by Linger 1.0.1 itself, all times set back by 1e8 seconds; ids 15 to 19 were deleted.
 V1_DATABASE = """
+BEGIN;
 CREATE TABLE config (key unique,value);
 INSERT INTO config VALUES('server_id','c1020c87aa4d43a9b744037aecdfaaae');
 CREATE TABLE messages (id integer primary key autoincrement, body, mimetype, topic, timeout,
@@ -245,6 +254,7 @@ INSERT INTO subscriptions VALUES('news','sub-b',30,0,0,0,1695450787.42);
 INSERT INTO subscriptions VALUES('thema-ä','sub-a',30,9,0,0,1695450787.422);
 DELETE FROM sqlite_sequence;
 INSERT INTO sqlite_sequence VALUES('messages',19);
+COMMIT;
 """.replace("ALL-BYTES", bytes(range(256)).hex())
 
 
@@ -1131,16 +1141,19 @@ class LockTest(Folder):
             for name in (os.link, os.symlink):
                 name(self.dbfile, str(self.folder / name.__name__))
             os.unlink(self.dbfile + "-lock")
-            program = "import linger, sys; linger.Store(sys.argv[1])"
-            for path in (self.dbfile, *(str(self.folder / n) for n in ("link", "symlink"))):
-                with self.subTest(path):
-                    with self.assertRaisesRegex(linger.Unavailable, "in use by another"):
-                        linger.Store(path)
-                    result = subprocess.run(
-                        [sys.executable, *STRICT, "-c", program, path],
-                        cwd=os.path.dirname(compiled), capture_output=True, text=True,
-                    )  # fmt: skip
-                    self.assertIn("in use by another Linger", result.stderr)
+            paths = (self.dbfile, *(str(self.folder / name) for name in ("link", "symlink")))
+            for path in paths:
+                with self.assertRaisesRegex(linger.Unavailable, "in use by another", msg=path):
+                    linger.Store(path)
+            program = """
+import linger, sys
+for path in sys.argv[1:]:
+    try:
+        linger.Store(path)
+    except linger.Unavailable as error:
+        print("in use by another Linger" in str(error))
+"""
+            self.assertEqual(run_python(program, *paths).stdout, "True\n" * len(paths))
             store.transact([linger.Operation()])
         linger.Store(self.dbfile).close()
 
@@ -2404,6 +2417,7 @@ class InterruptTest(Folder):
 import faulthandler, linger, os, random, signal, sys, threading, time
 
 faulthandler.dump_traceback_later(15, exit=True)  # where its threads hang
+linger.TICK_INTERVAL = linger.WAIT_CHECK_INTERVAL = 0.05
 
 class Interrupt(BaseException):
     pass
@@ -2426,7 +2440,7 @@ worker.start()
 chance, interrupts, ids = random.Random(int(sys.argv[2])), 0, []
 calls = (
     lambda: ids.append(broker.post("q", b"x").id),
-    lambda: broker.get("q", chance.choice((0, 0.001, 3))),
+    lambda: broker.get("q", chance.choice((0, 0.001, 0.1))),
     lambda: ids and broker.delete(ids.pop()),
     lambda: broker.channels(),
 )
@@ -2463,14 +2477,11 @@ while os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 
     def test_a_storm_of_interrupts_leaves_a_broker_that_works(self):
         def storm(number):
             dbfile = str(self.folder / f"{number}.db")
-            command = (sys.executable, *STRICT, "-c", self.PROGRAM, dbfile, str(number))
-            return subprocess.run(
-                command, cwd=os.path.dirname(compiled), stderr=subprocess.PIPE, timeout=PATIENCE
-            )
+            return run_python(self.PROGRAM, dbfile, str(number))
 
         with ThreadPoolExecutor(2) as pool:
             for ended in pool.map(storm, range(8)):
-                self.assertEqual((ended.returncode, ended.stderr), (0, b""))
+                self.assertEqual((ended.returncode, ended.stderr), (0, ""))
 
 
 class Interrupt(BaseException):
@@ -9606,15 +9617,12 @@ library = ctypes.CDLL(_sqlite3.__file__)
 was_shut_down = library.sqlite3_config(linger.SQLITE_CONFIG_MEMSTATUS, 0) == 0
 print(library.sqlite3_memory_used() > 0, was_shut_down)
 """
-        for argument, counts in (("", b"False False\n"), ("open", b"True False\n")):
-            command = (sys.executable, "-c", code, argument)
-            output = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE).stdout
-            self.assertEqual(output, counts)
+        for argument, counts in (("", "False False\n"), ("open", "True False\n")):
+            self.assertEqual(run_python(code, argument, options=["-S"]).stdout, counts)
 
     def test_the_objects_of_the_program_are_not_searched_for_garbage(self):
         code = "import gc, linger; linger.tune_memory(); print(len(gc.get_objects()) < 5_000)"
-        searched = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
-        self.assertEqual(searched.stdout, b"True\n")
+        self.assertEqual(run_python(code, options=["-S"]).stdout, "True\n")
 
     def test_timeouts_are_kept_in_that_format(self):
         left, right = socket.socketpair(socket.AF_UNIX)
@@ -13274,10 +13282,7 @@ import linger
 
     def run_there(self, program, *arguments):
         """Runs a program that has imported linger; returns its exit status, output and errors."""
-        ended = subprocess.run(
-            [sys.executable, *STRICT, "-c", self.LINGER + program, *arguments],
-            cwd=os.path.dirname(compiled), capture_output=True, text=True, timeout=PATIENCE,
-        )  # fmt: skip
+        ended = run_python(self.LINGER + program, *arguments)
         return ended.returncode, ended.stdout, ended.stderr
 
     def test_client_works(self):
@@ -13295,22 +13300,27 @@ with linger.Client(sys.argv[1]) as client:
         self.assertGreater(os.path.getsize(backup), 0)
 
     def test_commands_work(self):
-        command = 'sys.exit(linger.main(["get", "q", "--url", *sys.argv[1:]]))'
+        program = """
+for _ in range(2):
+    print(linger.main(["get", "q", "--url", sys.argv[1]]))
+"""
         with linger.serve() as server:
             server.broker.post("q", b"x")
-            self.assertEqual(self.run_there(command, server.url), (0, "x", ""))
-            self.assertEqual(self.run_there(command, server.url), (1, "", ""))
+            self.assertEqual(self.run_there(program, server.url), (0, "x0\n1\n", ""))
 
     def test_what_needs_a_posix_system_says_so_in_one_line(self):
-        command = "sys.exit(linger.main(sys.argv[1:]))"
-        for program, *arguments in (
-            ("a server of Linger", "--port", "0", "--dbfile", self.dbfile),
-            ("linger work", "work", "q", "--", "true"),
-            ("linger bench", "bench"),
-        ):
-            with self.subTest(program):
-                ended = self.run_there(command, *arguments)
-                self.assertEqual(ended, (2, "", f"linger: {program}{self.REFUSAL}"))
+        program = """
+for arguments in (
+    ["--port", "0", "--dbfile", sys.argv[1]], ["work", "q", "--", "true"], ["bench"]
+):
+    print(linger.main(arguments))
+"""
+        lines = (
+            f"linger: {name}{self.REFUSAL}"
+            for name in ("a server of Linger", "linger work", "linger bench")
+        )
+        ended = self.run_there(program, self.dbfile)
+        self.assertEqual(ended, (0, "2\n2\n2\n", "".join(lines)))
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_embedded_server_is_refused_with_that_reason(self):
@@ -13413,18 +13423,22 @@ class ProcessTest(ProcessCase):
         self.assertEqual(errors.count("\n"), 1, errors)
         return errors
 
-    def test_it_says_where_it_listens_what_it_keeps_and_how_hard_it_syncs(self):
+    def test_it_says_where_it_listens_the_path_of_its_database_and_how_hard_it_syncs(self):
+        here = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, here)
+        self.dbfile = "x.db"
         server = self.start()
         self.assertEqual(
             server.line,
             f"Linger {linger.__version__} listening on http://127.0.0.1:{server.port},"
-            f" messages kept in {self.dbfile} (sync full)\n",
+            f" messages kept in {os.path.join(os.getcwd(), self.dbfile)} (sync full)\n",
         )
 
     def test_posts_are_done_while_a_redrive_and_a_drain_of_many_messages_work(self):
         server = self.start("--sync=off")
         client = linger.Client(f"http://127.0.0.1:{server.port}")
-        for _ in range(20):
+        for _ in range(10):
             client.post_batch("failed", ["x"] * 1_000)
         for call in (lambda: client.redrive("failed", to="q"), lambda: client.drain("q")):
             ended = self.thread(call)
@@ -13604,11 +13618,7 @@ for thread in threads:
 for thread in threads:
     thread.join()
 """
-        command = (sys.executable, *STRICT, "-c", program)
-        process = subprocess.run(
-            command, cwd=os.path.dirname(compiled), stderr=subprocess.PIPE, text=True, check=True
-        )
-        self.assertEqual(set(process.stderr.split("\n")), {"one whole line", ""})
+        self.assertEqual(set(run_python(program).stderr.split("\n")), {"one whole line", ""})
 
     def test_a_low_limit_of_open_files_is_logged_and_lowers_max_connections(self):
         def lower():
@@ -13667,13 +13677,6 @@ for thread in threads:
             self.assertLessEqual(then, time.time())
         self.assertNotIn("s3cret", errors)
 
-    def test_start_line_has_the_whole_path_of_the_database(self):
-        here = os.getcwd()
-        os.chdir(self.folder)
-        self.addCleanup(os.chdir, here)
-        self.dbfile = "x.db"
-        self.assertIn(f"messages kept in {os.path.join(os.getcwd(), 'x.db')} ", self.start().line)
-
     @unittest.skipUnless(sys.platform == "linux", "other systems refuse such names")
     def test_paths_that_are_not_utf_8_work_everywhere(self):
         folder = os.fsencode(self.folder) + b"/\xff \xe4?#%"
@@ -13717,12 +13720,9 @@ for thread in threads:
         self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_it_runs_from_its_source(self):
-        for argument, expected in (("--version", linger.__version__), ("--help", "--max-message")):
-            output = subprocess.run(
-                [sys.executable, *STRICT, str(HERE / "linger.py"), argument],
-                capture_output=True, text=True, check=True,
-            ).stdout  # fmt: skip
-            self.assertIn(expected, output)
+        command = (sys.executable, *STRICT, str(HERE / "linger.py"), "--version")
+        output = subprocess.check_output(command, text=True)
+        self.assertEqual(output, f"Linger {linger.__version__}\n")
 
     def test_a_file_size_limit_is_an_error_with_a_sentence_and_passes(self):
         server = self.start()
@@ -13818,7 +13818,7 @@ for thread in threads:
         return disk
 
     def test_a_disk_that_fast_posts_fill_can_be_emptied_also_after_a_kill(self):
-        for size, clients in ((2_000, 8), (250_000, 8), (50_000, 1)):
+        for size, clients in ((2_000, 8), (250_000, 8)):
             with self.subTest(size=size, clients=clients):
                 self.mount(4)
                 server = self.start()
@@ -13848,12 +13848,12 @@ for thread in threads:
         self.assertEqual(server.call("POST", "/channels/q", b"x" * 50_000)[0], 202)
 
     def test_on_a_full_disk_messages_can_be_taken_and_deleted_but_none_added(self):
-        self.mount(16)
+        self.mount(8)
         server = self.start()
         self.addCleanup(server.end)
         with server.session() as call:
             self.empty(server, self.fill(server, 100_000))
-            for _ in range(120):  # more than the disk holds
+            for _ in range(60):  # more than the disk holds
                 status, _, body = call("POST", "/channels/q", b"x" * 250_000)
                 self.assertEqual(status, 202)
                 self.assertEqual(call("DELETE", f"/messages/{json.loads(body)['id']}")[0], 204)
@@ -18773,8 +18773,7 @@ class FileTest(unittest.TestCase):
         # `traceback`, which it needs, imports some of them itself in Python 3.14.
         imports = "import sys, traceback; own = {*sys.modules}; import linger"
         program = f"{imports}; print(*{{*sys.modules}} - own)"
-        command = (sys.executable, *STRICT, "-c", program)
-        output = subprocess.check_output(command, cwd=os.path.dirname(compiled), text=True)
+        output = run_python(program).stdout
         needless = {"asyncio", "concurrent.futures", "ctypes", "inspect", "logging", "platform",
                     "multiprocessing", "pickle", "unittest", "urllib.request", "uuid"}  # fmt: skip
         self.assertEqual(needless & set(output.split()), set())
