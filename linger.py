@@ -7316,6 +7316,7 @@ class Take(Operation):
         count, channel = len(rows), rows[0][1]
         state.events[channel]["delivered"] += count
         if consumer.auto:
+            consumer.deleted_rows = self.results[-3]  # of the last try, if there were two
             counters["msg-delete"] += count
             state.events[channel]["deleted"] += count
         else:

@@ -3191,17 +3191,33 @@ class LeaseAndReleaseTest(BrokerTest):
         self.clock.now += 10
         self.assertEqual(self.broker.get("q").delivered, 3)
 
-    def test_a_delete_says_nothing_wrong_after_a_try_that_was_undone(self):
-        self.broker.post("q", b"x", timeout=1)
-        message, done = self.broker.get("q"), queue.SimpleQueue()
-        self.clock.now += 1
-        self.broker.process_due()
+    def fill_disk(self):
+        """Lets each transaction with a post fail when all its statements have run."""
 
         def before_commit(_, adds):
             if adds:
                 raise linger.Full("full")
 
         self.broker._store._space.before_commit = before_commit
+
+    def test_an_undo_puts_back_what_was_taken_after_a_try_that_was_undone(self):
+        self.broker.post("q", b"x")
+        self.fill_disk()
+        done, consumer = queue.SimpleQueue(), self.broker.consumer(["q"], auto=True)
+        with busy(self.broker._committer):
+            self.broker.post_async(done.put, "q", b"first", priority=-1)
+            self.broker.take_async(done.put, consumer, 0)
+        post, take = (done.get(timeout=PATIENCE) for _ in range(2))
+        self.assertRaises(linger.Full, post.result)
+        self.broker.undo_take(consumer, take.result())
+        self.assertEqual(self.bodies("q"), [b"x"])
+
+    def test_a_delete_says_nothing_wrong_after_a_try_that_was_undone(self):
+        self.broker.post("q", b"x", timeout=1)
+        message, done = self.broker.get("q"), queue.SimpleQueue()
+        self.clock.now += 1
+        self.broker.process_due()
+        self.fill_disk()
         with busy(self.broker._committer):
             self.broker.post_async(done.put, "q", b"first", priority=-1)
             self.broker.take_async(done.put, self.broker.consumer(["q"]), 0)
