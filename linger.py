@@ -7212,6 +7212,7 @@ class Take(Operation):
     deletion: Optional[Deletion] = None  # of the message of `ack`
     _waits = False
     _declined: Optional[Unavailable] = None  # no memory for the messages, or no room to wait
+    _undo: Optional[UndoTake] = None  # in the former case
     _woken_by = ""
     _pieces: Sequence[ProcessDue] = ()
 
@@ -7291,8 +7292,8 @@ class Take(Operation):
         """Puts the messages back in the same transaction, as if they had not been taken."""
         self._declined = error
         messages = list(map(message_of, self.results[-2]))
-        undo = UndoTake(self._state, self.owner, messages, self._now)
-        self._state.committer.join_transaction(undo)
+        self._undo = UndoTake(self._state, self.owner, messages, self._now)
+        self._state.committer.join_transaction(self._undo)
         self.results[-2] = [  # without bodies: many may be declined in one transaction
             (*row[:BODY_COLUMN], b"", *row[BODY_COLUMN + 1 :]) for row in self.results[-2]
         ]
@@ -7300,13 +7301,17 @@ class Take(Operation):
     def on_commit(self) -> None:
         state, consumer, now = self._state, self.owner, self._now
         counters = state.counters
+        rows = self.results[-2]  # in each kind of take
+        if consumer.auto:
+            consumer.deleted_rows = self.results[-3]  # of the last try, if there were two
+        if self._undo is not None:
+            self._undo.choose(list(map(message_of, rows)))
         if not self._woken_by:
             counters["msg-get"] += 1
         if self.deletion is not None:
             consumer.acknowledged = self.deletion.committed(self)
             if not consumer.acknowledged:
                 return
-        rows = self.results[-2]  # in each kind of take
         if not rows:
             try:
                 self._waits = state.waiting.add(consumer) or self._try_again()
@@ -7316,7 +7321,6 @@ class Take(Operation):
         count, channel = len(rows), rows[0][1]
         state.events[channel]["delivered"] += count
         if consumer.auto:
-            consumer.deleted_rows = self.results[-3]  # of the last try, if there were two
             counters["msg-delete"] += count
             state.events[channel]["deleted"] += count
         else:
@@ -7396,6 +7400,17 @@ class UndoTake(Operation):
     def __init__(
         self, state: State, consumer: Consumer, messages: Sequence[Message], now: float
     ) -> None:
+        super().__init__()
+        self._state = state
+        self._consumer = consumer
+        self._now = now
+        self.choose(messages)
+
+    def choose(self, messages: Sequence[Message]) -> None:
+        """Sets which messages, if any.  Its take calls this again, since a try of its transaction
+        that failed may have taken others."""
+        consumer, now = self._consumer, self._now
+        self._ids = [message.id for message in messages]
         restored: list[dict[str, Any]] = []  # those of groups
         if consumer.auto:
             statement = RESTORE_MESSAGE
@@ -7405,26 +7420,24 @@ class UndoTake(Operation):
         else:
             statement = UNDO_TAKE
             rows = [{"id": m.id, "lease": m.lease, "now": now} for m in messages]
-        super().__init__(
-            [*[statement] * len(rows), BLOCK_LATER, EXPIRE_MESSAGE, *BURY_DEAD],
-            [*rows, restored, rows, *[{"now": now}] * len(BURY_DEAD)],
-        )
-        self._state = state
-        self._auto = consumer.auto
-        self._ids = [message.id for message in messages]
-        self._channel = messages[0].channel
-        self._now = now
+        self.statements, self.parameters, self.look_ups = (), (), {}
+        if messages:
+            self._channel = messages[0].channel
+            self.statements = (*[statement] * len(rows), BLOCK_LATER, EXPIRE_MESSAGE, *BURY_DEAD)
+            self.parameters = [*rows, restored, rows, *[{"now": now}] * len(BURY_DEAD)]
 
     def on_commit(self) -> None:
+        if not self._ids:
+            return
         counters, events = self._state.counters, self._state.events
         *undone, _, (expired, _), dead, moved, deleted = self.results
         count = sum(changed for changed, _ in undone)
-        for event in ("delivered", "deleted")[: 1 + self._auto]:
+        for event in ("delivered", "deleted")[: 1 + self._consumer.auto]:
             events[self._channel][event] -= count
         events[self._channel]["expired"] += expired
         for id in self._ids:
             self._state.flights.pop(id)
-        counters["msg-delete" if self._auto else "msg-hide"] -= count
+        counters["msg-delete" if self._consumer.auto else "msg-hide"] -= count
         counters["msg-retention"] += expired
         self._state.dead_buried(self._channel, (dead, moved, deleted), self._now)
         self._state.timers.schedule(self._channel, self._now)  # their lingering may end

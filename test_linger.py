@@ -3212,6 +3212,28 @@ class LeaseAndReleaseTest(BrokerTest):
         self.broker.undo_take(consumer, take.result())
         self.assertEqual(self.bodies("q"), [b"x"])
 
+    def test_what_is_declined_goes_back_after_a_try_that_was_undone(self):
+        memory = unittest.mock.Mock()
+        memory.room.return_value = 10**6
+        memory.resize.side_effect = linger.Unavailable("no memory")
+        for auto, bodies in itertools.product((False, True), ([b"x"], [])):
+            with self.subTest(auto=auto, bodies=bodies):
+                self.restart()
+                for body in bodies:
+                    self.broker.post("q", body, group="g")
+                self.fill_disk()
+                done, consumer = queue.SimpleQueue(), self.broker.consumer(["q"], auto=auto)
+                consumer.memory = memory
+                with busy(self.broker._committer):
+                    self.broker.post_async(done.put, "q", b"first", priority=-1)
+                    self.broker.take_async(done.put, consumer, 0)
+                post, take = (done.get(timeout=PATIENCE) for _ in range(2))
+                self.assertRaises(linger.Full, post.result)
+                self.assertRaises(linger.Unavailable, take.result)
+                self.assertEqual(self.broker.info("q")["in-flight"], 0)
+                taken = self.broker.take(self.broker.consumer(["q"], 9, auto=True))
+                self.assertEqual([message.body for message in taken], bodies)
+
     def test_a_delete_says_nothing_wrong_after_a_try_that_was_undone(self):
         self.broker.post("q", b"x", timeout=1)
         message, done = self.broker.get("q"), queue.SimpleQueue()
