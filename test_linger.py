@@ -8950,8 +8950,9 @@ class IgnoredTest(ServerTest):
         methods = {getattr(m, "name", ""): m for kind in found for m in kind.body}
         for name in {route.endpoint for route in linger.ROUTES}:
             nodes = [*ast.walk(methods[name])]
-            if name == "take_message":
-                nodes += ast.walk(methods["_take_options"])
+            for helper in ("_take_options", "_listing"):
+                if any(getattr(node, "attr", "") == helper for node in nodes):
+                    nodes += ast.walk(methods[helper])
             read = set()
             for node in nodes:
                 if isinstance(node, ast.Name) and node.id in tables:
