@@ -3712,7 +3712,7 @@ class LogFile:
             while found and found[-1][1] != self.salts:
                 found.pop()  # of an earlier log, which was longer
             offsets = itertools.count(self._offset + FRAME_HEADER, frame.size)
-            yield from ((number, offset) for (number, _), offset in zip(found, offsets))
+            yield from zip(map(operator.itemgetter(0), found), offsets)  # without a loop in Python
             self._offset += len(found) * frame.size
             is_end = len(found) < FRAMES_AT_ONCE
 
@@ -6355,11 +6355,10 @@ class Consumer:
         self.holder = holder
 
     def again(self) -> Consumer:
-        """A consumer of the same kind, for another take."""
-        return Consumer(
-            self.channels, self.n, self.timeout, self.auto, self.is_disconnected, self.memory,
-            self.holder,
-        )  # fmt: skip
+        """A consumer of the same kind, for another take, of one that was not used."""
+        consumer = Consumer.__new__(Consumer)
+        consumer.__dict__.update(self.__dict__)
+        return consumer
 
 
 class WaitingList:
