@@ -3120,7 +3120,7 @@ class EventTest(BrokerTest):
         with unittest.mock.patch.object(linger, "MAX_FLIGHTS", 8):
             flights = linger.Flights()
             for id in range(100):
-                flights.add(id, linger.Flight("q", 0.0, 1.0, 1, "who"))
+                flights.latest()[id] = linger.Flight("q", 0.0, 1.0, 1, "who")
         known = [id for id in range(100) if flights.find(id, 0.5)]
         self.assertEqual(known, list(range(92, 100)))
         self.assertIsNone(flights.find(99, 1.0))
@@ -3906,6 +3906,31 @@ class BatchTest(BrokerTest):
         self.assertEqual(self.broker.post_batch("q", self.items(b"1", b"2", b"3")), [1, 2, 3])
         self.assertEqual(self.bodies("q"), [b"1", b"2", b"3"])
         self.assertEqual(self.broker.counters["msg-add"], 3)
+
+    def test_a_message_of_a_batch_has_no_parameters_of_another(self):
+        self.broker.set_settings("q", timeout=60)
+        own = self.items(b"2", priority=-1, delay=5, linger=9)
+        self.broker.post_batch("q", self.items(b"1") + own + self.items(b"3"))
+        self.clock.now += 5
+        taken = self.broker.take(self.broker.consumer(["q"], 3))
+        found = [(m.body, m.priority, m.linger, m.timeout) for m in taken]
+        self.assertEqual(found, [(b"2", -1, 9, 60), (b"1", 0, 0, 60), (b"3", 0, 0, 60)])
+
+    def test_a_batch_that_does_not_fit_makes_no_counters(self):
+        self.restart(hlm=1)
+        with self.assertRaises(linger.Full):
+            self.broker.post_batch("q", self.items(b"1", b"2"))
+        self.assertEqual(set(self.broker.statistics.events()), {""})
+
+    def test_a_batch_delete_wakes_as_many_as_it_has_made_room_for(self):
+        self.broker.set_settings("q", max_in_flight=2)
+        self.broker.post_batch("q", self.items(b"1", b"2", b"3", b"4", b"5"))
+        taken = self.broker.take(self.broker.consumer(["q"], 2))
+        futures = [self.park("q") for _ in range(3)]
+        self.broker.delete_batch([(m.id, m.lease) for m in taken])
+        self.assertEqual([f.result(PATIENCE).body for f in futures[:2]], [b"3", b"4"])
+        self.assertFalse(futures[2].done())
+        self.broker.cancel_all()
 
     def test_a_batch_wakes_as_many_as_it_has(self):
         futures = [self.park("q") for _ in range(3)]
@@ -5231,9 +5256,8 @@ class HolderTest(BrokerTest):
     def test_the_holder_of_another_server_on_the_cluster_is_not_known(self):
         self.broker.post("q", b"x")
         (message,) = self.take("me")
-        self.broker._state.flights.add(
-            1, linger.Flight("q", self.clock.now, self.clock.now, message.lease - 1, "who")
-        )
+        flight = linger.Flight("q", self.clock.now, self.clock.now, message.lease - 1, "who")
+        self.broker._state.flights.latest()[1] = flight
         self.assertEqual(self.seen()[2], "")
 
 
@@ -10625,6 +10649,18 @@ class JsonArrayTest(unittest.TestCase):
             for each in (message, message._replace(**{field.replace("-", "_"): value})):
                 expected = linger.TO_JSON(linger.message_object(each))
                 self.assertEqual(linger.message_json(each), expected)
+
+    def test_short_messages_are_turned_into_json_in_parts_of_a_bounded_size(self):
+        plain = linger.Message(1, "c", 0, 30, 0, 1, 0, 0, "", 1, "text/plain", b"\1" * 4_000)
+        messages = [plain] * 9 + [plain._replace(body=b"x" * 9_000)] * 2 + [plain] * 2
+        array = linger.JsonArray(zip(messages), linger.message_json)
+        sizes = [len(part) if isinstance(part, bytes) else 0 for part in array._parts]
+        largest = linger.SMALL_AMOUNT + len(linger.message_json(plain))
+        self.assertTrue(0 < max(sizes) <= largest, sizes)
+        self.assertEqual(len(sizes), 3 + 2 + 1)  # of 3 messages each, the two long ones, the last
+        expected = linger.json_response([linger.message_object(m) for m in messages]).body
+        self.assertEqual(b"".join(array.pieces()), expected)
+        self.assertEqual(array.length, len(expected))
 
     def test_its_length_is_known_before_it_is_built(self):
         message = linger.Message(1, "c", 0, 30, 0, 1, 0, 0, "", 1, "text/plain", b"")
