@@ -17160,7 +17160,10 @@ class BenchProcessTest(CommandProcessCase):
 
     def test_interrupt_leaves_no_server_and_no_file(self):
         arguments = ("bench", "--seconds", "60", "--folder", str(self.folder))
-        program = ("-c", "import linger; linger.DISK_TEST_SECONDS = 0.1; exit(linger.main())")
+        program = (
+            "-c",
+            "import linger, sys; linger.DISK_TEST_SECONDS = 0.1; sys.exit(linger.main())",
+        )
         folder = os.path.dirname(compiled)
         process = self.spawn(*arguments, program=program, cwd=folder, start_new_session=True)
         logs = "linger-bench-*/linger.db-wal"
