@@ -7232,6 +7232,7 @@ class Take(Operation):
     _waits = False
     _declined: Optional[Unavailable] = None  # no memory for the messages, or no room to wait
     _undo: Optional[UndoTake] = None  # in the former case
+    _unblocked = ""  # the channel in which the next messages of groups are unblocked
     _woken_by = ""
     _pieces: Sequence[ProcessDue] = ()
 
@@ -7293,6 +7294,7 @@ class Take(Operation):
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
             for _, channel in {(row[GROUP_COLUMN], row[1]) for row in rows if row[GROUP_COLUMN]}:
+                self._unblocked = channel
                 self._state.unblock_next(channel, self._now)
         if consumer.memory is not None:
             try:
@@ -7321,10 +7323,8 @@ class Take(Operation):
         state, consumer, now = self._state, self.owner, self._now
         counters = state.counters
         rows = self.results[-2]  # in each kind of take
-        if consumer.auto:
-            consumer.deleted_rows = self.results[-3]  # of the last try, if there were two
-        if self._undo is not None:
-            self._undo.choose(list(map(TAKEN_OF, rows)))
+        if consumer.auto or self._undo is not None:
+            self._note_last_try()
         if not self._woken_by:
             counters["msg-get"] += 1
         if self.deletion is not None:
@@ -7356,6 +7356,17 @@ class Take(Operation):
         self.is_large = count > LARGE_COUNT
         if self._woken_by and self._woken_by != channel:
             self._wake_next()  # the message that woke this consumer is still there
+
+    def _note_last_try(self) -> None:
+        """Corrects what `on_executed` has noted if that was in another try, which failed, and this
+        one found other messages."""
+        consumer, rows = self.owner, self.results[-2]
+        if consumer.auto:
+            consumer.deleted_rows = self.results[-3]
+            for channel in {row[1] for row in rows if row[GROUP_COLUMN]} - {self._unblocked}:
+                self._state.timers.schedule(channel, self._now)
+        if self._undo is not None:
+            self._undo.choose(list(map(TAKEN_OF, rows)))
 
     def _try_again(self) -> bool:
         """Submits another take if more is due in the channels than could be processed."""

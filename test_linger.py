@@ -3212,6 +3212,18 @@ class LeaseAndReleaseTest(BrokerTest):
         self.broker.undo_take(consumer, take.result())
         self.assertEqual(self.bodies("q"), [b"x"])
 
+    def test_a_group_goes_on_after_a_try_that_was_undone(self):
+        for body in (b"1", b"2"):
+            self.broker.post("q", body, group="g")
+        self.fill_disk()
+        done, consumer = queue.SimpleQueue(), self.broker.consumer(["q"], auto=True)
+        with busy(self.broker._committer):
+            self.broker.post_async(done.put, "q", b"first", priority=-1)
+            self.broker.take_async(done.put, consumer, 0)
+        taken = [done.get(timeout=PATIENCE) for _ in range(2)][1].result()
+        self.assertEqual(taken[0].body, b"1")
+        self.assertEqual(self.broker.get("q").body, b"2")
+
     def test_what_is_declined_goes_back_after_a_try_that_was_undone(self):
         memory = unittest.mock.Mock()
         memory.room.return_value = 10**6
