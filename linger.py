@@ -7164,6 +7164,7 @@ class Deletion:
     """The part of an operation that deletes a message, with `lookup` and one statement more."""
 
     lookup: Sequence[str] = ()
+    is_done = False  # after the commit: whether the message was deleted
     _channel = _group = ""
     _reason: Optional[Operation] = None  # reads why it was not deleted
 
@@ -7177,14 +7178,10 @@ class Deletion:
         else:
             self._channel, self._group = flight.channel, flight.group
 
-    def has_deleted(self, operation: Operation) -> bool:
-        """Whether the message was deleted, from the results."""
-        return bool(operation.results[len(self.lookup)][0])
-
     def executed(self, operation: Operation) -> bool:
         """In the same transaction: reads the lease of a message that was not deleted, or unblocks
         the next one of its group; returns whether it was deleted."""
-        if not self.has_deleted(operation):
+        if not operation.results[len(self.lookup)][0]:
             self._reason = Operation((LEASE_STATE,), operation.parameters)
             self._state.committer.join_transaction(self._reason)
             return False
@@ -7196,15 +7193,15 @@ class Deletion:
 
     def committed(self, operation: Operation) -> bool:
         """Counts the deletion; returns whether there was one."""
-        has_deleted = self.has_deleted(operation)
-        if has_deleted:
+        self.is_done = operation.results[len(self.lookup)][0] > 0
+        if self.is_done:
             self._state.messages_deleted(self._channel, (self._id,), self._now)
-        return has_deleted
+        return self.is_done
 
     def check(self, operation: Operation, otherwise: str = "") -> None:
         """Raises why the message was not deleted, if it was not; `otherwise` as for
         `refuse_lease`."""
-        if self.has_deleted(operation):
+        if self.is_done:
             return
         if self._reason is None:  # it was deleted in a transaction that failed, and not in the next
             raise Unavailable(f"message {self._id} could not be deleted{NOTHING_CHANGED}")
@@ -8807,7 +8804,7 @@ class Reply(Operation):
 
     def result(self) -> None:
         self.rows()
-        if not self._deletion.has_deleted(self):
+        if not self._deletion.is_done:
             id = self._values["id"]
             if self._known is not None and self._known.rows()[0]:
                 raise Conflict(f"message {id} was replied to already")
