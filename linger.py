@@ -160,7 +160,6 @@ import unicodedata
 import urllib.parse
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -15929,8 +15928,8 @@ class Connection:
             log_request(self.address, request, status, self._started_at)
 
 
-class Handler(BaseHTTPRequestHandler):
-    """What `ThreadingHTTPServer` runs in the thread of a connection: a `Connection`."""
+class Handler(socketserver.BaseRequestHandler):
+    """What `ThreadingTCPServer` runs in the thread of a connection: a `Connection`."""
 
     server: Server
 
@@ -16180,7 +16179,7 @@ def user_of_peer(connection: socket.socket) -> str:
     return f"{UNIX}{uid}"
 
 
-class Server(ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """Listens, gives each connection a thread, and stops gracefully.
 
     `with server:` serves nothing yet; `serve_forever` does, and `serve()` does so in a thread.
@@ -16188,6 +16187,7 @@ class Server(ThreadingHTTPServer):
     `max_connections=0` and `max_memory=0` are what fits the machine's memory.
     """
 
+    allow_reuse_address = True  # also while connections of a server before it are in TIME_WAIT
     daemon_threads = True
     block_on_close = False
     request_queue_size = BACKLOG
@@ -16255,11 +16255,10 @@ class Server(ThreadingHTTPServer):
             connection.close()
 
     def server_bind(self) -> None:
-        """Binds without asking the name service for the host's name, as HTTPServer does."""
         if self.address_family == socket.AF_UNIX:
             self._bind_unix(str(self.server_address))
             return
-        socketserver.TCPServer.server_bind(self)
+        super().server_bind()
         set_keepalive(self.socket)
         host, port = self.server_address[:2]
         self.server_name, self.server_port = str(host), int(port)
@@ -16270,7 +16269,7 @@ class Server(ThreadingHTTPServer):
         if self.access.tls is not None:
             raise BadRequest("a Unix socket is used without TLS: leave out cert")
         remove_stale_socket(path)
-        socketserver.TCPServer.server_bind(self)
+        super().server_bind()
         os.chmod(path, SOCKET_MODE)
         self._socket_inode = os.lstat(path).st_ino
         self.server_name, self.server_port = UNIX + path, 0
