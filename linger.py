@@ -12525,6 +12525,7 @@ const TITLES = {
 };
 const LOAD = 10;  // a call is repeated after so many times its own duration, or later
 const LONGEST_PAUSE = 30_000;  // milliseconds
+const PATIENCE = 20_000;  // milliseconds without an answer after which the server counts as gone
 const {PARAMETERS, FORMS, STATES, PAGE} = JSON.parse(document.getElementById("tables").textContent);
 
 let token = sessionStorage.getItem("linger-token") || "";
@@ -13908,13 +13909,13 @@ async function start() {
 async function look() {
     const light = $("light");
     try {
-        await get("health");
+        await get("health", AbortSignal.timeout(PATIENCE));
         light.className = "light good";
         put(light, "Healthy");
     } catch (error) {
         light.className = "light bad";
         put(light, error.status ? "Not healthy" : "Not reachable");
-        throw error;
+        throw error.status ? error : new Failure(0, OFFLINE);
     }
     if (!access && !$("main").firstChild) {
         await start().catch(error => {

@@ -18436,6 +18436,21 @@ class DashboardTest(DashboardCase):
         self.await_seen("", "problem")
         self.assertEqual(self.browser.run("return problems.size"), 0)
 
+    def test_a_server_that_hangs_counts_as_gone(self):
+        broker = self.open("topics")
+        self.await_seen("Healthy", "light")
+        self.browser.run("""
+            const timeout = AbortSignal.timeout;
+            AbortSignal.timeout = time => timeout.call(AbortSignal, time / 100);
+        """)
+        goes_on = threading.Event()
+        self.addCleanup(goes_on.set)
+        with unittest.mock.patch.object(broker, "check_health", lambda: goes_on.wait(PATIENCE)):
+            self.await_seen("Not reachable", "light")
+            self.await_seen(re.compile("does not answer"), "problem")
+        goes_on.set()
+        self.await_seen("Healthy", "light")
+
     def test_it_works_below_a_prefix(self):
         server = self.serve()
         front = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Front)
