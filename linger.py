@@ -16256,6 +16256,7 @@ class Server(socketserver.ThreadingTCPServer):
             connection.close()
 
     def server_bind(self) -> None:
+        """Binds the address, unless `access` forbids it."""
         if self.address_family == socket.AF_UNIX:
             self._bind_unix(str(self.server_address))
             return
