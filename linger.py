@@ -614,10 +614,7 @@ class MemoryBudget:
 
 
 class Reservation:
-    """What one owner has reserved of a budget; `with` releases it.
-
-    Used by one thread at a time.
-    """
+    """What one owner has reserved of a budget; used by one thread at a time."""
 
     __slots__ = ("_budget", "size")
 
@@ -646,12 +643,6 @@ class Reservation:
     def room(self) -> int:
         """How many bytes it may have now, at least 1."""
         return self._budget.room() + self.size
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 def tune_memory() -> None:
@@ -4026,8 +4017,8 @@ class SpaceGuard:
         self._lock = threading.RLock()  # one thread looks at a time
         self._file = self._shm = -1  # descriptors; without a file there is no disk to look at
         self._look_at = 0.0
-        self._spare = 0  # bytes of the disk that posts may use
         self._ahead = 0  # bytes that may be added until the size of the file is compared again
+        self._spare = 0  # bytes of the disk that posts may use
         self.is_short = False  # whether that is little: each commit looks
         self._is_full = False  # whether what adds is refused
         self.failures = 0  # how often SQLite found no room

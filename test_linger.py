@@ -10606,17 +10606,18 @@ class BudgetTest(unittest.TestCase):
         self.budget.force(3_000_000)
         self.assertEqual(self.budget.used, 3_000_000)
 
-    def test_a_reservation_follows_what_is_kept_and_ends_with_its_block(self):
-        with linger.Reservation(self.budget) as reservation:
-            for size, counted in ((linger.UNCOUNTED, 0), (300_000, 300_000), (9_000, 9_000)):
-                reservation.resize(size)
-                self.assertEqual((reservation.size, self.budget.used), (counted, counted))
-            self.budget.reserve(700_000)
-            with self.assertRaises(linger.Unavailable):
-                reservation.resize(200_000)
-            self.assertEqual(reservation.size, 9_000)
-            self.assertEqual(reservation.room(), 750_000 - 700_000)
-        self.assertEqual(self.budget.used, 700_000)
+    def test_a_reservation_follows_what_is_kept(self):
+        reservation = linger.Reservation(self.budget)
+        for size, counted in ((linger.UNCOUNTED, 0), (300_000, 300_000), (9_000, 9_000)):
+            reservation.resize(size)
+            self.assertEqual((reservation.size, self.budget.used), (counted, counted))
+        self.budget.reserve(700_000)
+        with self.assertRaises(linger.Unavailable):
+            reservation.resize(200_000)
+        self.assertEqual(reservation.size, 9_000)
+        self.assertEqual(reservation.room(), 750_000 - 700_000)
+        reservation.release()
+        self.assertEqual((reservation.size, self.budget.used), (0, 700_000))
 
     def test_free_memory_goes_back_to_the_system_once_half_of_it_is_free(self):
         trimmed = threading.Semaphore(0)
