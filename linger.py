@@ -225,6 +225,7 @@ MAX_MESSAGE = 256_000  # default of --max-message, bytes; as Linger 1.0.1
 MAX_MESSAGE_OPTION = 100_000_000  # largest --max-message, bytes
 MAX_BATCH = 1_000  # messages per batch
 LISTED = 50  # default of `n` of a listing: messages or publications
+MAX_SORTED = 10_000  # messages whose ids a listing sorts, since no index of a channel is by id
 MAX_BATCH_BYTES = 8_000_000  # size of a batch request, bytes
 MAX_BATCH_LINES = 4_000  # lines of a batch in NDJSON, empty lines included
 MAX_JSON_COMMAS = 32_000  # commas in a JSON batch: 32 fields per message
@@ -2331,11 +2332,10 @@ where channel = :channel and expires_at > 0 and state <> 1
 """
 
 # At the start: the next due time of each channel, null if it has none.
-NEXT_BY_CHANNEL = """
+NEXT_BY_CHANNEL = f"""
 select name,
-    (select min(due_at) from messages where channel = name and state > 0) as due_at,
-    (select min(expires_at) from messages
-        where channel = name and expires_at > 0 and state <> 1) as expires_at
+    ({NEXT_DUE.replace(":channel", "name")}) as due_at,
+    ({NEXT_EXPIRY.replace(":channel", "name")}) as expires_at
 from channels
 """
 
@@ -2752,18 +2752,34 @@ order by priority, id
 limit :n
 """
 
-LIST_HIDDEN = f"""
+# With up to MAX_SORTED messages, of any state or one :state, whose ids this sorts.
+LIST_FEW = f"""
 select {PREVIEW_COLUMNS}
 from messages
-where channel = :channel and state + blocked = :state and id > coalesce(:after, 0)
+where id in (
+    select id
+    from (
+        select id, 0 as listed
+        from messages
+        where channel = :channel and state = 0 and :state is null
+        union all
+        select id, state + blocked
+        from messages
+        where channel = :channel and state > 0
+    )
+    where id > coalesce(:after, 0) and listed = coalesce(:state, listed)
+    order by id
+    limit :n
+)
 order by id
-limit :n
 """
 
-LIST_ALL = f"""
+# With more: looks at the messages of all channels, of which many are of this one.
+LIST_MANY = f"""
 select {PREVIEW_COLUMNS}
 from messages
-where channel = :channel and id > coalesce(:after, 0)
+where channel = :channel and state + blocked = coalesce(:state, state + blocked)
+    and id > coalesce(:after, 0)
 order by id
 limit :n
 """
@@ -2787,13 +2803,9 @@ order by id
 limit :n
 """
 
-NEWEST_DEAD = f"""
-select {PREVIEW_COLUMNS}
-from messages
-where dead_reason = :reason and dead_reason <> '' and id < :after
-order by id desc
-limit :n
-"""
+NEWEST_DEAD = OLDEST_DEAD.replace("id > :after", "id < :after").replace(
+    "order by id", "order by id desc"
+)
 
 # Of a page of channels.
 MESSAGE_TOTALS = """
@@ -8395,10 +8407,12 @@ class Administration:
             check_choice("state", state, STATES)
         if state == "ready" and after is not None:
             self.read_message(after)  # its place in the order is known only while it exists
-        statement = {None: LIST_ALL, "ready": LIST_READY}.get(state, LIST_HIDDEN)
-        (rows,) = self._read(
-            statement, channel=check_name("channel", channel), n=n, after=after,
-            preview_bytes=cut, state=STATES.index(state) if state else 0, now=self.now(),
+        (counts,) = self._read(CHANNEL_COUNTS, channel=check_name("channel", channel))
+        count = sum(sum(row[state is not None : 3]) for row in counts)  # of hidden ones, or of all
+        statement = LIST_FEW if count <= MAX_SORTED else LIST_MANY
+        (rows,) = self._store.read(
+            LIST_READY if state == "ready" else statement, channel=channel, n=n, after=after,
+            preview_bytes=cut, state=STATES.index(state) if state else None, now=self.now(),
         )  # fmt: skip
         return [listed_message(self._state.flights, row) for row in rows]
 

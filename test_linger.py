@@ -5140,6 +5140,34 @@ class LookingTest(BrokerTest):
         with self.assertRaises(linger.NotFound):
             ids("ready", 2, 99)
 
+    def test_a_listing_of_few_messages_is_as_fast_beside_many(self):
+        states = (None, "hidden", "delayed", "blocked")
+
+        def listed(*states):
+            steps, reader = [], self.broker._store._reader
+            reader.set_progress_handler(lambda: steps.append(1), 1)
+            lists = [
+                [(message.id, state) for message, state in self.broker.list_messages("q", *options)]
+                for options in itertools.product(states, (1, 9), (None, 2, 4))
+            ]
+            reader.set_progress_handler(None, 1)
+            return lists, len(steps)
+
+        for n in range(3):
+            self.broker.post("q", b"x", group="g")
+            self.broker.post("q", b"x", delay=n)
+        self.broker.get("q")
+        few = listed(*states)
+        self.broker.post_batch("other", [(b"x", "", {})] * 500)
+        self.assertEqual(listed(*states), few)
+        self.hasten(MAX_SORTED=5)
+        lists, steps = listed(*states)
+        self.assertEqual(lists, few[0])
+        self.assertGreater(steps, 500)
+        hidden = listed(*states[1:])
+        self.broker.post_batch("q", [(b"x", "", {})] * 500)
+        self.assertEqual(listed(*states[1:]), hidden)
+
     def test_info_shows_all_of_a_channel(self):
         self.broker.set_settings("q", hlm=9)
         self.broker.subscribe("q", "t")
@@ -18724,8 +18752,7 @@ MEANT_SCANS = {  # statements that read a whole table or index, which the call t
     },  # up to the first row
     "FORGET_SESSIONS": {"sessions"},
     "IDENTIFY": {"sqlite_master"},
-    "LIST_ALL": {"messages"},  # from an id on
-    "LIST_HIDDEN": {"messages"},  # from an id on
+    "LIST_MANY": {"messages"},  # from an id on
     "MESSAGE_TOTALS": {"channels"},
     "LOOK_AROUND": {"sessions"},
     "READY_CHANNELS": {"json_each"},
