@@ -16730,11 +16730,10 @@ class Transport:
             else:
                 if status != OutcomeUnknown.status or is_last:
                     break
-        if status >= 300:
-            failure = error_in_response(self.url, status, content)
-            if not (repeated and type(failure) in done):
-                raise failure
-        return fields, content
+        failed = functools.partial(error_in_response, self.url, status, content)
+        if status < 300 or (repeated and type(failed()) in done):
+            return fields, content
+        raise failed()  # not a variable: it and the traceback would form a cycle
 
     def stream(
         self,
@@ -16826,17 +16825,13 @@ class _HTTPConnection:
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Sends a request and returns the response; OSError or HTTPException if that breaks."""
         sock = self.open()
-        response = None
         try:
-            response = self._send(sock, request, timeout, stop)
-            response.begin()
-            body = _read_response(response, into)
+            with contextlib.closing(self._send(sock, request, timeout, stop)) as response:
+                response.begin()
+                body = _read_response(response, into)
         except BaseException:  # also Ctrl-C: the rest would be taken for the next response
             self.close()
             raise
-        finally:
-            if response is not None:
-                response.close()
         self._used = time.monotonic()
         if response.will_close or (stop is not None and stop.is_set()):
             self.close()
