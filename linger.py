@@ -443,7 +443,7 @@ TOUCHES_PER_TIMEOUT = 3  # heartbeats of a worker within a message's timeout
 HEARTBEAT_INTERVAL = 0.3  # seconds between checks whether one is due: below the shortest timeout/3
 STOP_CHECK_INTERVAL = 0.3  # seconds between looks of a waiting client at its `stop` event
 MAX_LINES_BYTES = 1_000_000  # lines per batch, bytes: in JSON less than MAX_BATCH_BYTES
-MAX_TIMER = 1_000_000  # longest time limit of a command, seconds: a timer accepts no more
+MAX_TIMER = 1_000_000  # longest timeout of a command or a client, seconds: all timers accept it
 MIN_COLUMN = 8  # width to which a column of a table may be shortened, characters
 MAX_JOBS = 1_000  # commands that a worker runs at the same time
 KILL_GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a command
@@ -16535,7 +16535,7 @@ def delivery_of(message: MessageOrId, lease: Optional[int] = None) -> Delivery:
 
 def list_names(channels: ChannelNames) -> Sequence[str]:
     """Returns one name or several as a sequence."""
-    return [channels] if isinstance(channels, str) else channels
+    return [channels] if isinstance(channels, (str, bytes)) else channels
 
 
 def parse_message(item: Mapping[str, Any]) -> Message:
@@ -17205,7 +17205,7 @@ class _ConsumerLoop:
         outage: Outage,
         max_time: Optional[float] = None,
     ) -> None:
-        """`outage` is told of errors that are retried; `max_time` is as of `Client.work`."""
+        """`outage` reports errors that are retried; `max_time` is as of `Client.work`."""
         if max_time is not None and max_time <= 0:
             raise BadRequest("max_time must be more than 0 seconds")
         self._client = client
@@ -18295,7 +18295,8 @@ OPTIONS = (
 # fmt: on
 
 
-SERVICE_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://[^/]+:[0-9]+")
+# For a service named `linger`, Kubernetes and Docker links set LINGER_PORT=tcp://10.0.0.1:8989.
+SERVICE_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://[^/]+:[0-9]+")  # no option looks so
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18369,14 +18370,6 @@ def read_config(path: str) -> dict[str, str]:
     return options
 
 
-def _own_variable(value: Optional[str]) -> Optional[str]:
-    """Returns the value of a variable, unless Kubernetes or a Docker link has set it.
-
-    For a service named `linger` they set LINGER_PORT=tcp://10.0.0.1:8989; no option looks so.
-    """
-    return None if value and SERVICE_ADDRESS.fullmatch(value) else value
-
-
 def read_options(
     arguments: Sequence[str], environment: Mapping[str, str], commands: str = ""
 ) -> dict[str, Any]:
@@ -18390,9 +18383,10 @@ def read_options(
     options = {}
     for option in OPTIONS:
         variable = f"LINGER_{option.key.upper()}"
+        value = environment.get(variable)
         sources = (
             (f"--{option.name}", given[option.key]),
-            (variable, _own_variable(environment.get(variable))),
+            (variable, None if value and SERVICE_ADDRESS.fullmatch(value) else value),
             (f"{option.name} in {config}", in_file.get(option.name)),
         )
         found = ((source, text) for source, text in sources if text is not None)
@@ -18510,7 +18504,7 @@ def _tune_threads() -> None:
 
 
 class ServiceManager:
-    """Tells systemd how a server of `Type=notify` is doing (sd_notify(3)); without it, nobody."""
+    """Tells systemd the state of a server of `Type=notify` (sd_notify(3)), if it has started it."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         address = environment.get("NOTIFY_SOCKET", "")

@@ -12405,6 +12405,7 @@ class ClientTest(ClientCase):
         for call, words in (
             (lambda: self.client.post(5, "x"), "5 must be text"),
             (lambda: self.client.get(["q", None]), "None must be text"),
+            (lambda: self.client.get(b"q"), "b'q' must be text"),
             (lambda: self.client.post("q", float("nan")), "must be bytes, text or JSON"),
             (lambda: self.client.post_batch("q", [endless]), "must be bytes, text or JSON"),
             (lambda: self.client.post("q", {1, 2}), "must be bytes, text or JSON"),
