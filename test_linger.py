@@ -4,13 +4,11 @@ The layers, each over the one above it: Store, Broker (with a clock of its own),
 (real sockets), the client, the process (`python linger.py`, killed by its pid), the files.
 """
 
-import _sqlite3
 import ast
 import base64
 import bisect
 import collections
 import contextlib
-import ctypes
 import datetime
 import dis
 import doctest
@@ -15927,25 +15925,36 @@ broker.get("q", tiemout=3)  # no
 
 
 class CommandProcessCase(ProcessCase):
-    """Commands in processes of their own, and a server in another."""
+    """Commands in processes of their own."""
 
-    def spawn(self, *arguments, program=None, **options):
+    def setUp(self):
+        super().setUp()
+        server = linger.serve()
+        self.addCleanup(server.close)
+        self.connect(server.url)
+
+    def connect(self, url):
+        self.url = url
+        self.client = linger.Client(url)
+        self.addCleanup(self.client.close)
+
+    def spawn(self, *arguments, program=None, first="", **options):
+        """Starts a command; `first` is done in its process before, by a shell."""
         process = subprocess.Popen(
-            [sys.executable, *STRICT, *(program or [compiled]), *arguments],
+            ["sh", "-c", f'{first}\nexec "$@"', "sh", sys.executable, *STRICT,
+             *(program or [compiled]), *arguments],
             env={**os.environ, "LINGER_URL": self.url},
             text=True,
             **{**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), **options},
-        )
+        )  # fmt: skip
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         return process
 
-    def setUp(self):
-        super().setUp()
+    def serve_apart(self):
+        """Lets commands use a server that can be killed."""
         self.server = self.start()
-        self.url = f"http://127.0.0.1:{self.server.port}"
-        self.client = linger.Client(self.url)
-        self.addCleanup(self.client.close)
+        self.connect(f"http://127.0.0.1:{self.server.port}")
 
     def restart(self, number=signal.SIGKILL):
         port = self.server.port
@@ -16652,13 +16661,10 @@ class CommandProcessTest(CommandProcessCase):
 
     def test_a_message_that_does_not_fit_into_an_unbuffered_file_is_given_back(self):
         self.client.post("q", b"x" * 10_000)
-
-        def limit_files():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, 4_096))
-
         unbuffered = unittest.mock.patch.dict(os.environ, PYTHONUNBUFFERED="1")
         with tempfile.TemporaryFile() as file, unbuffered:
-            process = self.spawn("get", "q", "--ack", stdout=file, preexec_fn=limit_files)
+            limit = "ulimit -f 8"  # times 512 bytes
+            process = self.spawn("get", "q", "--ack", stdout=file, first=limit)
             _, errors = process.communicate(timeout=PATIENCE)
         self.assertEqual(errors, "linger: cannot write to standard output: File too large\n")
         self.assertEqual(process.returncode, 2)
@@ -16676,6 +16682,7 @@ class CommandProcessTest(CommandProcessCase):
         self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
 
     def test_follow_survives_a_restart_and_ends_gracefully(self):
+        self.serve_apart()
         self.client.post("q", "a")
         process = self.spawn("get", "q", "--follow", "--ack")
         self.assertEqual(process.stdout.readline(), "a\n")
@@ -16984,12 +16991,8 @@ class WorkProcessTest(CommandProcessCase):
 
     def test_sighup_is_ignored_under_nohup(self):
         self.client.post("q", "a")
-
-        def ignore():
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
         command = ("work", "q", "--count", "2", "--", "touch", str(self.started))
-        process = self.spawn(*command, preexec_fn=ignore)
+        process = self.spawn(*command, first="trap '' HUP")
         until(self.started.exists)
         process.send_signal(signal.SIGHUP)
         self.client.post("q", "b")
@@ -17002,13 +17005,8 @@ class WorkProcessTest(CommandProcessCase):
         streams = self.folder / "streams"
         look = f'cd /proc/$$/fd; found=$(readlink 0 1 2); echo "$found" > {streams}'
         script = f"{look}; echo lost; echo lost >&2; exit 3"
-
-        def close():
-            os.closerange(0, 3)
-
-        process = self.spawn(
-            "work", "q", "--count", "1", "--", "sh", "-c", script, preexec_fn=close
-        )
+        command = ("work", "q", "--count", "1", "--", "sh", "-c", script)
+        process = self.spawn(*command, first="exec <&- >&- 2>&-")
         self.assertEqual(process.wait(PATIENCE), 0)
         stdin, stdout, stderr = streams.read_text().splitlines()
         self.assertEqual((stdout, stderr[:5]), (os.devnull, "pipe:"))
@@ -17046,6 +17044,7 @@ class WorkProcessTest(CommandProcessCase):
         self.assertEqual(self.ended(worker), (0, ""))
 
     def test_command_and_worker_survive_a_server_restart(self):
+        self.serve_apart()
         self.client.post_batch("q", ["a", "b"])
         process = self.work("--count", "2")
         until(self.started.exists)
@@ -17058,6 +17057,7 @@ class WorkProcessTest(CommandProcessCase):
         self.assertEqual(self.client.channel_stats("q"), {"ready": 0, "hidden": 0})
 
     def test_no_line_is_lost_when_worker_and_server_are_killed(self):
+        self.serve_apart()
         count = int(os.environ.get("LINGER_TEST_LINES", "200"))
         patience = PATIENCE + count / 50
         lines = [f"line {n:09}\n" for n in range(count)]
@@ -17202,12 +17202,9 @@ class BenchProcessTest(CommandProcessCase):
 
     def test_interrupt_leaves_no_server_and_no_file(self):
         arguments = ("bench", "--seconds", "60", "--folder", str(self.folder))
-        program = (
-            "-c",
-            "import linger, sys; linger.DISK_TEST_SECONDS = 0.1; sys.exit(linger.main())",
-        )
+        code = "import linger, sys; linger.DISK_TEST_SECONDS = 0.1; sys.exit(linger.main())"
         folder = os.path.dirname(compiled)
-        process = self.spawn(*arguments, program=program, cwd=folder, start_new_session=True)
+        process = self.spawn(*arguments, program=("-c", code), cwd=folder, start_new_session=True)
         logs = "linger-bench-*/linger.db-wal"
         until(lambda: any(log.stat().st_size > 300_000 for log in self.folder.glob(logs)))
         table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True)
@@ -17220,34 +17217,34 @@ class BenchProcessTest(CommandProcessCase):
         self.assertEqual(list(self.folder.glob("linger-bench-*")), [])
 
 
-# SQLite's sqlite3_vfs up to xOpen, and the functions of its sqlite3_io_methods that are traced
-# (sqlite.org/c3ref/vfs.html, sqlite.org/c3ref/io_methods.html)
-OPEN = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
-)
-WRITE = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-)
-SYNC = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-OPEN_WAL = 0x80000  # SQLITE_OPEN_WAL
+# Records, in order, each write to SQLite's log, each sync of it, and each response sent.
+TRACED = r'''
+import _sqlite3, ctypes, linger, os, socket, sys
 
 
 class Vfs(ctypes.Structure):
+    """SQLite's sqlite3_vfs up to xOpen (sqlite.org/c3ref/vfs.html)."""
+
+    OPEN = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_int, ctypes.c_void_p)
+    OPEN_WAL = 0x80000  # SQLITE_OPEN_WAL
     _fields_ = [("numbers", ctypes.c_int * 3)]
     _fields_ += [(name, ctypes.c_void_p) for name in ("next", "name", "data", "open")]
 
 
 class FileMethods(ctypes.Structure):
+    """SQLite's sqlite3_io_methods (sqlite.org/c3ref/io_methods.html)."""
+
+    WRITE = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    )
+    SYNC = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
     _fields_ = [("version", ctypes.c_int)]
     _fields_ += [(name, ctypes.c_void_p) for name in ("close", "read", "write", "truncate", "sync")]
     _fields_ += [("others", ctypes.c_void_p * 13)]
 
 
 class Trace:
-    """Records, in order, each write to SQLite's log, each sync of it, and each response sent.
-
-    It puts itself between SQLite and its file system, in the process that it traces.
-    """
+    """Puts itself between SQLite and its file system, in the process that it traces."""
 
     def __init__(self, path):
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -17255,8 +17252,8 @@ class Trace:
         find = ctypes.CDLL(getattr(_sqlite3, "__file__", None)).sqlite3_vfs_find
         find.restype = ctypes.POINTER(Vfs)
         self.vfs = find(None).contents
-        self.open_file = OPEN(self.vfs.open)
-        self.vfs.open = self.pointer(OPEN(self.open))
+        self.open_file = Vfs.OPEN(self.vfs.open)
+        self.vfs.open = self.pointer(Vfs.OPEN(self.open))
         for name in ("send", "sendall", "sendmsg"):
             setattr(socket.socket, name, self.sender(getattr(socket.socket, name)))
 
@@ -17269,7 +17266,7 @@ class Trace:
 
     def open(self, vfs, name, file, flags, flags_out):
         status = self.open_file(vfs, name, file, flags, flags_out)
-        if status == 0 and flags & OPEN_WAL:
+        if status == 0 and flags & Vfs.OPEN_WAL:
             methods = ctypes.c_void_p.from_address(file)  # the first member of a sqlite3_file
             methods.value = self.traced(methods.value)
         return status
@@ -17277,7 +17274,7 @@ class Trace:
     def traced(self, address):
         """The address of a file's methods that record what is written and synced."""
         methods = FileMethods.from_buffer_copy(FileMethods.from_address(address))
-        write, sync = WRITE(methods.write), SYNC(methods.sync)
+        write, sync = methods.WRITE(methods.write), methods.SYNC(methods.sync)
 
         def traced_write(file, data, size, offset):
             self.record("write")
@@ -17288,8 +17285,8 @@ class Trace:
             self.record("sync" if status == 0 else "failed sync")
             return status
 
-        methods.write = self.pointer(WRITE(traced_write))
-        methods.sync = self.pointer(SYNC(traced_sync))
+        methods.write = self.pointer(methods.WRITE(traced_write))
+        methods.sync = self.pointer(methods.SYNC(traced_sync))
         self.kept.append(methods)
         return ctypes.addressof(methods)
 
@@ -17301,6 +17298,11 @@ class Trace:
             return send(connection, data, *arguments)
 
         return traced_send
+
+
+Trace(sys.argv.pop(1))
+linger.main()
+'''
 
 
 class SyncTest(ProcessCase):
@@ -17322,11 +17324,10 @@ class SyncTest(ProcessCase):
 
     def start_traced(self, *arguments):
         self.trace = self.folder / "trace"
-        program = (
-            f"import linger, test_linger as test; test.Trace({str(self.trace)!r}); linger.main()"
-        )
         server = self.start(
-            *arguments, program=("-c", program), environment={"PYTHONPATH": str(HERE)}
+            *arguments,
+            program=("-c", TRACED, str(self.trace)),
+            environment={"PYTHONPATH": os.path.dirname(compiled)},
         )
         if not server.line:
             _, errors = server.end()
