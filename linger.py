@@ -160,6 +160,7 @@ import unicodedata
 import urllib.parse
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -15934,8 +15935,8 @@ class Connection:
             log_request(self.address, request, status, self._started_at)
 
 
-class Handler(socketserver.BaseRequestHandler):
-    """What `ThreadingTCPServer` runs in the thread of a connection: a `Connection`."""
+class Handler(BaseHTTPRequestHandler):
+    """What `ThreadingHTTPServer` runs in the thread of a connection: a `Connection`."""
 
     server: Server
 
@@ -16185,7 +16186,7 @@ def user_of_peer(connection: socket.socket) -> str:
     return f"{UNIX}{uid}"
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(ThreadingHTTPServer):
     """Listens, gives each connection a thread, and stops gracefully.
 
     `with server:` serves nothing yet; `serve_forever` does, and `serve()` does so in a thread.
@@ -16193,7 +16194,6 @@ class Server(socketserver.ThreadingTCPServer):
     `max_connections=0` and `max_memory=0` are what fits the machine's memory.
     """
 
-    allow_reuse_address = True  # also while connections of a server before it are in TIME_WAIT
     daemon_threads = True
     block_on_close = False
     request_queue_size = BACKLOG
@@ -16261,11 +16261,12 @@ class Server(socketserver.ThreadingTCPServer):
             connection.close()
 
     def server_bind(self) -> None:
-        """Binds the address, unless `access` forbids it."""
+        """Binds the address, unless `access` forbids it.  Does not ask the name service for the
+        host's name, as HTTPServer does."""
         if self.address_family == socket.AF_UNIX:
             self._bind_unix(str(self.server_address))
             return
-        super().server_bind()
+        socketserver.TCPServer.server_bind(self)
         set_keepalive(self.socket)
         host, port = self.server_address[:2]
         self.server_name, self.server_port = str(host), int(port)
@@ -16276,7 +16277,7 @@ class Server(socketserver.ThreadingTCPServer):
         if self.access.tls is not None:
             raise BadRequest("a Unix socket is used without TLS: leave out cert")
         remove_stale_socket(path)
-        super().server_bind()
+        socketserver.TCPServer.server_bind(self)
         os.chmod(path, SOCKET_MODE)
         self._socket_inode = os.lstat(path).st_ino
         self.server_name, self.server_port = UNIX + path, 0
