@@ -3519,6 +3519,7 @@ class Committer:
                 _fail(batch, error)
             else:
                 for operation in list(batch):
+                    operation.durable = True  # `on_executed` decides it only in the first try
                     self._batch = again = [operation]
                     self._commit(again, alone=True)
                     batch += again[1:]  # what joined its transaction

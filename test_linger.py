@@ -316,6 +316,15 @@ class StoreTest(StoreCase):
         (rows,) = committer.read("select key from config where length(key) = 1 order by key")
         self.assertEqual(rows, [("a",), ("c",)])
 
+    def test_an_operation_that_is_repeated_alone_is_synced(self):
+        committer = self.open()
+        take = linger.Operation()
+        take.durable = False
+        self.run_together(committer, [take])
+        self.assertFalse(take.durable)
+        self.run_together(committer, [take, linger.Operation(("nonsense",))])
+        self.assertTrue(take.durable)
+
     def test_a_statement_that_fails_half_way_leaves_no_trace(self):
         committer = self.open()
         add = (
