@@ -13389,12 +13389,16 @@ function preview({body, encoding, cut}) {
 // What can be done to messages, one or many: each gets what the call says, and they are counted.
 function messageActions(chosen, done = () => {}) {
     const each = (method, rest, past) => async (values = {}) => {
-        const messages = chosen();
-        for (const {id} of messages) {
-            await call(method, `messages/${id}${rest}${query(values)}`);
+        let count = 0;
+        const said = () => `${past} ${plural(count, "message")}`;
+        for (const {id} of chosen()) {
+            await call(method, `messages/${id}${rest}${query(values)}`).catch(error => {
+                throw count ? new Failure(error.status, `${said()}. ${error.message}`) : error;
+            });
+            count++;
         }
         done();
-        return `${past} ${plural(messages.length, "message")}`;
+        return said();
     };
     const post = (title, rest, past) => button(title, () => act(each("POST", rest, past)), "small");
     const change = button("Change", () => ask("Change what waits", {
@@ -15021,7 +15025,7 @@ class Api(ManagementApi):
     # -- consuming and producing
 
     def take_message(self, request: Request, *channels: str) -> None:
-        # Some may be in a form, which with chunks is not there each time.
+        # Some may stand in a form, and a chunked body is not part of the head that is seen again.
         if request.options is None or request.body or request.headers.chunked:
             request.options = self._take_options(request, channels)
         kind, _, wait, has_ack, lease = request.options

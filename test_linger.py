@@ -18118,6 +18118,23 @@ class DashboardTest(DashboardCase):
         self.await_value("Ready", "0")
         self.assertEqual(broker.channel_stats("failed")["ready"], 4)
 
+    def test_an_error_among_many_says_how_many_were_done(self):
+        broker = self.open("channels/q")
+        for _ in range(3):
+            broker.post("q", b"x", dead="failed")
+        real = broker.reject
+
+        def reject(id, *arguments):
+            if id == 3:
+                raise linger.Conflict("it is not there")
+            real(id, *arguments)
+
+        self.await_column(["1", "2", "3"], "Messages", 1)
+        self.click("Choose all on this page")
+        with unittest.mock.patch.object(broker, "reject", reject):
+            self.click("Reject")
+            self.await_seen("Rejected 2 messages. Conflict: it is not there", "toast")
+
     def test_what_waits_is_changed_one_or_many(self):
         broker = self.open("channels/q")
         for n in range(3):
