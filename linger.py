@@ -18711,6 +18711,8 @@ def _format_value(value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return TO_JSON(value)
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
 
 
@@ -18795,10 +18797,17 @@ def _given_parameters(options: argparse.Namespace, table: Sequence[Parameter]) -
     return given
 
 
+def _standard_input() -> BinaryIO:
+    """Returns standard input, which waits for data: without, a read seems to be at the end."""
+    with contextlib.suppress(OSError, AttributeError):  # a stream in memory; Windows
+        os.set_blocking(sys.stdin.fileno(), True)  # another process may have set it otherwise
+    return sys.stdin.buffer
+
+
 def _read_body(options: argparse.Namespace) -> bytes:
     """Returns the body in the arguments, or else standard input."""
     if options.body in (None, "-"):
-        return sys.stdin.buffer.read(MAX_MESSAGE_OPTION + 1)
+        return _standard_input().read(MAX_MESSAGE_OPTION + 1)
     return os.fsencode(options.body)
 
 
@@ -18838,7 +18847,7 @@ def _post_lines(client: Client, options: argparse.Namespace, parameters: dict[st
     posted, last = 0, 0
     batch: list[tuple[int, bytes]] = []
     try:
-        for batch in _read_batches(sys.stdin.buffer):
+        for batch in _read_batches(_standard_input()):
             items = [(line, options.type, {"dedup": f"{key}#{n}"}) for n, line in batch]
             posted += len(client.post_batch(options.channel, items, retry=True, **parameters))
             last = batch[-1][0]
@@ -18900,7 +18909,7 @@ def _explain_no_copies(client: Client, topic: str) -> None:
 
 def _load(client: Client, options: argparse.Namespace) -> int:
     try:
-        loaded = client.load(_read_records(sys.stdin.buffer))
+        loaded = client.load(_read_records(_standard_input()))
     except LingerError as error:
         place = "" if error.index is None else f"line {error.index + 1}: "
         raise LingerError(f"{place}{error}; the lines before may be loaded") from error

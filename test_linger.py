@@ -16599,6 +16599,8 @@ class ScheduleCallTest(CommandCase, ClientCase):
         self.nothing("schedule", "s")
         self.nothing("schedules")
         self.assertIn("either", self.refused("schedule", "s", "q", "x"))
+        self.linger("schedule", "s", "q", "x", "--every", 9, "--header", "a: b")
+        self.assertIn('headers\t{"a":"b"}\n', self.linger("schedule", "s"))
         for option in (["--every", 9], ["--priority", 9], ["--header", "a:b"], ["--no-catch-up"]):
             self.assertIn("needs CHANNEL", self.refused("schedule", "s", *option))
 
@@ -16678,6 +16680,20 @@ class CommandProcessTest(CommandProcessCase):
         self.assertEqual(errors, "linger: cannot write to standard output: File too large\n")
         self.assertEqual(process.returncode, 2)
         self.assertEqual(self.client.channel_stats("q"), {"ready": 1, "hidden": 0})
+
+    def test_an_input_that_does_not_block_is_read_to_its_end(self):
+        for lines, expected in (([], [200_000]), (["--lines"], [199_999])):
+            reader, writer = os.pipe()
+            os.set_blocking(reader, False)
+            os.write(writer, b"x")
+            process = self.spawn("post", "q", *lines, stdin=reader)
+            until(lambda reader=reader: not select.select([reader], [], [], 0)[0])  # it was read
+            with contextlib.suppress(BrokenPipeError), open(writer, "wb", buffering=0) as file:
+                os.close(reader)
+                file.write(b"x" * 199_998 + b"\n")
+            self.assertEqual(process.communicate(timeout=PATIENCE)[1], "")
+            found = [len(m.body) for m in iter(lambda: self.client.get("q", 0, auto=True), None)]
+            self.assertEqual(found, expected)
 
     def test_an_output_that_would_block_loses_no_message(self):
         self.client.post("q", b"x" * 200_000)  # a pipe takes 65,536 bytes
