@@ -500,7 +500,7 @@ class StoreTest(StoreCase):
 
     def test_while_the_database_is_locked_all_pending_operations_fail_at_once(self):
         committer, store = self.open(), self.store
-        store._writer.execute("pragma busy_timeout = 300")
+        store._writer.execute("pragma busy_timeout = 100")
         other = sqlite3.connect(self.dbfile, isolation_level=None)
         self.addCleanup(other.close)
         other.execute("begin immediate")
@@ -3157,7 +3157,7 @@ class HistoryTest(BrokerTest):
         self.assertEqual(self.broker.statistics.history(), expected)
 
     def test_it_has_a_point_each_five_seconds_for_an_hour(self):
-        for _ in range(10_000):
+        for _ in range(4_000):
             self.sample(1)
         self.assertEqual(len(self.broker.statistics.history()["time"]), 720)
         self.assertEqual(len(self.broker.statistics.history(60)["time"]), 12)
@@ -4491,7 +4491,7 @@ class CallReplyTest(BrokerTest):
         self.assertEqual(len(looks), 2)  # at the begin and at the end
 
     def test_a_pause_between_looks_holds_up_neither_a_stop_nor_the_end(self):
-        self.hasten(LOOK_PAUSE=2 * PATIENCE)
+        self.hasten(LOOK_PAUSE=2 * PATIENCE, LONGEST_PAUSE=0.05)
         waits = linger.Waits(iter((False, True)).__next__)  # it stops after the first look
         waiting = self.thread(waits.wait, "key", lambda: None, 2 * PATIENCE, bool)
         self.assertIsInstance(waiting.exception(PATIENCE), linger.Unavailable)
@@ -10496,6 +10496,7 @@ class OverflowTest(ServerTest):
         return refusing
 
     def test_connection_without_a_thread_gets_503_also_while_its_client_still_sends(self):
+        self.hasten(LINGERING_CLOSE_TIMEOUT=0.1)
         refusing = self.refuse_threads()
         for request in (self.REQUEST, b"POST /channels/q HTTP/1.1\r\n" + b"x" * 1_000_000):
             with self.connect() as connection:
@@ -10889,8 +10890,8 @@ class MemoryTest(ServerTest):
         self.assertEqual(self.broker.info("q")["ready"], 1)
 
     def test_listings_that_clients_do_not_read_are_bounded_and_undisturbed(self):
-        self.allow_messages_of(4_000_000)
-        body = b"\x01" * 4_000_000  # six times as long in JSON
+        self.allow_messages_of(2_000_000)
+        body = b"\x01" * 2_000_000  # six times as long in JSON
         for _ in range(2):
             self.broker.post("q", body)
         request = b"GET /channels/q/messages?whole=1&n=2 HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -15496,20 +15497,22 @@ class CommandTest(CommandCase):
         )
 
     def test_lines_of_several_batches_keep_their_order(self):
-        lines = [b"%d" % n for n in range(2_500)]
-        self.assertEqual(self.linger("post", "q", "--lines", stdin=b"\n".join(lines)), "2500\n")
+        self.hasten(MAX_BATCH=100)
+        lines = [b"%d" % n for n in range(250)]
+        self.assertEqual(self.linger("post", "q", "--lines", stdin=b"\n".join(lines)), "250\n")
         listed = self.broker.list_messages("q", n=9_999)
         self.assertEqual([message.body for message, _ in listed], lines)
 
     def test_failed_lines_are_reported_and_can_be_posted_again(self):
-        lines = [b"x%d" % n for n in range(1_002)]
+        self.hasten(MAX_BATCH=100)
+        lines = [b"x%d" % n for n in range(102)]
         arguments = ("post", "q", "--lines", "--dedup", "key")
         self.allow_messages_of(10)
         errors = self.refused(*arguments, stdin=b"\n".join([*lines, b"too long for it\n"]))
-        self.assertIn("line 1003: ", errors)
-        self.assertIn("1000 messages were posted for certain, up to line 1000", errors)
+        self.assertIn("line 103: ", errors)
+        self.assertIn("100 messages were posted for certain, up to line 100", errors)
         self.linger(*arguments, stdin=b"\n".join(lines))
-        self.assertEqual(self.broker.channel_stats("q")["ready"], 1_002)
+        self.assertEqual(self.broker.channel_stats("q")["ready"], 102)
 
     def test_line_larger_than_a_batch_is_refused(self):
         with unittest.mock.patch.object(linger, "MAX_BATCH_BYTES", 100):
