@@ -14189,9 +14189,9 @@ def delivery_header(field: str) -> str:
 
 
 DELIVERY_HEADERS = {
-    delivery_header(name): {"schema": schema}
-    for name, schema in MESSAGE_SCHEMA["properties"].items()
-    if name in Message._fields and name not in ("type", "body")
+    delivery_header(name): {"schema": _whole() if kind is int else TEXT}
+    for name, kind in {**get_type_hints(Message), "reply_to": str, "state": str}.items()
+    if name not in ("type", "body", "header_lines")
 }
 
 PUBLISH_HEADERS = {
