@@ -19921,11 +19921,10 @@ def _flag(name: str, help: str) -> _Argument:
 def _number(
     flag: str, value: str, help: str, minimum: int = 1, maximum: int = MAX_INTEGER, **settings: Any
 ) -> _Argument:
+    name = flag if flag[0] == "-" else value
+
     def parse(text: str) -> int:
-        try:
-            return parse_integer("it", text, minimum, maximum)
-        except BadRequest as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+        return parse_integer(name, text, minimum, maximum)
 
     return _argument(flag, metavar=value, type=parse, help=help, **settings)
 
@@ -19949,7 +19948,7 @@ def _bench_seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if minimum <= float(text) <= maximum:
             return float(text)
-    raise argparse.ArgumentTypeError(f"it must be from {minimum} to {maximum}")
+    raise BadRequest(f"--seconds must be from {minimum} to {maximum}")
 
 
 HEADER = _argument(
@@ -20338,11 +20337,6 @@ def _arguments_of(command: Command) -> tuple[_Argument, ...]:
     return tuple(((f"--{name}",), settings) for name, settings in names)
 
 
-def _flags_of(command: Command) -> set[str]:
-    flags = (flag for flags, _ in _arguments_of(command) for flag in flags if flag[0] == "-")
-    return {"-h", "--help", *flags}
-
-
 def _split_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     """Returns the command, and its arguments; without a name it is the server.
 
@@ -20367,8 +20361,9 @@ def _split_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     rest = list(arguments)
     name = rest.pop(position) if position < len(arguments) else ""
     command = _find_command(name or "serve")
+    known = {"-h", "--help"}.union(*(flags for flags, _ in _arguments_of(command)))
     for flag in flags:
-        if flag not in _flags_of(command):
+        if flag not in known:
             help = f"linger {name} --help lists them" if name else "linger --help lists them"
             raise BadRequest(f"{name or 'the server'} has no option {flag}; {help}")
     return command, rest

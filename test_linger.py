@@ -15475,7 +15475,7 @@ class CommandTest(CommandCase):
             (["post", "q", "x", "--prio", "1"], "--prio"),
             (["post", "q", "x", "--lines"], "standard input"),
             (["post", "q", ""], "empty"),
-            (["get", "q", "--count", "0"], "--count: it must be an integer from 1"),
+            (["get", "q", "--count", "0"], "linger: --count must be an integer from 1 to"),
             (["get", "q", "--ack", "--auto"], "--auto"),
             (["get", "", "--ack"], "channel's name"),
             (["work", "q"], "COMMAND"),
