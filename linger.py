@@ -17016,6 +17016,8 @@ def _split_url(url: str) -> tuple[str, str, str, Optional[int], str]:
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
+        if parts.scheme != HTTP_UNIX:
+            (parts.hostname or "").encode("idna")  # as connecting does
     except ValueError:
         parts, port = urllib.parse.urlsplit(""), None
     scheme, authority, path, *rest = parts

@@ -12584,7 +12584,7 @@ class ClientTest(ClientCase):
     def test_invalid_url_or_token_is_refused(self):
         for url in (
             "127.0.0.1", "ftp://x", "http://", "http://u:p@x", "http://x?q",
-            "http://x:port", "http://x\r\ny", "http://ä",
+            "http://x:port", "http://x\r\ny", "http://ä", "http://a..b",
         ):  # fmt: skip
             with self.subTest(url), self.assertRaisesRegex(linger.BadRequest, "URL must be"):
                 linger.Client(url)
