@@ -3997,6 +3997,13 @@ class BatchTest(BrokerTest):
             changes.append(self.broker._store._writer.total_changes)
         self.assertEqual(changes[1:], changes[:1] * 2)
 
+    def test_a_batch_delete_leaves_messages_that_are_not_in_the_channel_expected(self):
+        self.broker.post_batch("q", self.items(b"1", b"2", b"3", b"4"))
+        lease = self.broker.get("q").lease
+        wanted = [(1, lease), (2, 7), (3, None), (4, None)]
+        outcome = self.broker.delete_batch(wanted, {1: "q", 2: "q", 3: "r", 4: None, 5: "q"})
+        self.assertEqual(outcome, ([1, 4], [2], [3]))
+
     def test_a_batch_delete_reports_the_outcome_of_each(self):
         self.broker.post_batch("q", self.items(b"1", b"2", b"3"))
         lease = self.broker.get("q").lease
