@@ -14383,7 +14383,7 @@ class CrashTest(ProcessCase):
     def test_a_server_killed_while_it_starts_always_starts_again(self):
         for milliseconds in range(0, 120, 15):
             process = subprocess.Popen(
-                [sys.executable, compiled, "--port=0", f"--dbfile={self.dbfile}"],
+                [sys.executable, "-S", compiled, "--port=0", f"--dbfile={self.dbfile}"],
                 stdout=subprocess.DEVNULL,
             )
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -17057,7 +17057,7 @@ class WorkProcessTest(CommandProcessCase):
         init = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
         command = ["work", "q", *options, "--", "sh", "-c", 'eval "$(cat)"']
         worker = subprocess.Popen(
-            [*init, sys.executable, compiled, *command],
+            [*init, sys.executable, "-S", compiled, *command],
             env={**os.environ, "LINGER_URL": self.url}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.addCleanup(worker.communicate)
@@ -19323,7 +19323,7 @@ class ReadmeTest(Folder):
 
     def run_shell(self, command, server):
         self.assertRegex(command, "curl |linger ")
-        script = """curl() { command curl -s "$@"; }; linger() { "$PYTHON" "$LINGER" "$@"; }; """
+        script = """curl() { command curl -s "$@"; }; linger() { "$PYTHON" -S "$LINGER" "$@"; }; """
         if "sleep 1" in command:  # which leaves another command the time to listen
             Path("listening").unlink(missing_ok=True)
             script += "sleep() { until [ -e listening ]; do command sleep 0.02; done; }; "
