@@ -3215,6 +3215,9 @@ class Operation:
     - `on_executed` after its statements and before the commit;
     - `on_commit` after the commit, in the order of commits, unless the operation failed;
     - `on_done` last, whether it failed or not.
+
+    If a transaction fails, or must begin again, what has joined it is dropped, and the statements
+    and first two methods of the others run again: what they note holds for the last try.
     """
 
     statements: Sequence[str] = ()
@@ -3224,7 +3227,6 @@ class Operation:
     durable = True  # whether no power failure may undo it; may be set until after `on_executed`
     done_callback: Optional[DoneCallback] = None  # called once with the finished operation
     error: Optional[Exception] = None
-    executed = False  # whether `on_executed` has been called
     adds = 0  # about how many bytes of messages it adds: refused while space is short
     seconds = 0.0  # how long the statements took, in bulk
     size = 0  # bytes that it reads or writes, if they may be many
@@ -3248,7 +3250,10 @@ class Operation:
         self.results = [result for i, result in enumerate(results) if i not in look_ups]
 
     def on_executed(self) -> None:
-        """May join operations to the transaction.  Called once, even if the transaction fails."""
+        """May join operations to the transaction."""
+
+    def on_dropped(self) -> None:
+        """Called in place of the others if it joined in vain: undoes what led to that."""
 
     def on_commit(self) -> None:
         """Changes what is kept in memory.  Must be short."""
@@ -3412,6 +3417,7 @@ class Committer:
         self._sleeps = False
         self._main_thread = threading.main_thread().ident
         self._batch: Optional[list[Operation]] = None  # off the list, and not yet committed
+        self.runs_alone = False  # whether an error in `on_executed` undoes only its operation
         self.commit_times = Histogram(SHORT_SECONDS)
         self.commit_sizes = Histogram(AMOUNTS)
         self._closing = False
@@ -3448,7 +3454,8 @@ class Committer:
             raise RuntimeError("a callback must not make a call that waits for a commit")
 
     def join_transaction(self, operation: Operation) -> None:
-        """Adds an operation to the transaction under way, or the next; only for `on_executed`."""
+        """Adds an operation to the transaction under way, or the next; only for `on_executed`,
+        which does it anew in each try."""
         assert self._batch is not None, "no transaction is under way"
         if self.observer is not None:
             _prepare([operation], self.observer)
@@ -3512,7 +3519,7 @@ class Committer:
     def _commit(self, batch: list[Operation], alone: bool = False) -> None:
         """Runs operations in one transaction; if it fails, each in one of its own, so that one
         that is refused harms no other.  If no transaction can begin, all fail at once."""
-        began = time.perf_counter()
+        count, began = len(batch), time.perf_counter()
         try:
             late = self._store.transact(batch)
         except TransactionFailed as error:
@@ -3521,17 +3528,27 @@ class Committer:
             if alone:
                 _fail(batch, error)
             else:
-                for operation in list(batch):
-                    operation.durable = True  # `on_executed` decides it only in the first try
-                    self._batch = again = [operation]
-                    self._commit(again, alone=True)
-                    batch += again[1:]  # what joined its transaction
+                drop_joined(batch, count)
+                self._repeat(batch)
         else:
             self.commit_times.observe(time.perf_counter() - began)
             self.commit_sizes.observe(len(batch))
             for operation in late:
                 self.submit(operation)
             _run_commit_callbacks(batch, self.observer)
+
+    def _repeat(self, batch: list[Operation]) -> None:
+        """Runs each operation in a transaction of its own, and so, right after it, what joins."""
+        self.runs_alone = not self._store.is_shared  # there it is committed by then
+        for place, operation in enumerate(batch, 1):
+            operation.durable = True  # else it may have to begin again, and others join twice
+            joined: list[Operation] = []
+            self._batch = joined
+            self._commit([operation], alone=True)
+            if operation.error is not None:
+                drop_joined(joined)
+            batch[place:place] = joined
+        self.runs_alone = False
 
 
 SIZE_OF = operator.attrgetter("size")
@@ -3559,6 +3576,13 @@ def _take_large(batch: list[Operation]) -> list[Operation]:
 def _fail(batch: Iterable[Operation], error: Exception) -> None:
     for operation in batch:
         operation.error = error
+
+
+def drop_joined(batch: list[Operation], count: int = 0) -> None:
+    """Takes what joined a failed transaction, all but the first `count`, off its batch."""
+    for operation in batch[count:]:
+        operation.on_dropped()
+    del batch[count:]
 
 
 def _prepare(batch: Iterable[Operation], observer: Observer) -> None:
@@ -4417,14 +4441,16 @@ class Store:
             try:
                 if self._damage or (self._file is not None and self._file.stamp() != self._checked):
                     self._check_files()
-                self._begin(batch)
+                self._begin(not self._skips_sync or any(map(IS_DURABLE, batch)))
             except Exception as error:
                 raise TransactionFailed(self._translate(error)) from error
             try:
+                count = len(batch)
                 self._execute(batch)
                 if not self._is_synced and any(map(IS_DURABLE, batch)):
                     self._cursor.execute("rollback")
-                    self._begin(batch)
+                    drop_joined(batch, count)
+                    self._begin(is_synced=True)
                     self._execute(batch)
                 adds = sum(map(BYTES_ADDED, batch))
                 if adds or self._space.is_short:
@@ -4439,9 +4465,8 @@ class Store:
                 self._mark_log()
         return []
 
-    def _begin(self, batch: list[Operation]) -> None:
+    def _begin(self, is_synced: bool) -> None:
         """Begins a transaction, which SQLite lets choose only before it whether it is synced."""
-        is_synced = not self._skips_sync or any(map(IS_DURABLE, batch))
         if is_synced != self._is_synced:
             self._cursor.execute(SYNC_FULL if is_synced else SYNC_NORMAL)
             self._is_synced = is_synced
@@ -4463,9 +4488,7 @@ class Store:
                     results.append((cursor.rowcount, cursor.lastrowid) if changes else fetchall())
             if operation.look_ups:
                 operation.separate_look_ups()
-            if not operation.executed:
-                operation.executed = True
-                operation.on_executed()
+            operation.on_executed()
 
     def _execute_bulk(self, operation: Operation) -> None:
         """Runs and measures statements, which may each have their own parameters, or a list of
@@ -5273,8 +5296,7 @@ class Cluster:
         for operation in batch[:count]:
             if operation.look_ups and operation.error is None:
                 operation.separate_look_ups()
-            if not operation.executed and operation.error is None:
-                operation.executed = True
+            if operation.error is None:
                 try:
                     operation.on_executed()
                 except Exception:  # a bug; what was committed must not run again
@@ -6844,10 +6866,10 @@ class State:
             try:
                 gone = consumer.is_disconnected()
             except BaseException as error:  # foreign code: the consumer gets it as its error
-                submit(EndWait(consumer, error))
+                self.committer.submit(EndWait(consumer, error))
                 continue
             if gone:
-                submit(EndWait(consumer))
+                self.committer.submit(EndWait(consumer))
             else:
                 submit(Take(self, consumer, now, woken_by=channel))
                 woken += 1
@@ -6941,7 +6963,7 @@ class Post(Operation):
     """Adds a message to a channel."""
 
     _place = 0  # of the statement that adds it, among the others
-    _is_woken = False  # whether a consumer takes it in the same transaction
+    _is_woken: bool  # whether a consumer takes it in the same transaction
 
     def __init__(self, state: State, message: dict[str, Any]) -> None:
         """`message`: the parameters of POST_MESSAGE."""
@@ -6962,6 +6984,7 @@ class Post(Operation):
         One that begins to wait in that transaction is woken after it, by `on_commit`.
         """
         message, state = self._message, self._state
+        self._is_woken = False
         if state.waiting.is_empty(message["channel"]):
             return
         if self._is_added() and not message["state"]:
@@ -7108,6 +7131,7 @@ class Publish(Operation):
         self._woken: collections.Counter[str] = collections.Counter()
 
     def on_executed(self) -> None:
+        self._woken.clear()
         if self._state.waiting.is_empty():
             return
         for copy in self._copies():
@@ -7173,7 +7197,7 @@ class Deletion:
     lookup: Sequence[str] = ()
     is_done = False  # after the commit: whether the message was deleted
     _channel = _group = ""
-    _reason: Optional[Operation] = None  # reads why it was not deleted
+    _reason: Operation  # reads why it was not deleted
 
     def __init__(self, state: State, id: int, now: float) -> None:
         self._state = state
@@ -7208,11 +7232,8 @@ class Deletion:
     def check(self, operation: Operation, otherwise: str = "") -> None:
         """Raises why the message was not deleted, if it was not; `otherwise` as for
         `refuse_lease`."""
-        if self.is_done:
-            return
-        if self._reason is None:  # it was deleted in a transaction that failed, and not in the next
-            raise Unavailable(f"message {self._id} could not be deleted{NOTHING_CHANGED}")
-        refuse_lease(operation, self._reason.rows()[0], "deleted", otherwise)
+        if not self.is_done:
+            refuse_lease(operation, self._reason.rows()[0], "deleted", otherwise)
 
 
 NEXT_TAKES = ((NEXT_MESSAGE, LEASE_NEXT), (NEXT_IF_DELETED, LEASE_IF_DELETED))
@@ -7235,8 +7256,6 @@ class Take(Operation):
     deletion: Optional[Deletion] = None  # of the message of `ack`
     _waits = False
     _declined: Optional[Unavailable] = None  # no memory for the messages, or no room to wait
-    _undo: Optional[UndoTake] = None  # in the former case
-    _unblocked = ""  # the channel in which the next messages of groups are unblocked
     _woken_by = ""
     _pieces: Sequence[ProcessDue] = ()
 
@@ -7291,20 +7310,33 @@ class Take(Operation):
         if self.deletion is not None:
             self.deletion.executed(self)
         rows, consumer = self.results[-2], self.owner
+        self._declined = None
         if not rows:
+            self._release_memory()
             return
         if not self.durable:
             self.durable = any(map(DELIVER_OF, rows))
         if consumer.auto:
             consumer.deleted_rows = self.results[-3]
             for _, channel in {(row[GROUP_COLUMN], row[1]) for row in rows if row[GROUP_COLUMN]}:
-                self._unblocked = channel
                 self._state.unblock_next(channel, self._now)
         if consumer.memory is not None:
             try:
                 consumer.memory.resize(self._size_of(rows))
             except Unavailable as error:
                 self._decline(error)
+
+    def on_dropped(self) -> None:
+        """The consumer, which was woken for nothing, waits on: its place is still free."""
+        self._release_memory()
+        self._state.count_taking(self._woken_by, -1)
+        if not self._state.waiting.add(self.owner):
+            self._state.committer.submit(EndWait(self.owner))
+
+    def _release_memory(self) -> None:
+        """Gives back what was reserved in a try that failed."""
+        if self.owner.memory is not None:
+            self.owner.memory.release()
 
     def _size_of(self, rows: Sequence[Sequence[Any]]) -> int:
         """Bytes of the messages taken; with `auto` each is there twice."""
@@ -7315,10 +7347,12 @@ class Take(Operation):
 
     def _decline(self, error: Unavailable) -> None:
         """Puts the messages back in the same transaction, as if they had not been taken."""
+        if self._state.committer.runs_alone:
+            raise error  # which undoes the take, while another transaction might fail
         self._declined = error
         rows = self.results[-2]
-        self._undo = UndoTake(self._state, self.owner, list(map(TAKEN_OF, rows)), self._now)
-        self._state.committer.join_transaction(self._undo)
+        undo = UndoTake(self._state, self.owner, list(map(TAKEN_OF, rows)), self._now)
+        self._state.committer.join_transaction(undo)
         self.results[-2] = [  # without bodies: many may be declined in one transaction
             (*row[:BODY_COLUMN], b"", *row[BODY_COLUMN + 1 :]) for row in rows
         ]
@@ -7327,8 +7361,6 @@ class Take(Operation):
         state, consumer, now = self._state, self.owner, self._now
         counters = state.counters
         rows = self.results[-2]  # in each kind of take
-        if consumer.auto or self._undo is not None:
-            self._note_last_try()
         if not self._woken_by:
             counters["msg-get"] += 1
         if self.deletion is not None:
@@ -7360,17 +7392,6 @@ class Take(Operation):
         self.is_large = count > LARGE_COUNT
         if self._woken_by and self._woken_by != channel:
             self._wake_next()  # the message that woke this consumer is still there
-
-    def _note_last_try(self) -> None:
-        """Corrects what `on_executed` has noted if that was in another try, which failed, and this
-        one found other messages."""
-        consumer, rows = self.owner, self.results[-2]
-        if consumer.auto:
-            consumer.deleted_rows = self.results[-3]
-            for channel in {row[1] for row in rows if row[GROUP_COLUMN]} - {self._unblocked}:
-                self._state.timers.schedule(channel, self._now)
-        if self._undo is not None:
-            self._undo.choose(list(map(TAKEN_OF, rows)))
 
     def _try_again(self) -> bool:
         """Submits another take if more is due in the channels than could be processed."""
@@ -7434,17 +7455,7 @@ class UndoTake(Operation):
     def __init__(
         self, state: State, consumer: Consumer, taken: Sequence[Taken], now: float
     ) -> None:
-        super().__init__()
-        self._state = state
-        self._consumer = consumer
-        self._now = now
-        self.choose(taken)
-
-    def choose(self, taken: Sequence[Taken]) -> None:
-        """Sets which messages, if any, all of one channel.  Its take calls this again, since a try
-        of its transaction that failed may have taken others."""
-        consumer, now = self._consumer, self._now
-        self._ids = [id for id, _, _ in taken]
+        """`taken`: all of one channel."""
         restored: list[dict[str, Any]] = []  # those of groups
         if consumer.auto:
             statement = RESTORE_MESSAGE
@@ -7454,24 +7465,26 @@ class UndoTake(Operation):
         else:
             statement = UNDO_TAKE
             rows = [{"id": id, "lease": lease, "now": now} for id, _, lease in taken]
-        self.statements, self.parameters, self.look_ups = (), (), {}
-        if taken:
-            self._channel = taken[0][1]
-            self.statements = (*[statement] * len(rows), BLOCK_LATER, EXPIRE_MESSAGE, *BURY_DEAD)
-            self.parameters = [*rows, restored, rows, *[{"now": now}] * len(BURY_DEAD)]
+        super().__init__(
+            (*[statement] * len(rows), BLOCK_LATER, EXPIRE_MESSAGE, *BURY_DEAD),
+            [*rows, restored, rows, *[{"now": now}] * len(BURY_DEAD)],
+        )
+        self._state = state
+        self._auto = consumer.auto
+        self._ids = [id for id, _, _ in taken]
+        self._channel = taken[0][1]
+        self._now = now
 
     def on_commit(self) -> None:
-        if not self._ids:
-            return
         counters, events = self._state.counters, self._state.events
         *undone, _, (expired, _), dead, moved, deleted = self.results
         count = sum(changed for changed, _ in undone)
-        for event in ("delivered", "deleted")[: 1 + self._consumer.auto]:
+        for event in ("delivered", "deleted")[: 1 + self._auto]:
             events[self._channel][event] -= count
         events[self._channel]["expired"] += expired
         for id in self._ids:
             self._state.flights.pop(id)
-        counters["msg-delete" if self._consumer.auto else "msg-hide"] -= count
+        counters["msg-delete" if self._auto else "msg-hide"] -= count
         counters["msg-retention"] += expired
         self._state.dead_buried(self._channel, (dead, moved, deleted), self._now)
         self._state.timers.schedule(self._channel, self._now)  # their lingering may end
@@ -8807,7 +8820,6 @@ class Reply(Operation):
         self._state = state
         self._waits = waits
         self._values = parameters
-        self._known: Optional[Operation] = None
 
     def on_executed(self) -> None:
         if not self._deletion.executed(self):
@@ -8823,7 +8835,7 @@ class Reply(Operation):
         self.rows()
         if not self._deletion.is_done:
             id = self._values["id"]
-            if self._known is not None and self._known.rows()[0]:
+            if self._known.rows()[0]:
                 raise Conflict(f"message {id} was replied to already")
             self._deletion.check(self, f"nobody waits for a reply to message {id}: delete it")
 
