@@ -3121,6 +3121,12 @@ class Flights:
         """Forgets the delivery of a message, and returns it if it was known."""
         return self._recent.pop(id, None) or self._older.pop(id, None)
 
+    def touch(self, id: int, until: float) -> None:
+        """Notes that a flight ends later, or earlier, than at first."""
+        flight = self.pop(id)
+        if flight is not None:
+            self.latest()[id] = flight._replace(until=until)
+
     def holder_of(self, id: int, lease: int) -> str:
         """The consumer to which a delivery went; empty if that is not known."""
         flight = self._recent.get(id) or self._older.get(id)
@@ -7689,12 +7695,15 @@ class Touch(Operation):
     def __init__(self, state: State, parameters: dict[str, Any]) -> None:
         super().__init__((LEASE_STATE, TOUCH_MESSAGE, DUE_TIMES), parameters)
         self._state = state
+        self._id: int = parameters["id"]
 
     def on_commit(self) -> None:
         _, (changed, _), due_times = self.results
         if changed:
+            ((channel, _, due_at, _),) = due_times
             self._state.counters["msg-touch"] += 1
-            self._state.timers.schedule(due_times[0][0], due_times[0][2])
+            self._state.flights.touch(self._id, due_at)
+            self._state.timers.schedule(channel, due_at)
 
     def result(self) -> None:
         lease_state, (changed, _), _ = self.rows()

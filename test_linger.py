@@ -3379,6 +3379,16 @@ class LeaseAndReleaseTest(BrokerTest):
         with self.assertRaisesRegex(linger.Conflict, "overtaken"):
             delete.result()
 
+    def test_a_dead_letter_that_was_touched_is_deleted_from_its_dead_channel(self):
+        id = self.broker.post("q", b"x", timeout=1, deliver=1, dead="d").id
+        self.broker.get("q", timeout=100)
+        self.broker.touch(id)  # now it ends after a second
+        self.clock.now += 1
+        self.broker.process_due()
+        self.broker.delete(id)
+        events = self.broker._state.events
+        self.assertEqual((events["q"]["deleted"], events["d"]["deleted"]), (0, 1))
+
     def test_touch_keeps_the_lease(self):
         id = self.broker.post("q", b"x").id
         lease = self.broker.get("q").lease
