@@ -12589,13 +12589,16 @@ function query(parameters) {
     return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
+// `fetch` takes no character beyond Latin-1, and the server reads these headers as UTF-8.
+const inUtf8 = text => String.fromCharCode(...new TextEncoder().encode(text));
+
 // A message's own headers, a line each, as those of a request.
 const ownHeaders = text => text.split("\n").filter(line => line.trim()).map(line => {
     const [, name, value] = /^([\w!#$%&'*+.^`|~-]+):(.*)$/.exec(line.trim()) || [];
     if (!name) {
         throw new Failure(400, `Write each header as name: text, and not as ${line}`);
     }
-    return [`x-linger-h-${name}`, value];
+    return [`x-linger-h-${name}`, inUtf8(value)];
 });
 
 // The response to a call; a Failure with a sentence in any other case.
@@ -12603,13 +12606,10 @@ async function call(method, target,
         {body, type, signal, accept = "application/json", own = ""} = {}) {
     const headers = [["Accept", accept], ["X-Requested-With", "Linger"], ...ownHeaders(own)];
     if (token) {
-        headers.push(["Authorization", `Bearer ${token}`]);
+        headers.push(["Authorization", `Bearer ${inUtf8(token)}`]);
     }
     if (type) {
         headers.push(["Content-Type", type]);
-    }
-    for (const header of headers) {  // in UTF-8: `fetch` takes no character beyond Latin-1
-        header[1] = String.fromCharCode(...new TextEncoder().encode(header[1]));
     }
     let response;
     try {
