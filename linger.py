@@ -7396,8 +7396,10 @@ class Take(Operation):
         if state.live.channels:
             state.live.delivered(list(map(message_of, rows)), deleted=consumer.auto)
         self.is_large = count > LARGE_COUNT
-        if self._woken_by and self._woken_by != channel:
-            self._wake_next()  # the message that woke this consumer is still there
+        if self._woken_by and (
+            self._woken_by != channel or (consumer.auto and channel in state.channels.limited)
+        ):
+            self._wake_next()  # what woke this consumer is left: the message, or room in flight
 
     def _try_again(self) -> bool:
         """Submits another take if more is due in the channels than could be processed."""

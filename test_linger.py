@@ -4254,6 +4254,12 @@ class ConcurrencyTest(BrokerTest):
     def in_flight(self):
         return self.broker.info("q")["in-flight"]
 
+    def test_a_waiting_consumer_gets_the_room_that_one_with_auto_leaves(self):
+        self.fill()
+        futures = [self.park("q", auto=auto) for auto in (True, False)]
+        self.broker.delete(1)
+        self.assertEqual([future.result(PATIENCE).id for future in futures], [3, 4])
+
     def test_no_more_than_the_limit_are_taken(self):
         self.assertEqual(self.fill(), [1, 2])
         self.assertIsNone(self.broker.get("q"))
