@@ -2292,13 +2292,13 @@ class WaitingTest(BrokerTest):
         woken, other = (
             self.broker.consumer(["q"], memory=linger.Reservation(budget)) for _ in range(2)
         )
-        self.broker.take_async(print, woken, PATIENCE)
+        self.broker.take_async(bool, woken, PATIENCE)
         until(lambda: woken.waiting)
         self.broker._store._space.before_commit = refuse_posts
         with busy(self.broker._committer):
             for _ in range(2):
                 self.broker.post_async(done.put, "q", b"x" * 100_000)
-            self.broker.take_async(print, other, PATIENCE)
+            self.broker.take_async(bool, other, PATIENCE)
         for _ in range(2):
             self.assertRaises(linger.Full, done.get(timeout=PATIENCE).result)
         until(lambda: woken.waiting and other.waiting)
