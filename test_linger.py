@@ -2287,23 +2287,6 @@ class WaitingTest(BrokerTest):
         self.assertEqual(waiting.result(PATIENCE).body, b"1")
         self.assertEqual(self.broker._state.counters["msg-show"] - shown, 1)
 
-    def test_a_consumer_keeps_no_memory_of_a_try_that_failed(self):
-        budget, done = linger.MemoryBudget(10**9), queue.SimpleQueue()
-        woken, other = (
-            self.broker.consumer(["q"], memory=linger.Reservation(budget)) for _ in range(2)
-        )
-        self.broker.take_async(bool, woken, PATIENCE)
-        until(lambda: woken.waiting)
-        self.broker._store._space.before_commit = refuse_posts
-        with busy(self.broker._committer):
-            for _ in range(2):
-                self.broker.post_async(done.put, "q", b"x" * 100_000)
-            self.broker.take_async(bool, other, PATIENCE)
-        for _ in range(2):
-            self.assertRaises(linger.Full, done.get(timeout=PATIENCE).result)
-        until(lambda: woken.waiting and other.waiting)
-        self.assertEqual(budget.used, 0)
-
     def test_a_failed_take_wakes_the_next_consumer(self):
         consumer, done = self.take_async("q")
         second = self.park("q")
@@ -3284,24 +3267,11 @@ class HistoryTest(BrokerTest):
         self.assertEqual(self.broker.statistics.history()["posted"], ())
 
 
-class LeaseAndReleaseTest(BrokerTest):
-    def take(self, channel="q", **options):
-        return self.broker.take(self.broker.consumer([channel], **options))
-
-    def test_touch_with_a_timeout_is_for_this_delivery_only(self):
-        id = self.broker.post("q", b"x", timeout=10).id
-        self.broker.get("q")
-        self.broker.touch(id, timeout=100)
-        self.clock.now += 99
-        self.assertIsNone(self.broker.get("q"))
-        self.clock.now += 1
-        self.assertEqual(self.broker.get("q").timeout, 10)
-        self.clock.now += 10
-        self.assertEqual(self.broker.get("q").delivered, 3)
+class RepeatedTryTest(BrokerTest):
+    """A shared transaction fails, and each operation runs again in one of its own; with a file."""
 
     def fill_disk(self):
         """Lets each transaction with a post fail when all its statements have run."""
-
         self.broker._store._space.before_commit = refuse_posts
 
     def test_an_undo_puts_back_what_was_taken_after_a_try_that_was_undone(self):
@@ -3378,6 +3348,39 @@ class LeaseAndReleaseTest(BrokerTest):
         self.assertEqual(take.result()[0].lease, message.lease + 1)
         with self.assertRaisesRegex(linger.Conflict, "overtaken"):
             delete.result()
+
+    def test_a_consumer_keeps_no_memory_of_a_try_that_failed(self):
+        budget, done = linger.MemoryBudget(10**9), queue.SimpleQueue()
+        woken, other = (
+            self.broker.consumer(["q"], memory=linger.Reservation(budget)) for _ in range(2)
+        )
+        self.broker.take_async(bool, woken, PATIENCE)
+        until(lambda: woken.waiting)
+        self.fill_disk()
+        with busy(self.broker._committer):
+            for _ in range(2):
+                self.broker.post_async(done.put, "q", b"x" * 100_000)
+            self.broker.take_async(bool, other, PATIENCE)
+        for _ in range(2):
+            self.assertRaises(linger.Full, done.get(timeout=PATIENCE).result)
+        until(lambda: woken.waiting and other.waiting)
+        self.assertEqual(budget.used, 0)
+
+
+class LeaseAndReleaseTest(BrokerTest):
+    def take(self, channel="q", **options):
+        return self.broker.take(self.broker.consumer([channel], **options))
+
+    def test_touch_with_a_timeout_is_for_this_delivery_only(self):
+        id = self.broker.post("q", b"x", timeout=10).id
+        self.broker.get("q")
+        self.broker.touch(id, timeout=100)
+        self.clock.now += 99
+        self.assertIsNone(self.broker.get("q"))
+        self.clock.now += 1
+        self.assertEqual(self.broker.get("q").timeout, 10)
+        self.clock.now += 10
+        self.assertEqual(self.broker.get("q").delivered, 3)
 
     def test_a_dead_letter_that_was_touched_is_deleted_from_its_dead_channel(self):
         id = self.broker.post("q", b"x", timeout=1, deliver=1, dead="d").id
@@ -15464,7 +15467,9 @@ if RQLITED:  # too slow for each run of the tests
     EventOnClusterTest = on_cluster(EventTest, ("test_what_is_rolled_back_is_not_counted",))
     HolderOnClusterTest = on_cluster(HolderTest)
     LeaseAndReleaseOnClusterTest = on_cluster(LeaseAndReleaseTest)
-    LookingOnClusterTest = on_cluster(LookingTest)
+    LookingOnClusterTest = on_cluster(
+        LookingTest, ("test_a_listing_of_few_messages_is_as_fast_beside_many",)
+    )
     ModelOnClusterTest = on_cluster(ModelTest, STEPS=300)
     ScheduleOnClusterTest = on_cluster(
         ScheduleTest, ("test_a_database_that_fails_leaves_the_due_time",)
