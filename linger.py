@@ -3259,7 +3259,8 @@ class Operation:
         """May join operations to the transaction."""
 
     def on_dropped(self) -> None:
-        """Called in place of the others if it joined in vain: undoes what led to that."""
+        """Called if it joined a transaction that failed, and nothing else after it: undoes what
+        was changed in memory for it to join."""
 
     def on_commit(self) -> None:
         """Changes what is kept in memory.  Must be short."""
@@ -15498,6 +15499,9 @@ def log_request(address: str, request: Request, status: int, began: float) -> No
     log(f"{utc} {address} {line}")
 
 
+INTERNAL_ERROR = "internal server error; see the server log"
+
+
 class ReplySlot:
     """Whether a reply is pending that another thread is to send.
 
@@ -15648,7 +15652,7 @@ class Connection:
             return error_response(error)
         log("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         request.close_after = True
-        return error_response(LingerError("internal server error; see the server log"))
+        return error_response(LingerError(INTERNAL_ERROR))
 
     # -- reading
 
@@ -15874,7 +15878,7 @@ class Connection:
 
     def _reply_large(self, request: Request, to_response: ToResponse, operation: Operation) -> None:
         """As `_reply`, for a large response; in a thread of its own."""
-        response = NO_CONTENT  # if not even the error can be rendered
+        response = error_response(LingerError(INTERNAL_ERROR))  # if another cannot be rendered
         try:
             response = to_response(request, operation)
         except Exception as error:
@@ -16334,8 +16338,8 @@ class Server(ThreadingHTTPServer):
         super().server_activate()
         self.timeval = timeval_format(self.socket)
         # A byte written to `wake_fd` ends the sleep of accepting.
-        self._alarm, self.wake_fd = os.pipe()
-        os.set_blocking(self._alarm, False)
+        self._wake_reader, self.wake_fd = os.pipe()
+        os.set_blocking(self._wake_reader, False)
         os.set_blocking(self.wake_fd, False)
 
     @property
@@ -16357,11 +16361,11 @@ class Server(ThreadingHTTPServer):
             self.socket.setblocking(False)
             poller = select.poll()
             poller.register(self.socket, select.POLLIN)
-            poller.register(self._alarm, select.POLLIN)
+            poller.register(self._wake_reader, select.POLLIN)
             while not self.stopping:
                 poller.poll(THREADLESS_INTERVAL if self._threadless else None)
                 with contextlib.suppress(BlockingIOError):
-                    os.read(self._alarm, 64)
+                    os.read(self._wake_reader, 64)
                 while not self.stopping and self._accept():
                     pass
                 self._threadless.discard_input()
@@ -16478,7 +16482,7 @@ class Server(ThreadingHTTPServer):
 
     def _close_listener(self) -> None:
         self.server_close()
-        os.close(self._alarm)
+        os.close(self._wake_reader)
         os.close(self.wake_fd)
 
     def __exit__(self, *_: object) -> None:
