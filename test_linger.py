@@ -8279,7 +8279,7 @@ class CallTest(ServerTest):
         with rendering, unittest.mock.patch("sys.unraisablehook"):
             broken = unittest.mock.patch.object(linger.Api, "_batch_response", side_effect=KeyError)
             with broken:
-                self.assertEqual(self.statuses(data, half_close=False), [204, 200])
+                self.assertEqual(self.statuses(data, half_close=False), [500, 200])
 
     def test_an_error_before_an_operation_is_submitted_keeps_no_connection(self):
         for name, data in (
